@@ -1,0 +1,47 @@
+# Two commands for users: `make demo` and `make test`. The rest are the parts of `make test`.
+.PHONY: demo test check lint types c-tests unit lab-tests bench clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+demo test: export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+demo: $(VENV)/ready
+	examples/demo.sh
+
+test: lint types c-tests unit lab-tests
+	@echo "make test: all of it passed"
+
+check: lint types c-tests unit
+
+# What the system must bring; asks apt only for what is missing.
+$(VENV)/ready: pyproject.toml setup.py csrc/core.h $(wildcard csrc/*.c csrc/*.h csrc/build_ffi.py)
+	tools/install-system-packages gcc libc6-dev liburing-dev python3-dev python3-venv
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools cffi
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[test,dev]'
+	touch $@
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/clang-format --dry-run --Werror csrc/*.[ch] csrc/tests/*.[ch]
+
+types: $(VENV)/ready
+	$(BIN)/mypy
+
+c-tests: $(VENV)/ready
+	$(MAKE) -C csrc test
+
+unit: $(VENV)/ready
+	$(BIN)/python -m pytest tests/unit
+
+lab-tests: $(VENV)/ready
+	tools/install-system-packages $$(lab/run --apt-packages)
+	lab/run -- python3 -m pytest tests/kernel
+
+clean:
+	rm -rf build $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis src/*.egg-info
+	find . -name '*.so' -path './src/*' -delete

@@ -1,0 +1,640 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * A batch takes an array of segments through a ring: cut into requests, a queue depth of them in
+ * flight, short ones continued, EAGAIN and EINTR issued again. The first error stops it: what is in
+ * flight is waited for, the failed request is halved down to the block that cannot be moved, and
+ * the result tells how much lies before it without a gap.
+ *
+ * Phases: MIDDLE, then BISECT where a request failed, then EDGES of a write, then DONE.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "internal.h"
+
+enum {
+	REISSUES_AT_ONCE = 16,
+	REISSUES_MAX = 256, /* the last 240 after 100 us each: a storm of 24 ms ends the request */
+	REISSUE_PAUSE_NS = 100000,
+	DRAIN_WARNING_MS = 5000,
+	DRAIN_PAUSE_NS = 10000000, /* where waiting itself fails */
+};
+
+enum phase { MIDDLE, BISECT, EDGES, DONE };
+
+struct dmb_batch {
+	struct dmb_ring *ring;
+	const struct dmb_job *job;
+	const uint64_t *segments;
+	size_t count;
+	uint64_t total;
+
+	enum phase phase;
+	bool stopping;
+
+	/* where the present pass is: a segment, the bytes of all before it, and bytes of it */
+	size_t segment;
+	uint64_t before;
+	uint64_t skip;
+
+	/* positions in all segments; UINT64_MAX for none */
+	uint64_t middle_end; /* the first that the first pass did not issue */
+	uint64_t first_edge; /* the first that waits for the second pass */
+	uint64_t stop;	     /* the first that could not be moved */
+
+	struct dmb_io failed; /* the failed request with the lowest position; error 0 for none */
+	int error;
+
+	/* positions while BISECT looks for the bad block */
+	uint64_t bad_position, bad_end, bad_skip;
+	uint64_t tried_end;
+	int bad_error;
+
+	uint64_t edge_start, edge_end; /* the part of the file that edges were written to */
+
+	struct dmb_stage stage; /* empty until a request needs a block */
+	uint32_t in_flight;
+	struct dmb_io *ios;
+	struct dmb_io *free;
+	struct dmb_result result;
+};
+
+static int64_t now_ms(void)
+{
+	struct timespec time;
+
+	clock_gettime(CLOCK_MONOTONIC, &time);
+	return (int64_t)time.tv_sec * 1000 + time.tv_nsec / 1000000;
+}
+
+static void nap(long ns)
+{
+	const struct timespec time = {.tv_nsec = ns};
+
+	nanosleep(&time, NULL);
+}
+
+static bool power_of_two(uint32_t value)
+{
+	return value && !(value & (value - 1));
+}
+
+static bool valid(const struct dmb_job *job)
+{
+	return job->depth && job->block && power_of_two(job->offset_align) &&
+	       power_of_two(job->memory_align) && power_of_two(job->page) &&
+	       !(job->block % job->offset_align) && !(job->block % job->memory_align) &&
+	       (!job->slots || job->slot_size);
+}
+
+int dmb_batch_create(struct dmb_ring *ring, const struct dmb_job *job, const uint64_t *segments,
+		     size_t count, struct dmb_batch **ret)
+{
+	struct dmb_batch *batch;
+
+	if (!valid(job))
+		return -EINVAL;
+	batch = calloc(1, sizeof(*batch));
+	if (!batch)
+		return -ENOMEM;
+	batch->ios = calloc(job->depth, sizeof(*batch->ios));
+	if (!batch->ios) {
+		free(batch);
+		return -ENOMEM;
+	}
+	for (uint32_t i = 0; i < job->depth; i++) {
+		batch->ios[i].batch = batch;
+		batch->ios[i].next = batch->free;
+		batch->free = &batch->ios[i];
+	}
+	for (size_t i = 0; i < count; i++)
+		batch->total += segments[3 * i + 2];
+	batch->ring = ring;
+	batch->job = job;
+	batch->segments = segments;
+	batch->count = count;
+	batch->middle_end = batch->first_edge = batch->stop = UINT64_MAX;
+	batch->edge_start = UINT64_MAX;
+	batch->result.short_segment = -1;
+	*ret = batch;
+	return 0;
+}
+
+static void give_back(struct dmb_batch *batch, struct dmb_io *io)
+{
+	if (io->block)
+		dmb_stage_give(&batch->stage, io->block);
+	io->block = NULL;
+	io->busy = false;
+	io->next = batch->free;
+	batch->free = io;
+	batch->in_flight--;
+}
+
+/* io's bytes from `position` on did not move. */
+static void stop_at(struct dmb_batch *batch, const struct dmb_io *io)
+{
+	batch->stop = dmb_min(batch->stop, io->position);
+}
+
+static void fail(struct dmb_batch *batch, const struct dmb_io *io, int error)
+{
+	if (!batch->error || io->position < batch->failed.position) {
+		batch->error = error;
+		batch->failed = *io;
+	}
+	stop_at(batch, io);
+}
+
+/* A batch has its own blocks, in the memory that the ring's last batch left where that is enough.
+ */
+static int make_stage(struct dmb_batch *batch)
+{
+	batch->stage = batch->ring->stage;
+	batch->ring->stage = (struct dmb_stage){0};
+	return dmb_stage_reserve(&batch->stage, batch->job->depth, batch->job->block);
+}
+
+static void leave_stage(struct dmb_batch *batch)
+{
+	struct dmb_stage *spare = &batch->ring->stage, mine = batch->stage;
+
+	if (spare->size < mine.size) {
+		batch->stage = *spare;
+		*spare = mine;
+	}
+	dmb_stage_release(&batch->stage);
+}
+
+static int take_block(struct dmb_batch *batch, struct dmb_io *io)
+{
+	int rc;
+
+	if (!batch->stage.count) {
+		rc = make_stage(batch);
+		if (rc)
+			return rc;
+	}
+	if (!io->block)
+		io->block = dmb_stage_take(&batch->stage);
+	io->address = io->block;
+	return 0;
+}
+
+/* Shape the next request of io's `left` bytes and hand it to the ring. */
+static int issue(struct dmb_batch *batch, struct dmb_io *io)
+{
+	const uint64_t *segment = batch->segments + 3 * io->segment;
+	int rc;
+
+	dmb_shape(batch->job, batch->segments, io, batch->phase == EDGES);
+	if (!io->address) {
+		rc = take_block(batch, io);
+		if (rc)
+			return rc;
+		if (io->direction == DMB_WRITE)
+			memcpy(io->block, dmb_address(batch->job, segment, io->skip), io->want);
+	}
+	return batch->ring->ops->issue(batch->ring, io);
+}
+
+/* Nobody waits for io's bytes any more: the batch ends before them. */
+static bool abandoned(const struct dmb_batch *batch, const struct dmb_io *io)
+{
+	return batch->stopping || io->position >= batch->stop;
+}
+
+static bool transient(int result)
+{
+	return result == -EAGAIN || result == -EINTR;
+}
+
+/* Bytes of io's want that the completion moved; those of a staged read go to the buffer. */
+static uint64_t settle(struct dmb_batch *batch, struct dmb_io *io, uint64_t moved)
+{
+	const uint64_t *segment = batch->segments + 3 * io->segment;
+	uint64_t got = moved > io->lead ? dmb_min(moved - io->lead, io->want) : 0;
+
+	if (io->direction == DMB_WRITE && batch->phase != EDGES &&
+	    batch->job->route != DMB_BUFFERED)
+		got = dmb_align_down(got, batch->job->offset_align); /* goes on at a block */
+	if (io->block && io->address == io->block && io->direction == DMB_READ)
+		memcpy(dmb_address(batch->job, segment, io->skip), io->block + io->lead, got);
+	if (io->straight)
+		batch->result.straight += got;
+	else
+		batch->result.copied += got;
+	if (batch->phase == EDGES && got) {
+		batch->edge_start = dmb_min(batch->edge_start, io->offset);
+		if (io->offset + got > batch->edge_end)
+			batch->edge_end = io->offset + got;
+	}
+	io->skip += got;
+	io->position += got;
+	io->left -= got;
+	io->want -= got;
+	return got;
+}
+
+static void meet_end_of_file(struct dmb_batch *batch, const struct dmb_io *io)
+{
+	struct dmb_result *result = &batch->result;
+
+	stop_at(batch, io);
+	if (result->short_segment < 0 || (int64_t)io->segment < result->short_segment)
+		result->short_segment = (int64_t)io->segment;
+}
+
+/* What io's completion means: true where io goes on with what is left of it. */
+static bool complete(struct dmb_batch *batch, struct dmb_io *io, int result)
+{
+	int rc;
+
+	if ((result == -ECANCELED || transient(result)) && abandoned(batch, io)) {
+		stop_at(batch, io);
+		return false;
+	}
+	if (result < 0) {
+		fail(batch, io, -result);
+		return false;
+	}
+	if (!settle(batch, io, (uint64_t)result)) {
+		if (io->direction == DMB_READ)
+			meet_end_of_file(batch, io);
+		else
+			fail(batch, io, EIO); /* less than a block: no device does that */
+		return false;
+	}
+	if (!io->left)
+		return false;
+	if (abandoned(batch, io)) {
+		stop_at(batch, io);
+		return false;
+	}
+	io->reissues = 0;
+	rc = issue(batch, io);
+	if (rc)
+		fail(batch, io, -rc);
+	return !rc;
+}
+
+static int filtered(const struct dmb_ring *ring, const struct dmb_io *io)
+{
+	struct dmb_completion completion = {
+		.direction = io->direction,
+		.straight = io->straight,
+		.offset = io->offset,
+		.size = io->length,
+		.result = io->result,
+	};
+
+	return ring->filter ? ring->filter(ring->filter_arg, &completion) : io->result;
+}
+
+static void finish(struct dmb_io *io, int result)
+{
+	io->batch->result.requests++;
+	if (!complete(io->batch, io, result))
+		give_back(io->batch, io);
+}
+
+static bool may_reissue(const struct dmb_io *io, int result)
+{
+	return transient(result) && !abandoned(io->batch, io) && io->reissues < REISSUES_MAX;
+}
+
+/* Issue all of a list again, after a pause where one of them was often. */
+static void reissue(struct dmb_ring *ring, struct dmb_io *list)
+{
+	bool often = false;
+
+	for (struct dmb_io *io = list; io; io = io->next)
+		often = io->reissues++ >= REISSUES_AT_ONCE || often;
+	if (often)
+		nap(REISSUE_PAUSE_NS);
+	while (list) {
+		struct dmb_io *io = list;
+		int rc;
+
+		list = io->next;
+		io->batch->result.reissues++;
+		rc = ring->ops->issue(ring, io);
+		if (rc)
+			finish(io, rc);
+	}
+}
+
+/* Handle what completed, of all the ring's batches; false where nothing did. */
+static bool reap(struct dmb_ring *ring)
+{
+	struct dmb_io *io, *again = NULL;
+	bool any = false;
+
+	while ((io = ring->ops->reap(ring))) {
+		int result = filtered(ring, io);
+
+		any = true;
+		if (may_reissue(io, result)) {
+			io->next = again;
+			again = io;
+		} else {
+			finish(io, result);
+		}
+	}
+	reissue(ring, again);
+	return any;
+}
+
+/* Moves the cursor to the pass's next bytes of `left`; false at its end. */
+static bool advance_cursor(struct dmb_batch *batch, uint64_t *left)
+{
+	for (; batch->segment < batch->count; batch->segment++) {
+		const uint64_t *segment = batch->segments + 3 * batch->segment;
+		uint64_t start, end, size = segment[2];
+
+		dmb_middle(batch->job, segment, &start, &end);
+		if (batch->phase == MIDDLE) {
+			if (start)
+				batch->first_edge = dmb_min(batch->first_edge, batch->before);
+			if (end < size)
+				batch->first_edge = dmb_min(batch->first_edge, batch->before + end);
+			if (batch->skip < start)
+				batch->skip = start;
+			*left = end > batch->skip ? end - batch->skip : 0;
+		} else if (batch->skip < start) {
+			*left = start - batch->skip;
+		} else {
+			if (batch->skip < end)
+				batch->skip = end;
+			*left = size - batch->skip;
+		}
+		if (*left)
+			return true;
+		batch->before += size;
+		batch->skip = 0;
+	}
+	return false;
+}
+
+static struct dmb_io *take_io(struct dmb_batch *batch, size_t segment, uint64_t skip,
+			      uint64_t position, uint64_t left)
+{
+	struct dmb_io *io = batch->free;
+
+	batch->free = io->next;
+	batch->in_flight++;
+	io->busy = true;
+	io->segment = segment;
+	io->skip = skip;
+	io->position = position;
+	io->left = left;
+	io->reissues = 0;
+	return io;
+}
+
+/* Issue one request; false where that failed. */
+static bool start(struct dmb_batch *batch, struct dmb_io *io)
+{
+	int rc = issue(batch, io);
+
+	if (!rc)
+		return true;
+	fail(batch, io, -rc);
+	give_back(batch, io);
+	return false;
+}
+
+static void fill_pass(struct dmb_batch *batch)
+{
+	uint64_t left;
+
+	while (batch->free && !batch->stopping && advance_cursor(batch, &left)) {
+		uint64_t position = batch->before + batch->skip;
+		struct dmb_io *io;
+
+		if (position >= batch->stop)
+			return;
+		io = take_io(batch, batch->segment, batch->skip, position, left);
+		if (!start(batch, io))
+			return;
+		io->left = io->want; /* the rest is the next request's */
+		batch->skip += io->want;
+	}
+}
+
+/* The bad range, [bad_position, bad_end), may hold good blocks before the bad one. */
+static void fill_bisect(struct dmb_batch *batch)
+{
+	uint64_t unit = batch->job->offset_align;
+	uint64_t offset = batch->segments[3 * batch->failed.segment] + batch->bad_skip;
+	uint64_t middle = dmb_align_down(offset + (batch->bad_end - batch->bad_position) / 2, unit);
+
+	if (middle <= offset)
+		middle = dmb_align_down(offset, unit) + unit;
+	batch->error = 0;
+	batch->stop = UINT64_MAX;
+	batch->tried_end = batch->bad_position + (middle - offset);
+	start(batch, take_io(batch, batch->failed.segment, batch->bad_skip, batch->bad_position,
+			     middle - offset));
+}
+
+static bool one_block_is_bad(const struct dmb_batch *batch)
+{
+	uint64_t unit = batch->job->offset_align;
+	uint64_t offset = batch->segments[3 * batch->failed.segment] + batch->bad_skip;
+	uint64_t size = batch->bad_end - batch->bad_position;
+
+	return !size || dmb_align_down(offset, unit) == dmb_align_down(offset + size - 1, unit);
+}
+
+static bool begin_bisect(struct dmb_batch *batch)
+{
+	const struct dmb_io *failed = &batch->failed;
+
+	if (batch->stopping || batch->stop < failed->position)
+		return false;
+	if (batch->error != EIO && batch->error != ENODATA && batch->error != EILSEQ &&
+	    batch->error != EREMOTEIO)
+		return false;
+	batch->bad_error = batch->error;
+	batch->bad_skip = failed->skip;
+	batch->bad_position = failed->position;
+	batch->bad_end = failed->position + failed->left;
+	batch->tried_end = failed->position;
+	return !one_block_is_bad(batch);
+}
+
+/* The first half was tried. True where the bad block, or the last chance to find it, is known. */
+static bool narrow(struct dmb_batch *batch)
+{
+	uint64_t reached = dmb_min(batch->tried_end, batch->stop);
+	bool unclear = batch->stop != UINT64_MAX && !batch->error; /* end of file, or interrupted */
+
+	batch->bad_skip += reached - batch->bad_position;
+	batch->bad_position = reached;
+	if (batch->error) {
+		batch->bad_error = batch->error;
+		batch->bad_end = batch->tried_end;
+	}
+	if (!unclear && !batch->stopping && !one_block_is_bad(batch))
+		return false;
+	batch->error = batch->bad_error;
+	batch->failed.skip = batch->bad_skip;
+	batch->failed.position = batch->stop = batch->bad_position;
+	return true;
+}
+
+static bool begin_edges(struct dmb_batch *batch)
+{
+	if (batch->stopping || batch->first_edge >= batch->stop)
+		return false;
+	batch->segment = 0;
+	batch->before = batch->skip = 0;
+	return true;
+}
+
+/* All bytes from a position on may be lost. */
+static void fail_from(struct dmb_batch *batch, uint64_t position, int error)
+{
+	struct dmb_io io = {.position = position, .skip = position};
+
+	while (io.skip >= batch->segments[3 * io.segment + 2])
+		io.skip -= batch->segments[3 * io.segment++ + 2];
+	fail(batch, &io, error);
+}
+
+/* Write the edges out and drop them from the page cache; `first` is the first one's position. */
+static void flush_edges(struct dmb_batch *batch, uint64_t first)
+{
+	const unsigned wait =
+		SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER;
+	uint64_t start = dmb_align_down(batch->edge_start, batch->job->page);
+	uint64_t end = dmb_align_up(batch->edge_end, batch->job->page);
+	int fd = batch->job->edge_fd;
+
+	if (batch->edge_start == UINT64_MAX)
+		return;
+	if (sync_file_range(fd, (off_t)start, (off_t)(end - start), wait))
+		fail_from(batch, first, errno);
+	posix_fadvise(fd, (off_t)start, (off_t)(end - start), POSIX_FADV_DONTNEED);
+}
+
+static void end_edges(struct dmb_batch *batch)
+{
+	uint64_t first = batch->first_edge;
+
+	if (batch->segment >= batch->count || batch->before + batch->skip >= batch->stop)
+		batch->first_edge = UINT64_MAX; /* written, as far as they count */
+	else
+		batch->first_edge = batch->before + batch->skip;
+	flush_edges(batch, first);
+}
+
+/* Nothing is in flight and nothing was issued: what comes next? */
+static void next_phase(struct dmb_batch *batch)
+{
+	switch (batch->phase) {
+	case MIDDLE:
+		if (batch->segment < batch->count)
+			batch->middle_end = batch->before + batch->skip;
+		batch->phase = begin_bisect(batch) ? BISECT : EDGES;
+		break;
+	case BISECT:
+		if (narrow(batch))
+			batch->phase = EDGES;
+		break;
+	case EDGES:
+		end_edges(batch);
+		batch->phase = DONE;
+		return;
+	case DONE:
+		return;
+	}
+	if (batch->phase == EDGES && !begin_edges(batch))
+		batch->phase = DONE;
+}
+
+static void fill(struct dmb_batch *batch)
+{
+	if (batch->phase != BISECT)
+		fill_pass(batch);
+	else if (!batch->in_flight)
+		fill_bisect(batch);
+}
+
+int dmb_batch_run(struct dmb_batch *batch, int timeout_ms)
+{
+	int64_t deadline = now_ms() + timeout_ms, left = timeout_ms;
+
+	for (; batch->phase != DONE; left = deadline - now_ms()) {
+		int rc;
+
+		fill(batch);
+		if (!batch->in_flight) {
+			next_phase(batch);
+			continue;
+		}
+		rc = batch->ring->ops->wait(batch->ring, left > 0 ? (int)left : 0);
+		if (rc)
+			return rc;
+		if (!reap(batch->ring) || left <= 0)
+			return 1; /* a signal, or the time is up */
+	}
+	return 0;
+}
+
+void dmb_batch_drain(struct dmb_batch *batch)
+{
+	const struct dmb_backend_ops *ops = batch->ring->ops;
+	int64_t warn_at = now_ms() + DRAIN_WARNING_MS;
+
+	batch->stopping = true;
+	for (uint32_t i = 0; batch->in_flight && i < batch->job->depth; i++)
+		if (batch->ios[i].busy)
+			ops->cancel(batch->ring, &batch->ios[i]);
+	while (batch->in_flight) {
+		if (ops->wait(batch->ring, 1000))
+			nap(DRAIN_PAUSE_NS);
+		reap(batch->ring);
+		if (batch->in_flight && now_ms() >= warn_at) {
+			fprintf(stderr,
+				"dmabuf: interrupted, and waiting for the device: it still owns "
+				"the "
+				"memory of %u requests\n",
+				batch->in_flight);
+			warn_at = INT64_MAX;
+		}
+	}
+	while (batch->phase != DONE)
+		next_phase(batch);
+}
+
+void dmb_batch_get_result(const struct dmb_batch *batch, struct dmb_result *ret)
+{
+	uint64_t nbytes = dmb_min(batch->total, batch->stop);
+
+	nbytes = dmb_min(nbytes, batch->middle_end);
+	nbytes = dmb_min(nbytes, batch->first_edge);
+	*ret = batch->result;
+	ret->nbytes = batch->phase == DONE ? nbytes : 0;
+	ret->error = batch->error;
+	if (batch->error) {
+		ret->failed_straight = batch->failed.straight;
+		ret->error_offset = batch->segments[3 * batch->failed.segment] + batch->failed.skip;
+	}
+}
+
+void dmb_batch_destroy(struct dmb_batch *batch)
+{
+	if (!batch)
+		return;
+	dmb_batch_drain(batch);
+	leave_stage(batch);
+	free(batch->ios);
+	free(batch);
+}

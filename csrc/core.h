@@ -1,0 +1,164 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The C core's whole API. cffi reads the same declarations (csrc/build_ffi.py strips the
+ * preprocessor lines), so this file keeps to what both compilers understand.
+ *
+ * Every function that can fail returns 0 or a count, or -errno; an out-parameter comes last and is
+ * called ret. Nothing here is global and nothing locks: a ring and its batches belong to one thread
+ * at a time, which the caller sees to. Only dmb_ring_register_buffer and dmb_ring_register_file may
+ * be called beside a running batch, from any thread, on a ring made without DMB_RING_SINGLE_ISSUER.
+ */
+#ifndef DMABUF_CORE_H
+#define DMABUF_CORE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+struct dmb_ring;  /* an io_uring ring, or a thread backend that takes the same requests */
+struct dmb_batch; /* an array of segments on its way through a ring */
+
+enum dmb_backend {
+	DMB_BACKEND_URING = 0,
+	DMB_BACKEND_THREADS =
+		1, /* `depth` worker threads; 0 of them: each request at once, in place */
+};
+
+enum dmb_ring_flags {
+	DMB_RING_SINGLE_ISSUER = 1, /* with DEFER_TASKRUN: one thread owns the ring */
+};
+
+/* The file tables of a ring: how many buffers and files may be registered at once. */
+#define DMB_BUFFER_SLOTS 4096
+#define DMB_FILE_SLOTS	 512
+
+/* What a ring turned out to have. */
+struct dmb_ring_info {
+	int32_t backend;
+	uint32_t depth;
+	uint32_t setup_flags; /* IORING_SETUP_* that the kernel took */
+	uint32_t features;    /* IORING_FEAT_* */
+	int32_t buffer_table; /* 0, or -errno: why buffers cannot be registered */
+	int32_t file_table;   /* 0, or -errno: why files cannot be registered */
+};
+
+int dmb_ring_create(int backend, unsigned depth, unsigned flags, struct dmb_ring **ret);
+void dmb_ring_destroy(struct dmb_ring *ring);
+void dmb_ring_get_info(const struct dmb_ring *ring, struct dmb_ring_info *ret);
+/* Pin [address, address + size) into a slot; size 0 clears the slot. */
+int dmb_ring_register_buffer(struct dmb_ring *ring, unsigned slot, uint64_t address, uint64_t size);
+/* Put a file into a slot; fd -1 clears the slot. */
+int dmb_ring_register_file(struct dmb_ring *ring, unsigned slot, int fd);
+
+enum dmb_direction {
+	DMB_READ = 0,  /* file to buffer */
+	DMB_WRITE = 1, /* buffer to file */
+};
+
+enum dmb_route {
+	DMB_DIRECT = 1,	  /* O_DIRECT into the buffer's own pages */
+	DMB_STAGED = 2,	  /* O_DIRECT into staging blocks, the CPU from there */
+	DMB_BUFFERED = 3, /* the page cache, straight into the mapping */
+};
+
+struct dmb_job {
+	/* the file */
+	int32_t fd;	   /* O_DIRECT for DMB_DIRECT and DMB_STAGED, without for DMB_BUFFERED */
+	int32_t file_slot; /* the registered slot of fd, or -1 */
+	int32_t edge_fd;   /* without O_DIRECT: the edges of a write; -1 where there are none */
+	uint32_t offset_align; /* of file offsets and lengths, a power of two */
+	uint32_t memory_align; /* of memory addresses, a power of two */
+	uint32_t page;	       /* the page size: what the edges of a write are cut at */
+	uint64_t file_size;    /* in bytes: a read never goes straight into the buffer past its last
+				  whole block */
+	/* the buffer */
+	uint64_t base;	      /* address of its first byte */
+	uint64_t size;	      /* in bytes */
+	const int32_t *slots; /* registered slot, or -1, of each slot_size bytes; NULL for none */
+	uint64_t slot_size;
+	/* how */
+	int32_t direction;
+	int32_t route;
+	uint32_t depth; /* requests in flight at most */
+	uint32_t block; /* bytes a request at most, a multiple of both alignments */
+};
+
+struct dmb_result {
+	uint64_t nbytes;   /* bytes moved without a gap, counted from the first segment's start */
+	uint64_t copied;   /* bytes the CPU touched */
+	uint64_t straight; /* bytes moved by the device between file and buffer */
+	uint64_t requests; /* completed requests */
+	uint64_t reissues; /* requests issued again after EAGAIN or EINTR */
+	int32_t error;	   /* 0, or the errno of the first request that failed */
+	int32_t failed_straight; /* 1 where that request was one of `straight` */
+	uint64_t error_offset;	 /* file offset of the first byte that could not be moved */
+	int64_t short_segment; /* index of the first segment that met the end of the file, or -1 */
+};
+
+/*
+ * Segments are triples (file offset, buffer offset, size), in bytes. Returns 0; or -ERANGE where
+ * one leaves the file range 0..2^63-1 or the buffer's `size`, or -EEXIST where two of a write
+ * overlap in the file, with the offending index in *ret.
+ */
+int dmb_segments_check(const uint64_t *segments, size_t count, uint64_t size, int direction,
+		       size_t *ret);
+
+/* What checked segments reach from and to; all 0 where none has a size. */
+struct dmb_bounds {
+	uint64_t nbytes;
+	uint64_t file_start, file_end;
+	uint64_t buffer_start, buffer_end;
+};
+void dmb_segments_bounds(const uint64_t *segments, size_t count, struct dmb_bounds *ret);
+
+/*
+ * How many of the segments have nothing for the job's route: on DMB_DIRECT no byte that could go
+ * straight between file and buffer, on DMB_STAGED no whole page that a write could send.
+ */
+size_t dmb_segments_without_middle(const struct dmb_job *job, const uint64_t *segments,
+				   size_t count);
+
+/* The job, its slots and the segments are read until the batch is destroyed. */
+int dmb_batch_create(struct dmb_ring *ring, const struct dmb_job *job, const uint64_t *segments,
+		     size_t count, struct dmb_batch **ret);
+/* Work for at most timeout_ms. 1: there is more to do; 0: done, see the result; or -errno. */
+int dmb_batch_run(struct dmb_batch *batch, int timeout_ms);
+/* Submit nothing more, cancel what can be cancelled, return when nothing is in flight. */
+void dmb_batch_drain(struct dmb_batch *batch);
+void dmb_batch_get_result(const struct dmb_batch *batch, struct dmb_result *ret);
+void dmb_batch_destroy(struct dmb_batch *batch); /* drains */
+
+/* One pread(2) or pwrite(2): the way a lone small request is made. Returns a count or -errno. */
+int64_t dmb_lone(int direction, int fd, uint64_t address, uint64_t size, uint64_t offset);
+
+/*
+ * The seam for tests: `filter` sees every completion before the batch does, and what it returns
+ * takes the result's place. It is called with the ring's user, never from a worker thread.
+ */
+struct dmb_completion {
+	int32_t direction;
+	int32_t straight; /* between file and buffer, without a staging block */
+	uint64_t offset;  /* in the file */
+	uint32_t size;
+	int32_t result;
+};
+typedef int32_t (*dmb_filter)(void *arg, const struct dmb_completion *completion);
+void dmb_ring_set_filter(struct dmb_ring *ring, dmb_filter filter, void *arg);
+
+/* System calls that Python has no names for. */
+
+/* The O_DIRECT alignments statx(2) tells of a file; 0 and 0 where it tells none. */
+int dmb_statx_dio(int fd, uint32_t *memory_align, uint32_t *offset_align);
+/* statfs(2)'s f_type, or -errno. */
+int64_t dmb_statfs_type(int fd);
+/* How many pages of a range are in the page cache: cachestat(2), Linux 6.5. */
+int dmb_cachestat(int fd, uint64_t offset, uint64_t size, uint64_t *ret);
+/* fallocate(2), which unlike posix_fallocate(3) never writes zeros itself. */
+int dmb_fallocate(int fd, uint64_t offset, uint64_t size);
+/* madvise(MADV_POPULATE_WRITE), Linux 5.14: page tables filled at once. */
+int dmb_populate(uint64_t address, uint64_t size);
+/* mbind(2) with MPOL_BIND to one node. */
+int dmb_bind_node(uint64_t address, uint64_t size, unsigned node);
+/* seccomp-free test of what io_uring_setup(2) answers: 0 or -errno. */
+int dmb_uring_probe(void);
+
+#endif

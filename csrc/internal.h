@@ -1,0 +1,121 @@
+/* SPDX-License-Identifier: MIT */
+/* What ring.c, threads.c, batch.c and stage.c share. */
+#ifndef DMABUF_INTERNAL_H
+#define DMABUF_INTERNAL_H
+
+#include <liburing.h>
+#include <stdbool.h>
+#include <sys/types.h>
+
+#include "core.h"
+
+/* One request: what is asked of the kernel, and which bytes of which segment it is for. */
+struct dmb_io {
+	struct dmb_io *next;
+	struct dmb_batch *batch;
+
+	/* the bytes wanted */
+	size_t segment;
+	uint64_t skip;	   /* bytes of the segment before them */
+	uint64_t position; /* bytes of all segments before them */
+	uint64_t left;	   /* bytes to move, of which this request moves `want` */
+	uint64_t want;
+
+	/* the request */
+	int32_t direction;
+	bool straight;
+	int fd;
+	int file_slot;
+	int buffer_slot;
+	uint8_t *address;
+	uint32_t length;
+	uint64_t offset;
+	uint8_t *block; /* the staging block, or NULL */
+	uint32_t lead;	/* bytes at the block's start that nobody wants */
+
+	bool busy; /* taken by a batch: perhaps in flight */
+	uint32_t reissues;
+	int32_t result;
+};
+
+struct dmb_backend_ops {
+	void (*destroy)(struct dmb_ring *ring);
+	/* Take a request; it may start at once or at the next wait. 0 or -errno. */
+	int (*issue)(struct dmb_ring *ring, struct dmb_io *io);
+	/* Start what was taken; return when something completed, the time is up, or a signal came.
+	 */
+	int (*wait)(struct dmb_ring *ring, int timeout_ms);
+	/* The next completed request with its result, or NULL. */
+	struct dmb_io *(*reap)(struct dmb_ring *ring);
+	/* Ask that a request not run; it completes all the same, perhaps with ECANCELED. */
+	void (*cancel)(struct dmb_ring *ring, struct dmb_io *io);
+};
+
+/* Page-aligned blocks for bytes that cannot go straight. */
+struct dmb_stage {
+	uint8_t *memory;
+	size_t size;
+	size_t block;
+	uint32_t count;
+	uint32_t free_count;
+	uint32_t *free;
+};
+
+struct dmb_ring {
+	const struct dmb_backend_ops *ops;
+	struct dmb_ring_info info;
+	struct io_uring uring;
+	struct dmb_threads *threads;
+	struct dmb_stage stage; /* what the last batch left for the next */
+	dmb_filter filter;
+	void *filter_arg;
+};
+
+int dmb_threads_init(struct dmb_ring *ring);
+
+/*
+ * `count` blocks of `block` bytes, in the memory that is there where it is enough. All blocks must
+ * be free; after an error there is none.
+ */
+int dmb_stage_reserve(struct dmb_stage *stage, uint32_t count, size_t block);
+void dmb_stage_release(struct dmb_stage *stage);
+uint8_t *dmb_stage_take(struct dmb_stage *stage);
+void dmb_stage_give(struct dmb_stage *stage, uint8_t *block);
+
+/*
+ * Cut the next request out of io's `left` bytes at (segment, skip). Leaves io->address NULL where
+ * the bytes have to go through a staging block.
+ */
+void dmb_shape(const struct dmb_job *job, const uint64_t *segments, struct dmb_io *io, bool edge);
+
+/* The part of a segment that goes in the first pass: [*start, *end), in bytes of the segment. */
+void dmb_middle(const struct dmb_job *job, const uint64_t *segment, uint64_t *start, uint64_t *end);
+
+/* The buffer's address of a byte of a segment. */
+static inline uint8_t *dmb_address(const struct dmb_job *job, const uint64_t *segment,
+				   uint64_t skip)
+{
+	return (uint8_t *)(uintptr_t)(job->base + segment[1] + skip);
+}
+
+static inline uint64_t dmb_min(uint64_t a, uint64_t b)
+{
+	return a < b ? a : b;
+}
+
+static inline uint64_t dmb_max(uint64_t a, uint64_t b)
+{
+	return a > b ? a : b;
+}
+
+static inline uint64_t dmb_align_down(uint64_t value, uint64_t align)
+{
+	return value & ~(align - 1);
+}
+
+static inline uint64_t dmb_align_up(uint64_t value, uint64_t align)
+{
+	return dmb_align_down(value + align - 1, align);
+}
+
+#endif

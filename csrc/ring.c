@@ -1,0 +1,219 @@
+/* SPDX-License-Identifier: MIT */
+/* One io_uring ring: set up, register, issue, reap, tear down. */
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/uio.h>
+#include <time.h>
+
+#include "internal.h"
+
+static void uring_destroy(struct dmb_ring *ring)
+{
+	io_uring_queue_exit(&ring->uring);
+}
+
+/* A queue that is full is submitted; while the kernel is short of memory it may stay full. */
+static struct io_uring_sqe *next_sqe(struct dmb_ring *ring)
+{
+	const struct timespec pause = {.tv_nsec = 1000000};
+	struct io_uring_sqe *sqe = io_uring_get_sqe(&ring->uring);
+
+	for (int tries = 0; !sqe && tries < 50; tries++) {
+		if (tries)
+			nanosleep(&pause, NULL);
+		io_uring_submit(&ring->uring);
+		sqe = io_uring_get_sqe(&ring->uring);
+	}
+	return sqe;
+}
+
+static int uring_issue(struct dmb_ring *ring, struct dmb_io *io)
+{
+	struct io_uring_sqe *sqe = next_sqe(ring);
+	int fd = io->file_slot >= 0 ? io->file_slot : io->fd;
+
+	if (!sqe)
+		return -EBUSY;
+	if (io->buffer_slot < 0) {
+		if (io->direction == DMB_READ)
+			io_uring_prep_read(sqe, fd, io->address, io->length, io->offset);
+		else
+			io_uring_prep_write(sqe, fd, io->address, io->length, io->offset);
+	} else {
+		if (io->direction == DMB_READ)
+			io_uring_prep_read_fixed(sqe, fd, io->address, io->length, io->offset,
+						 io->buffer_slot);
+		else
+			io_uring_prep_write_fixed(sqe, fd, io->address, io->length, io->offset,
+						  io->buffer_slot);
+	}
+	if (io->file_slot >= 0)
+		sqe->flags |= IOSQE_FIXED_FILE;
+	io_uring_sqe_set_data(sqe, io);
+	return 0;
+}
+
+static int uring_wait(struct dmb_ring *ring, int timeout_ms)
+{
+	struct __kernel_timespec time = {
+		.tv_sec = timeout_ms / 1000,
+		.tv_nsec = (long long)(timeout_ms % 1000) * 1000000,
+	};
+	struct io_uring_cqe *cqe;
+	int rc = io_uring_submit_and_wait_timeout(&ring->uring, &cqe, 1, &time, NULL);
+
+	if (rc == -EAGAIN ||
+	    rc == -EBUSY) /* no memory to submit more: wait for what is in flight */
+		rc = io_uring_wait_cqe_timeout(&ring->uring, &cqe, &time);
+	return rc == -ETIME || rc == -EINTR || rc >= 0 ? 0 : rc;
+}
+
+static struct dmb_io *uring_reap(struct dmb_ring *ring)
+{
+	struct io_uring_cqe *cqe;
+
+	while (io_uring_peek_cqe(&ring->uring, &cqe) == 0) {
+		struct dmb_io *io = io_uring_cqe_get_data(cqe);
+
+		if (io)
+			io->result = cqe->res;
+		io_uring_cqe_seen(&ring->uring, cqe);
+		if (io) /* NULL: the answer to a cancel */
+			return io;
+	}
+	return NULL;
+}
+
+static void uring_cancel(struct dmb_ring *ring, struct dmb_io *io)
+{
+	struct io_uring_sqe *sqe = next_sqe(ring);
+
+	if (!sqe)
+		return;
+	io_uring_prep_cancel64(sqe, (uint64_t)(uintptr_t)io, 0);
+	io_uring_sqe_set_data(sqe, NULL);
+}
+
+static const struct dmb_backend_ops uring_ops = {
+	.destroy = uring_destroy,
+	.issue = uring_issue,
+	.wait = uring_wait,
+	.reap = uring_reap,
+	.cancel = uring_cancel,
+};
+
+/* The best set of flags the kernel takes: older ones know fewer. */
+static int uring_setup(struct io_uring *uring, unsigned entries, unsigned flags)
+{
+	const unsigned shared[] = {IORING_SETUP_COOP_TASKRUN, 0};
+	const unsigned owned[] = {IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN,
+				  IORING_SETUP_COOP_TASKRUN, 0};
+	const unsigned *tries = flags & DMB_RING_SINGLE_ISSUER ? owned : shared;
+	int rc;
+
+	for (;; tries++) {
+		struct io_uring_params params = {
+			.flags = *tries | IORING_SETUP_CLAMP,
+		};
+
+		rc = io_uring_queue_init_params(entries, uring, &params);
+		if (rc != -EINVAL || !*tries)
+			return rc;
+	}
+}
+
+static int uring_init(struct dmb_ring *ring, unsigned depth, unsigned flags)
+{
+	int rc = uring_setup(&ring->uring, depth, flags);
+
+	if (rc)
+		return rc;
+	ring->ops = &uring_ops;
+	ring->info.setup_flags = ring->uring.flags;
+	ring->info.features = ring->uring.features;
+	if (!(ring->uring.features & IORING_FEAT_EXT_ARG)) {
+		io_uring_queue_exit(&ring->uring);
+		return -ENOSYS; /* waiting with a timeout would need one request more a wait */
+	}
+	ring->info.buffer_table = io_uring_register_buffers_sparse(&ring->uring, DMB_BUFFER_SLOTS);
+	ring->info.file_table = io_uring_register_files_sparse(&ring->uring, DMB_FILE_SLOTS);
+	return 0;
+}
+
+int dmb_ring_create(int backend, unsigned depth, unsigned flags, struct dmb_ring **ret)
+{
+	struct dmb_ring *ring = calloc(1, sizeof(*ring));
+	int rc;
+
+	if (!ring)
+		return -ENOMEM;
+	ring->info.backend = backend;
+	ring->info.depth = depth;
+	if (backend == DMB_BACKEND_THREADS) {
+		ring->info.buffer_table = ring->info.file_table = -EOPNOTSUPP;
+		rc = dmb_threads_init(ring);
+	} else {
+		rc = uring_init(ring, depth, flags);
+	}
+	if (rc) {
+		free(ring);
+		return rc;
+	}
+	*ret = ring;
+	return 0;
+}
+
+void dmb_ring_destroy(struct dmb_ring *ring)
+{
+	if (!ring)
+		return;
+	ring->ops->destroy(ring);
+	dmb_stage_release(&ring->stage);
+	free(ring);
+}
+
+void dmb_ring_get_info(const struct dmb_ring *ring, struct dmb_ring_info *ret)
+{
+	*ret = ring->info;
+}
+
+int dmb_ring_register_buffer(struct dmb_ring *ring, unsigned slot, uint64_t address, uint64_t size)
+{
+	struct iovec iov = {.iov_base = size ? (void *)(uintptr_t)address : NULL, .iov_len = size};
+	__u64 tag = 0;
+	int rc;
+
+	if (ring->info.buffer_table)
+		return ring->info.buffer_table;
+	rc = io_uring_register_buffers_update_tag(&ring->uring, slot, &iov, &tag, 1);
+	return rc < 0 ? rc : 0;
+}
+
+int dmb_ring_register_file(struct dmb_ring *ring, unsigned slot, int fd)
+{
+	int rc;
+
+	if (ring->info.file_table)
+		return ring->info.file_table;
+	rc = io_uring_register_files_update(&ring->uring, slot, &fd, 1);
+	return rc < 0 ? rc : 0;
+}
+
+void dmb_ring_set_filter(struct dmb_ring *ring, dmb_filter filter, void *arg)
+{
+	ring->filter = filter;
+	ring->filter_arg = arg;
+}
+
+int dmb_uring_probe(void)
+{
+	struct io_uring uring;
+	struct io_uring_params params = {0};
+	int rc = io_uring_queue_init_params(1, &uring, &params);
+
+	if (rc)
+		return rc;
+	io_uring_queue_exit(&uring);
+	return params.features & IORING_FEAT_EXT_ARG ? 0 : -ENOSYS;
+}

@@ -1,0 +1,68 @@
+/* SPDX-License-Identifier: MIT */
+/* System calls that Python has no names for. */
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/mempolicy.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/vfs.h>
+#include <unistd.h>
+
+#include "internal.h"
+#include "uapi.h"
+
+int dmb_statx_dio(int fd, uint32_t *memory_align, uint32_t *offset_align)
+{
+	struct dmb_statx stat;
+
+	memset(&stat, 0, sizeof(stat));
+	if (syscall(SYS_statx, fd, "", AT_EMPTY_PATH, DMB_STATX_DIOALIGN, &stat))
+		return -errno;
+	*memory_align = stat.mask & DMB_STATX_DIOALIGN ? stat.dio_mem_align : 0;
+	*offset_align = stat.mask & DMB_STATX_DIOALIGN ? stat.dio_offset_align : 0;
+	return 0;
+}
+
+int64_t dmb_statfs_type(int fd)
+{
+	struct statfs stat;
+
+	return fstatfs(fd, &stat) ? -errno : (int64_t)stat.f_type;
+}
+
+int dmb_cachestat(int fd, uint64_t offset, uint64_t size, uint64_t *ret)
+{
+	struct dmb_cachestat_range range = {.offset = offset, .size = size};
+	struct dmb_cachestat stat;
+
+	if (syscall(DMB_SYS_CACHESTAT, fd, &range, &stat, 0))
+		return -errno;
+	*ret = stat.cached;
+	return 0;
+}
+
+int dmb_fallocate(int fd, uint64_t offset, uint64_t size)
+{
+	return fallocate(fd, 0, (off_t)offset, (off_t)size) ? -errno : 0;
+}
+
+int dmb_populate(uint64_t address, uint64_t size)
+{
+	return madvise((void *)(uintptr_t)address, size, DMB_MADV_POPULATE_WRITE) ? -errno : 0;
+}
+
+int dmb_bind_node(uint64_t address, uint64_t size, unsigned node)
+{
+	unsigned long mask[16] = {0};
+	const unsigned bits = 8 * sizeof(mask[0]);
+
+	if (node >= bits * sizeof(mask) / sizeof(mask[0]))
+		return -EINVAL;
+	mask[node / bits] = 1UL << node % bits;
+	return syscall(SYS_mbind, (void *)(uintptr_t)address, size, MPOL_BIND, mask,
+		       8 * sizeof(mask) + 1, 0)
+		       ? -errno
+		       : 0;
+}

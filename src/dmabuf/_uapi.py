@@ -1,0 +1,89 @@
+"""Kernel constants that Python has no names for, and the few ioctls made of them.
+
+Every ioctl of the package goes through :func:`ioctl`, the one seam where a test puts a fake.
+"""
+
+import fcntl
+import struct
+
+ioctl = fcntl.ioctl  # `fcntl.ioctl` is not retried on EINTR: the callers that may block do it
+
+
+def _ioc(direction: int, kind: str, number: int, size: int) -> int:
+    return direction << 30 | size << 16 | ord(kind) << 8 | number
+
+
+# <linux/dma-buf.h>
+DMA_BUF_NAME_LEN = 32  # with the terminating zero
+DMA_BUF_SYNC_READ = 1
+DMA_BUF_SYNC_WRITE = 2
+DMA_BUF_SYNC_START = 0
+DMA_BUF_SYNC_END = 4
+DMA_BUF_IOCTL_SYNC = _ioc(1, "b", 0, 8)  # struct dma_buf_sync { u64 flags; }
+DMA_BUF_SET_NAME_B = _ioc(1, "b", 1, 8)  # the string itself, at most DMA_BUF_NAME_LEN
+
+# <linux/udmabuf.h>
+UDMABUF_CREATE_STRUCT = struct.Struct("=IIQQ")  # memfd, flags, offset, size
+UDMABUF_FLAGS_CLOEXEC = 1
+UDMABUF_CREATE = _ioc(1, "u", 0x42, UDMABUF_CREATE_STRUCT.size)
+
+# <linux/dma-heap.h>
+DMA_HEAP_ALLOC_STRUCT = struct.Struct("=QIIQ")  # len, fd (returned), fd_flags, heap_flags
+DMA_HEAP_IOCTL_ALLOC = _ioc(3, "H", 0, DMA_HEAP_ALLOC_STRUCT.size)
+
+# <linux/memfd.h>
+MFD_CLOEXEC = 1
+MFD_ALLOW_SEALING = 2
+MFD_HUGETLB = 4
+MFD_NOEXEC_SEAL = 8  # Linux 6.3; EINVAL before
+MFD_HUGE_SHIFT = 26  # log2 of the huge page's size goes here
+
+# <linux/fcntl.h>
+F_ADD_SEALS = 1033
+F_GET_SEALS = 1034
+F_SEAL_SEAL = 1
+F_SEAL_SHRINK = 2
+F_SEAL_GROW = 4
+
+# <linux/fs.h>
+BLKGETSIZE64 = _ioc(2, chr(0x12), 114, 8)
+
+# <linux/magic.h>: filesystems whose files live in the page cache and nowhere else
+MEMORY_FILESYSTEMS = {
+    0x01021994: "tmpfs",
+    0x858458F6: "ramfs",
+    0x958458F6: "hugetlbfs",
+}
+
+_SYNC = struct.Struct("=Q")
+
+
+def sync(fd: int, flags: int) -> None:
+    """DMA_BUF_IOCTL_SYNC, again for as long as it is interrupted."""
+    argument = _SYNC.pack(flags)
+    while True:
+        try:
+            ioctl(fd, DMA_BUF_IOCTL_SYNC, argument)
+            return
+        except (InterruptedError, BlockingIOError):
+            continue
+
+
+def set_name(fd: int, name: bytes) -> None:
+    """Label a dma-buf; the label shows in fdinfo and in debugfs."""
+    ioctl(fd, DMA_BUF_SET_NAME_B, name + b"\0")
+
+
+def udmabuf_create(device: int, memfd: int, offset: int, size: int) -> int:
+    """A new dma-buf over ``[offset, offset + size)`` of a memfd: its close-on-exec descriptor."""
+    # A bytearray: given `bytes`, fcntl.ioctl returns those and not the descriptor.
+    item = bytearray(UDMABUF_CREATE_STRUCT.pack(memfd, UDMABUF_FLAGS_CLOEXEC, offset, size))
+    return int(ioctl(device, UDMABUF_CREATE, item))
+
+
+def heap_alloc(heap: int, size: int, fd_flags: int) -> int:
+    """A new dma-buf from an open dma-heap: its descriptor."""
+    # A bytearray: the descriptor comes back in it, and `bytes` would lose it.
+    data = bytearray(DMA_HEAP_ALLOC_STRUCT.pack(size, 0, fd_flags, 0))
+    ioctl(heap, DMA_HEAP_IOCTL_ALLOC, data)
+    return int(DMA_HEAP_ALLOC_STRUCT.unpack(data)[1])

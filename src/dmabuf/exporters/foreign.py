@@ -1,0 +1,135 @@
+"""Dma-bufs made elsewhere: a Buffer from anyone's descriptor."""
+
+import errno
+import fcntl
+import mmap
+import os
+import stat
+from pathlib import Path
+from typing import NamedTuple
+
+from dmabuf import _uapi
+from dmabuf.buffer import Buffer, Slab
+
+FDINFO = "/proc/self/fdinfo"
+
+
+class Identity(NamedTuple):
+    """What the kernel says of a dma-buf: its exporter's name and its label, if it has one."""
+
+    exporter: str
+    name: str | None
+
+
+def from_fd(fd: int, *, name: str | None = None) -> Buffer:
+    """See :func:`dmabuf.from_fd`."""
+    try:
+        own = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
+    except OSError as error:
+        raise OSError(error.errno, f"descriptor {fd}: {error.strerror}") from None
+    try:
+        identity = identify(own)
+        if identity is None:
+            raise OSError(errno.EINVAL, f"descriptor {fd} is no dma-buf but {_describe(own)}")
+        access = fcntl.fcntl(own, fcntl.F_GETFL) & os.O_ACCMODE
+        size = os.lseek(own, 0, os.SEEK_END)
+        if size <= 0:
+            raise OSError(errno.EINVAL, f"descriptor {fd} is a dma-buf of {size} bytes")
+        if name is not None:
+            _uapi.set_name(own, os.fsencode(name))
+        writable = access != os.O_RDONLY
+        memory, map_refusal = map_dmabuf(own, size, identity.exporter, writable=writable)
+        return Buffer(
+            [Slab(own, 0, size)],
+            memory,
+            exporter=identity.exporter,
+            reason=f"made from descriptor {fd}, a dma-buf of {identity.exporter}",
+            name=identity.name if name is None else name,
+            writable=writable,
+            pin_refusal=pin_refusal(identity.exporter),
+            map_refusal=map_refusal,
+        )
+    except BaseException:
+        os.close(own)
+        raise
+
+
+def identify(fd: int) -> Identity | None:
+    """What a descriptor is, None where it is no dma-buf.
+
+    From fdinfo, which names the exporter of a dma-buf and of nothing else (dma_buf_show_fdinfo in
+    drivers/dma-buf/dma-buf.c); where /proc is not there, from what the descriptor does.
+    """
+    try:
+        text = Path(FDINFO, str(fd)).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return Identity("unknown", None) if _behaves_like_dmabuf(fd) else None
+    fields: dict[str, str] = {}
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        fields.setdefault(key, value.strip())  # the first: the label, last, is anyone's text
+    if "exp_name" not in fields:
+        return None
+    return Identity(fields["exp_name"], fields.get("name"))
+
+
+def _behaves_like_dmabuf(fd: int) -> bool:
+    # The ioctl's number means something else to other drivers: never ask a device node.
+    mode = os.fstat(fd).st_mode
+    if stat.S_IFMT(mode) not in (0, stat.S_IFREG):
+        return False
+    try:
+        # START may wait for a fence; END alone does nothing that hurts.
+        _uapi.sync(fd, _uapi.DMA_BUF_SYNC_END | _uapi.DMA_BUF_SYNC_READ)
+    except OSError:
+        return False
+    return True
+
+
+def _describe(fd: int) -> str:
+    try:
+        target = os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:
+        return "something else"
+    if target.startswith("/memfd:"):
+        return (
+            f'a memfd ("{target}"): make a buffer with dmabuf.allocate() and copy, or make a '
+            "udmabuf of it and hand that in"
+        )
+    kind = stat.S_IFMT(os.fstat(fd).st_mode)
+    kinds = {
+        stat.S_IFREG: "a regular file",
+        stat.S_IFDIR: "a directory",
+        stat.S_IFBLK: "a block device",
+        stat.S_IFCHR: "a character device",
+        stat.S_IFIFO: "a pipe",
+        stat.S_IFSOCK: "a socket",
+    }
+    return f'{kinds.get(kind, "something else")} ("{target}"): dmabuf.open() is for files'
+
+
+def map_dmabuf(
+    fd: int, size: int, exporter: str, *, writable: bool
+) -> tuple[mmap.mmap | None, str | None]:
+    """The dma-buf's own mapping, or None and why the CPU cannot have one.
+
+    An exporter need not offer mmap, and device memory often has none to offer.
+    """
+    protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+    try:
+        return mmap.mmap(fd, size, mmap.MAP_SHARED, protection), None
+    except OSError as error:
+        if error.errno in (errno.ENOMEM, errno.EMFILE, errno.ENFILE):
+            raise
+        return None, (
+            f"the CPU cannot map this dma-buf of {exporter} ({error.strerror}): only devices can "
+            "read and write it"
+        )
+
+
+def pin_refusal(exporter: str) -> str:
+    """Why the mapping of a dma-buf cannot be handed to O_DIRECT, and what to do."""
+    return (
+        f"the mapping of a dma-buf from {exporter} has no pages to pin (O_DIRECT there is EFAULT): "
+        'allocate with exporter="udmabuf" for zero-copy'
+    )

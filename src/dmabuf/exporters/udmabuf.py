@@ -1,0 +1,131 @@
+"""The exporter ``udmabuf``: dma-bufs over the pages of a memfd (drivers/dma-buf/udmabuf.c).
+
+The memfd is mapped in one piece, and its pages can be pinned: that is what the ``direct`` route
+reads into, while devices see the same pages through the dma-buf.
+"""
+
+import errno
+import os
+from pathlib import Path
+
+from dmabuf import _uapi
+from dmabuf.buffer import Buffer, Slab
+from dmabuf.exporters import memfd
+from dmabuf.sizes import format_size
+
+DEVICE = "/dev/udmabuf"
+SIZE_LIMIT = "/sys/module/udmabuf/parameters/size_limit_mb"
+
+# Registering a dma-buf above this with io_uring fails on some kernels.
+_LARGEST_SLAB = 1 << 30
+
+_MISSING = "no such device (a kernel with CONFIG_UDMABUF has it; if as a module, modprobe udmabuf)"
+_FIXES = {
+    errno.ENOENT: _MISSING,
+    errno.ENXIO: _MISSING,
+    errno.ENODEV: _MISSING,
+    errno.EACCES: "permission denied (join the group that owns it, often kvm, or be root)",
+    errno.EPERM: "not permitted (the container or its device cgroup has to allow the device)",
+}
+
+
+def open_device() -> int:
+    """A descriptor of /dev/udmabuf; the OSError of a missing one says how to get it."""
+    try:
+        return os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise OSError(error.errno, _FIXES.get(error.errno or 0, error.strerror), DEVICE) from None
+
+
+def allocate(
+    size: int,
+    *,
+    name: str | None = None,
+    huge_pages: bool | str | int = False,
+    numa_node: int | None = None,
+    reason: str = 'exporter="udmabuf" was asked for',
+) -> Buffer:
+    """A Buffer of consecutive udmabufs over one memfd. See :func:`dmabuf.allocate`."""
+    device = open_device()
+    try:
+        fd, memory, page = memfd.make_memory(
+            size, name=name, huge_pages=huge_pages, numa_node=numa_node
+        )
+        try:
+            slabs, why = _make_slabs(device, fd, len(memory), page, name)
+        except BaseException:
+            memory.close()
+            raise
+        finally:
+            os.close(fd)  # the mapping keeps the memfd, as do the udmabufs
+    finally:
+        os.close(device)
+    return Buffer(
+        slabs, memory, exporter="udmabuf", reason="; ".join(filter(None, (reason, why))), name=name
+    )
+
+
+def _make_slabs(
+    device: int, fd: int, size: int, page: int, name: str | None
+) -> tuple[list[Slab], str]:
+    """The slabs over the whole memfd, and why there are several."""
+    limit = _size_limit()
+    most = min(limit or _LARGEST_SLAB, _LARGEST_SLAB)
+    most = max(most // page * page, page)
+    slabs: list[Slab] = []
+    halved = False
+    try:
+        while (offset := sum(slab.size for slab in slabs)) < size:
+            length = min(most, size - offset)
+            try:
+                slab_fd = _create(device, fd, offset, length)
+            except OSError as error:
+                # EINVAL is also how it refuses a size above a limit that cannot be read.
+                if error.errno != errno.EINVAL or length <= page:
+                    raise
+                most, halved = max(length // 2 // page * page, page), True
+                continue
+            slabs.append(Slab(slab_fd, offset, length))
+            if name is not None:
+                _uapi.set_name(slab_fd, os.fsencode(name))
+    except BaseException:
+        for slab in slabs:
+            os.close(slab.fd)
+        raise
+    return slabs, _why_several(len(slabs), most, halved or most < _LARGEST_SLAB)
+
+
+def _why_several(count: int, most: int, limited: bool) -> str:
+    if count == 1:
+        return ""
+    if not limited:
+        return (
+            f"{count} slabs, since one of more than {format_size(most)} cannot be used everywhere"
+        )
+    return (
+        f"{count} slabs, since this kernel caps a udmabuf at {format_size(most)} "
+        f"(as root: echo 1024 > {SIZE_LIMIT})"
+    )
+
+
+def _create(device: int, fd: int, offset: int, length: int) -> int:
+    try:
+        return _uapi.udmabuf_create(device, fd, offset, length)
+    except OSError as error:
+        fix = {
+            errno.EMFILE: "too many open descriptors (ulimit -n), one a slab; larger slabs: "
+            f"echo 1024 > {SIZE_LIMIT}",
+            errno.EINVAL: f"refused, as a size above {SIZE_LIMIT} is, or huge pages by a kernel "
+            "that cannot share them",
+        }.get(error.errno or 0, error.strerror)
+        what = f"making a udmabuf of {format_size(length)}: {fix}"
+        raise OSError(error.errno, what, DEVICE) from None
+
+
+def _size_limit() -> int | None:
+    """The module's limit in bytes, None where it is unreadable or there is none."""
+    try:
+        megabytes = int(Path(SIZE_LIMIT).read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None
+    return megabytes << 20 if megabytes > 0 else None

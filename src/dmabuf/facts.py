@@ -1,0 +1,141 @@
+"""What is so about this machine and about one file: found by doing, frozen, never printed."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import stat
+import struct
+from dataclasses import dataclass
+from typing import Literal
+
+from dmabuf import _uapi
+from dmabuf._ffi import ffi, lib
+
+Kind = Literal["file", "block device", "character device", "pipe", "socket"]
+
+PAGE = mmap.PAGESIZE
+STREAMS: dict[str, str] = {
+    "pipe": "a pipe",
+    "socket": "a socket",
+    "character device": "a character device",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Alignment:
+    """What O_DIRECT asks of a file's requests, in bytes, each a power of two."""
+
+    memory: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Direct:
+    """Whether a file takes O_DIRECT: a descriptor and its alignment, or the reason why not."""
+
+    fd: int
+    alignment: Alignment
+    refusal: str | None
+
+
+def kind_of(mode: int) -> Kind | None:
+    """The kind of a file by its `st_mode`; None for what nothing can be read from."""
+    if stat.S_ISREG(mode):
+        return "file"
+    if stat.S_ISBLK(mode):
+        return "block device"
+    if stat.S_ISCHR(mode):
+        return "character device"
+    if stat.S_ISFIFO(mode):
+        return "pipe"
+    return "socket" if stat.S_ISSOCK(mode) else None
+
+
+def size_of(fd: int, kind: Kind) -> int:
+    """Where a file or block device ends, in bytes."""
+    if kind == "file":
+        return os.fstat(fd).st_size
+    answer = bytearray(8)
+    _uapi.ioctl(fd, _uapi.BLKGETSIZE64, answer)
+    return int(struct.unpack("=Q", answer)[0])
+
+
+def _kept_in_memory(fd: int) -> str | None:
+    """The filesystem whose files are the page cache, where this is one."""
+    filesystem = lib.dmb_statfs_type(fd)
+    return _uapi.MEMORY_FILESYSTEMS.get(filesystem)
+
+
+def open_direct(fd: int, kind: Kind, writable: bool, readable: bool) -> Direct:
+    """Open the file behind `fd` again with O_DIRECT, if it can be.
+
+    The file is reopened through /proc, so `fd` keeps its flags. The alignment comes from
+    statx(2)'s STATX_DIOALIGN (Linux 6.1), and from trying where that is silent.
+    """
+    none = Alignment(1, 1)
+    memory = kind == "file" and _kept_in_memory(fd)
+    if memory:
+        text = f"{memory} keeps its files in the page cache: O_DIRECT is accepted and ignored there"
+        return Direct(-1, none, text)
+    access = os.O_RDWR if readable and writable else os.O_WRONLY if writable else os.O_RDONLY
+    try:
+        direct = os.open(f"/proc/self/fd/{fd}", access | os.O_DIRECT | os.O_CLOEXEC)
+    except OSError as error:
+        return Direct(-1, none, _why_not_direct(error))
+    alignment = _stated_alignment(direct)
+    if alignment is None:
+        alignment = _tried_alignment(direct, readable, size_of(direct, kind))
+    if alignment is None:
+        os.close(direct)
+        text = "the filesystem opened the file with O_DIRECT and refused every aligned read: EINVAL"
+        return Direct(-1, none, text)
+    return Direct(direct, alignment, None)
+
+
+def _why_not_direct(error: OSError) -> str:
+    if error.errno == errno.EINVAL:
+        return (
+            "the filesystem does not support O_DIRECT (open: EINVAL): keep the file on one that "
+            "does, such as ext4, xfs or a block device"
+        )
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return "/proc is not mounted, and the file is reopened through it for O_DIRECT: mount it"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return (
+            f"the file may not be opened again for O_DIRECT ({error.strerror}): it was handed over "
+            "as a descriptor, and this user has no permission on it"
+        )
+    return f"opening the file with O_DIRECT failed: {error.strerror}"
+
+
+def _stated_alignment(fd: int) -> Alignment | None:
+    answer = ffi.new("uint32_t[2]")
+    if lib.dmb_statx_dio(fd, answer, answer + 1) or not answer[0] or not answer[1]:
+        return None
+    return Alignment(answer[0], answer[1])
+
+
+def _tried_alignment(fd: int, readable: bool, size: int) -> Alignment | None:
+    """The smallest alignment that a read takes; a page where the file cannot be tried."""
+    if not readable or size == 0:
+        return Alignment(PAGE, PAGE)
+    with mmap.mmap(-1, 2 * PAGE) as memory, memoryview(memory) as view:
+        for align in (512, 1024, 2048, PAGE):
+            try:
+                os.preadv(fd, [view[align : 2 * align]], align)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    return Alignment(PAGE, PAGE)
+            else:
+                return Alignment(align, align)
+    return None
+
+
+def cached_pages(fd: int, offset: int, size: int) -> int | None:
+    """How many pages of a range are in the page cache; None before Linux 6.5's cachestat(2)."""
+    answer = ffi.new("uint64_t *")
+    if size == 0 or lib.dmb_cachestat(fd, offset, size, answer):
+        return None
+    return int(answer[0])

@@ -1,0 +1,115 @@
+"""The ranges of a file and a buffer that a transfer covers, checked before anything is touched."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from dmabuf._ffi import failure, ffi, lib
+from dmabuf.buffer import Buffer
+from dmabuf.route import Direction
+from dmabuf.sizes import OFFSET_MAX
+
+_WANTED = (
+    "segments: a buffer of native unsigned 8-byte integers, flat or of shape (n, 3), such as "
+    "array('Q') or a NumPy uint64 array"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Segments, and what they reach from and to; all in bytes."""
+
+    segments: Any
+    """uint64_t[], three for each segment: file offset, buffer offset, size."""
+    count: int
+    nbytes: int
+    file_start: int
+    file_end: int
+    buffer_start: int
+    buffer_end: int
+
+    @property
+    def file_size(self) -> int:
+        """From the first byte of the file to the last."""
+        return self.file_end - self.file_start
+
+    @property
+    def buffer_size(self) -> int:
+        """From the first byte of the buffer to the last."""
+        return self.buffer_end - self.buffer_start
+
+
+def single(buffer: Buffer, file_offset: int, buffer_offset: int, size: int) -> Span:
+    """One range.
+
+    Raises:
+        ValueError: it leaves the buffer or the largest file offset.
+    """
+    buffer._check_range(buffer_offset, size)
+    if file_offset > OFFSET_MAX - size:
+        raise ValueError(
+            f"file_offset={file_offset} + size={size} is past the largest file offset, 2^63-1"
+        )
+    segments = ffi.new("uint64_t[3]", (file_offset, buffer_offset, size))
+    return Span(
+        segments, 1, size, file_offset, file_offset + size, buffer_offset, buffer_offset + size
+    )
+
+
+@contextmanager
+def many(buffer: Buffer, segments: Any, direction: Direction) -> Iterator[Span]:
+    """An array of ranges, which is held, so that it cannot be resized, until the block ends.
+
+    Raises:
+        TypeError, ValueError: it is no array of triples, or one of them is wrong; says which.
+    """
+    view = _as_triples(segments)
+    count = view.nbytes // 24
+    with view, ffi.from_buffer("uint64_t[]", view) as array:
+        bad = ffi.new("size_t *")
+        rc = lib.dmb_segments_check(array, count, buffer.size, direction == "write", bad)
+        if rc:
+            raise _refusal(-rc, bad[0], array, buffer)
+        bounds = ffi.new("struct dmb_bounds *")
+        lib.dmb_segments_bounds(array, count, bounds)
+        yield Span(
+            array,
+            count,
+            bounds.nbytes,
+            bounds.file_start,
+            bounds.file_end,
+            bounds.buffer_start,
+            bounds.buffer_end,
+        )
+
+
+def _as_triples(segments: Any) -> memoryview:
+    try:
+        view = memoryview(segments)
+    except TypeError:
+        raise TypeError(f"{_WANTED}, not {type(segments).__name__}") from None
+    if view.format.lstrip("@=") not in ("Q", "L") or view.itemsize != 8:
+        raise TypeError(f"{_WANTED}, not one of format {view.format!r}")
+    if not view.c_contiguous:
+        raise TypeError(f"{_WANTED}, contiguous in memory")
+    shape = view.shape or ()
+    flat = len(shape) == 1 and shape[0] % 3 == 0
+    if not flat and not (len(shape) == 2 and shape[1] == 3):
+        raise ValueError(f"{_WANTED}, not of shape {shape}")
+    return view
+
+
+def _refusal(error: int, index: int, array: Any, buffer: Buffer) -> Exception:
+    offset, start, size = array[3 * index : 3 * index + 3]
+    which = f"segment {index} (file offset {offset}, buffer offset {start}, size {size})"
+    if error == errno.ERANGE:
+        return ValueError(
+            f"{which} leaves the buffer of {buffer.size} bytes or the largest file offset, 2^63-1"
+        )
+    if error == errno.EEXIST:
+        return ValueError(f"{which} overlaps another in the file: the outcome would be chance")
+    return failure(error, "checking the segments")

@@ -1,0 +1,194 @@
+"""Target: an open file, device or stream as transfers see it, and what they have learnt of it.
+
+The file is held open twice where it can be: once as it was asked for, and once with O_DIRECT,
+which is how bytes travel without the page cache.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import stat
+from dataclasses import replace
+
+from dmabuf import facts
+from dmabuf.engine import Engine, default_engine
+from dmabuf.errors import ClosedError, os_error
+
+log = logging.getLogger("dmabuf")
+
+FLAGS: dict[str, int] = {
+    "r": os.O_RDONLY,
+    "w": os.O_WRONLY | os.O_CREAT,
+    "r+": os.O_RDWR,
+    "x": os.O_WRONLY | os.O_CREAT | os.O_EXCL,
+}
+
+
+class Target:
+    """An open file. Its facts may be learnt from any thread: each is replaced whole."""
+
+    def __init__(
+        self, path: str | bytes | os.PathLike[str] | int, mode: str, force: bool, engine: Engine
+    ) -> None:
+        self.fd = -1
+        if mode not in FLAGS:
+            raise ValueError(f"mode={mode!r}: one of 'r', 'w', 'r+', 'x'")
+        self.path = f"descriptor {path}" if isinstance(path, int) else os.fsdecode(path)
+        self.readable = mode in ("r", "r+")
+        self.writable = mode != "r"
+        self.engine = engine
+        self.pid = os.getpid()
+        self._direct: facts.Direct | None = None
+        self._cache_watched = False
+        if isinstance(path, int):
+            self.fd = _duplicate(path, mode)
+        else:
+            self.fd = os.open(self.path, FLAGS[mode] | os.O_CLOEXEC | os.O_NOCTTY, 0o666)
+        try:
+            self.kind = self._identify()
+            self._check_flags()
+            self._check_claim(force)
+            if mode == "w" and self.kind == "file" and not isinstance(path, int):
+                os.ftruncate(self.fd, 0)
+        except BaseException:
+            os.close(self.fd)
+            self.fd = -1
+            raise
+
+    def _identify(self) -> facts.Kind:
+        mode = os.fstat(self.fd).st_mode
+        if stat.S_ISDIR(mode):
+            text = "a directory has no bytes to move: name a file"
+            raise os_error(errno.EISDIR, text, self.path)
+        kind = facts.kind_of(mode)
+        if kind is None:
+            raise os_error(errno.EINVAL, "neither a file, device, pipe nor socket", self.path)
+        return kind
+
+    def _check_flags(self) -> None:
+        flags = fcntl.fcntl(self.fd, fcntl.F_GETFL)
+        if flags & os.O_PATH:
+            text = "the descriptor was opened with O_PATH, which moves no bytes: open it without"
+            raise os_error(errno.EBADF, text, self.path)
+        if self.writable and flags & os.O_APPEND and self.stream is None:
+            text = "the descriptor was opened with O_APPEND, which ignores offsets: open it without"
+            raise os_error(errno.EINVAL, text, self.path)
+
+    def _check_claim(self, force: bool) -> None:
+        """Refuse to write to a block device that is mounted: O_EXCL answers EBUSY there."""
+        if self.kind != "block device" or not self.writable or force:
+            return
+        try:
+            os.close(os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                return
+            text = (
+                "the block device is mounted, or claimed by swap, LVM or another program: writing "
+                "to it would destroy what is there; unmount it, or pass force=True"
+            )
+            raise os_error(errno.EBUSY, text, self.path) from None
+
+    @property
+    def stream(self) -> str | None:
+        """What it is where it can only be read or written in order, such as "a pipe"."""
+        return facts.STREAMS.get(self.kind)
+
+    def size(self) -> int:
+        """Where the file or block device ends now, in bytes; not for streams."""
+        return facts.size_of(self.fd, self.kind)
+
+    def check_open(self) -> None:
+        """Raise ClosedError once it is closed, and in a fork's child."""
+        if self.fd < 0:
+            raise ClosedError(f"the file is closed: {self.path}")
+        if self.pid != os.getpid():
+            raise ClosedError(
+                f"{self.path} was opened by process {self.pid}, which forked: open it again here"
+            )
+
+    def close(self) -> None:
+        """Close both descriptors; what the engine has registered of them goes too."""
+        fd, self.fd = self.fd, -1
+        direct, self._direct = self._direct, None
+        for one in (fd, direct.fd if direct else -1):
+            if one < 0:
+                continue
+            if self.pid == os.getpid():
+                self.engine.forget_file(one)
+            os.close(one)
+
+    # -- O_DIRECT, and what transfers have found out about it
+
+    def direct(self) -> facts.Direct:
+        """The descriptor with O_DIRECT and its alignment, or why there is none."""
+        if self._direct is None:
+            self._direct = facts.open_direct(
+                self.fd, self.kind, writable=self.writable, readable=self.readable
+            )
+        return self._direct
+
+    def rule_out_direct(self, refusal: str) -> None:
+        """O_DIRECT was tried and is not to be had, for the sentence's reason."""
+        log.info("%s: %s", self.path, refusal)
+        self._direct = replace(self.direct(), refusal=refusal)
+
+    def learn_from(self, error: int) -> bool:
+        """Whether the errno of a first O_DIRECT request taught something worth another try."""
+        if error not in (errno.EINVAL, errno.EOPNOTSUPP):
+            return False
+        direct = self.direct()
+        if min(direct.alignment.offset, direct.alignment.memory) < facts.PAGE:
+            coarse = facts.Alignment(
+                max(direct.alignment.memory, facts.PAGE), max(direct.alignment.offset, facts.PAGE)
+            )
+            log.info("%s: alignment of %s was refused: trying %s", self.path, direct, coarse)
+            self._direct = replace(direct, alignment=coarse)
+        else:
+            name = errno.errorcode[error]
+            self.rule_out_direct(f"the filesystem refused an aligned O_DIRECT request ({name})")
+        return True
+
+    def cached_pages(self, offset: int, size: int) -> int | None:
+        """Pages of a range in the page cache; None where the kernel does not tell."""
+        return facts.cached_pages(self.fd, offset, size)
+
+    def cache_to_watch(self, offset: int, size: int) -> bool:
+        """Whether to look if the next transfer of a range leaves the page cache alone.
+
+        btrfs with checksums and ext4 with data=journal accept O_DIRECT and go through the cache
+        all the same. A range that has pages there already cannot show it.
+        """
+        if self._cache_watched or self.kind != "file":
+            return False
+        return self.cached_pages(offset, size) == 0
+
+    def saw_cache(self, offset: int, size: int) -> None:
+        """Look, after the transfer."""
+        pages = self.cached_pages(offset, size) or 0
+        self._cache_watched = True
+        if pages * facts.PAGE >= size // 2 > 0:
+            self.rule_out_direct(
+                "the filesystem accepted O_DIRECT and went through the page cache all the same "
+                "(btrfs with checksums and ext4 with data=journal do): keep the file on another, "
+                "or switch that off for it"
+            )
+
+
+def _duplicate(fd: int, mode: str) -> int:
+    access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+    if access not in (FLAGS[mode] & os.O_ACCMODE, os.O_RDWR):
+        has = "reading" if access == os.O_RDONLY else "writing"
+        text = f"the descriptor is open for {has} only, and mode={mode!r} needs more"
+        raise os_error(errno.EBADF, text, f"descriptor {fd}")
+    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
+
+
+def open_target(
+    path: str | bytes | os.PathLike[str] | int, mode: str, force: bool, engine: Engine | None
+) -> Target:
+    """Open a path, or duplicate a descriptor, for transfers by an engine."""
+    return Target(path, mode, force, engine or default_engine())
