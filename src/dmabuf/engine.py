@@ -11,11 +11,9 @@ drained first, in one C call, and the buffer stays held until then.
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import threading
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,6 +21,7 @@ from typing import Any, Literal
 from dmabuf._ffi import failure, ffi, lib
 from dmabuf.buffer import Buffer
 from dmabuf.errors import ClosedError
+from dmabuf.ring import SLOT_SIZE, Ring, why_no_uring
 from dmabuf.route import Route
 from dmabuf.sizes import parse_size
 
@@ -32,8 +31,6 @@ Backend = Literal["auto", "io_uring", "threads"]
 
 SLICE_MS = 100
 """How often a running job returns to Python, where an interrupt is noticed."""
-SLOT_SIZE = 1 << 30
-"""Bytes of a buffer that one registered slot covers: io_uring takes no more."""
 WORKERS = 8
 """Threads where io_uring is refused."""
 REGISTER_REQUESTS = 16
@@ -140,154 +137,6 @@ _ROUTES = {
 }
 
 
-class _Ring:
-    """One ring of the core with its tables of registered buffers and files.
-
-    The ring's lock is held by whoever runs a job on it; the tables have a lock of their own,
-    since a buffer may be closed, and so unregistered, from any thread at any time.
-    """
-
-    def __init__(self, backend: int, depth: int, owner: int | None) -> None:
-        flags = lib.DMB_RING_SINGLE_ISSUER if owner is not None else 0
-        handle = ffi.new("struct dmb_ring **")
-        rc = lib.dmb_ring_create(backend, depth, flags, handle)
-        if rc:
-            raise failure(-rc, "setting up io_uring" if backend == 0 else "starting threads")
-        self.handle = handle[0]
-        self.pid = os.getpid()
-        self.lock = threading.Lock()
-        self._owner = owner
-        self._unpin: list[int] = []
-        info = ffi.new("struct dmb_ring_info *")
-        lib.dmb_ring_get_info(self.handle, info)
-        self.refused = info.buffer_table and os.strerror(-info.buffer_table)
-        # Reentrant: the collector may close a buffer, and so clear slots, at any allocation.
-        self._tables = threading.RLock()
-        self._free_buffers = list(range(lib.DMB_BUFFER_SLOTS - 1, -1, -1))
-        self._free_files = list(range(lib.DMB_FILE_SLOTS - 1, -1, -1))
-        self._buffers: weakref.WeakKeyDictionary[Buffer, _Registration] = (
-            weakref.WeakKeyDictionary()
-        )
-        self._files: dict[int, int] = {}
-
-    def registration(self, buffer: Buffer) -> _Registration:
-        """The ring's slots for a buffer, none of them filled at first."""
-        with self._tables:
-            found = self._buffers.get(buffer)
-            if found is None:
-                found = self._buffers[buffer] = _Registration(self, buffer)
-        return found
-
-    def take_buffer_slot(self, address: int, size: int) -> int:
-        """Pin memory into a free slot; the slot, or -errno."""
-        with self._tables:
-            if not self._free_buffers:
-                return -errno.ENOSPC
-            slot = self._free_buffers.pop()
-            rc = int(lib.dmb_ring_register_buffer(self.handle, slot, address, size))
-            if rc == 0:
-                return slot
-            self._free_buffers.append(slot)
-            return rc
-
-    def give_buffer_slot(self, slot: int) -> None:
-        """Unpin what a slot holds; where only the ring's owner may, it does so at its next job."""
-        with self._tables:
-            self._unpin.append(slot)
-            if self._owner in (None, threading.get_ident()):
-                self.unpin()
-
-    def unpin(self) -> None:
-        """Clear the slots that buffers closed since have left."""
-        with self._tables:
-            while self._unpin:
-                slot = self._unpin.pop()
-                if self.handle is not None:
-                    lib.dmb_ring_register_buffer(self.handle, slot, 0, 0)
-                self._free_buffers.append(slot)
-
-    def file_slot(self, fd: int) -> int:
-        """The slot of a descriptor, registered now if there is room; -1 for none."""
-        with self._tables:
-            if fd in self._files:
-                return self._files[fd]
-            if not self._free_files:
-                return -1
-            slot = self._free_files.pop()
-            if lib.dmb_ring_register_file(self.handle, slot, fd):
-                self._free_files.append(slot)
-                return -1
-            self._files[fd] = slot
-            return slot
-
-    def forget_file(self, fd: int) -> None:
-        """Take a descriptor out of the table, before it is closed."""
-        with self._tables:
-            slot = self._files.pop(fd, None)
-            if slot is not None and self.handle is not None:
-                lib.dmb_ring_register_file(self.handle, slot, -1)
-                self._free_files.append(slot)
-
-    def close(self) -> None:
-        with self._tables:
-            handle, self.handle = self.handle, None
-            # A fork's copy has the ring's memory and none of its threads: leave it be.
-            if handle is not None and self.pid == os.getpid():
-                lib.dmb_ring_destroy(handle)
-
-    def __del__(self) -> None:
-        if getattr(self, "handle", None) is not None:
-            self.close()
-
-
-class _Registration:
-    """The slots of one buffer in one ring: one for each GiB, filled when a job touches it."""
-
-    def __init__(self, ring: _Ring, buffer: Buffer) -> None:
-        count = -(-buffer.size // SLOT_SIZE)
-        self.slots = ffi.new("int32_t[]", [-1] * count)
-        self.seen = 0
-        self.refused: str | None = None
-        self._ring = ring
-        buffer._on_close(self.clear)
-
-    def fill(self, buffer: Buffer, first: int, last: int) -> None:
-        """Register the slots first..last; where one is refused, remember why and try no more."""
-        for index in range(first, last + 1):
-            if self.slots[index] >= 0 or self.refused:
-                continue
-            start = index * SLOT_SIZE
-            size = min(SLOT_SIZE, buffer.size - start)
-            assert buffer._address is not None
-            slot = self._ring.take_buffer_slot(buffer._address + start, size)
-            if slot >= 0:
-                self.slots[index] = slot
-            else:
-                self.refused = _why_not_registered(-slot)
-                log.info("not registering %r: %s", buffer, self.refused)
-
-    def covers(self, first: int, last: int) -> bool:
-        return all(self.slots[index] >= 0 for index in range(first, last + 1))
-
-    def clear(self) -> None:
-        """Unpin all of it: the buffer is about to be unmapped."""
-        for index in range(len(self.slots)):
-            slot, self.slots[index] = self.slots[index], -1
-            if slot >= 0:
-                self._ring.give_buffer_slot(slot)
-
-
-def _why_not_registered(number: int) -> str:
-    if number == errno.ENOMEM:
-        return (
-            "RLIMIT_MEMLOCK does not allow pinning it (ENOMEM): raise it with `ulimit -l`, or run "
-            "with CAP_IPC_LOCK"
-        )
-    if number == errno.EFAULT:
-        return "its mapping has no pages to pin, or is read-only (EFAULT)"
-    return f"registering it failed: {os.strerror(number)}"
-
-
 class Engine:
     """What runs transfers: io_uring rings, or threads where io_uring is refused.
 
@@ -343,10 +192,10 @@ class Engine:
             return int(lib.DMB_BACKEND_THREADS)
         return int(lib.DMB_BACKEND_URING)
 
-    def _new_ring(self) -> _Ring:
+    def _new_ring(self) -> Ring:
         workers = min(self.queue_depth, WORKERS)
         threads = self._kind == lib.DMB_BACKEND_THREADS
-        return _Ring(self._kind, workers if threads else self.queue_depth, self._owner)
+        return Ring(self._kind, workers if threads else self.queue_depth, self._owner)
 
     @property
     def backend(self) -> Literal["io_uring", "threads"]:
@@ -388,20 +237,16 @@ class Engine:
                 "default engine, which serves every thread"
             )
 
-    def _take_ring(self) -> _Ring:
-        """A ring with its lock held: a free one, a new one while there may be more, or a wait."""
+    def _pick_ring(self) -> Ring:
+        """A ring that looks free, a new one while there may be more, or one to wait for."""
         for ring in self._rings:
-            if ring.lock.acquire(blocking=False):
+            if not ring.lock.locked():
                 return ring
         with self._growing:
             if len(self._rings) < self._most_rings:
-                ring = self._new_ring()
-                ring.lock.acquire()
-                self._rings.append(ring)
-                return ring
-        ring = self._rings[threading.get_ident() % len(self._rings)]
-        ring.lock.acquire()
-        return ring
+                self._rings.append(self._new_ring())
+                return self._rings[-1]
+        return self._rings[threading.get_ident() % len(self._rings)]
 
     def forget_file(self, fd: int) -> None:
         """Drop a descriptor from every ring's table, before its File closes it."""
@@ -416,15 +261,13 @@ class Engine:
         submitted, and the call returns when the device is done, with it in the outcome.
         """
         self._check()
-        ring = self._take_ring()
-        try:
+        ring = self._pick_ring()
+        with ring.lock:
             ring.unpin()
             return _run_on(ring, job, self.queue_depth, self.block_size)
-        finally:
-            ring.lock.release()
 
 
-def _register(ring: _Ring, job: Job, block: int) -> tuple[Any, bool, str]:
+def _register(ring: Ring, job: Job, block: int) -> tuple[Any, bool, str]:
     """The slots to use for a job's buffer, whether they cover it, and why or why not."""
     if ring.refused:
         return ffi.NULL, False, f"this engine registers nothing: {ring.refused}"
@@ -442,7 +285,7 @@ def _register(ring: _Ring, job: Job, block: int) -> tuple[Any, bool, str]:
     return registration.slots, False, registration.refused or "only part of it could be"
 
 
-def _run_on(ring: _Ring, job: Job, depth: int, block: int) -> Outcome:
+def _run_on(ring: Ring, job: Job, depth: int, block: int) -> Outcome:
     slots, registered, registration = _register(ring, job, block)
     many = job.count >= REGISTER_REQUESTS or job.nbytes >= REGISTER_REQUESTS * block
     description = job.describe(
@@ -490,23 +333,6 @@ def _outcome(
         registration=registration,
         interruption=interruption,
     )
-
-
-def why_no_uring(number: int) -> str:
-    """Why io_uring_setup(2) refused, with the fix."""
-    if number == errno.EPERM:
-        return (
-            "io_uring is refused (EPERM): kernel.io_uring_disabled forbids it, or a seccomp "
-            "filter such as a container's default one does: allow io_uring_setup there"
-        )
-    if number == errno.ENOSYS:
-        return (
-            "io_uring is missing (ENOSYS): the kernel is older than 5.11 or built without "
-            "CONFIG_IO_URING, or a seccomp filter hides it"
-        )
-    if number == errno.ENOMEM:
-        return "io_uring is refused (ENOMEM): raise RLIMIT_MEMLOCK with `ulimit -l`"
-    return f"io_uring is refused: {os.strerror(number)}"
 
 
 _default: Engine | None = None

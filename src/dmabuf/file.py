@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, Literal
 
 from dmabuf import span, transfer
@@ -154,10 +153,8 @@ class File:
             ValueError: a range outside the buffer or the largest file offset, or a closed file.
         """
         begun = time.perf_counter()
-        order = self._order(
-            "read", buffer, size, file_offset, buffer_offset, require, route, prefer
-        )
-        order = replace(order, timeout=timeout)
+        ranges = self._range("read", buffer, size, file_offset, buffer_offset)
+        order = Order("read", buffer, ranges, require, route, prefer, timeout=timeout)
         with _holding(buffer):
             return transfer.carry_out(self._target, order, begun)
 
@@ -197,10 +194,8 @@ class File:
             ValueError: a range outside the buffer or the largest file offset, or a closed file.
         """
         begun = time.perf_counter()
-        order = self._order(
-            "write", buffer, size, file_offset, buffer_offset, require, route, prefer
-        )
-        order = replace(order, sync=sync, timeout=timeout)
+        ranges = self._range("write", buffer, size, file_offset, buffer_offset)
+        order = Order("write", buffer, ranges, require, route, prefer, sync, timeout)
         with _holding(buffer):
             return transfer.carry_out(self._target, order, begun)
 
@@ -278,23 +273,19 @@ class File:
         """
         if direction not in ("read", "write"):
             raise ValueError(f"direction={direction!r}: 'read' or 'write'")
-        order = self._order(
-            direction, buffer, size, file_offset, buffer_offset, require, route, prefer
-        )
+        ranges = self._range(direction, buffer, size, file_offset, buffer_offset)
+        order = Order(direction, buffer, ranges, require, route, prefer)
         with _holding(buffer):
             return transfer.plan(self._target, order)
 
-    def _order(
+    def _range(
         self,
         direction: Direction,
         buffer: Buffer,
         size: int | str | None,
         file_offset: int | None,
         buffer_offset: int,
-        require: Require,
-        route: Route | str | None,
-        prefer: Prefer,
-    ) -> Order:
+    ) -> span.Span:
         self._check(direction, buffer)
         start = self._file_offset(file_offset)
         buffer_offset = as_int(buffer_offset, "buffer_offset")
@@ -304,8 +295,7 @@ class File:
             nbytes = max(0, buffer.size - buffer_offset)
             if direction == "read" and not self._target.stream:
                 nbytes = max(0, min(nbytes, self._target.size() - start))
-        ranges = span.single(buffer, start, buffer_offset, nbytes)
-        return Order(direction, buffer, ranges, require, route, prefer)
+        return span.single(buffer, start, buffer_offset, nbytes)
 
     def _file_offset(self, file_offset: int | None) -> int:
         if file_offset is None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Literal
 
 from dmabuf.errors import RouteUnavailable
@@ -43,7 +42,7 @@ class Plan:
 
     route: Route
     reason: str
-    rejected: Mapping[Route, str] = field(default_factory=dict)
+    rejected: Mapping[Route, str] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
         lines = [f"{self.route}: {self.reason}"]
@@ -74,7 +73,7 @@ class Question:
     """That the range lies in the page cache, where the caller prefers what is fastest."""
 
 
-_WHY_CHOSEN = {
+WHY_CHOSEN = {
     ("read", Route.DIRECT): "the device writes into the pages behind the buffer",
     ("write", Route.DIRECT): "the device reads from the pages behind the buffer",
     ("read", Route.STAGED): "the device fills staging blocks, the CPU copies from them meanwhile",
@@ -126,8 +125,8 @@ def choose(
         if objection is None and candidate not in ALLOWED[require]:
             objection = f"require={require!r} does not permit it"
         if objection is None:
-            reason = _WHY_CHOSEN[question.direction, candidate]
-            return Plan(candidate, reason, MappingProxyType(rejected))
+            reason = WHY_CHOSEN[question.direction, candidate]
+            return Plan(candidate, reason, rejected)
         rejected[candidate] = objection
     why = "; ".join(f"{candidate}: {text}" for candidate, text in rejected.items())
     wanted = f"route={forced.value!r}" if forced else f"require={require!r}"

@@ -42,6 +42,17 @@ class Span:
         """From the first byte of the buffer to the last."""
         return self.buffer_end - self.buffer_start
 
+    def file_reached(self, nbytes: int) -> int:
+        """How far in the file the first `nbytes` of the segments reach; 0 for none of them."""
+        reached = 0
+        for i in range(self.count):
+            if nbytes <= 0:
+                break
+            offset, size = self.segments[3 * i], self.segments[3 * i + 2]
+            reached = max(reached, offset + min(size, nbytes))
+            nbytes -= size
+        return reached
+
 
 def single(buffer: Buffer, file_offset: int, buffer_offset: int, size: int) -> Span:
     """One range.

@@ -131,6 +131,13 @@ class Target:
             )
         return self._direct
 
+    def direct_if_proven(self) -> facts.Direct | None:
+        """O_DIRECT, once it was seen to be what it says; else None."""
+        direct = self._direct
+        if direct is None or direct.refusal or not (self._cache_watched or self.kind != "file"):
+            return None
+        return direct
+
     def rule_out_direct(self, refusal: str) -> None:
         """O_DIRECT was tried and is not to be had, for the sentence's reason."""
         log.info("%s: %s", self.path, refusal)

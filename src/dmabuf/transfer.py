@@ -20,7 +20,17 @@ from dmabuf._ffi import failure, lib
 from dmabuf.buffer import Buffer
 from dmabuf.engine import Job, Outcome, Transfer
 from dmabuf.errors import RouteUnavailable, ShortReadError, os_error
-from dmabuf.route import ALLOWED, Direction, Plan, Prefer, Question, Require, Route, choose
+from dmabuf.route import (
+    ALLOWED,
+    WHY_CHOSEN,
+    Direction,
+    Plan,
+    Prefer,
+    Question,
+    Require,
+    Route,
+    choose,
+)
 from dmabuf.span import Span
 from dmabuf.target import Target
 
@@ -157,15 +167,54 @@ def carry_out(target: Target, order: Order, begun: float) -> Transfer:
     """Run an order to its end; `begun` is when the caller was called, by perf_counter."""
     if target.stream is not None:
         return _carry_stream(target, order, begun)
-    if order.direction == "read":
+    transfer = _lone(target, order, begun)
+    if transfer is None and order.direction == "read":
         return _carry(target, order, begun)
-    plan(target, order)  # before the file is touched: no route leaves it as it was
-    with _grown(target, order.span):
-        transfer = _carry(target, order, begun)
+    if transfer is None:
+        plan(target, order)  # before the file is touched: no route leaves it as it was
+        with _grown(target, order.span):
+            transfer = _carry(target, order, begun)
     if order.sync:
         _sync(target)
         transfer = replace(transfer, seconds=time.perf_counter() - begun)
     return transfer
+
+
+def _lone(target: Target, order: Order, begun: float) -> Transfer | None:
+    """One small aligned request, by pread or pwrite: no ring, and no more thought than it takes.
+
+    None where the order is anything else, or the request did not go through: then the long way
+    says why.
+    """
+    span, buffer, write = order.span, order.buffer, order.direction == "write"
+    if not 0 < span.nbytes <= _LONE_BYTES or span.count != 1 or order.prefer != "zero-copy":
+        return None
+    if order.route not in (None, Route.DIRECT) or order.require not in ALLOWED:
+        return None
+    direct = target.direct_if_proven()
+    if direct is None or buffer._pin_refusal is not None or buffer._address is None:
+        return None
+    unit = max(direct.alignment.offset, facts.PAGE) if write else direct.alignment.offset
+    address = buffer._address + span.buffer_start
+    if span.file_start % unit or span.nbytes % unit or address % direct.alignment.memory:
+        return None
+    if span.file_end > target.size() // unit * unit:
+        return None
+    rc = lib.dmb_lone(write, direct.fd, address, span.nbytes, span.file_start)
+    if rc != span.nbytes:
+        return None
+    return Transfer(
+        nbytes=span.nbytes,
+        route=Route.DIRECT,
+        reason=WHY_CHOSEN[order.direction, Route.DIRECT],
+        rejected={},
+        registered=False,
+        registration="no ring was used: one small request",
+        seconds=time.perf_counter() - begun,
+        requests=1,
+        reissues=0,
+        copied=0,
+    )
 
 
 def _carry(target: Target, order: Order, begun: float) -> Transfer:
@@ -194,10 +243,10 @@ def _run(target: Target, order: Order, chosen: Plan) -> Outcome:
         span.file_start, span.file_size
     )
     if chosen.route is Route.DIRECT and _all_straight(job):
-        outcome = _run_lone(job) or target.engine.run(job)
+        outcome = target.engine.run(job)
     else:
-        reads, writes = job.write, not job.write
-        with order.buffer._cpu_access(reads, writes, span.buffer_start, span.buffer_size):
+        # READ too for a read: what is copied may begin and end within a cache line.
+        with order.buffer._cpu_access(True, not job.write, span.buffer_start, span.buffer_size):
             outcome = target.engine.run(job)
     if watch and not outcome.error:
         target.saw_cache(span.file_start, span.file_size)
@@ -215,17 +264,6 @@ def _all_straight(job: Job) -> bool:
     return job.write or bool(offset + size <= job.file_size // unit * unit)
 
 
-def _run_lone(job: Job) -> Outcome | None:
-    """One small request by pread or pwrite; None where it is larger, or did not go through."""
-    if job.nbytes > _LONE_BYTES:
-        return None
-    address = job.address + job.segments[1]
-    rc = lib.dmb_lone(job.write, job.fd, address, job.nbytes, job.segments[0])
-    if rc != job.nbytes:
-        return None
-    return replace(_NOTHING, nbytes=rc, straight=rc, requests=1)
-
-
 def _learn(target: Target, order: Order, chosen: Plan, outcome: Outcome) -> bool:
     """Whether an error says that the route cannot be had here, rather than that I/O failed."""
     if chosen.route is Route.BUFFERED:
@@ -236,7 +274,7 @@ def _learn(target: Target, order: Order, chosen: Plan, outcome: Outcome) -> bool
             "allocate a udmabuf or memfd for zero-copy"
         )
         return True
-    return outcome.nbytes == 0 and target.learn_from(outcome.error)
+    return target.learn_from(outcome.error)
 
 
 def _judge(
@@ -305,8 +343,7 @@ def _grown(target: Target, span: Span) -> Iterator[None]:
         _allocate(target, max(old, span.file_start), span.file_end)
         yield
     except BaseException as error:
-        whole = span.file_start + getattr(error, "nbytes", 0) if span.count == 1 else old
-        os.ftruncate(target.fd, max(old, whole))
+        os.ftruncate(target.fd, max(old, span.file_reached(getattr(error, "nbytes", 0))))
         raise
 
 
@@ -338,7 +375,7 @@ def _carry_stream(target: Target, order: Order, begun: float) -> Transfer:
     chosen = plan(target, order)
     span, buffer, read = order.span, order.buffer, order.direction == "read"
     with (
-        buffer._cpu_access(not read, read, span.buffer_start, span.nbytes),
+        buffer._cpu_access(True, read, span.buffer_start, span.nbytes),
         buffer._view(span.buffer_start, span.nbytes) as view,
     ):
         move = stream.read_all if read else stream.write_all

@@ -1,0 +1,182 @@
+"""One ring of the core, with its tables of registered buffers and files."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+import weakref
+
+from dmabuf._ffi import failure, ffi, lib
+from dmabuf.buffer import Buffer
+
+log = logging.getLogger("dmabuf")
+
+SLOT_SIZE = 1 << 30
+"""Bytes of a buffer that one registered slot covers: io_uring takes no more."""
+
+
+class Ring:
+    """One ring of the core with its tables of registered buffers and files.
+
+    The ring's lock is held by whoever runs a job on it; the tables have a lock of their own,
+    since a buffer may be closed, and so unregistered, from any thread at any time.
+    """
+
+    def __init__(self, backend: int, depth: int, owner: int | None) -> None:
+        flags = lib.DMB_RING_SINGLE_ISSUER if owner is not None else 0
+        handle = ffi.new("struct dmb_ring **")
+        rc = lib.dmb_ring_create(backend, depth, flags, handle)
+        if rc:
+            raise failure(-rc, "setting up io_uring" if backend == 0 else "starting threads")
+        self.handle = handle[0]
+        self.pid = os.getpid()
+        self.lock = threading.Lock()
+        self._owner = owner
+        self._unpin: list[int] = []
+        info = ffi.new("struct dmb_ring_info *")
+        lib.dmb_ring_get_info(self.handle, info)
+        self.refused = info.buffer_table and os.strerror(-info.buffer_table)
+        # Reentrant: the collector may close a buffer, and so clear slots, at any allocation.
+        self._tables = threading.RLock()
+        self._free_buffers = list(range(lib.DMB_BUFFER_SLOTS - 1, -1, -1))
+        self._free_files = list(range(lib.DMB_FILE_SLOTS - 1, -1, -1))
+        self._buffers: weakref.WeakKeyDictionary[Buffer, Registration] = weakref.WeakKeyDictionary()
+        self._files: dict[int, int] = {}
+
+    def registration(self, buffer: Buffer) -> Registration:
+        """The ring's slots for a buffer, none of them filled at first."""
+        with self._tables:
+            found = self._buffers.get(buffer)
+            if found is None:
+                found = self._buffers[buffer] = Registration(self, buffer)
+        return found
+
+    def take_buffer_slot(self, address: int, size: int) -> int:
+        """Pin memory into a free slot; the slot, or -errno."""
+        with self._tables:
+            if not self._free_buffers:
+                return -errno.ENOSPC
+            slot = self._free_buffers.pop()
+            rc = int(lib.dmb_ring_register_buffer(self.handle, slot, address, size))
+            if rc == 0:
+                return slot
+            self._free_buffers.append(slot)
+            return rc
+
+    def give_buffer_slot(self, slot: int) -> None:
+        """Unpin what a slot holds; where only the ring's owner may, it does so at its next job."""
+        with self._tables:
+            self._unpin.append(slot)
+            if self._owner in (None, threading.get_ident()):
+                self.unpin()
+
+    def unpin(self) -> None:
+        """Clear the slots that buffers closed since have left."""
+        with self._tables:
+            while self._unpin:
+                slot = self._unpin.pop()
+                if self.handle is not None:
+                    lib.dmb_ring_register_buffer(self.handle, slot, 0, 0)
+                self._free_buffers.append(slot)
+
+    def file_slot(self, fd: int) -> int:
+        """The slot of a descriptor, registered now if there is room; -1 for none."""
+        with self._tables:
+            if fd in self._files:
+                return self._files[fd]
+            if not self._free_files:
+                return -1
+            slot = self._free_files.pop()
+            if lib.dmb_ring_register_file(self.handle, slot, fd):
+                self._free_files.append(slot)
+                return -1
+            self._files[fd] = slot
+            return slot
+
+    def forget_file(self, fd: int) -> None:
+        """Take a descriptor out of the table, before it is closed."""
+        with self._tables:
+            slot = self._files.pop(fd, None)
+            if slot is not None and self.handle is not None:
+                lib.dmb_ring_register_file(self.handle, slot, -1)
+                self._free_files.append(slot)
+
+    def close(self) -> None:
+        """Tear it down; nothing may be running on it."""
+        with self._tables:
+            handle, self.handle = self.handle, None
+            # A fork's copy has the ring's memory and none of its threads: leave it be.
+            if handle is not None and self.pid == os.getpid():
+                lib.dmb_ring_destroy(handle)
+
+    def __del__(self) -> None:
+        if getattr(self, "handle", None) is not None:
+            self.close()
+
+
+class Registration:
+    """The slots of one buffer in one ring: one for each GiB, filled when a job touches it."""
+
+    def __init__(self, ring: Ring, buffer: Buffer) -> None:
+        count = -(-buffer.size // SLOT_SIZE)
+        self.slots = ffi.new("int32_t[]", [-1] * count)
+        self.seen = 0
+        self.refused: str | None = None
+        self._ring = ring
+        buffer._on_close(self.clear)
+
+    def fill(self, buffer: Buffer, first: int, last: int) -> None:
+        """Register the slots first..last; where one is refused, remember why and try no more."""
+        for index in range(first, last + 1):
+            if self.slots[index] >= 0 or self.refused:
+                continue
+            start = index * SLOT_SIZE
+            size = min(SLOT_SIZE, buffer.size - start)
+            assert buffer._address is not None
+            slot = self._ring.take_buffer_slot(buffer._address + start, size)
+            if slot >= 0:
+                self.slots[index] = slot
+            else:
+                self.refused = _why_not_registered(-slot)
+                log.info("not registering %r: %s", buffer, self.refused)
+
+    def covers(self, first: int, last: int) -> bool:
+        """Whether all the slots first..last are filled."""
+        return all(self.slots[index] >= 0 for index in range(first, last + 1))
+
+    def clear(self) -> None:
+        """Unpin all of it: the buffer is about to be unmapped."""
+        for index in range(len(self.slots)):
+            slot, self.slots[index] = self.slots[index], -1
+            if slot >= 0:
+                self._ring.give_buffer_slot(slot)
+
+
+def _why_not_registered(number: int) -> str:
+    if number == errno.ENOMEM:
+        return (
+            "RLIMIT_MEMLOCK does not allow pinning it (ENOMEM): raise it with `ulimit -l`, or run "
+            "with CAP_IPC_LOCK"
+        )
+    if number == errno.EFAULT:
+        return "its mapping has no pages to pin, or is read-only (EFAULT)"
+    return f"registering it failed: {os.strerror(number)}"
+
+
+def why_no_uring(number: int) -> str:
+    """Why io_uring_setup(2) refused, with the fix."""
+    if number == errno.EPERM:
+        return (
+            "io_uring is refused (EPERM): kernel.io_uring_disabled forbids it, or a seccomp "
+            "filter such as a container's default one does: allow io_uring_setup there"
+        )
+    if number == errno.ENOSYS:
+        return (
+            "io_uring is missing (ENOSYS): the kernel is older than 5.11 or built without "
+            "CONFIG_IO_URING, or a seccomp filter hides it"
+        )
+    if number == errno.ENOMEM:
+        return "io_uring is refused (ENOMEM): raise RLIMIT_MEMLOCK with `ulimit -l`"
+    return f"io_uring is refused: {os.strerror(number)}"
