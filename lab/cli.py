@@ -1,0 +1,90 @@
+"""The command line of lab/run."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from lab import guest, host, packages, prepare, project
+from lab.cache import Cache
+from lab.host import LabError
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the words before the `--`."""
+    result = argparse.ArgumentParser(
+        prog="lab/run",
+        usage="lab/run [options] -- COMMAND [ARGS...]",
+        description="Run COMMAND in a QEMU guest with a real kernel, dma-buf exporters and two "
+        "scratch NVMe drives, in a copy of this checkout with the project installed.",
+        epilog=f"Exit status: COMMAND's; {guest.LOGGED} if only the kernel log tells of trouble, "
+        f"{guest.TIMED_OUT} out of time, {guest.BROKEN} if the lab or the guest failed.",
+        allow_abbrev=False,
+    )
+    result.add_argument(
+        "--kernel",
+        default="backports",
+        metavar="KERNEL",
+        help=f"the newest of Debian {packages.SUITE}-backports (backports, the default), "
+        f"{packages.SUITE}'s own (stable), or the path of a bzImage",
+    )
+    result.add_argument("--memory", default="3G", metavar="SIZE", help="the guest's (default 3G)")
+    result.add_argument(
+        "--timeout",
+        type=float,
+        default=1800,
+        metavar="SECONDS",
+        help="for boot and COMMAND together (default 1800)",
+    )
+    result.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where to put what COMMAND leaves in the folder $LAB_OUT",
+    )
+    result.add_argument("--prepare", action="store_true", help="only make what a run needs")
+    result.add_argument(
+        "--apt-packages", action="store_true", help="print the packages the host needs, and end"
+    )
+    return result
+
+
+def main(argv: Sequence[str]) -> int:
+    """Do what the command line says and return the exit status."""
+    cut = argv.index("--") if "--" in argv else len(argv)
+    parse = parser()
+    options = parse.parse_args(argv[:cut])
+    command = argv[cut + 1 :]
+    host.add_sbin_to_path()
+    if options.apt_packages:
+        print("\n".join(host.apt_packages()))
+        return 0
+    if bool(command) == options.prepare:
+        parse.error("give a COMMAND after --, or --prepare")
+    try:
+        with guest.signals_stop():
+            return _run(options, command)
+    except guest.Stopped as stopped:
+        return stopped.status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
+    except LabError as error:
+        host.say(str(error))
+        return guest.BROKEN
+
+
+def _run(options: argparse.Namespace, command: Sequence[str]) -> int:
+    host.check_prerequisites()
+    cache = Cache.default()
+    with cache.lock():
+        cache.forget()
+        root = prepare.root(cache)
+        kernel = prepare.kernel(cache, options.kernel, refresh=options.prepare)
+        ready = project.prepare(cache, root, CHECKOUT)
+    if options.prepare:
+        return 0
+    job = guest.Run(command, root, kernel, ready, options.memory, options.timeout, options.out)
+    return guest.run(cache, job)

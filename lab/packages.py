@@ -1,0 +1,65 @@
+"""What is installed where: the one place with package lists.
+
+A change of a list here changes the cached piece's key, so that piece is built again.
+"""
+
+SUITE = "trixie"
+"""The Debian release of the guest's root filesystem."""
+
+PYTHON = "3.13"
+"""The version of that release's Python."""
+
+KERNELS = {"backports": f"{SUITE}-backports", "stable": SUITE}
+"""The values of `--kernel` that are not a path, and the suite each takes its kernel from."""
+
+KERNEL = "linux-image-amd64"
+"""The package that depends on the newest kernel of its suite."""
+
+GUEST_BASE = ("bash", "busybox-static", "iproute2", "kmod", "mount", "procps", "util-linux")
+"""What the guest's own start needs."""
+
+GUEST_BUILD = ("gcc", "libc6-dev", "liburing-dev", "linux-libc-dev", "python3-dev")
+"""What building the extension needs, with the tools in the guest's root."""
+
+GUEST_TESTS = (
+    "btrfs-progs",
+    "e2fsprogs",
+    "fio",
+    "liburing2",
+    "numactl",
+    "nvme-cli",
+    "python3",
+    "python3-cffi",
+    "python3-numpy",
+    "strace",
+    "xfsprogs",
+)
+"""What the tests call."""
+
+GUEST = tuple(sorted({*GUEST_BASE, *GUEST_BUILD, *GUEST_TESTS}))
+"""Every package of the guest's root filesystem, on top of Debian's minimal set."""
+
+EARLY_MODULES = ("virtio_pci", "virtio_blk", "ext4")
+"""What a kernel must load, or have built in, before the root filesystem is there."""
+
+PYTHON_TESTS = ("cffi", "hypothesis", "pytest", "pytest-timeout")
+"""What pip installs for the guest, besides what pyproject.toml names."""
+
+PYTHON_EXTRAS = ("cli", "test")
+"""The groups of optional dependencies in pyproject.toml that the guest has."""
+
+HOST_TOOLS = {
+    "apt-get": "apt",
+    "depmod": "kmod",
+    "dpkg-deb": "dpkg",
+    "mke2fs": "e2fsprogs",
+    "mmdebstrap": "mmdebstrap",
+    "modprobe": "kmod",
+    "qemu-system-x86_64": "qemu-system-x86",
+    "tar": "tar",
+    "unshare": "util-linux",
+}
+"""Commands the host needs, and the package of Debian and Ubuntu that has each."""
+
+HOST_TOOLS_USER = {"newuidmap": "uidmap"}
+"""The same, for anyone but root."""

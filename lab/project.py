@@ -1,0 +1,227 @@
+"""Makes the project ready for the guest: its dependencies, its extension, its files."""
+
+import configparser
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lab import host, packages
+from lab.cache import Cache, key_of
+from lab.host import LabError
+from lab.prepare import Root, make_image
+
+SITE = f"lib/python{packages.PYTHON}/dist-packages"
+"""Where Debian's Python looks for packages under /usr/local."""
+
+JUNK = {".git", ".venv", "venv", "__pycache__", "build", "dist", ".pytest_cache", ".mypy_cache"}
+"""What is not copied from a folder that is no git checkout."""
+
+BUILD_INPUTS = ("csrc/", "setup.py", "setup.cfg", "MANIFEST.in", "pyproject.toml")
+"""The files and folders that the extension and the package's metadata are made of."""
+
+
+@dataclass(frozen=True)
+class Project:
+    """A checkout, and the pieces made for it."""
+
+    folder: Path
+    files: tuple[str, ...]
+    """What is copied into the guest, relative to the folder."""
+    dependencies: Path
+    """The folder of the piece with the ext4 image for the guest's /usr/local."""
+    extension: Path | None
+    """The folder of the piece with the built package, less its Python sources."""
+
+
+def prepare(cache: Cache, root: Root, folder: Path) -> Project:
+    """Return the project of a checkout, with what the cache lacks built for the guest."""
+    files = checkout_files(folder)
+    about = folder / "pyproject.toml"
+    settings = tomllib.loads(about.read_text()) if about.exists() else {}
+    wanted, build = requirements(settings)
+    key = key_of(root.key, packages.PYTHON, *wanted, "for building", *build, "1")
+    dependencies = cache.piece(
+        "dependencies",
+        key,
+        "Python packages for the guest",
+        lambda made: _make_dependencies(root, wanted, build, made),
+    )
+    extension = None
+    if settings:
+        inputs = [name for name in files if name.startswith(BUILD_INPUTS)]
+        parts = [part for name in inputs for part in (name.encode(), _contents(folder / name))]
+        extension = cache.piece(
+            "extension",
+            key_of(key, *parts, "1"),
+            "the extension, for the guest's Python",
+            lambda made: _make_extension(root, dependencies, folder, files, settings, made),
+        )
+    return Project(folder, files, dependencies, extension)
+
+
+def _contents(path: Path) -> bytes:
+    return os.readlink(path).encode() if path.is_symlink() else path.read_bytes()
+
+
+def checkout_files(folder: Path) -> tuple[str, ...]:
+    """Return the files git tracks or would add; without git, all but what tools leave behind."""
+    argv = ["git", "-c", "safe.directory=*", "ls-files", "-z", "-co", "--exclude-standard"]
+    if (folder / ".git").exists() and shutil.which("git"):
+        done = subprocess.run(argv, cwd=folder, stdout=subprocess.PIPE, check=False)
+        if done.returncode == 0:
+            names = {os.fsdecode(name) for name in done.stdout.split(b"\0") if name}
+            return tuple(sorted(name for name in names if _is_file(folder / name)))
+    found: list[str] = []
+    for place, folders, leaves in os.walk(folder):
+        folders[:] = [name for name in folders if name not in JUNK]
+        found += [os.path.relpath(os.path.join(place, leaf), folder) for leaf in leaves]
+    return tuple(sorted(name for name in found if _is_file(folder / name)))
+
+
+def _is_file(path: Path) -> bool:
+    return path.is_symlink() or path.is_file()
+
+
+def requirements(settings: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Return what pip installs to run and test a project, and what to build it."""
+    project = settings.get("project", {})
+    extras = project.get("optional-dependencies", {})
+    own = re.compile(rf"{re.escape(project.get('name', ''))}\[([^]]*)\]", re.IGNORECASE)
+
+    def flat(names: Iterable[str]) -> Iterable[str]:
+        for name in names:
+            match = own.match(name)
+            if match:  # a group that includes others: "dmabuf[cli]"
+                groups = [group.strip() for group in match[1].split(",")]
+                yield from flat(entry for group in groups for entry in extras.get(group, []))
+            else:
+                yield name
+
+    groups = [entry for group in packages.PYTHON_EXTRAS for entry in extras.get(group, [])]
+    wanted = flat([*packages.PYTHON_TESTS, *project.get("dependencies", []), *groups])
+    build = settings.get("build-system", {}).get("requires", ["setuptools"])
+    return sorted(set(wanted)), sorted(build)
+
+
+def _pip(target: Path, names: Sequence[str]) -> None:
+    """Install packages for the guest's Python with the host's pip, as it is configured."""
+    platforms = [f"--platform=manylinux_2_{minor}_x86_64" for minor in range(41, 4, -1)]
+    argv = [
+        *(sys.executable, "-m", "pip", "install", "--quiet", "--no-input", "--no-compile"),
+        *("--disable-pip-version-check", "--root-user-action=ignore", "--only-binary=:all:"),
+        *(f"--python-version={packages.PYTHON}", "--implementation=cp"),
+        *platforms,
+        *("--platform=manylinux2014_x86_64", "--platform=manylinux1_x86_64"),
+        f"--target={target}",
+        *names,
+    ]
+    host.run(argv)
+
+
+def _make_dependencies(
+    root: Root, wanted: Sequence[str], build: Sequence[str], folder: Path
+) -> None:
+    local = folder / "local"
+    site = local / SITE
+    site.parent.mkdir(parents=True)
+    _pip(site, wanted)
+    _pip(folder / "build", build)
+    if (site / "bin").exists():
+        (site / "bin").rename(local / "bin")
+        for script in (local / "bin").iterdir():  # they name the host's Python
+            text = re.sub(rb"\A#!.*python.*", b"#!/usr/bin/python3", script.read_bytes())
+            script.write_bytes(text)
+    (site / "dmabuf-lab.pth").write_text("/lab/site\n")
+    _compile(root, local, "/usr/local")
+    make_image(local, folder / "image", 64 << 20, "dependencies")
+    shutil.rmtree(local)
+
+
+def _compile(root: Root, folder: Path, place: str) -> None:
+    """Byte-compile what will be at `place` in the guest, with the guest's Python."""
+    flags = ["-q", "-j1", "--invalidation-mode=unchecked-hash", "-s", "/mnt", "-p", place]
+    argv = host.in_tree(root.tree, folder, "python3", "-m", "compileall", *flags, "/mnt")
+    done = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    if b"PermissionError" in done.stdout or done.returncode not in (0, 1):
+        output = done.stdout.decode(errors="replace")
+        raise LabError(host.tool_failed(argv[-12:], done.returncode, output))
+
+
+def _make_extension(
+    root: Root,
+    dependencies: Path,
+    folder: Path,
+    files: Iterable[str],
+    settings: dict[str, Any],
+    made: Path,
+) -> None:
+    """Build a wheel inside the guest's root; keep all of it but its Python sources."""
+    work = made / "work"
+    copy_files(folder, files, work / "checkout")
+    (work / "wheel").mkdir()
+    shutil.copytree(dependencies / "build", work / "build", symlinks=True)
+    backend = settings.get("build-system", {}).get("build-backend", "setuptools.build_meta")
+    script = (
+        "import importlib, os, sys; sys.path.insert(0, '/mnt/build'); "
+        "os.environ['PYTHONPATH'] = '/mnt/build'; os.chdir('/mnt/checkout'); "
+        f"importlib.import_module('{backend}').build_wheel('/mnt/wheel')"
+    )
+    try:
+        host.run(host.in_tree(root.tree, work, "python3", "-c", script))
+    except LabError as error:
+        output = str(error).split("\n", 1)[-1]
+        raise LabError(f"the extension did not build for the guest:\n{output}") from None
+    with zipfile.ZipFile(next((work / "wheel").glob("*.whl"))) as wheel:
+        wheel.extractall(made / "site")
+    shutil.rmtree(work)
+
+
+def copy_files(folder: Path, files: Iterable[str], target: Path) -> None:
+    """Copy files, symbolic links as such, into a new folder."""
+    target.mkdir(parents=True)
+    ready = {target}
+    for name in files:
+        path = target / name
+        if path.parent not in ready:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            ready.add(path.parent)
+        shutil.copy2(folder / name, path, follow_symlinks=False)
+
+
+def lay_out(root: Root, project: Project, lab: Path) -> None:
+    """Lay out what the guest sees as /lab: the checkout, and the package installed beside it."""
+    copy_files(project.folder, project.files, lab / "checkout")
+    site, scripts = lab / "site", lab / "bin"
+    scripts.mkdir()
+    if project.extension is None:
+        site.mkdir()
+        return
+    shutil.copytree(project.extension / "site", site, symlinks=True)
+    source = lab / "checkout/src"
+    for package in source.iterdir() if source.exists() else ():
+        for path in (site / package.name).rglob("*.py"):
+            path.unlink()
+        ignore = shutil.ignore_patterns("*.so", "__pycache__")
+        if package.is_dir() and not package.name.endswith(".egg-info"):
+            shutil.copytree(package, site / package.name, dirs_exist_ok=True, ignore=ignore)
+    _compile(root, site, "/lab/site")
+    for entries in site.glob("*.dist-info/entry_points.txt"):
+        points = configparser.ConfigParser(delimiters=("=",), interpolation=None)
+        points.optionxform = str  # type: ignore[assignment,method-assign]
+        points.read(entries)
+        for name, point in points["console_scripts"].items() if "console_scripts" in points else ():
+            module, _, function = point.partition(":")
+            script = scripts / name
+            script.write_text(
+                "#!/usr/bin/python3\nimport sys\n"
+                f"from {module} import {function.split('.')[0]}\nsys.exit({function}())\n"
+            )
+            script.chmod(0o755)
