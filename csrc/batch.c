@@ -142,13 +142,15 @@ static void stop_at(struct dmb_batch *batch, const struct dmb_io *io)
 	batch->stop = dmb_min(batch->stop, io->position);
 }
 
+/* Of all that ends a batch, an error or the end of the file, the lowest position counts. */
 static void fail(struct dmb_batch *batch, const struct dmb_io *io, int error)
 {
-	if (!batch->error || io->position < batch->failed.position) {
-		batch->error = error;
-		batch->failed = *io;
-	}
-	stop_at(batch, io);
+	if (io->position > batch->stop)
+		return;
+	batch->stop = io->position;
+	batch->error = error;
+	batch->failed = *io;
+	batch->result.short_segment = -1;
 }
 
 /* A batch has its own blocks, in the memory that the ring's last batch left where that is enough.
@@ -243,11 +245,11 @@ static uint64_t settle(struct dmb_batch *batch, struct dmb_io *io, uint64_t move
 
 static void meet_end_of_file(struct dmb_batch *batch, const struct dmb_io *io)
 {
-	struct dmb_result *result = &batch->result;
-
-	stop_at(batch, io);
-	if (result->short_segment < 0 || (int64_t)io->segment < result->short_segment)
-		result->short_segment = (int64_t)io->segment;
+	if (io->position > batch->stop)
+		return;
+	batch->stop = io->position;
+	batch->error = 0;
+	batch->result.short_segment = (int64_t)io->segment;
 }
 
 /* What io's completion means: true where io goes on with what is left of it. */
@@ -428,7 +430,7 @@ static void fill_pass(struct dmb_batch *batch)
 }
 
 /* The bad range, [bad_position, bad_end), may hold good blocks before the bad one. */
-static void fill_bisect(struct dmb_batch *batch)
+static void try_half(struct dmb_batch *batch)
 {
 	uint64_t unit = batch->job->offset_align;
 	uint64_t offset = batch->segments[3 * batch->failed.segment] + batch->bad_skip;
@@ -483,6 +485,8 @@ static bool narrow(struct dmb_batch *batch)
 	}
 	if (!unclear && !batch->stopping && !one_block_is_bad(batch))
 		return false;
+	if (batch->result.short_segment >= 0)
+		return true; /* the file became shorter meanwhile */
 	batch->error = batch->bad_error;
 	batch->failed.skip = batch->bad_skip;
 	batch->failed.position = batch->stop = batch->bad_position;
@@ -555,16 +559,10 @@ static void next_phase(struct dmb_batch *batch)
 	case DONE:
 		return;
 	}
-	if (batch->phase == EDGES && !begin_edges(batch))
+	if (batch->phase == BISECT)
+		try_half(batch);
+	else if (!begin_edges(batch))
 		batch->phase = DONE;
-}
-
-static void fill(struct dmb_batch *batch)
-{
-	if (batch->phase != BISECT)
-		fill_pass(batch);
-	else if (!batch->in_flight)
-		fill_bisect(batch);
 }
 
 int dmb_batch_run(struct dmb_batch *batch, int timeout_ms)
@@ -574,7 +572,8 @@ int dmb_batch_run(struct dmb_batch *batch, int timeout_ms)
 	for (; batch->phase != DONE; left = deadline - now_ms()) {
 		int rc;
 
-		fill(batch);
+		if (batch->phase != BISECT)
+			fill_pass(batch);
 		if (!batch->in_flight) {
 			next_phase(batch);
 			continue;

@@ -29,7 +29,7 @@ enum dmb_ring_flags {
 
 /* The file tables of a ring: how many buffers and files may be registered at once. */
 #define DMB_BUFFER_SLOTS 4096
-#define DMB_FILE_SLOTS	 512
+#define DMB_FILE_SLOTS 512
 
 /* What a ring turned out to have. */
 struct dmb_ring_info {
@@ -146,7 +146,10 @@ void dmb_ring_set_filter(struct dmb_ring *ring, dmb_filter filter, void *arg);
 
 /* System calls that Python has no names for. */
 
-/* The O_DIRECT alignments statx(2) tells of a file; 0 and 0 where it tells none. */
+/*
+ * The O_DIRECT alignments statx(2) tells of a file; 0 and 0 where it tells none, and -EOPNOTSUPP
+ * where it tells that the file does not support O_DIRECT, though it may be opened with it.
+ */
 int dmb_statx_dio(int fd, uint32_t *memory_align, uint32_t *offset_align);
 /* statfs(2)'s f_type, or -errno. */
 int64_t dmb_statfs_type(int fd);

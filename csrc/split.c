@@ -52,10 +52,10 @@ static void choose_slot(const struct dmb_job *job, uint64_t buffer_offset, struc
 }
 
 static void shape_into_buffer(const struct dmb_job *job, const uint64_t *segment, struct dmb_io *io,
-			      uint64_t want, uint64_t align)
+			      uint64_t want, uint64_t align, bool edge)
 {
 	io->want = dmb_min(want, job->block);
-	if (job->slots)
+	if (job->slots && !edge)
 		choose_slot(job, segment[1] + io->skip, io, align);
 	io->address = dmb_address(job, segment, io->skip);
 	io->length = (uint32_t)io->want;
@@ -105,13 +105,13 @@ void dmb_shape(const struct dmb_job *job, const uint64_t *segments, struct dmb_i
 	io->lead = 0;
 	io->straight = false;
 	if (edge || job->route == DMB_BUFFERED) {
-		shape_into_buffer(job, segment, io, io->left, 1);
+		shape_into_buffer(job, segment, io, io->left, 1, edge);
 		return;
 	}
 	straight = straight_bytes(job, segment, io, &staged);
 	if (straight && !staged) {
 		io->straight = true;
-		shape_into_buffer(job, segment, io, straight, job->offset_align);
+		shape_into_buffer(job, segment, io, straight, job->offset_align, false);
 	} else {
 		shape_staged(job, segment, io, staged);
 	}
@@ -165,9 +165,12 @@ static int by_file_offset(const void *a, const void *b)
 static int find_overlap(const uint64_t **order, size_t count, const uint64_t *segments, size_t *ret)
 {
 	for (size_t i = 1; i < count; i++) {
+		const uint64_t *later;
+
 		if (order[i - 1][0] + order[i - 1][2] <= order[i][0])
 			continue;
-		*ret = (size_t)(order[i] - segments) / 3;
+		later = order[i - 1] > order[i] ? order[i - 1] : order[i];
+		*ret = (size_t)(later - segments) / 3;
 		return -EEXIST;
 	}
 	return 0;

@@ -20,6 +20,8 @@ int dmb_statx_dio(int fd, uint32_t *memory_align, uint32_t *offset_align)
 	memset(&stat, 0, sizeof(stat));
 	if (syscall(SYS_statx, fd, "", AT_EMPTY_PATH, DMB_STATX_DIOALIGN, &stat))
 		return -errno;
+	if (stat.mask & DMB_STATX_DIOALIGN && !stat.dio_offset_align)
+		return -EOPNOTSUPP;
 	*memory_align = stat.mask & DMB_STATX_DIOALIGN ? stat.dio_mem_align : 0;
 	*offset_align = stat.mask & DMB_STATX_DIOALIGN ? stat.dio_offset_align : 0;
 	return 0;

@@ -1,0 +1,137 @@
+/* SPDX-License-Identifier: MIT */
+/* sys.c, and the layouts in uapi.h against the system's headers where those have them. */
+#include "test.h"
+
+#include <fcntl.h>
+#include <linux/stat.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "../uapi.h"
+
+#ifdef STATX_DIOALIGN
+static_assert(STATX_DIOALIGN == DMB_STATX_DIOALIGN, "statx(2)");
+static_assert(sizeof(struct statx) == sizeof(struct dmb_statx), "statx(2)");
+static_assert(offsetof(struct statx, stx_mask) == offsetof(struct dmb_statx, mask), "statx(2)");
+static_assert(offsetof(struct statx, stx_dio_mem_align) ==
+		      offsetof(struct dmb_statx, dio_mem_align),
+	      "statx(2)");
+static_assert(offsetof(struct statx, stx_dio_offset_align) ==
+		      offsetof(struct dmb_statx, dio_offset_align),
+	      "statx(2)");
+#endif
+#ifdef __NR_cachestat
+static_assert(__NR_cachestat == DMB_SYS_CACHESTAT, "cachestat(2)");
+#endif
+#ifdef MADV_POPULATE_WRITE
+static_assert(MADV_POPULATE_WRITE == DMB_MADV_POPULATE_WRITE, "madvise(2)");
+#endif
+
+static void alignments(void)
+{
+	uint32_t memory = 77, offset = 77;
+	int pipes[2], fd = memfd_create("test", MFD_CLOEXEC);
+	struct file file;
+
+	context("alignments", 0);
+	CHECK_EQUAL(dmb_statx_dio(-1, &memory, &offset), -EBADF);
+	CHECK_EQUAL(dmb_statx_dio(fd, &memory, &offset), 0);
+	CHECK_EQUAL(memory, 0);
+	CHECK_EQUAL(offset, 0);
+	CHECK_EQUAL(pipe(pipes), 0);
+	CHECK_EQUAL(dmb_statx_dio(pipes[0], &memory, &offset), 0);
+	CHECK_EQUAL(offset, 0);
+	close(pipes[0]);
+	close(pipes[1]);
+	close(fd);
+	if (!file_open(&file, PAGE)) /* checks that they are told */
+		return;
+	CHECK(!(file.offset_align & (file.offset_align - 1)));
+	CHECK(!(file.memory_align & (file.memory_align - 1)));
+	file_close(&file);
+}
+
+static void cache(void)
+{
+	struct file file;
+	uint64_t pages = 77;
+	int rc;
+
+	context("cachestat", 0);
+	if (!file_open(&file, 8 * PAGE))
+		return;
+	CHECK_EQUAL(posix_fadvise(file.plain, 0, 0, POSIX_FADV_DONTNEED), 0);
+	rc = dmb_cachestat(file.plain, 0, 8 * PAGE, &pages);
+	if (rc == -ENOSYS) { /* before Linux 6.5 */
+		file_close(&file);
+		return;
+	}
+	CHECK_EQUAL(rc, 0);
+	CHECK_EQUAL(pages, 0);
+	file_check(&file);
+	CHECK_EQUAL(dmb_cachestat(file.plain, 0, 8 * PAGE, &pages), 0);
+	CHECK_EQUAL(pages, 8);
+	CHECK_EQUAL(dmb_cachestat(file.plain, PAGE, PAGE, &pages), 0);
+	CHECK_EQUAL(pages, 1);
+	CHECK_EQUAL(dmb_cachestat(-1, 0, PAGE, &pages), -EBADF);
+	file_close(&file);
+}
+
+static void populate(void)
+{
+	unsigned char resident[8] = {0};
+	struct memory memory;
+	uint64_t address;
+	int rc;
+
+	context("populate", 0);
+	memory_map(&memory, sizeof(resident) * PAGE);
+	address = (uintptr_t)memory.bytes;
+	rc = dmb_populate(address, memory.size);
+	if (rc != -EINVAL) { /* before Linux 5.14 */
+		CHECK_EQUAL(rc, 0);
+		CHECK_EQUAL(mincore(memory.bytes, memory.size, resident), 0);
+		for (size_t i = 0; i < sizeof(resident); i++)
+			CHECK_EQUAL(resident[i] & 1, 1);
+		CHECK(dmb_populate(address - PAGE, PAGE) < 0);
+	}
+	CHECK_EQUAL(dmb_bind_node(address, memory.size, 1024), -EINVAL);
+	CHECK_EQUAL(dmb_bind_node(address, memory.size, 1023), -EINVAL);
+	rc = dmb_bind_node(address, memory.size, 0);
+	CHECK(rc == 0 || rc == -ENOSYS || rc == -EPERM); /* no NUMA, or seccomp */
+	memory_unmap(&memory);
+}
+
+static void lone(void)
+{
+	struct memory memory;
+	struct file file;
+	uint64_t address;
+
+	context("lone", 0);
+	if (!file_open(&file, 1000))
+		return;
+	memory_map(&memory, PAGE);
+	memset(memory.bytes, POISON, memory.size);
+	address = (uintptr_t)memory.bytes;
+	CHECK_EQUAL(dmb_lone(DMB_READ, file.plain, address, PAGE, 100), 900);
+	CHECK_EQUAL(memcmp(memory.bytes, file.bytes + 100, 900), 0);
+	CHECK_EQUAL(memory.bytes[900], POISON);
+	CHECK_EQUAL(dmb_lone(DMB_WRITE, file.plain, address, 10, 990), 10);
+	memcpy(file.bytes + 990, memory.bytes, 10);
+	file_check(&file);
+	CHECK_EQUAL(dmb_lone(DMB_READ, -1, address, PAGE, 0), -EBADF);
+	CHECK_EQUAL(dmb_lone(DMB_READ, file.plain, 0, PAGE, 0), -EFAULT);
+	file_close(&file);
+	memory_unmap(&memory);
+}
+
+int main(void)
+{
+	alignments();
+	cache();
+	populate();
+	lone();
+	return finish();
+}
