@@ -195,7 +195,9 @@ static int issue(struct dmb_batch *batch, struct dmb_io *io)
 	int rc;
 
 	dmb_shape(batch->job, batch->segments, io, batch->phase == EDGES);
-	if (!io->address) {
+	if (io->staged) {
+		if (!batch->job->base)
+			return -EFAULT; /* memory that the CPU cannot map has no edges */
 		rc = take_block(batch, io);
 		if (rc)
 			return rc;
@@ -225,7 +227,7 @@ static uint64_t settle(struct dmb_batch *batch, struct dmb_io *io, uint64_t move
 	if (io->direction == DMB_WRITE && batch->phase != EDGES &&
 	    batch->job->route != DMB_BUFFERED)
 		got = dmb_align_down(got, batch->job->offset_align); /* goes on at a block */
-	if (io->block && io->address == io->block && io->direction == DMB_READ)
+	if (io->staged && io->direction == DMB_READ)
 		memcpy(dmb_address(batch->job, segment, io->skip), io->block + io->lead, got);
 	if (io->straight)
 		batch->result.straight += got;

@@ -24,7 +24,8 @@ enum dmb_backend {
 };
 
 enum dmb_ring_flags {
-	DMB_RING_SINGLE_ISSUER = 1, /* with DEFER_TASKRUN: one thread owns the ring */
+	DMB_RING_SINGLE_ISSUER = 1,  /* with DEFER_TASKRUN: one thread owns the ring */
+	DMB_RING_EMULATE_NATIVE = 2, /* threads only, for tests: DMB_NATIVE by mapping dma-bufs */
 };
 
 /* The file tables of a ring: how many buffers and files may be registered at once. */
@@ -46,6 +47,16 @@ void dmb_ring_destroy(struct dmb_ring *ring);
 void dmb_ring_get_info(const struct dmb_ring *ring, struct dmb_ring_info *ret);
 /* Pin [address, address + size) into a slot; size 0 clears the slot. */
 int dmb_ring_register_buffer(struct dmb_ring *ring, unsigned slot, uint64_t address, uint64_t size);
+/*
+ * Whether the kernel has dma-buf registered buffers, by an update that changes nothing: 0, or
+ * -errno (-EINVAL from kernels without).
+ */
+int dmb_ring_probe_native(struct dmb_ring *ring);
+/*
+ * Register a dma-buf for I/O with the open file target_fd; dmabuf_fd -1 clears the slot. Requests
+ * with the slot give an offset into the dma-buf for an address, and only to that open file.
+ */
+int dmb_ring_register_dmabuf(struct dmb_ring *ring, unsigned slot, int dmabuf_fd, int target_fd);
 /* Put a file into a slot; fd -1 clears the slot. */
 int dmb_ring_register_file(struct dmb_ring *ring, unsigned slot, int fd);
 
@@ -58,6 +69,7 @@ enum dmb_route {
 	DMB_DIRECT = 1,	  /* O_DIRECT into the buffer's own pages */
 	DMB_STAGED = 2,	  /* O_DIRECT into staging blocks, the CPU from there */
 	DMB_BUFFERED = 3, /* the page cache, straight into the mapping */
+	DMB_NATIVE = 4,	  /* O_DIRECT through dma-bufs registered with the ring, one a slot */
 };
 
 struct dmb_job {
@@ -74,7 +86,7 @@ struct dmb_job {
 	uint64_t base;	      /* address of its first byte */
 	uint64_t size;	      /* in bytes */
 	const int32_t *slots; /* registered slot, or -1, of each slot_size bytes; NULL for none */
-	uint64_t slot_size;
+	uint64_t slot_size;   /* on DMB_NATIVE, bytes of each dma-buf but the last */
 	/* how */
 	int32_t direction;
 	int32_t route;
@@ -116,6 +128,8 @@ void dmb_segments_bounds(const uint64_t *segments, size_t count, struct dmb_boun
  */
 size_t dmb_segments_without_middle(const struct dmb_job *job, const uint64_t *segments,
 				   size_t count);
+/* How many of the segments have bytes that cannot go straight, and so go through the CPU. */
+size_t dmb_segments_with_edges(const struct dmb_job *job, const uint64_t *segments, size_t count);
 
 /* The job, its slots and the segments are read until the batch is destroyed. */
 int dmb_batch_create(struct dmb_ring *ring, const struct dmb_job *job, const uint64_t *segments,

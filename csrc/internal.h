@@ -27,6 +27,8 @@ struct dmb_io {
 	int fd;
 	int file_slot;
 	int buffer_slot;
+	bool native; /* address is an offset into the slot's dma-buf */
+	bool staged; /* goes through `block`, which is where address points */
 	uint8_t *address;
 	uint32_t length;
 	uint64_t offset;
@@ -66,12 +68,24 @@ struct dmb_ring {
 	struct dmb_ring_info info;
 	struct io_uring uring;
 	struct dmb_threads *threads;
+	struct dmb_emulated *emulated;
 	struct dmb_stage stage; /* what the last batch left for the next */
 	dmb_filter filter;
 	void *filter_arg;
 };
 
 int dmb_threads_init(struct dmb_ring *ring);
+
+/*
+ * DMB_RING_EMULATE_NATIVE, so that tests have the route on kernels without it: dma-bufs are mapped,
+ * and the answers are those that the kernel gives (docs/native.md).
+ */
+int dmb_emulate_create(struct dmb_emulated **ret);
+void dmb_emulate_destroy(struct dmb_emulated *emulated);
+int dmb_emulate_register(struct dmb_emulated *emulated, unsigned slot, int dmabuf_fd,
+			 int target_fd);
+/* The address that a native request of the slot means, or -errno. */
+int dmb_emulate_address(struct dmb_emulated *emulated, const struct dmb_io *io, uint8_t **ret);
 
 /*
  * `count` blocks of `block` bytes, in the memory that is there where it is enough. All blocks must
@@ -83,8 +97,8 @@ uint8_t *dmb_stage_take(struct dmb_stage *stage);
 void dmb_stage_give(struct dmb_stage *stage, uint8_t *block);
 
 /*
- * Cut the next request out of io's `left` bytes at (segment, skip). Leaves io->address NULL where
- * the bytes have to go through a staging block.
+ * Cut the next request out of io's `left` bytes at (segment, skip). Sets io->staged, and no
+ * address, where the bytes have to go through a staging block.
  */
 void dmb_shape(const struct dmb_job *job, const uint64_t *segments, struct dmb_io *io, bool edge);
 

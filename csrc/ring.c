@@ -3,10 +3,16 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/syscall.h>
 #include <sys/uio.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "internal.h"
+#include "uapi.h"
+
+/* Never handed out: an update of it is a probe without side effects. */
+#define DMB_PROBE_SLOT DMB_BUFFER_SLOTS
 
 static void uring_destroy(struct dmb_ring *ring)
 {
@@ -136,7 +142,8 @@ static int uring_init(struct dmb_ring *ring, unsigned depth, unsigned flags)
 		io_uring_queue_exit(&ring->uring);
 		return -ENOSYS; /* waiting with a timeout would need one request more a wait */
 	}
-	ring->info.buffer_table = io_uring_register_buffers_sparse(&ring->uring, DMB_BUFFER_SLOTS);
+	ring->info.buffer_table =
+		io_uring_register_buffers_sparse(&ring->uring, DMB_PROBE_SLOT + 1);
 	ring->info.file_table = io_uring_register_files_sparse(&ring->uring, DMB_FILE_SLOTS);
 	return 0;
 }
@@ -153,6 +160,8 @@ int dmb_ring_create(int backend, unsigned depth, unsigned flags, struct dmb_ring
 	if (backend == DMB_BACKEND_THREADS) {
 		ring->info.buffer_table = ring->info.file_table = -EOPNOTSUPP;
 		rc = dmb_threads_init(ring);
+		if (!rc && flags & DMB_RING_EMULATE_NATIVE)
+			rc = dmb_emulate_create(&ring->emulated);
 	} else {
 		rc = uring_init(ring, depth, flags);
 	}
@@ -169,6 +178,7 @@ void dmb_ring_destroy(struct dmb_ring *ring)
 	if (!ring)
 		return;
 	ring->ops->destroy(ring);
+	dmb_emulate_destroy(ring->emulated);
 	dmb_stage_release(&ring->stage);
 	free(ring);
 }
@@ -184,10 +194,58 @@ int dmb_ring_register_buffer(struct dmb_ring *ring, unsigned slot, uint64_t addr
 	__u64 tag = 0;
 	int rc;
 
+	if (slot >= DMB_BUFFER_SLOTS)
+		return -EINVAL;
 	if (ring->info.buffer_table)
 		return ring->info.buffer_table;
 	rc = io_uring_register_buffers_update_tag(&ring->uring, slot, &iov, &tag, 1);
 	return rc < 0 ? rc : 0;
+}
+
+/* One descriptor into a slot, through the extended update that liburing has no name for yet. */
+static int update_slot(struct dmb_ring *ring, unsigned slot, const struct dmb_regbuf_desc *desc)
+{
+	struct dmb_rsrc_update2 update = {
+		.offset = slot,
+		.flags = DMB_RSRC_UPDATE_EXTENDED,
+		.data = (uint64_t)(uintptr_t)desc,
+		.nr = 1,
+	};
+	long rc = syscall(SYS_io_uring_register, ring->uring.ring_fd, DMB_REGISTER_BUFFERS_UPDATE,
+			  &update, sizeof(update));
+
+	if (rc < 0)
+		return -errno;
+	return rc == 1 ? 0 : -EIO;
+}
+
+int dmb_ring_probe_native(struct dmb_ring *ring)
+{
+	const struct dmb_regbuf_desc empty = {.type = DMB_REGBUF_EMPTY};
+
+	if (ring->info.backend == DMB_BACKEND_THREADS)
+		return ring->emulated ? 0 : -EOPNOTSUPP;
+	if (ring->info.buffer_table)
+		return ring->info.buffer_table;
+	return update_slot(ring, DMB_PROBE_SLOT, &empty);
+}
+
+int dmb_ring_register_dmabuf(struct dmb_ring *ring, unsigned slot, int dmabuf_fd, int target_fd)
+{
+	struct dmb_regbuf_desc desc = {.type = DMB_REGBUF_EMPTY};
+
+	if (slot >= DMB_BUFFER_SLOTS)
+		return -EINVAL;
+	if (ring->info.backend == DMB_BACKEND_THREADS)
+		return dmb_emulate_register(ring->emulated, slot, dmabuf_fd, target_fd);
+	if (ring->info.buffer_table)
+		return ring->info.buffer_table;
+	if (dmabuf_fd >= 0) {
+		desc.type = DMB_REGBUF_DMABUF;
+		desc.dmabuf_fd = dmabuf_fd;
+		desc.target_fd = target_fd;
+	}
+	return update_slot(ring, slot, &desc);
 }
 
 int dmb_ring_register_file(struct dmb_ring *ring, unsigned slot, int fd)

@@ -41,6 +41,9 @@ static void choose_slot(const struct dmb_job *job, uint64_t buffer_offset, struc
 	uint64_t room = job->slot_size - buffer_offset % job->slot_size;
 
 	io->buffer_slot = job->slots[buffer_offset / job->slot_size];
+	io->native = job->route == DMB_NATIVE;
+	if (io->native)
+		io->address = (uint8_t *)(uintptr_t)(buffer_offset % job->slot_size);
 	if (io->want <= room)
 		return;
 	if (room >= align) {
@@ -48,6 +51,8 @@ static void choose_slot(const struct dmb_job *job, uint64_t buffer_offset, struc
 	} else { /* the block that straddles two slots goes unregistered */
 		io->want = dmb_min(io->want, align);
 		io->buffer_slot = -1;
+		io->staged = io->native;
+		io->native = false;
 	}
 }
 
@@ -55,9 +60,9 @@ static void shape_into_buffer(const struct dmb_job *job, const uint64_t *segment
 			      uint64_t want, uint64_t align, bool edge)
 {
 	io->want = dmb_min(want, job->block);
+	io->address = dmb_address(job, segment, io->skip);
 	if (job->slots && !edge)
 		choose_slot(job, segment[1] + io->skip, io, align);
-	io->address = dmb_address(job, segment, io->skip);
 	io->length = (uint32_t)io->want;
 	io->offset = segment[0] + io->skip;
 }
@@ -67,10 +72,21 @@ static void shape_staged(const struct dmb_job *job, const uint64_t *segment, str
 {
 	uint64_t offset = segment[0] + io->skip;
 
+	io->staged = true;
+	io->address = NULL;
+	io->straight = false;
 	io->offset = dmb_align_down(offset, job->offset_align);
 	io->lead = (uint32_t)(offset - io->offset);
 	io->want = dmb_min(limit, job->block - io->lead);
 	io->length = (uint32_t)dmb_align_up(io->lead + io->want, job->offset_align);
+}
+
+/* What the device sees as the memory's address: on DMB_NATIVE an offset into a dma-buf. */
+static uint64_t place(const struct dmb_job *job, const uint64_t *segment, uint64_t skip)
+{
+	if (job->route == DMB_NATIVE)
+		return (segment[1] + skip) % job->slot_size;
+	return (uintptr_t)dmb_address(job, segment, skip);
 }
 
 /* How many bytes from here may go straight, and how many must be staged before any may. */
@@ -84,9 +100,9 @@ static uint64_t straight_bytes(const struct dmb_job *job, const uint64_t *segmen
 	if (job->direction == DMB_READ)
 		end = dmb_min(dmb_align_down(end, align), dmb_align_down(job->file_size, align));
 	*staged = io->left;
-	if (job->route != DMB_DIRECT || end <= start)
+	if ((job->route != DMB_DIRECT && job->route != DMB_NATIVE) || end <= start)
 		return 0;
-	if ((uintptr_t)dmb_address(job, segment, io->skip + (start - offset)) % job->memory_align)
+	if (place(job, segment, io->skip + (start - offset)) % job->memory_align)
 		return 0;
 	*staged = start - offset;
 	return end - start;
@@ -103,7 +119,7 @@ void dmb_shape(const struct dmb_job *job, const uint64_t *segments, struct dmb_i
 	io->buffer_slot = -1;
 	io->address = NULL;
 	io->lead = 0;
-	io->straight = false;
+	io->straight = io->native = io->staged = false;
 	if (edge || job->route == DMB_BUFFERED) {
 		shape_into_buffer(job, segment, io, io->left, 1, edge);
 		return;
@@ -112,6 +128,8 @@ void dmb_shape(const struct dmb_job *job, const uint64_t *segments, struct dmb_i
 	if (straight && !staged) {
 		io->straight = true;
 		shape_into_buffer(job, segment, io, straight, job->offset_align, false);
+		if (io->staged)
+			shape_staged(job, segment, io, io->want);
 	} else {
 		shape_staged(job, segment, io, staged);
 	}
@@ -129,12 +147,33 @@ size_t dmb_segments_without_middle(const struct dmb_job *job, const uint64_t *se
 
 		dmb_middle(job, segment, &io.skip, &end);
 		io.left = moved = end > io.skip ? end - io.skip : 0;
-		if (job->route == DMB_DIRECT)
+		if (job->route == DMB_DIRECT || job->route == DMB_NATIVE)
 			moved = straight_bytes(job, segment, &io, &staged);
 		if (segment[2] && !moved)
 			without++;
 	}
 	return without;
+}
+
+size_t dmb_segments_with_edges(const struct dmb_job *job, const uint64_t *segments, size_t count)
+{
+	size_t with = 0;
+
+	for (size_t i = 0; i < count; i++) {
+		struct dmb_io io = {.segment = i};
+		uint64_t size = segments[3 * i + 2], start, end;
+
+		dmb_middle(job, segments + 3 * i, &start, &end);
+		for (io.skip = start; io.skip < end; io.skip += io.want) {
+			io.left = end - io.skip;
+			dmb_shape(job, segments, &io, false);
+			if (!io.straight)
+				break;
+		}
+		if (start || io.skip < size)
+			with++;
+	}
+	return with;
 }
 
 void dmb_segments_bounds(const uint64_t *segments, size_t count, struct dmb_bounds *ret)

@@ -72,15 +72,20 @@ int64_t dmb_lone(int direction, int fd, uint64_t address, uint64_t size, uint64_
 	return rc < 0 ? -errno : rc;
 }
 
-static void execute(struct dmb_io *io)
+static void execute(struct dmb_ring *ring, struct dmb_io *io)
 {
-	io->result = (int32_t)dmb_lone(io->direction, io->fd, (uint64_t)(uintptr_t)io->address,
-				       io->length, io->offset);
+	uint8_t *address = io->address;
+
+	io->result = io->native ? dmb_emulate_address(ring->emulated, io, &address) : 0;
+	if (!io->result)
+		io->result = (int32_t)dmb_lone(io->direction, io->fd, (uint64_t)(uintptr_t)address,
+					       io->length, io->offset);
 }
 
 static void *worker(void *arg)
 {
-	struct dmb_threads *threads = arg;
+	struct dmb_ring *ring = arg;
+	struct dmb_threads *threads = ring->threads;
 
 	pthread_mutex_lock(&threads->lock);
 	while (!threads->stopping) {
@@ -91,7 +96,7 @@ static void *worker(void *arg)
 			continue;
 		}
 		pthread_mutex_unlock(&threads->lock);
-		execute(io);
+		execute(ring, io);
 		pthread_mutex_lock(&threads->lock);
 		list_push(&threads->completed, io);
 		pthread_cond_signal(&threads->done);
@@ -128,13 +133,14 @@ static int threads_issue(struct dmb_ring *ring, struct dmb_io *io)
 }
 
 /* Without workers, waiting is what runs a request. */
-static void execute_one(struct dmb_threads *threads)
+static void execute_one(struct dmb_ring *ring)
 {
+	struct dmb_threads *threads = ring->threads;
 	struct dmb_io *io = threads->completed.head ? NULL : list_pop(&threads->queued);
 
 	if (!io)
 		return;
-	execute(io);
+	execute(ring, io);
 	list_push(&threads->completed, io);
 }
 
@@ -144,7 +150,7 @@ static int threads_wait(struct dmb_ring *ring, int timeout_ms)
 	struct timespec until;
 
 	if (!threads->count)
-		execute_one(threads);
+		execute_one(ring);
 	clock_gettime(CLOCK_MONOTONIC, &until);
 	until.tv_sec += timeout_ms / 1000;
 	until.tv_nsec += (long)(timeout_ms % 1000) * 1000000;
@@ -192,14 +198,14 @@ static const struct dmb_backend_ops threads_ops = {
 };
 
 /* Signals are for the program's own threads: a worker takes none. */
-static int start_worker(struct dmb_threads *threads, unsigned index)
+static int start_worker(struct dmb_ring *ring, unsigned index)
 {
 	sigset_t all, before;
 	int rc;
 
 	sigfillset(&all);
 	pthread_sigmask(SIG_SETMASK, &all, &before);
-	rc = pthread_create(&threads->thread[index], NULL, worker, threads);
+	rc = pthread_create(&ring->threads->thread[index], NULL, worker, ring);
 	pthread_sigmask(SIG_SETMASK, &before, NULL);
 	return rc;
 }
@@ -223,7 +229,7 @@ int dmb_threads_init(struct dmb_ring *ring)
 	ring->threads = threads;
 	ring->ops = &threads_ops;
 	for (; threads->count < count; threads->count++) {
-		int rc = start_worker(threads, threads->count);
+		int rc = start_worker(ring, threads->count);
 
 		if (rc && !threads->count) {
 			threads_destroy(ring);
