@@ -5,6 +5,10 @@
  * flight is waited for, the failed request is halved down to the block that cannot be moved, and
  * the result tells how much lies before it without a gap.
  *
+ * The block layer merges neighbouring requests, and a bad block fails all that were merged. So what
+ * was in flight with a request that failed is first done again, one request at a time, and only the
+ * one that fails alone holds a bad block.
+ *
  * Phases: MIDDLE, then BISECT where a request failed, then EDGES of a write, then DONE.
  */
 #include <errno.h>
@@ -43,9 +47,10 @@ struct dmb_batch {
 	uint64_t skip;
 
 	/* positions in all segments; UINT64_MAX for none */
-	uint64_t middle_end; /* the first that the first pass did not issue */
-	uint64_t first_edge; /* the first that waits for the second pass */
-	uint64_t stop;	     /* the first that could not be moved */
+	uint64_t middle_end;  /* the first that the first pass did not issue */
+	uint64_t first_edge;  /* the first that waits for the second pass */
+	uint64_t stop;	      /* the first that could not be moved */
+	uint64_t alone_until; /* requests before it are issued one at a time */
 
 	struct dmb_io failed; /* the failed request with the lowest position; error 0 for none */
 	int error;
@@ -423,6 +428,8 @@ static void fill_pass(struct dmb_batch *batch)
 
 		if (position >= batch->stop)
 			return;
+		if (position < batch->alone_until && batch->in_flight)
+			return;
 		io = take_io(batch, batch->segment, batch->skip, position, left);
 		if (!start(batch, io))
 			return;
@@ -456,14 +463,40 @@ static bool one_block_is_bad(const struct dmb_batch *batch)
 	return !size || dmb_align_down(offset, unit) == dmb_align_down(offset + size - 1, unit);
 }
 
+/* Whether a request failed for what the medium holds, and was not left for another reason. */
+static bool bad_medium(const struct dmb_batch *batch)
+{
+	if (batch->stopping || batch->stop < batch->failed.position)
+		return false;
+	return batch->error == EIO || batch->error == ENODATA || batch->error == EILSEQ ||
+	       batch->error == EREMOTEIO;
+}
+
+/* Go back to the request that failed, unless it was alone; false where there is nothing to do. */
+static bool go_back(struct dmb_batch *batch)
+{
+	const struct dmb_io *failed = &batch->failed;
+	uint64_t issued = batch->before + batch->skip;
+
+	if (!bad_medium(batch) || batch->job->depth == 1)
+		return false;
+	if (failed->position < batch->alone_until || failed->position >= issued)
+		return false;
+	batch->alone_until = issued;
+	batch->segment = failed->segment;
+	batch->before = failed->position - failed->skip;
+	batch->skip = failed->skip;
+	batch->error = 0;
+	batch->stop = UINT64_MAX;
+	batch->result.short_segment = -1;
+	return true;
+}
+
 static bool begin_bisect(struct dmb_batch *batch)
 {
 	const struct dmb_io *failed = &batch->failed;
 
-	if (batch->stopping || batch->stop < failed->position)
-		return false;
-	if (batch->error != EIO && batch->error != ENODATA && batch->error != EILSEQ &&
-	    batch->error != EREMOTEIO)
+	if (!bad_medium(batch))
 		return false;
 	batch->bad_error = batch->error;
 	batch->bad_skip = failed->skip;
@@ -546,6 +579,8 @@ static void next_phase(struct dmb_batch *batch)
 {
 	switch (batch->phase) {
 	case MIDDLE:
+		if (go_back(batch))
+			return;
 		if (batch->segment < batch->count)
 			batch->middle_end = batch->before + batch->skip;
 		batch->phase = begin_bisect(batch) ? BISECT : EDGES;

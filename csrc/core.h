@@ -59,6 +59,11 @@ int dmb_ring_probe_native(struct dmb_ring *ring);
 int dmb_ring_register_dmabuf(struct dmb_ring *ring, unsigned slot, int dmabuf_fd, int target_fd);
 /* Put a file into a slot; fd -1 clears the slot. */
 int dmb_ring_register_file(struct dmb_ring *ring, unsigned slot, int fd);
+/*
+ * Have the kernel do what it has put off until the ring's owner comes by (DEFER_TASKRUN). The last
+ * reference to a request's file may be among it, and the file's device stays busy until then.
+ */
+void dmb_ring_settle(struct dmb_ring *ring);
 
 enum dmb_direction {
 	DMB_READ = 0,  /* file to buffer */

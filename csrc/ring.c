@@ -248,6 +248,12 @@ int dmb_ring_register_dmabuf(struct dmb_ring *ring, unsigned slot, int dmabuf_fd
 	return update_slot(ring, slot, &desc);
 }
 
+void dmb_ring_settle(struct dmb_ring *ring)
+{
+	if (!ring->threads)
+		io_uring_get_events(&ring->uring);
+}
+
 int dmb_ring_register_file(struct dmb_ring *ring, unsigned slot, int fd)
 {
 	int rc;

@@ -155,24 +155,26 @@ size_t dmb_segments_without_middle(const struct dmb_job *job, const uint64_t *se
 	return without;
 }
 
+static bool all_straight(const struct dmb_job *job, const uint64_t *segment)
+{
+	struct dmb_io io = {.left = segment[2]};
+	uint64_t start, end, staged, room;
+
+	dmb_middle(job, segment, &start, &end);
+	if (start || end != segment[2] || straight_bytes(job, segment, &io, &staged) != end)
+		return false;
+	if (job->route != DMB_NATIVE)
+		return true;
+	room = job->slot_size - segment[1] % job->slot_size;
+	return end <= room || !(room % job->offset_align);
+}
+
 size_t dmb_segments_with_edges(const struct dmb_job *job, const uint64_t *segments, size_t count)
 {
 	size_t with = 0;
 
-	for (size_t i = 0; i < count; i++) {
-		struct dmb_io io = {.segment = i};
-		uint64_t size = segments[3 * i + 2], start, end;
-
-		dmb_middle(job, segments + 3 * i, &start, &end);
-		for (io.skip = start; io.skip < end; io.skip += io.want) {
-			io.left = end - io.skip;
-			dmb_shape(job, segments, &io, false);
-			if (!io.straight)
-				break;
-		}
-		if (start || io.skip < size)
-			with++;
-	}
+	for (size_t i = 0; i < count; i++)
+		with += segments[3 * i + 2] && !all_straight(job, segments + 3 * i);
 	return with;
 }
 

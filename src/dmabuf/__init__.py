@@ -21,12 +21,14 @@ from dmabuf.errors import (
 )
 from dmabuf.exporters import allocate, from_fd
 from dmabuf.file import File, open  # noqa: A004 - dmabuf.open is the API
+from dmabuf.pipeline import Copy, copy
 from dmabuf.route import Plan, Route
 
 __all__ = [
     "Buffer",
     "BusyError",
     "ClosedError",
+    "Copy",
     "Engine",
     "File",
     "IntegrityError",
@@ -37,6 +39,7 @@ __all__ = [
     "Slab",
     "Transfer",
     "allocate",
+    "copy",
     "from_fd",
     "open",
 ]

@@ -22,6 +22,8 @@ from dmabuf.route import Plan, Prefer, Question, Require, Route, choose
 
 _ENDLESS = frozenset(os.makedev(1, minor) for minor in (5, 7, 8, 9))
 """The devices zero, full, random and urandom (Documentation/admin-guide/devices.txt)."""
+_SLICE_MS = 100
+"""How often a wait returns to Python: a signal just before a system call does not interrupt it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +61,16 @@ class Source:
         self.name = file._target.path
         self.total: int | None = None
         """Bytes that are going to come; None where nobody can know."""
-        self._in_order = file._target.stream
-        self._has_position = self._in_order is not None
-        if self._in_order:
-            _refuse_offset(offset, self._in_order, self.name)
+        self.in_order = file._target.stream
+        """What it is where it can only be read in order, such as "a pipe"."""
+        self._has_position = self.in_order is not None
+        if self.in_order:
+            _refuse_offset(offset, self.in_order, self.name)
             return
         self.total = max(0, cast(int, file.size) - offset)
         if self.total == 0 and file.kind == "file" and os.pread(file.fileno(), 1, offset):
             # /proc and sysfs: a regular file that tells no size and has bytes all the same
-            self._in_order, self.total = "a file that tells no size", None
+            self.in_order, self.total = "a file that tells no size", None
 
     @property
     def endless(self) -> bool:
@@ -78,12 +81,12 @@ class Source:
     @property
     def any_thread(self) -> bool:
         """Whether any thread may read it: an Engine of the caller's own stays in its thread."""
-        return self._in_order is not None or self.file._target.engine._owner is None
+        return self.in_order is not None or self.file._target.engine._owner is None
 
     def plan(self, buffer: Buffer, size: int) -> Plan:
         """The route its bytes will take; raises RouteUnavailable."""
-        if self._in_order:
-            return self.terms.in_order(Question("read", stream=self._in_order), self.name)
+        if self.in_order:
+            return self.terms.in_order(Question("read", stream=self.in_order), self.name)
         return self.file.plan(
             buffer, "read", size=size, file_offset=self.offset, **self.terms.arguments()
         )
@@ -99,7 +102,7 @@ class Source:
                 since a peer may wait for it at the other end.
             stop: an eventfd that ends a wait: fewer bytes are returned.
         """
-        if self._in_order:
+        if self.in_order:
             return self._read_in_order(buffer, at, size, whole, stop)
         record = self.file.read_into(
             buffer, size, file_offset=self.offset, buffer_offset=at, **self.terms.arguments()
@@ -122,7 +125,9 @@ class Source:
                     continue
                 except OSError as error:
                     text = f"reading failed: {error.strerror}"
-                    raise _telling(os_error(error.errno or errno.EIO, text, self.name), done) from error
+                    raise _telling(
+                        os_error(error.errno or errno.EIO, text, self.name), done
+                    ) from error
             requests += 1
             done += got
             if not got:
@@ -139,7 +144,7 @@ class Source:
 
     def check_end(self, missing: int) -> None:
         """After a read that ended `missing` bytes early: ShortReadError if the file shrank."""
-        if self._in_order:
+        if self.in_order:
             return
         end, promised = cast(int, self.file.size), self.offset + missing
         if end >= promised:
@@ -158,6 +163,8 @@ class Sink:
         self.tally = Tally()
         self.name = file._target.path
         self.in_order = file._target.stream
+        self.begun = False
+        """Whether anything of the file may have changed."""
         self._emptied = emptied
         self._old_size: int | None = None
         if self.in_order:
@@ -184,6 +191,7 @@ class Sink:
             if total is not None and total > room:
                 text = f"{total} bytes do not fit into the {room} that the device has there"
                 raise _telling(os_error(errno.ENOSPC, text, self.name), 0)
+        self.begun = True
         if self.file.kind != "file":
             return
         if self._emptied:
@@ -196,6 +204,7 @@ class Sink:
         rc = lib.dmb_fallocate(fd, start, self.offset + total - start)
         if rc and -rc not in (errno.EOPNOTSUPP, errno.ENOSYS):
             os.ftruncate(fd, old)
+            self.begun = False
             text = f"allocating the {total} bytes of the copy, before anything was written"
             raise _telling(failure(-rc, text, self.name), 0)
 
@@ -272,7 +281,9 @@ def _readable(fd: int, stop: int | None, *, wait: bool) -> bool:
     poll.register(fd, select.POLLIN)
     if stop is not None:
         poll.register(stop, select.POLLIN)
-    ready = dict(poll.poll(None if wait else 0))
+    ready = dict(poll.poll(_SLICE_MS if wait else 0))
+    while wait and not ready:
+        ready = dict(poll.poll(_SLICE_MS))
     return fd in ready and stop not in ready
 
 

@@ -68,11 +68,25 @@ def open_sink(
             stack.callback(os.close, own)
             return Appender(own, terms)
         file = File(fd, "w", force=force)
-    else:
-        # Not emptied by opening it: it may be the source, or its route not be to be had.
-        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY
-        file = _file_of(os.open(path, flags, 0o666), "w", path, force=force)
-    return Sink(stack.enter_context(file), offset, terms, emptied=path is not None and not offset)
+        return Sink(stack.enter_context(file), offset, terms, emptied=False)
+    fd, made = _create(path)
+    file = stack.enter_context(_file_of(fd, "w", path, force=force))
+    sink = Sink(file, offset, terms, emptied=not offset)
+    if made:
+        stack.callback(lambda: None if sink.begun else os.unlink(path))
+    return sink
+
+
+def _create(path: str) -> tuple[int, bool]:
+    """A descriptor of a file to write, and whether it is new.
+
+    It is not emptied yet: it may be the source, or its route not be to be had.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY
+    try:
+        return os.open(path, flags | os.O_EXCL, 0o666), True
+    except FileExistsError:
+        return os.open(path, flags, 0o666), False
 
 
 def _file_of(fd: int, mode: str, path: str, *, force: bool = False) -> File:
@@ -200,5 +214,3 @@ def _sysfs_place(device: int) -> Path:
     """Where a block device stands in sysfs: a partition stands within its disk."""
     number = f"{os.major(device)}:{os.minor(device)}"
     return Path(os.path.realpath(f"/sys/dev/block/{number}"))
-
-

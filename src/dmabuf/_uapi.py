@@ -21,6 +21,13 @@ DMA_BUF_SYNC_START = 0
 DMA_BUF_SYNC_END = 4
 DMA_BUF_IOCTL_SYNC = _ioc(1, "b", 0, 8)  # struct dma_buf_sync { u64 flags; }
 DMA_BUF_SET_NAME_B = _ioc(1, "b", 1, 8)  # the string itself, at most DMA_BUF_NAME_LEN
+DMA_BUF_SYNC_FILE_STRUCT = struct.Struct("=Ii")  # flags, fd (export: returned)
+DMA_BUF_IOCTL_EXPORT_SYNC_FILE = _ioc(3, "b", 2, DMA_BUF_SYNC_FILE_STRUCT.size)  # Linux 6.0
+DMA_BUF_IOCTL_IMPORT_SYNC_FILE = _ioc(1, "b", 3, DMA_BUF_SYNC_FILE_STRUCT.size)  # Linux 6.0
+
+# <linux/sync_file.h>
+SYNC_MERGE_STRUCT = struct.Struct("=32siiII")  # name, fd2, fence (returned), flags, pad
+SYNC_IOC_MERGE = _ioc(3, ">", 3, SYNC_MERGE_STRUCT.size)
 
 # <linux/udmabuf.h>
 UDMABUF_CREATE_STRUCT = struct.Struct("=IIQQ")  # memfd, flags, offset, size
@@ -72,6 +79,25 @@ def sync(fd: int, flags: int) -> None:
 def set_name(fd: int, name: bytes) -> None:
     """Label a dma-buf; the label shows in fdinfo and in debugfs."""
     ioctl(fd, DMA_BUF_SET_NAME_B, name + b"\0")
+
+
+def export_sync_file(fd: int, flags: int) -> int:
+    """A sync file of a dma-buf's fences: its close-on-exec descriptor."""
+    data = bytearray(DMA_BUF_SYNC_FILE_STRUCT.pack(flags, -1))
+    ioctl(fd, DMA_BUF_IOCTL_EXPORT_SYNC_FILE, data)
+    return int(DMA_BUF_SYNC_FILE_STRUCT.unpack(data)[1])
+
+
+def import_sync_file(fd: int, flags: int, sync_file: int) -> None:
+    """Add the fence of a sync file to a dma-buf."""
+    ioctl(fd, DMA_BUF_IOCTL_IMPORT_SYNC_FILE, DMA_BUF_SYNC_FILE_STRUCT.pack(flags, sync_file))
+
+
+def merge_sync_files(one: int, other: int) -> int:
+    """A sync file that signals when both have: its close-on-exec descriptor."""
+    data = bytearray(SYNC_MERGE_STRUCT.pack(b"dmabuf", other, -1, 0, 0))
+    ioctl(one, SYNC_IOC_MERGE, data)
+    return int(SYNC_MERGE_STRUCT.unpack(data)[2])
 
 
 def udmabuf_create(device: int, memfd: int, offset: int, size: int) -> int:

@@ -10,8 +10,9 @@ import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, SupportsIndex
 
+from dmabuf import fence
 from dmabuf._mapping import address_of, bracket
 from dmabuf._rawfile import RawFile, Window, parse_mode
 from dmabuf.errors import BusyError
@@ -293,6 +294,69 @@ class Buffer(RawFile):
                 self._refuse("mapped")
             with memoryview(self._memory) as whole:
                 return whole[offset : offset + size]
+
+    # Fences: see the head of fence.py, and docs/coherency.md.
+
+    def wait(self, direction: fence.Access = "read", timeout: float | None = None) -> None:
+        """Return when the memory may be read (written) as far as the dma-bufs' fences tell.
+
+        "read" waits for the devices that write the buffer, "write" for all that use it.
+        ``timeout`` is in seconds, for all slabs together; None waits for ever, 0 only asks. A
+        memfd is no dma-buf and has no fences: that returns at once.
+
+        This is no CPU access: :meth:`map` and the file methods see to theirs by themselves, and a
+        wait before them bounds theirs. Signals interrupt it as PEP 475 has it.
+
+        Raises TimeoutError, ClosedError after close, ValueError for another direction or less than
+        no time.
+        """
+        fence.check_direction(direction)
+        fence.check_timeout(timeout)
+        self._acquire()
+        try:
+            fence.wait(self._touched(0, self._size), direction, timeout)
+        finally:
+            self._release()
+
+    def export_fence(self, direction: fence.Access = "read") -> int:
+        """A sync file: a descriptor that signals when what :meth:`wait` waits for now has ended.
+
+        One descriptor whatever the number of slabs, close-on-exec, the caller's to close; poll(2)
+        it for POLLIN, or hand it to Vulkan, DRM or another buffer's :meth:`import_fence`. Jobs
+        that are submitted later are not in it.
+
+        Raises io.UnsupportedOperation (errno EOPNOTSUPP) for a memfd, OSError where the kernel
+        cannot (Linux before 6.0: ENOTTY), ClosedError after close.
+        """
+        fence.check_direction(direction)
+        with self._fenced() as fds:
+            return fence.export_sync_file(fds, direction)
+
+    def import_fence(self, fd: SupportsIndex, direction: fence.Access = "write") -> None:
+        """Add a sync file's fence to each slab: of a job that reads, or writes, the buffer.
+
+        Transfers, :meth:`wait` and CPU access then wait for it, and so do drivers with implicit
+        synchronization. "write" makes everyone wait, "read" only those who write. The descriptor
+        stays the caller's. A fence cannot be taken out again.
+
+        Raises OSError (EINVAL) where ``fd`` is no sync file, and what :meth:`export_fence` raises.
+        """
+        fence.check_direction(direction)
+        with self._fenced() as fds:
+            fence.import_sync_file(fds, fd, direction)
+
+    @contextmanager
+    def _fenced(self) -> Iterator[list[int]]:
+        self._acquire()
+        try:
+            if not self._is_dmabuf:
+                raise io.UnsupportedOperation(
+                    errno.EOPNOTSUPP,
+                    "a memfd is no dma-buf and has no fences: allocate with exporter='udmabuf'",
+                )
+            yield self._touched(0, self._size)
+        finally:
+            self._release()
 
     # For the engine.
 

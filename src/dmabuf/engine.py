@@ -21,9 +21,9 @@ from typing import Any, Literal
 from dmabuf._ffi import failure, ffi, lib
 from dmabuf.buffer import Buffer
 from dmabuf.errors import ClosedError
-from dmabuf.ring import SLOT_SIZE, Ring, why_no_uring
+from dmabuf.ring import SLOT_SIZE, Ring, why_no_uring, why_not_native
 from dmabuf.route import Route
-from dmabuf.sizes import parse_size
+from dmabuf.sizes import as_int, parse_size, round_up
 
 log = logging.getLogger("dmabuf")
 
@@ -88,6 +88,16 @@ class Job:
         """The address of the buffer's first byte."""
         return self.buffer._address or 0
 
+    @property
+    def slot_size(self) -> int:
+        """Bytes of the buffer that one registered slot covers."""
+        return self.buffer.slabs[0].size if self.route is Route.NATIVE else SLOT_SIZE
+
+    @property
+    def slots_touched(self) -> tuple[int, int]:
+        """The first and the last slot of the buffer that the segments reach."""
+        return self.buffer_start // self.slot_size, (self.buffer_end - 1) // self.slot_size
+
     def describe(self, **how: Any) -> Any:
         """The core's `struct dmb_job` of it; `how` are the fields that an engine knows."""
         fields = {
@@ -100,11 +110,15 @@ class Job:
             "file_size": self.file_size,
             "base": self.address,
             "size": self.buffer.size,
-            "slot_size": SLOT_SIZE,
+            "slot_size": self.slot_size,
             "direction": lib.DMB_WRITE if self.write else lib.DMB_READ,
             "route": _ROUTES[self.route],
         }
         return ffi.new("struct dmb_job *", fields | how)
+
+    def with_edges(self) -> int:
+        """How many of the segments have bytes that the CPU has to move."""
+        return int(lib.dmb_segments_with_edges(self.describe(), self.segments, self.count))
 
     def without_middle(self) -> int:
         """How many of the segments have nothing that could go by the route."""
@@ -130,7 +144,24 @@ class Outcome:
     """What interrupted the job (KeyboardInterrupt), raised again by the caller once it tidied."""
 
 
+NOTHING = Outcome(
+    nbytes=0,
+    copied=0,
+    straight=0,
+    requests=0,
+    reissues=0,
+    error=0,
+    failed_straight=False,
+    error_offset=0,
+    short_segment=-1,
+    registered=False,
+    registration="no ring was used",
+    interruption=None,
+)
+"""A job that moved nothing."""
+
 _ROUTES = {
+    Route.NATIVE: lib.DMB_NATIVE,
     Route.DIRECT: lib.DMB_DIRECT,
     Route.STAGED: lib.DMB_STAGED,
     Route.BUFFERED: lib.DMB_BUFFERED,
@@ -153,6 +184,8 @@ class Engine:
         ValueError: a depth outside 1..4096, or a block size outside 4 KiB..1 GiB.
     """
 
+    _flags = 0  # DMB_RING_EMULATE_NATIVE, where a test wants the native route without its kernel
+
     def __init__(
         self,
         *,
@@ -164,8 +197,8 @@ class Engine:
         self._setup(queue_depth, block_size, backend, most_rings=1)
 
     def _setup(self, depth: int, block: int | str, backend: Backend, most_rings: int) -> None:
-        self.queue_depth = depth
-        self.block_size = parse_size(block)
+        self.queue_depth = as_int(depth, "queue_depth")
+        self.block_size = parse_size(block, "block_size")
         if not 1 <= depth <= 4096:
             raise ValueError(f"queue_depth={depth}: from 1 to 4096 requests")
         if self.block_size % 4096 or not 4096 <= self.block_size <= SLOT_SIZE:
@@ -195,7 +228,10 @@ class Engine:
     def _new_ring(self) -> Ring:
         workers = min(self.queue_depth, WORKERS)
         threads = self._kind == lib.DMB_BACKEND_THREADS
-        return Ring(self._kind, workers if threads else self.queue_depth, self._owner)
+        ring = Ring(self._kind, workers if threads else self.queue_depth, self._owner, self._flags)
+        if threads:
+            ring.refused = f"threads move the requests: {self.backend_reason}"
+        return ring
 
     @property
     def backend(self) -> Literal["io_uring", "threads"]:
@@ -224,7 +260,8 @@ class Engine:
         state = "closed" if self._closed else f"{self.backend}, queue_depth={self.queue_depth}"
         return f"<dmabuf.Engine {state}>"
 
-    def _check(self) -> None:
+    def check_usable(self) -> None:
+        """Raise ClosedError or RuntimeError unless this thread may use it now."""
         if self._closed:
             raise ClosedError("the engine is closed")
         if self._pid != os.getpid():
@@ -254,21 +291,45 @@ class Engine:
             for ring in self._rings:
                 ring.forget_file(fd)
 
+    def no_native(self) -> str | None:
+        """Why dma-bufs cannot be registered at all; None where they can."""
+        self.check_usable()
+        return self._rings[0].native_refusal()
+
+    def native_refusal(self, job: Job) -> str | None:
+        """Why the native route cannot take a job; None where it can.
+
+        Found by doing: the dma-buf is registered for the file, and stays so for the job.
+        """
+        self.check_usable()
+        error = self._rings[0].native(job.buffer, job.fd).fill(job.buffer, *job.slots_touched)
+        return why_not_native(error) if error else None
+
+    def forget_native(self, buffer: Buffer, fd: int) -> None:
+        """Drop what is registered of a dma-buf for a file, so that it is registered anew."""
+        for ring in self._rings:
+            ring.native(buffer, fd).clear()
+
     def run(self, job: Job) -> Outcome:
         """Run a job to its end.
 
         The caller holds the buffer. On an exception meanwhile (KeyboardInterrupt) nothing more is
         submitted, and the call returns when the device is done, with it in the outcome.
         """
-        self._check()
+        self.check_usable()
         ring = self._pick_ring()
         with ring.lock:
-            ring.unpin()
+            self.check_usable()  # nobody closed it meanwhile
+            ring.tidy()
             return _run_on(ring, job, self.queue_depth, self.block_size)
 
 
 def _register(ring: Ring, job: Job, block: int) -> tuple[Any, bool, str]:
     """The slots to use for a job's buffer, whether they cover it, and why or why not."""
+    if job.route is Route.NATIVE:
+        native = ring.native(job.buffer, job.fd)
+        error = native.fill(job.buffer, *job.slots_touched)
+        return native.slots, not error, why_not_native(error) if error else "as a dma-buf"
     if ring.refused:
         return ffi.NULL, False, f"this engine registers nothing: {ring.refused}"
     if job.route is not Route.DIRECT:
@@ -278,7 +339,7 @@ def _register(ring: Ring, job: Job, block: int) -> tuple[Any, bool, str]:
     few = job.count < REGISTER_REQUESTS and job.nbytes < REGISTER_REQUESTS * block
     if few and registration.seen < min(SLOT_SIZE, job.buffer.size) // 8:
         return ffi.NULL, False, "too few requests to gain from it"
-    first, last = job.buffer_start // SLOT_SIZE, (job.buffer_end - 1) // SLOT_SIZE
+    first, last = job.slots_touched
     registration.fill(job.buffer, first, last)
     if registration.covers(first, last):
         return registration.slots, True, "pinned once, kept while the buffer lives"
@@ -292,26 +353,33 @@ def _run_on(ring: Ring, job: Job, depth: int, block: int) -> Outcome:
         slots=slots,
         file_slot=ring.file_slot(job.fd) if many else -1,
         depth=depth,
-        block=block,
+        block=round_up(block, max(job.offset_align, job.memory_align)),
     )
     batch = ffi.new("struct dmb_batch **")
-    rc = lib.dmb_batch_create(ring.handle, description, job.segments, job.count, batch)
-    if rc:
-        raise failure(-rc, "preparing a transfer", job.path)
-    interruption = None
     try:
-        while (rc := lib.dmb_batch_run(batch[0], SLICE_MS)) > 0:
-            pass
-    except BaseException as caught:
-        lib.dmb_batch_drain(batch[0])
-        interruption = caught
-    try:
-        lib.dmb_batch_drain(batch[0])
+        rc = lib.dmb_batch_create(ring.handle, description, job.segments, job.count, batch)
+        if rc:
+            raise failure(-rc, "preparing a transfer", job.path)
+        rc, interruption = _run_to_end(batch[0])
         if rc < 0:
             raise failure(-rc, "running a transfer", job.path)
         return _outcome(batch[0], registered, registration, interruption)
     finally:
-        lib.dmb_batch_destroy(batch[0])
+        lib.dmb_batch_destroy(batch[0])  # one call, which drains first whatever has come
+
+
+def _run_to_end(batch: Any) -> tuple[int, BaseException | None]:
+    """The core's answer, and the first exception that a signal handler raised meanwhile, if any."""
+    interruption = None
+    rc = 1
+    while True:
+        try:
+            while rc > 0 and interruption is None:
+                rc = lib.dmb_batch_run(batch, SLICE_MS)
+            lib.dmb_batch_drain(batch)
+            return min(rc, 0), interruption
+        except BaseException as caught:  # a second one, while draining, changes nothing
+            interruption = interruption or caught
 
 
 def _outcome(

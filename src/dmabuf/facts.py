@@ -7,7 +7,7 @@ import mmap
 import os
 import stat
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from dmabuf import _uapi
@@ -84,14 +84,41 @@ def open_direct(fd: int, kind: Kind, writable: bool, readable: bool) -> Direct:
         direct = os.open(f"/proc/self/fd/{fd}", access | os.O_DIRECT | os.O_CLOEXEC)
     except OSError as error:
         return Direct(-1, none, _why_not_direct(error))
-    alignment = _stated_alignment(direct)
+    answer = ffi.new("uint32_t[2]")
+    stated = lib.dmb_statx_dio(direct, answer, answer + 1)
+    if stated == -errno.EOPNOTSUPP:
+        os.close(direct)
+        text = (
+            "the filesystem accepts O_DIRECT and does not do it for this file, as statx says: ext4 "
+            "with data=journal is one, files with encryption or fs-verity may be others"
+        )
+        return Direct(-1, none, text)
+    alignment = Alignment(*answer) if stated == 0 and answer[0] and answer[1] else None
     if alignment is None:
         alignment = _tried_alignment(direct, readable, size_of(direct, kind))
     if alignment is None:
         os.close(direct)
         text = "the filesystem opened the file with O_DIRECT and refused every aligned read: EINVAL"
         return Direct(-1, none, text)
+    if _on_zram(direct, kind):
+        alignment = replace(alignment, memory=max(alignment.memory, PAGE))
     return Direct(direct, alignment, None)
+
+
+def _on_zram(fd: int, kind: Kind) -> bool:
+    """Whether the bytes are kept by zram, which states an alignment that it does not keep to.
+
+    Where a block is a page, zram takes every piece of a request for a whole page of memory
+    (is_partial_io in drivers/block/zram/zram_drv.c), and memory that is not page-aligned makes
+    such pieces: the bytes around it in memory, or in the device, were seen to be overwritten.
+    """
+    status = os.fstat(fd)
+    device = status.st_rdev if kind == "block device" else status.st_dev
+    try:
+        link = os.readlink(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}")
+    except OSError:
+        return False
+    return "/block/zram" in link
 
 
 def _why_not_direct(error: OSError) -> str:
@@ -108,13 +135,6 @@ def _why_not_direct(error: OSError) -> str:
             "as a descriptor, and this user has no permission on it"
         )
     return f"opening the file with O_DIRECT failed: {error.strerror}"
-
-
-def _stated_alignment(fd: int) -> Alignment | None:
-    answer = ffi.new("uint32_t[2]")
-    if lib.dmb_statx_dio(fd, answer, answer + 1) or not answer[0] or not answer[1]:
-        return None
-    return Alignment(answer[0], answer[1])
 
 
 def _tried_alignment(fd: int, readable: bool, size: int) -> Alignment | None:

@@ -95,10 +95,13 @@ class File:
     @property
     def closed(self) -> bool:
         """Whether `close` was called."""
-        return self._target.fd < 0
+        return self._target.closed
 
     def close(self) -> None:
-        """Close it; what the engine has registered of it goes too. Can be called again."""
+        """Close it; what the engine has registered of it goes too. Can be called again.
+
+        A transfer that runs in another thread goes on to its end, and the descriptor with it.
+        """
         self._target.close()
 
     def __repr__(self) -> str:
@@ -129,6 +132,7 @@ class File:
         route: Route | str | None = None,
         prefer: Prefer = "zero-copy",
         timeout: float | None = None,
+        fence: bool = True,
     ) -> Transfer:
         """Read from the file into the buffer.
 
@@ -140,7 +144,11 @@ class File:
             require: "zero-copy", "uncached" or "any": which routes will do.
             route: the only route that will do.
             prefer: "fastest" takes a range that is in the page cache from there.
-            timeout: seconds to wait for the first byte of a stream.
+            timeout: seconds to wait for fences, and for the first byte of a stream. A device that
+                is at work is not bounded.
+            fence: False does not wait for the fences of devices that use the buffer. Refused where
+                the CPU touches it (but for `native` and `direct` without unaligned edges), since
+                its access waits.
 
         Returns:
             The record; its `nbytes` is less than `size` where the file ends before. Bytes of the
@@ -149,13 +157,16 @@ class File:
         Raises:
             OSError: what the kernel refused, with errno, the path and the file offset; its
                 `nbytes` is what arrived before that without a gap.
-            RouteUnavailable: no permitted route is possible.
+            TimeoutError: a device still used the buffer, or a stream did nothing, after `timeout`;
+                nothing was touched.
+            RouteUnavailable: no permitted route is possible, or none without the CPU for
+                `fence=False`.
             ValueError: a range outside the buffer or the largest file offset, or a closed file.
         """
         begun = time.perf_counter()
         ranges = self._range("read", buffer, size, file_offset, buffer_offset)
-        order = Order("read", buffer, ranges, require, route, prefer, timeout=timeout)
-        with _holding(buffer):
+        order = Order("read", buffer, ranges, require, route, prefer, timeout=timeout, fence=fence)
+        with _holding(self._target, buffer):
             return transfer.carry_out(self._target, order, begun)
 
     def write_from(
@@ -170,6 +181,7 @@ class File:
         prefer: Prefer = "zero-copy",
         sync: bool = False,
         timeout: float | None = None,
+        fence: bool = True,
     ) -> Transfer:
         """Write from the buffer to the file.
 
@@ -185,18 +197,25 @@ class File:
             route: the only route that will do.
             prefer: "fastest" writes a range that is in the page cache there.
             sync: return when the bytes are on the medium (fdatasync), not only handed over.
-            timeout: seconds to wait until a stream takes the first byte.
+            timeout: seconds to wait for fences, and until a stream takes the first byte. A device
+                that is at work is not bounded.
+            fence: False does not wait for the fences of devices that use the buffer. Refused where
+                the CPU touches it (but for `native` and `direct` without unaligned edges), since
+                its access waits.
 
         Raises:
             OSError: what the kernel refused, with errno, the path and the file offset; its
                 `nbytes` is what was written before that without a gap.
-            RouteUnavailable: no permitted route is possible.
+            TimeoutError: a device still used the buffer, or a stream did nothing, after `timeout`;
+                nothing was touched.
+            RouteUnavailable: no permitted route is possible, or none without the CPU for
+                `fence=False`.
             ValueError: a range outside the buffer or the largest file offset, or a closed file.
         """
         begun = time.perf_counter()
         ranges = self._range("write", buffer, size, file_offset, buffer_offset)
-        order = Order("write", buffer, ranges, require, route, prefer, sync, timeout)
-        with _holding(buffer):
+        order = Order("write", buffer, ranges, require, route, prefer, sync, timeout, fence)
+        with _holding(self._target, buffer):
             return transfer.carry_out(self._target, order, begun)
 
     def read_segments(
@@ -206,6 +225,8 @@ class File:
         *,
         require: Require = "any",
         route: Route | str | None = None,
+        timeout: float | None = None,
+        fence: bool = True,
     ) -> Transfer:
         """Read many ranges of the file to many places of the buffer, as one array of requests.
 
@@ -216,6 +237,8 @@ class File:
                 bytes, n times. Destinations that overlap end up with the bytes of either.
             require: "zero-copy" asks it of every segment.
             route: the only route that will do.
+            timeout: seconds to wait for fences.
+            fence: False does not wait for them; refused where any segment has unaligned edges.
 
         Raises:
             ShortReadError: a segment reaches past the end of the file; names its index.
@@ -223,8 +246,8 @@ class File:
             OSError, RouteUnavailable, ValueError: as `read_into`.
         """
         begun = time.perf_counter()
-        with _holding(buffer), self._segments("read", buffer, segments) as ranges:
-            order = Order("read", buffer, ranges, require, route)
+        with _holding(self._target, buffer), self._segments("read", buffer, segments) as ranges:
+            order = Order("read", buffer, ranges, require, route, timeout=timeout, fence=fence)
             return transfer.carry_out(self._target, order, begun)
 
     def write_segments(
@@ -235,6 +258,8 @@ class File:
         require: Require = "any",
         route: Route | str | None = None,
         sync: bool = False,
+        timeout: float | None = None,
+        fence: bool = True,
     ) -> Transfer:
         """Write many ranges of the buffer to many places of the file, as one array of requests.
 
@@ -244,14 +269,18 @@ class File:
             require: "zero-copy" asks it of every segment.
             route: the only route that will do.
             sync: return when the bytes are on the medium.
+            timeout: seconds to wait for fences.
+            fence: False does not wait for them; refused where any segment has unaligned edges.
 
         Raises:
             TypeError: `segments` is no such buffer.
             OSError, RouteUnavailable, ValueError: as `write_from`.
         """
         begun = time.perf_counter()
-        with _holding(buffer), self._segments("write", buffer, segments) as ranges:
-            order = Order("write", buffer, ranges, require, route, sync=sync)
+        with _holding(self._target, buffer), self._segments("write", buffer, segments) as ranges:
+            order = Order(
+                "write", buffer, ranges, require, route, sync=sync, timeout=timeout, fence=fence
+            )
             return transfer.carry_out(self._target, order, begun)
 
     def plan(
@@ -275,7 +304,7 @@ class File:
             raise ValueError(f"direction={direction!r}: 'read' or 'write'")
         ranges = self._range(direction, buffer, size, file_offset, buffer_offset)
         order = Order(direction, buffer, ranges, require, route, prefer)
-        with _holding(buffer):
+        with _holding(self._target, buffer):
             return transfer.plan(self._target, order)
 
     def _range(
@@ -336,9 +365,13 @@ class File:
 
 
 @contextmanager
-def _holding(buffer: Buffer) -> Iterator[None]:
-    buffer._acquire()
+def _holding(target: Target, buffer: Buffer) -> Iterator[None]:
+    target.acquire()
     try:
-        yield
+        buffer._acquire()
+        try:
+            yield
+        finally:
+            buffer._release()
     finally:
-        buffer._release()
+        target.release()

@@ -20,6 +20,11 @@ class Growth:
         self._kept = 0  # what was there before the first of them, or was written by one since
         self._longest = 0  # how long they made the file
 
+    @property
+    def running(self) -> bool:
+        """Whether a write is under way that would cut the file back if it failed."""
+        return bool(self._running)
+
     @contextmanager
     def growing(
         self, fd: int, path: str, start: int, end: int, reached: Callable[[int], int]
@@ -43,9 +48,9 @@ class Growth:
                 if not self._running:
                     self._kept = self._longest = size
                 self._running[me] = end
-                if end > size:
-                    _allocate(fd, path, max(size, start), end)
                 self._longest = max(self._longest, end)
+                if end > size:  # where this fails it may have grown the file all the same (ext4)
+                    _allocate(fd, path, max(size, start), end)
             yield
         except BaseException as error:
             with self._lock:
@@ -78,7 +83,7 @@ def _allocate(fd: int, path: str, start: int, end: int) -> None:
         elif rc:
             raise failure(-rc, os.strerror(-rc), path)
     except OSError as error:
-        text = f"growing the file to {end} bytes, before anything was written"
+        text = f"growing the file to {end} bytes, before this part was written"
         refused = failure(error.errno or errno.EIO, text, path)
         refused.nbytes = 0  # type: ignore[attr-defined]
         raise refused from None

@@ -10,40 +10,29 @@ while it waits for the other side or for a peer.
 from __future__ import annotations
 
 import errno
-import logging
-import os
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from queue import SimpleQueue
 
 from dmabuf import exporters
+from dmabuf._ahead import Ahead, InTurn, piece
 from dmabuf._ends import Appender, Memory, Sink, Source, Terms
 from dmabuf._leg import Leg
 from dmabuf._opening import End, check_distinct, open_sink, open_source
 from dmabuf.buffer import Buffer
-from dmabuf.errors import ShortReadError, os_error
 from dmabuf.route import Prefer, Require, Route
 from dmabuf.sizes import as_int, parse_size, round_up
 
 __all__ = ["Copy", "Leg", "copy"]
-
-log = logging.getLogger("dmabuf")
 
 Progress = Callable[[int, int | None], object]
 
 _PAGE = 4096
 _SLICE = 64 << 20
 """Bytes moved at once where one end is memory, and so no pool is needed."""
-_LAST = 1 << 20
-"""The last piece has at least so many bytes, where there are as many: a few bytes by themselves
-hold no whole block, and could not go by the route of all the others."""
 _TICK = 0.1
 """Seconds between two calls of `progress`."""
-_PATIENCE = 5.0
-"""Seconds after which an interrupted copy says what it waits for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,16 +132,18 @@ def copy(
         total, most = _expected(source, sink, most)
         meter = _Meter(progress, total)
         pool: list[Buffer] = []
-        if isinstance(source, Source) and not isinstance(sink, Memory):
-            pool = _make_pool(stack, exporter, total, block, blocks)
-            done = _through_pool(source, sink, pool, total, most, meter)
-        elif isinstance(source, Source):
-            assert isinstance(sink, Memory)
-            done = _into_memory(source, sink, most, meter)
+        if isinstance(source, Memory):
+            assert most is not None
+            if isinstance(sink, Memory):
+                done = _between_memories(source, sink, most, meter)
+            else:
+                done = _from_memory(source, sink, most, meter)
         elif isinstance(sink, Memory):
-            done = _between_memories(source, sink, most, meter)
+            assert most is not None
+            done = _into_memory(source, sink, most, meter)
         else:
-            done = _from_memory(source, sink, most, meter)
+            pool = _make_pool(stack, exporter, most, block, blocks)
+            done = _through_pool(source, sink, pool, total, most, meter)
         meter.finish(done)
         if sync and not isinstance(sink, Memory):
             sink.flush()
@@ -193,19 +184,6 @@ def _expected(
     return total, most
 
 
-def _pieces(most: int | None, block: int) -> Iterator[int]:
-    """Sizes to move one after the other; without end where nobody knows how much there is."""
-    last = min(_LAST, block // 4) // _PAGE * _PAGE
-    while most is None:
-        yield block
-    while most:
-        piece = min(block, most)
-        if 0 < most - piece < last:
-            piece -= last
-        yield piece
-        most -= piece
-
-
 class _Meter:
     """Calls the caller's progress function, not too often."""
 
@@ -226,39 +204,40 @@ class _Meter:
 # -- where one end is memory
 
 
-def _into_memory(source: Source, sink: Memory, most: int | None, meter: _Meter) -> int:
+def _into_memory(source: Source, sink: Memory, most: int, meter: _Meter) -> int:
     done = 0
-    for piece in _pieces(most, _SLICE):
-        if done == 0:
-            source.plan(sink.buffer, piece)
+    while done < most:
+        wanted = piece(most - done, _SLICE)
         with _counting(done):
-            got = source.read(sink.buffer, sink.start + done, piece, whole=True, stop=None)
+            got = source.read(sink.buffer, sink.start + done, wanted, whole=True, stop=None)
         done += got
-        if got < piece:
+        if got < wanted:
             with _counting(done):
-                source.check_end(piece - got)
+                source.check_end(wanted - got)
             break
         meter(done)
     return done
 
 
-def _from_memory(source: Memory, sink: Sink | Appender, most: int | None, meter: _Meter) -> int:
+def _from_memory(source: Memory, sink: Sink | Appender, most: int, meter: _Meter) -> int:
     with _prepared(sink, source.buffer, most, _SLICE) as written:
-        for piece in _pieces(most, _SLICE):
-            written.write(source.buffer, source.start + written.done, piece)
+        while written.done < most:
+            at = source.start + written.done
+            written.write(source.buffer, at, piece(most - written.done, _SLICE))
             meter(written.done)
     return written.done
 
 
-def _between_memories(source: Memory, sink: Memory, most: int | None, meter: _Meter) -> int:
+def _between_memories(source: Memory, sink: Memory, most: int, meter: _Meter) -> int:
     done = 0
-    for piece in _pieces(most, _SLICE):
+    while done < most:
+        size = min(most - done, _SLICE)
         with (
-            source.buffer.map("r", source.start + done, piece) as read,
-            sink.buffer.map("w", sink.start + done, piece) as write,
+            source.buffer.map("r", source.start + done, size) as read,
+            sink.buffer.map("w", sink.start + done, size) as write,
         ):
             write[:] = read
-        done += piece
+        done += size
         meter(done)
     return done
 
@@ -294,8 +273,8 @@ def _prepared(
     sink: Sink | Appender, buffer: Buffer, total: int | None, block: int
 ) -> Iterator[_Written]:
     """The target readied for `total` bytes, and after all cut to what has come."""
-    if total:
-        sink.plan(buffer, next(_pieces(total, block)))
+    if total != 0:
+        sink.plan(buffer, piece(total, block))
     written, start = _Written(sink), sink.offset
     sink.prepare(total)
     try:
@@ -309,12 +288,12 @@ def _prepared(
 
 
 def _make_pool(
-    stack: ExitStack, exporter: str, total: int | None, block: int, blocks: int
+    stack: ExitStack, exporter: str, most: int | None, block: int, blocks: int
 ) -> list[Buffer]:
     """The buffers, no more of them and no larger than what is going to come can use."""
-    if total is not None:
-        block = min(block, round_up(max(total, 1), _PAGE))
-        blocks = min(blocks, max(1, -(-total // block) + 1))
+    if most is not None:
+        block = min(block, round_up(max(most, 1), _PAGE))
+        blocks = min(blocks, 1 if most <= block else -(-most // block) + 1)
     return [
         stack.enter_context(exporters.allocate(block, exporter=exporter, name="dmabuf copy"))
         for _ in range(blocks)
@@ -331,53 +310,18 @@ def _through_pool(
 ) -> int:
     block = pool[0].size
     if total != 0:
-        source.plan(pool[0], next(_pieces(most, block)))
-    if total is None:
-        sink.plan(pool[0], block)
-    ahead = len(pool) > 1 and (total is None or total > block) and source.any_thread
-    reader = (_Ahead if ahead else _InTurn)(source, pool, _pieces(most, block), sink.in_order is None)
-    with _prepared(sink, pool[0], total, block) as written, reader:
+        source.plan(pool[0], piece(total, block))
+    ahead = len(pool) > 1 and source.any_thread
+    fill = (Ahead if ahead else InTurn)(source, pool, most, whole=sink.in_order is None)
+    with _prepared(sink, pool[0], total, block) as written, fill:
         while True:
-            buffer, size, error = reader.take()
-            if size:
-                written.write(buffer, 0, size)
+            filled = fill.take()
+            if filled.size:
+                written.write(filled.buffer, 0, filled.size)
                 meter(written.done)
-            reader.give(buffer)
-            if error is not None:
-                error.nbytes = written.done  # type: ignore[attr-defined]
-                raise error
-            if not size:
+            if filled.error is not None:
+                filled.error.nbytes = written.done  # type: ignore[attr-defined]
+                raise filled.error
+            if filled.last:
                 return written.done
-
-
-_Filled = tuple[Buffer, int, BaseException | None]
-
-
-class _InTurn:
-    """Fills a buffer when one is asked for: reads and writes take turns."""
-
-    def __init__(
-        self, source: Source, pool: list[Buffer], pieces: Iterator[int], whole: bool
-    ) -> None:
-        self._source, self._pool, self._pieces, self._whole = source, pool, pieces, whole
-        self._missing = 0
-        self._stop: int | None = None
-
-    def __enter__(self) -> object:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        pass
-
-    def take(self) -> _Filled:
-        """A filled buffer, its bytes (0 is the end), and the error that came after those."""
-        return self._fill(self._pool[0])
-
-    def give(self, buffer: Buffer) -> None:
-        """The buffer is empty again."""
-
-    def _fill(self, buffer: Buffer) -> _Filled:
-        piece = next(self._pieces, 0)
-        if not piece:
-            return buffer, 0, None
-        return buffer, 0, None
+            fill.give(filled.buffer)

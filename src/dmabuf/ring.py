@@ -24,8 +24,8 @@ class Ring:
     since a buffer may be closed, and so unregistered, from any thread at any time.
     """
 
-    def __init__(self, backend: int, depth: int, owner: int | None) -> None:
-        flags = lib.DMB_RING_SINGLE_ISSUER if owner is not None else 0
+    def __init__(self, backend: int, depth: int, owner: int | None, flags: int) -> None:
+        flags |= lib.DMB_RING_SINGLE_ISSUER if owner is not None else 0
         handle = ffi.new("struct dmb_ring **")
         rc = lib.dmb_ring_create(backend, depth, flags, handle)
         if rc:
@@ -35,9 +35,15 @@ class Ring:
         self.lock = threading.Lock()
         self._owner = owner
         self._unpin: list[int] = []
+        self._unregister: list[int] = []
+        self._forgotten: list[int] = []
+        self._native_refusal: str | None = ""  # not asked yet
+        self._natives: weakref.WeakKeyDictionary[Buffer, dict[int, NativeRegistration]] = (
+            weakref.WeakKeyDictionary()
+        )
         info = ffi.new("struct dmb_ring_info *")
         lib.dmb_ring_get_info(self.handle, info)
-        self.refused = info.buffer_table and os.strerror(-info.buffer_table)
+        self.refused = os.strerror(-info.buffer_table) if info.buffer_table else ""
         # Reentrant: the collector may close a buffer, and so clear slots, at any allocation.
         self._tables = threading.RLock()
         self._free_buffers = list(range(lib.DMB_BUFFER_SLOTS - 1, -1, -1))
@@ -65,21 +71,66 @@ class Ring:
             self._free_buffers.append(slot)
             return rc
 
+    def native_refusal(self) -> str | None:
+        """Why dma-bufs cannot be registered with this ring; found by doing, once."""
+        if self._native_refusal == "":
+            with self._tables:
+                rc = int(lib.dmb_ring_probe_native(self.handle))
+                self._native_refusal = no_native_kernel(-rc) if rc else None
+        return self._native_refusal
+
+    def native(self, buffer: Buffer, fd: int) -> NativeRegistration:
+        """The ring's slots for a dma-buf and an open file, none of them filled at first."""
+        with self._tables:
+            by_file = self._natives.setdefault(buffer, {})
+            if fd not in by_file:
+                by_file[fd] = NativeRegistration(self, buffer, fd)
+            return by_file[fd]
+
+    def take_dmabuf_slot(self, dmabuf: int, target: int) -> int:
+        """Register a dma-buf for an open file in a free slot; the slot, or -errno."""
+        with self._tables:
+            if not self._free_buffers:
+                return -errno.ENOSPC
+            slot = self._free_buffers.pop()
+            rc = int(lib.dmb_ring_register_dmabuf(self.handle, slot, dmabuf, target))
+            if rc == 0:
+                return slot
+            self._free_buffers.append(slot)
+            return rc
+
+    def give_dmabuf_slot(self, slot: int) -> None:
+        """Clear a dma-buf's slot; where only the ring's owner may, it does so at its next job."""
+        with self._tables:
+            self._unregister.append(slot)
+            if self._owner in (None, threading.get_ident()):
+                self.tidy()
+
     def give_buffer_slot(self, slot: int) -> None:
         """Unpin what a slot holds; where only the ring's owner may, it does so at its next job."""
         with self._tables:
             self._unpin.append(slot)
             if self._owner in (None, threading.get_ident()):
-                self.unpin()
+                self.tidy()
 
-    def unpin(self) -> None:
-        """Clear the slots that buffers closed since have left."""
+    def tidy(self) -> None:
+        """Clear the slots that buffers and files closed since have left."""
         with self._tables:
             while self._unpin:
                 slot = self._unpin.pop()
                 if self.handle is not None:
                     lib.dmb_ring_register_buffer(self.handle, slot, 0, 0)
                 self._free_buffers.append(slot)
+            while self._unregister:
+                slot = self._unregister.pop()
+                if self.handle is not None:
+                    lib.dmb_ring_register_dmabuf(self.handle, slot, -1, -1)
+                self._free_buffers.append(slot)
+            while self._forgotten:
+                slot = self._forgotten.pop()
+                if self.handle is not None:
+                    lib.dmb_ring_register_file(self.handle, slot, -1)
+                self._free_files.append(slot)
 
     def file_slot(self, fd: int) -> int:
         """The slot of a descriptor, registered now if there is room; -1 for none."""
@@ -96,24 +147,62 @@ class Ring:
             return slot
 
     def forget_file(self, fd: int) -> None:
-        """Take a descriptor out of the table, before it is closed."""
+        """Take a descriptor out of the tables, before it is closed."""
         with self._tables:
+            for by_file in list(self._natives.values()):
+                if fd in by_file:
+                    by_file.pop(fd).clear()
             slot = self._files.pop(fd, None)
-            if slot is not None and self.handle is not None:
-                lib.dmb_ring_register_file(self.handle, slot, -1)
-                self._free_files.append(slot)
+            if slot is not None:
+                self._forgotten.append(slot)
+            if self._owner in (None, threading.get_ident()):
+                self.tidy()
+            if self._owner == threading.get_ident() and self.handle is not None:
+                lib.dmb_ring_settle(self.handle)
 
     def close(self) -> None:
         """Tear it down; nothing may be running on it."""
+        if self.pid != os.getpid():
+            # A fork's copy has the ring's memory and none of its threads: leave it be, and the
+            # lock too, which another thread may have held.
+            self.handle = None
+            return
         with self._tables:
             handle, self.handle = self.handle, None
-            # A fork's copy has the ring's memory and none of its threads: leave it be.
-            if handle is not None and self.pid == os.getpid():
+            if handle is not None:
                 lib.dmb_ring_destroy(handle)
 
     def __del__(self) -> None:
         if getattr(self, "handle", None) is not None:
             self.close()
+
+
+class NativeRegistration:
+    """The slots of one dma-buf's slabs for one open file: filled when a job touches them."""
+
+    def __init__(self, ring: Ring, buffer: Buffer, fd: int) -> None:
+        self.slots = ffi.new("int32_t[]", [-1] * len(buffer.slabs))
+        self.error = 0
+        self._ring = ring
+        self._fd = fd
+        buffer._on_close(self.clear)
+
+    def fill(self, buffer: Buffer, first: int, last: int) -> int:
+        """Register the slabs first..last; 0, or the errno of the first that was refused."""
+        for index in range(first, last + 1):
+            if self.slots[index] < 0:
+                slot = self._ring.take_dmabuf_slot(buffer.slabs[index].fd, self._fd)
+                if slot < 0:
+                    return -slot
+                self.slots[index] = slot
+        return 0
+
+    def clear(self) -> None:
+        """Give the slots back."""
+        for index in range(len(self.slots)):
+            slot, self.slots[index] = self.slots[index], -1
+            if slot >= 0:
+                self._ring.give_dmabuf_slot(slot)
 
 
 class Registration:
@@ -180,3 +269,27 @@ def why_no_uring(number: int) -> str:
     if number == errno.ENOMEM:
         return "io_uring is refused (ENOMEM): raise RLIMIT_MEMLOCK with `ulimit -l`"
     return f"io_uring is refused: {os.strerror(number)}"
+
+
+def no_native_kernel(number: int) -> str:
+    """Why the probe for dma-buf registered buffers failed."""
+    if number == errno.EINVAL:
+        return (
+            "this kernel has no dma-buf registered buffers (io_uring answers EINVAL to the "
+            'extended update): it takes one with the series "Add dmabuf read/write via io_uring"'
+        )
+    return f"dma-bufs cannot be registered with this engine: {os.strerror(number)}"
+
+
+def why_not_native(number: int) -> str:
+    """Why a dma-buf was not registered for a target, or why its first request failed."""
+    if number == errno.EOPNOTSUPP:
+        return (
+            "the target does not move dma-bufs itself (EOPNOTSUPP): NVMe namespaces and their "
+            "partitions do, opened as block devices"
+        )
+    if number == errno.ENOMEM:
+        return "the device could not map the dma-buf (ENOMEM): slabs of at most 1 GiB are safe"
+    if number == errno.EFAULT:
+        return "the device could not reach the dma-buf (EFAULT)"
+    return f"the dma-buf could not be registered for the target: {os.strerror(number)}"

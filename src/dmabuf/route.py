@@ -1,7 +1,7 @@
 """Which way bytes travel between a File and a Buffer, and why: pure, from facts.
 
-The ranking, best first, is `direct`, `staged`, `buffered`. A route is passed over for a reason,
-and the reason stands in the Plan: nothing falls back silently.
+The ranking, best first, is `native`, `direct`, `staged`, `buffered`. A route is passed over for a
+reason, and the reason stands in the Plan: nothing falls back silently.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ Prefer = Literal["zero-copy", "fastest"]
 class Route(enum.StrEnum):
     """How bytes travel between a File and a Buffer."""
 
+    NATIVE = "native"
+    """The target device, through the dma-buf's own mapping, registered with io_uring: no CPU copy.
+    The only one for memory that the CPU cannot map."""
     DIRECT = "direct"
     """The target device, into the pages behind the buffer: no CPU copy."""
     STAGED = "staged"
@@ -30,8 +33,8 @@ class Route(enum.StrEnum):
 
 
 ALLOWED: Mapping[Require, frozenset[Route]] = {
-    "zero-copy": frozenset({Route.DIRECT}),
-    "uncached": frozenset({Route.DIRECT, Route.STAGED}),
+    "zero-copy": frozenset({Route.NATIVE, Route.DIRECT}),
+    "uncached": frozenset({Route.NATIVE, Route.DIRECT, Route.STAGED}),
     "any": frozenset(Route),
 }
 
@@ -59,6 +62,8 @@ class Question:
     """What the file is where it can only be read or written in order: "a pipe", "a socket"."""
     no_direct_io: str | None = None
     """Why O_DIRECT cannot be had for the file."""
+    no_native: str | None = None
+    """Why the dma-buf cannot be registered for the file."""
     no_pinning: str | None = None
     """Why the buffer's pages cannot be pinned."""
     no_mapping: str | None = None
@@ -67,6 +72,10 @@ class Question:
     """Why nothing of the range can go straight between file and buffer."""
     some_without_middle: str | None = None
     """That some of the segments have nothing that can go straight."""
+    no_native_middle: str | None = None
+    """Why nothing of the range can go straight between file and dma-buf."""
+    some_without_native_middle: str | None = None
+    """That some of the segments have nothing that can go straight between file and dma-buf."""
     no_block: str | None = None
     """Why nothing of the range can go past the page cache at all."""
     cached: str | None = None
@@ -74,6 +83,8 @@ class Question:
 
 
 WHY_CHOSEN = {
+    ("read", Route.NATIVE): "the device writes into the dma-buf, registered with io_uring",
+    ("write", Route.NATIVE): "the device reads from the dma-buf, registered with io_uring",
     ("read", Route.DIRECT): "the device writes into the pages behind the buffer",
     ("write", Route.DIRECT): "the device reads from the pages behind the buffer",
     ("read", Route.STAGED): "the device fills staging blocks, the CPU copies from them meanwhile",
@@ -87,11 +98,14 @@ def objections(question: Question, require: Require) -> dict[Route, str | None]:
     """Why each route cannot be taken, best route first; None where it can."""
     q = question
     strict = q.some_without_middle if require == "zero-copy" else None
+    strict_native = q.some_without_native_middle if require == "zero-copy" else None
     stream = q.stream and f"{q.stream} is read and written in order, by the kernel's copy"
-    uncached = q.no_mapping or stream or q.no_direct_io or q.no_block or q.cached
+    uncached = stream or q.no_direct_io or q.cached
+    by_cpu = q.no_mapping or uncached or q.no_block
     return {
-        Route.DIRECT: uncached or q.no_pinning or q.no_middle or strict,
-        Route.STAGED: uncached,
+        Route.NATIVE: uncached or q.no_native or q.no_native_middle or strict_native,
+        Route.DIRECT: by_cpu or q.no_pinning or q.no_middle or strict,
+        Route.STAGED: by_cpu,
         Route.BUFFERED: q.no_mapping,
     }
 

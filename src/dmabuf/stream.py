@@ -15,16 +15,29 @@ from dmabuf.errors import os_error
 
 CHUNK = 1 << 20
 """Bytes asked for at once: what a large pipe holds."""
+SLICE_MS = 100
+"""How often a wait looks for signals."""
 
 
 def _ready(fd: int, event: int, deadline: float | None, path: str) -> None:
-    """Wait until `fd` can be read or written, or raise TimeoutError at the deadline."""
+    """Wait until `fd` can be read or written, or raise TimeoutError at the deadline.
+
+    In slices: a signal that arrives between Python's look for one and the poll would otherwise go
+    unanswered for as long as the peer keeps still.
+    """
     poll = select.poll()
     poll.register(fd, event)
-    left = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
-    if not poll.poll(left):
-        text = "the peer did nothing in time: give timeout= more, or look at what it waits for"
-        raise os_error(errno.ETIMEDOUT, text, path)
+    while not poll.poll(_slice(deadline)):
+        if deadline is not None and time.monotonic() >= deadline:
+            text = "the peer did nothing in time: give timeout= more, or look at what it waits for"
+            raise os_error(errno.ETIMEDOUT, text, path)
+
+
+def _slice(deadline: float | None) -> float:
+    """Milliseconds to wait before looking around."""
+    if deadline is None:
+        return SLICE_MS
+    return max(0.0, min((deadline - time.monotonic()) * 1000, SLICE_MS))
 
 
 def read_all(fd: int, view: memoryview, timeout: float | None, path: str) -> tuple[int, int]:
@@ -38,19 +51,25 @@ def read_all(fd: int, view: memoryview, timeout: float | None, path: str) -> tup
 
     Returns:
         Bytes read, and how many reads it took.
+
+    Raises:
+        OSError: with `nbytes`, the bytes that were read before it.
     """
     done = requests = 0
     deadline = None if timeout is None else time.monotonic() + timeout
-    while done < len(view):
-        _ready(fd, select.POLLIN, deadline if done == 0 else None, path)
-        try:
-            got = os.readv(fd, [view[done : done + CHUNK]])
-        except BlockingIOError:
-            continue
-        requests += 1
-        if got == 0:
-            break
-        done += got
+    try:
+        while done < len(view):
+            _ready(fd, select.POLLIN, deadline if done == 0 else None, path)
+            try:
+                got = os.readv(fd, [view[done : done + CHUNK]])
+            except BlockingIOError:
+                continue
+            requests += 1
+            if got == 0:
+                break
+            done += got
+    except OSError as error:
+        raise _telling(error, "reading", done, len(view), path) from error
     return done, requests
 
 
@@ -74,8 +93,12 @@ def write_all(fd: int, view: memoryview, timeout: float | None, path: str) -> tu
                 continue
             requests += 1
     except OSError as error:
-        text = f"writing failed after {done} of {len(view)} bytes: {error.strerror}"
-        raised = os_error(error.errno or errno.EIO, text, path)
-        raised.nbytes = done  # type: ignore[attr-defined]
-        raise raised from error
+        raise _telling(error, "writing", done, len(view), path) from error
     return done, requests
+
+
+def _telling(error: OSError, verb: str, done: int, size: int, path: str) -> OSError:
+    text = f"{verb} failed after {done} of {size} bytes: {error.strerror}"
+    raised = os_error(error.errno or errno.EIO, text, path)
+    raised.nbytes = done  # type: ignore[attr-defined]
+    return raised

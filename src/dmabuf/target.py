@@ -11,11 +11,16 @@ import fcntl
 import logging
 import os
 import stat
+import threading
 from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 from dmabuf import facts
-from dmabuf.engine import Engine, default_engine
+from dmabuf.buffer import Buffer
+from dmabuf.engine import Engine, Job, default_engine
 from dmabuf.errors import ClosedError, os_error
+from dmabuf.growth import Growth
+from dmabuf.ring import why_not_native
 
 log = logging.getLogger("dmabuf")
 
@@ -41,8 +46,15 @@ class Target:
         self.writable = mode != "r"
         self.engine = engine
         self.pid = os.getpid()
+        self.growth = Growth()
+        self._closed = False
+        self._users = 0
+        self._lock = threading.RLock()  # the collector may close a File at any allocation
         self._direct: facts.Direct | None = None
+        self._no_native: WeakKeyDictionary[Buffer, str] = WeakKeyDictionary()
         self._cache_watched = False
+        if isinstance(path, bool):
+            raise TypeError("a path or a descriptor is needed, not bool")
         if isinstance(path, int):
             self.fd = _duplicate(path, mode)
         else:
@@ -50,6 +62,7 @@ class Target:
         try:
             self.kind = self._identify()
             self._check_flags()
+            self._without_o_direct()
             self._check_claim(force)
             if mode == "w" and self.kind == "file" and not isinstance(path, int):
                 os.ftruncate(self.fd, 0)
@@ -77,6 +90,23 @@ class Target:
             text = "the descriptor was opened with O_APPEND, which ignores offsets: open it without"
             raise os_error(errno.EINVAL, text, self.path)
 
+    def _without_o_direct(self) -> None:
+        """Edges and the buffered route need a descriptor without it; the caller's keeps it."""
+        flags = fcntl.fcntl(self.fd, fcntl.F_GETFL)
+        if self.stream is not None or not flags & os.O_DIRECT:
+            return
+        kept = flags & (os.O_ACCMODE | os.O_SYNC | os.O_NOATIME)
+        try:
+            plain = os.open(f"/proc/self/fd/{self.fd}", kept | os.O_CLOEXEC)
+        except OSError as error:
+            text = (
+                "the descriptor has O_DIRECT, and the file may not be opened again without it "
+                f"({error.strerror}): hand in one without O_DIRECT"
+            )
+            raise os_error(error.errno or errno.EINVAL, text, self.path) from None
+        os.dup2(plain, self.fd, inheritable=False)
+        os.close(plain)
+
     def _check_claim(self, force: bool) -> None:
         """Refuse to write to a block device that is mounted: O_EXCL answers EBUSY there."""
         if self.kind != "block device" or not self.writable or force:
@@ -103,15 +133,44 @@ class Target:
 
     def check_open(self) -> None:
         """Raise ClosedError once it is closed, and in a fork's child."""
-        if self.fd < 0:
+        if self._closed:
             raise ClosedError(f"the file is closed: {self.path}")
         if self.pid != os.getpid():
             raise ClosedError(
                 f"{self.path} was opened by process {self.pid}, which forked: open it again here"
             )
 
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    def acquire(self) -> None:
+        """Hold the descriptors open: their numbers may not become another file's meanwhile."""
+        self.check_open()
+        with self._lock:
+            self.check_open()
+            self._users += 1
+
+    def release(self) -> None:
+        """Let go; the last user of a Target that was closed meanwhile closes its descriptors."""
+        with self._lock:
+            self._users -= 1
+            if self._closed and not self._users:
+                self._close()
+
     def close(self) -> None:
-        """Close both descriptors; what the engine has registered of them goes too."""
+        """Close both descriptors, once no transfer uses them; their registrations go too."""
+        if self.pid != os.getpid():  # a fork's child: nobody will release its copy of the lock
+            self._closed = True
+            self._close()
+            return
+        with self._lock:
+            self._closed = True
+            if not self._users:
+                self._close()
+
+    def _close(self) -> None:
         fd, self.fd = self.fd, -1
         direct, self._direct = self._direct, None
         for one in (fd, direct.fd if direct else -1):
@@ -125,11 +184,15 @@ class Target:
 
     def direct(self) -> facts.Direct:
         """The descriptor with O_DIRECT and its alignment, or why there is none."""
-        if self._direct is None:
-            self._direct = facts.open_direct(
-                self.fd, self.kind, writable=self.writable, readable=self.readable
-            )
-        return self._direct
+        direct = self._direct
+        if direct is not None:
+            return direct
+        with self._lock:  # two threads may come here at once, and one descriptor is enough
+            if self._direct is None:
+                self._direct = facts.open_direct(
+                    self.fd, self.kind, writable=self.writable, readable=self.readable
+                )
+            return self._direct
 
     def direct_if_proven(self) -> facts.Direct | None:
         """O_DIRECT, once it was seen to be what it says; else None."""
@@ -137,6 +200,34 @@ class Target:
         if direct is None or direct.refusal or not (self._cache_watched or self.kind != "file"):
             return None
         return direct
+
+    def no_native(self, buffer: Buffer) -> str | None:
+        """Why the native route is out of the question for a buffer, whatever the range."""
+        if not buffer.is_dmabuf:
+            return "the buffer is a memfd, which is no dma-buf"
+        return self.engine.no_native() or self._no_native.get(buffer)
+
+    def native_refusal(self, job: Job) -> str | None:
+        """Why the native route cannot take a job; None where it can, and is registered for it."""
+        known = self.no_native(job.buffer)
+        if known is not None:
+            return known
+        refused = self.engine.native_refusal(job)
+        if refused is not None:
+            self._no_native[job.buffer] = refused
+        return refused
+
+    def learn_about_native(self, buffer: Buffer, error: int) -> bool:
+        """Whether the errno of a native request rules the route out for a buffer.
+
+        ENOMEM and EFAULT say that the device cannot map or reach the dma-buf, EINVAL and EOPNOTSUPP
+        that it takes no such request.
+        """
+        if error in (errno.ENOMEM, errno.EFAULT, errno.EINVAL, errno.EOPNOTSUPP):
+            self._no_native[buffer] = why_not_native(error)
+            log.info("%s: no native route: %s", self.path, self._no_native[buffer])
+            return True
+        return False
 
     def rule_out_direct(self, refusal: str) -> None:
         """O_DIRECT was tried and is not to be had, for the sentence's reason."""
@@ -186,7 +277,11 @@ class Target:
 
 
 def _duplicate(fd: int, mode: str) -> int:
-    access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+    try:
+        access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+    except (OSError, ValueError, OverflowError):
+        text = "no such descriptor is open"
+        raise os_error(errno.EBADF, text, f"descriptor {fd}") from None
     if access not in (FLAGS[mode] & os.O_ACCMODE, os.O_RDWR):
         has = "reading" if access == os.O_RDONLY else "writing"
         text = f"the descriptor is open for {has} only, and mode={mode!r} needs more"

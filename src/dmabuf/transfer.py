@@ -10,15 +10,14 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dmabuf import facts, stream
+from dmabuf import facts, fence, stream
 from dmabuf._ffi import failure, lib
 from dmabuf.buffer import Buffer
-from dmabuf.engine import Job, Outcome, Transfer
+from dmabuf.engine import NOTHING, Job, Outcome, Transfer
 from dmabuf.errors import RouteUnavailable, ShortReadError, os_error
 from dmabuf.route import (
     ALLOWED,
@@ -52,22 +51,7 @@ class Order:
     prefer: Prefer = "zero-copy"
     sync: bool = False
     timeout: float | None = None
-
-
-_NOTHING = Outcome(
-    nbytes=0,
-    copied=0,
-    straight=0,
-    requests=0,
-    reissues=0,
-    error=0,
-    failed_straight=False,
-    error_offset=0,
-    short_segment=-1,
-    registered=False,
-    registration="no ring was used",
-    interruption=None,
-)
+    fence: bool = True
 
 
 # -- planning
@@ -90,15 +74,50 @@ def _question(target: Target, order: Order) -> Question:
     question = Question(order.direction, stream=target.stream, no_pinning=buffer._pin_refusal)
     if buffer._address is None:
         question = replace(question, no_mapping=buffer._map_refusal)
-    if question.no_mapping or question.stream:
+    if question.stream:
         return question
     direct = target.direct()
     if direct.refusal:
         return replace(question, no_direct_io=direct.refusal)
+    if not order.span.nbytes:
+        return replace(question, no_native="nothing is asked for")
+    question = _about_native(target, order, question)
     if order.prefer == "fastest" and _is_cached(target, order.span):
         text = "the range is in the page cache, and prefer='fastest' takes it from there"
         return replace(question, cached=text)
     return _about_the_middle(target, order, question)
+
+
+def _about_native(target: Target, order: Order, question: Question) -> Question:
+    """Whether the target moves this dma-buf itself; on kernels without, two comparisons."""
+    if not order.buffer.is_dmabuf:
+        return replace(question, no_native="the buffer is a memfd, which is no dma-buf")
+    job = _job(target, order, Route.NATIVE)
+    refusal = target.native_refusal(job)
+    if refusal is not None:
+        return replace(question, no_native=refusal)
+    if question.no_mapping and job.with_edges():
+        text = (
+            f"part of it is no whole block of the file ({job.offset_align} bytes) at a buffer "
+            f"offset that the device takes (a multiple of {job.memory_align}), and the CPU cannot "
+            "map this dma-buf to move that part"
+        )
+        return replace(question, no_native_middle=text)
+    all_of_it, some = _missing_middle(job, order.span)
+    return replace(question, no_native_middle=all_of_it, some_without_native_middle=some)
+
+
+def _missing_middle(job: Job, span: Span) -> tuple[str | None, str | None]:
+    """Why nothing can go straight, or that some of the segments cannot."""
+    # Nothing can go straight from an empty file: that many segments have a size.
+    count = replace(job, write=False, file_size=0).without_middle()
+    without = job.without_middle()
+    if without == count:
+        staged = replace(job, route=Route.STAGED).without_middle()
+        return _why_no_middle(job, span, count, staged), None
+    if without:
+        return None, f"{without} of the {count} segments have nothing that can go straight"
+    return None, None
 
 
 def _is_cached(target: Target, span: Span) -> bool:
@@ -108,26 +127,24 @@ def _is_cached(target: Target, span: Span) -> bool:
 
 def _about_the_middle(target: Target, order: Order, question: Question) -> Question:
     job = _job(target, order, Route.DIRECT)
-    without, count = job.without_middle(), order.span.count
-    if without < count:
-        if without:
-            text = f"{without} of the {count} segments have nothing that can go straight"
-            question = replace(question, some_without_middle=text)
+    all_of_it, some = _missing_middle(job, order.span)
+    question = replace(question, no_middle=all_of_it, some_without_middle=some)
+    if all_of_it is None or order.direction == "read":
         return question
+    count = replace(job, write=False, file_size=0).without_middle()
     staged = replace(job, route=Route.STAGED).without_middle()
-    text = _why_no_middle(job, order.span, staged)
-    return replace(question, no_middle=text, no_block=text if staged == count else None)
+    return replace(question, no_block=all_of_it if staged == count else None)
 
 
-def _why_no_middle(job: Job, span: Span, staged: int) -> str:
+def _why_no_middle(job: Job, span: Span, count: int, staged: int) -> str:
     unit = max(job.offset_align, job.page) if job.write else job.offset_align
-    if staged == span.count:
+    if staged == count:
         return (
             f"nothing of it is a whole page of the file ({unit} bytes), and only whole ones may be "
             "written past the page cache"
         )
-    first, last = -(-span.file_start // unit) * unit, span.file_end // unit * unit
-    if span.count == 1 and (first >= last or first >= job.file_size // unit * unit):
+    end = span.file_end if job.write else min(span.file_end, job.file_size)
+    if count == 1 and -(-span.file_start // unit) >= end // unit:
         return (
             f"nothing of it is a whole block of the file ({unit} bytes) before the one that holds "
             "its end"
@@ -165,13 +182,15 @@ def _job(target: Target, order: Order, route: Route) -> Job:
 
 def carry_out(target: Target, order: Order, begun: float) -> Transfer:
     """Run an order to its end; `begun` is when the caller was called, by perf_counter."""
+    fence.check_timeout(order.timeout)
     if target.stream is not None:
         return _carry_stream(target, order, begun)
     transfer = _lone(target, order, begun)
     if transfer is None and order.direction == "read":
         return _carry(target, order, begun)
     if transfer is None:
-        plan(target, order)  # before the file is touched: no route leaves it as it was
+        # Before the file is touched: no route, or a wait in vain, leaves it as it was.
+        _await_fences(target, order, plan(target, order), begun)
         with _grown(target, order.span):
             transfer = _carry(target, order, begun)
     if order.sync:
@@ -198,8 +217,13 @@ def _lone(target: Target, order: Order, begun: float) -> Transfer | None:
     address = buffer._address + span.buffer_start
     if span.file_start % unit or span.nbytes % unit or address % direct.alignment.memory:
         return None
-    if span.file_end > target.size() // unit * unit:
+    if span.file_end > target.size() // unit * unit or (write and target.growth.running):
         return None
+    no_native = target.no_native(buffer)
+    if no_native is None:
+        return None
+    if order.fence and buffer._is_dmabuf:
+        _wait(target, order, begun)
     rc = lib.dmb_lone(write, direct.fd, address, span.nbytes, span.file_start)
     if rc != span.nbytes:
         return None
@@ -207,7 +231,7 @@ def _lone(target: Target, order: Order, begun: float) -> Transfer | None:
         nbytes=span.nbytes,
         route=Route.DIRECT,
         reason=WHY_CHOSEN[order.direction, Route.DIRECT],
-        rejected={},
+        rejected={} if order.route else {Route.NATIVE: no_native},
         registered=False,
         registration="no ring was used: one small request",
         seconds=time.perf_counter() - begun,
@@ -218,15 +242,21 @@ def _lone(target: Target, order: Order, begun: float) -> Transfer | None:
 
 
 def _carry(target: Target, order: Order, begun: float) -> Transfer:
+    was_reset = False
     while True:
         chosen = plan(target, order)
-        if order.span.nbytes == 0:
-            return _record(chosen, chosen.route, chosen.reason, _NOTHING, begun)
+        if order.span.nbytes == 0 or _starts_past_the_end(target, order):
+            return _record(chosen, chosen.route, chosen.reason, NOTHING, begun)
+        _await_fences(target, order, chosen, begun)
         known = target.direct().refusal
         outcome = _run(target, order, chosen)
         if outcome.interruption is not None:
             raise _telling(outcome.interruption, outcome.nbytes)
-        if not outcome.error or not _learn(target, order, chosen, outcome):
+        if chosen.route is Route.NATIVE and outcome.error == errno.ENOENT and not was_reset:
+            # The controller was reset, and the registration went with it: once, make it again.
+            was_reset = True
+            target.engine.forget_native(order.buffer, target.direct().fd)
+        elif not outcome.error or not _learn(target, order, chosen, outcome):
             break
     if outcome.error:
         raise _failure(target, order, outcome)
@@ -237,12 +267,19 @@ def _carry(target: Target, order: Order, begun: float) -> Transfer:
     return _record(chosen, route, reason, outcome, begun)
 
 
+def _starts_past_the_end(target: Target, order: Order) -> bool:
+    """Whether it reads nothing: far past the end, whole blocks would leave the range of offsets."""
+    if order.direction == "write" or order.span.count != 1:
+        return False
+    return order.span.file_start >= target.size()
+
+
 def _run(target: Target, order: Order, chosen: Plan) -> Outcome:
     job, span = _job(target, order, chosen.route), order.span
     watch = chosen.route is not Route.BUFFERED and target.cache_to_watch(
         span.file_start, span.file_size
     )
-    if chosen.route is Route.DIRECT and _all_straight(job):
+    if chosen.route in ALLOWED["zero-copy"] and not job.with_edges():
         outcome = target.engine.run(job)
     else:
         # READ too for a read: what is copied may begin and end within a cache line.
@@ -253,27 +290,20 @@ def _run(target: Target, order: Order, chosen: Plan) -> Outcome:
     return outcome
 
 
-def _all_straight(job: Job) -> bool:
-    """Whether it is one range without edges, so that no CPU touches the buffer."""
-    if job.count != 1:
-        return False
-    offset, start, size = job.segments[0], job.segments[1], job.segments[2]
-    unit = max(job.page, job.offset_align) if job.write else job.offset_align
-    if offset % unit or size % unit or (job.address + start) % job.memory_align:
-        return False
-    return job.write or bool(offset + size <= job.file_size // unit * unit)
-
-
 def _learn(target: Target, order: Order, chosen: Plan, outcome: Outcome) -> bool:
     """Whether an error says that the route cannot be had here, rather than that I/O failed."""
     if chosen.route is Route.BUFFERED:
         return False
+    if chosen.route is Route.NATIVE and outcome.failed_straight:
+        return target.learn_about_native(order.buffer, outcome.error)
     if outcome.error == errno.EFAULT and outcome.failed_straight:
         order.buffer._pin_refusal = (
             "the kernel cannot pin the pages behind the buffer's mapping (EFAULT on O_DIRECT): "
             "allocate a udmabuf or memfd for zero-copy"
         )
         return True
+    if order.direction == "read" and outcome.error_offset >= target.size():
+        return False  # past the end: says nothing about the file
     return target.learn_from(outcome.error)
 
 
@@ -284,13 +314,14 @@ def _judge(
     refusal = target.direct().refusal
     if chosen.route is not Route.BUFFERED and refusal and not known:
         route, reason = Route.BUFFERED, refusal
-    elif chosen.route is Route.DIRECT and not outcome.straight:
+    elif chosen.route in ALLOWED["zero-copy"] and not outcome.straight:
         route, reason = Route.STAGED, "the file ended before its first whole block"
     else:
         return chosen.route, chosen.reason
     if route not in ALLOWED[order.require]:
         text = f"the bytes have moved, but by the {route} route: {reason}"
-        raise RouteUnavailable(text, target.path, route=chosen.route)
+        error = RouteUnavailable(text, target.path, route=chosen.route)
+        raise _telling(error, outcome.nbytes)
     return route, reason
 
 
@@ -326,38 +357,61 @@ def _record(chosen: Plan, route: Route, reason: str, outcome: Outcome, begun: fl
     )
 
 
+# -- fences
+
+
+def _wait(target: Target, order: Order, begun: float) -> None:
+    """Until devices let the buffer be read (to be written out) or written (by what is read in)."""
+    span, read = order.span, order.direction == "read"
+    fds = order.buffer._touched(span.buffer_start, span.buffer_size)
+    spent = time.perf_counter() - begun
+    try:
+        fence.wait(fds, "write" if read else "read", order.timeout, spent=spent, path=target.path)
+    except TimeoutError as error:
+        raise _telling(error, 0) from None
+
+
+def _left(order: Order, begun: float) -> float | None:
+    """Seconds of the order's timeout that are left."""
+    if order.timeout is None:
+        return None
+    return max(0.0, order.timeout - (time.perf_counter() - begun))
+
+
+def _await_fences(target: Target, order: Order, chosen: Plan, begun: float) -> None:
+    """Wait, or see that the caller's `fence=False` can be granted, before anything is touched."""
+    if order.fence:
+        _wait(target, order, begun)
+        return
+    if not order.span.nbytes or not order.buffer._is_dmabuf:
+        return
+    zero_copy = chosen.route in ALLOWED["zero-copy"]
+    if not zero_copy or _job(target, order, chosen.route).with_edges():
+        raise RouteUnavailable(
+            "fence=False is for transfers without the CPU, whose access always waits for fences: "
+            f"this one goes by the {chosen.route} route"
+            + (", with unaligned edges" if zero_copy else ""),
+            target.path,
+            route=chosen.route,
+            plan=chosen,
+        )
+
+
 # -- writing
 
 
-@contextmanager
-def _grown(target: Target, span: Span) -> Iterator[None]:
-    """A regular file long enough for the write; cut back to what is whole if that fails."""
-    old = target.size()
-    if target.kind == "block device" and span.file_end > old:
-        text = f"the device ends at {old}, and the write would reach {span.file_end}"
-        raise os_error(errno.ENOSPC, text, target.path)
-    if span.file_end <= old or not span.nbytes:
-        yield
-        return
-    try:
-        _allocate(target, max(old, span.file_start), span.file_end)
-        yield
-    except BaseException as error:
-        os.ftruncate(target.fd, max(old, span.file_reached(getattr(error, "nbytes", 0))))
-        raise
-
-
-def _allocate(target: Target, start: int, end: int) -> None:
-    """Growing first: a write that grows the file was seen at half the speed of one that does not.
-
-    A filesystem without fallocate(2) gets the length alone.
-    """
-    rc = lib.dmb_fallocate(target.fd, start, end - start)
-    if rc in (-errno.EOPNOTSUPP, -errno.ENOSYS):
-        os.ftruncate(target.fd, end)
-    elif rc:
-        text = f"growing the file to {end} bytes, before anything was written"
-        raise _telling(failure(-rc, text, target.path), 0)
+def _grown(target: Target, span: Span) -> AbstractContextManager[None]:
+    """A target long enough for the write; a file is cut back to what is whole if that fails."""
+    if not span.nbytes:
+        return nullcontext()
+    if target.kind == "file":
+        return target.growth.growing(
+            target.fd, target.path, span.file_start, span.file_end, span.file_reached
+        )
+    if span.file_end > target.size():
+        text = f"the device ends at {target.size()}, and the write would reach {span.file_end}"
+        raise _telling(os_error(errno.ENOSPC, text, target.path), 0)
+    return nullcontext()
 
 
 def _sync(target: Target) -> None:
@@ -373,12 +427,13 @@ def _sync(target: Target) -> None:
 
 def _carry_stream(target: Target, order: Order, begun: float) -> Transfer:
     chosen = plan(target, order)
+    _await_fences(target, order, chosen, begun)
     span, buffer, read = order.span, order.buffer, order.direction == "read"
     with (
         buffer._cpu_access(True, read, span.buffer_start, span.nbytes),
         buffer._view(span.buffer_start, span.nbytes) as view,
     ):
         move = stream.read_all if read else stream.write_all
-        done, requests = move(target.fd, view, order.timeout, target.path)
-    outcome = replace(_NOTHING, nbytes=done, copied=done, requests=requests)
+        done, requests = move(target.fd, view, _left(order, begun), target.path)
+    outcome = replace(NOTHING, nbytes=done, copied=done, requests=requests)
     return _record(chosen, chosen.route, chosen.reason, outcome, begun)

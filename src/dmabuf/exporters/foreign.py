@@ -27,6 +27,8 @@ def from_fd(fd: int, *, name: str | None = None) -> Buffer:
         own = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
     except OSError as error:
         raise OSError(error.errno, f"descriptor {fd}: {error.strerror}") from None
+    except (ValueError, OverflowError):  # fcntl.fcntl's own for what cannot be a descriptor
+        raise OSError(errno.EBADF, f"descriptor {fd}: {os.strerror(errno.EBADF)}") from None
     try:
         identity = identify(own)
         if identity is None:
@@ -79,11 +81,12 @@ def _behaves_like_dmabuf(fd: int) -> bool:
     if stat.S_IFMT(mode) not in (0, stat.S_IFREG):
         return False
     try:
-        # START may wait for a fence; END alone does nothing that hurts.
-        _uapi.sync(fd, _uapi.DMA_BUF_SYNC_END | _uapi.DMA_BUF_SYNC_READ)
-    except OSError:
-        return False
-    return True
+        # Without a direction it does nothing: a dma-buf calls that EINVAL, and others know no such
+        # ioctl. (END alone will not do: on a udmabuf that was never started, it is EINVAL as well.)
+        _uapi.sync(fd, _uapi.DMA_BUF_SYNC_END)
+    except OSError as error:
+        return error.errno == errno.EINVAL
+    return False
 
 
 def _describe(fd: int) -> str:

@@ -1,0 +1,323 @@
+"""`dmabuf cp`: copy a file, device or stream, and say how the bytes travelled."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import typer
+
+from dmabuf._opening import same_file
+from dmabuf.cli import _output, _progress, _result, _verify
+from dmabuf.cli._replace import Replacement
+from dmabuf.file import File
+from dmabuf.pipeline import Copy, copy
+from dmabuf.route import ALLOWED, Route
+from dmabuf.sizes import parse_size
+
+_HELP = """\
+Copy SRC to DST: files, block devices, pipes, or - for standard input and output.
+
+A regular file appears whole under its name, or not at all; a directory as DST means a file of the
+same name in it. Everything else is written in place. How the bytes travelled, and why, is printed.
+"""
+
+_EXAMPLES = """\
+Examples:
+
+\b
+  dmabuf cp model.safetensors /mnt/nvme/
+  dmabuf cp --require zero-copy --verify big.bin /mnt/nvme/big.bin
+  dmabuf cp --size 1GiB /dev/zero test.img
+  curl -s $URL | dmabuf cp --sync - weights.bin
+  dmabuf cp --json a b | jq .read.route
+
+A name that begins with a dash: dmabuf cp -- -name ./-other
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The command line, as it was understood."""
+
+    source: str
+    target: str
+    size: int | None = None
+    require: Literal["zero-copy", "uncached", "any"] = "any"
+    route: str | None = None
+    prefer: Literal["zero-copy", "fastest"] = "zero-copy"
+    exporter: str = "auto"
+    verify: bool = False
+    sync: bool = False
+    force: bool = False
+    preserve: bool = False
+    json: bool = False
+    progress: bool | None = None
+    quiet: bool = False
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the command to the parser."""
+    app.command("cp", help=_HELP, epilog=_EXAMPLES)(_command)
+
+
+def _command(
+    src: Annotated[str, typer.Argument(metavar="SRC", help="Where from; - is standard input.")],
+    dst: Annotated[str, typer.Argument(metavar="DST", help="Where to; - is standard output.")],
+    size: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Bytes at most, as 4096 or 1GiB. [default: all]"),
+    ] = None,
+    require: Annotated[
+        str, typer.Option(metavar="zero-copy|uncached|any", help="Which routes will do.")
+    ] = "any",
+    route: Annotated[
+        str | None,
+        typer.Option(metavar="|".join(Route), help="The only route that will do."),
+    ] = None,
+    prefer: Annotated[
+        str,
+        typer.Option(
+            metavar="zero-copy|fastest", help="fastest takes what the page cache has from there."
+        ),
+    ] = "zero-copy",
+    exporter: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="What makes the buffers: auto, udmabuf, memfd, a heap."),
+    ] = "auto",
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Read DST back past the page cache, compare every byte."),
+    ] = False,
+    sync: Annotated[bool, typer.Option("--sync", help="End when it is on the medium.")] = False,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", "-f", help="Write to a mounted device; replace a file without permission."
+        ),
+    ] = False,
+    preserve: Annotated[
+        bool, typer.Option("--preserve", "-p", help="Keep the source's mode and times.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="The result for programs.")] = False,
+    progress: Annotated[
+        bool | None,
+        typer.Option("--progress/--no-progress", help="After a second. [default: on a terminal]"),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No result, only errors.")] = False,
+) -> None:
+
+    _one_of("--require", require, list(ALLOWED))
+    _one_of("--route", route, [known.value for known in Route])
+    _one_of("--prefer", prefer, ["zero-copy", "fastest"])
+    try:
+        nbytes = None if size is None else parse_size(size, "--size")
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    options = Options(
+        src, dst, nbytes, require, route, prefer, exporter, verify, sync, force,  # type: ignore[arg-type]
+        preserve, json, False if quiet and progress is None else progress, quiet,
+    )  # fmt: skip
+    with _output.orderly():
+        run(options)
+
+
+def _one_of(option: str, value: str | None, known: list[str]) -> None:
+    if value is not None and value not in known:
+        raise typer.BadParameter(f"{option} {value}: one of {', '.join(known)}")
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """SRC or DST, looked at."""
+
+    what: str | int
+    """The path, or the descriptor of standard input or output."""
+    name: str
+    status: os.stat_result | None
+    """None where there is nothing yet."""
+    offset: int = 0
+
+    @property
+    def again(self) -> bool:
+        """Whether its bytes can be read a second time."""
+        mode = self.status.st_mode if self.status else stat.S_IFREG
+        return stat.S_ISREG(mode) or stat.S_ISBLK(mode)
+
+
+def run(options: Options) -> None:
+    """Carry the command out.
+
+    Raises:
+        OSError, ValueError, EOFError: what went wrong; a regular target is as it was before.
+    """
+    source, target = _source(options.source), _target(options.target, options.source)
+    _check(options, source, target)
+    regular = target.status is None or stat.S_ISREG(target.status.st_mode)
+    replaces = regular and isinstance(target.what, str)
+    like = source.status if options.preserve else None
+    if options.preserve and not replaces:
+        raise OSError(errno.EINVAL, "--preserve needs a regular file as target", target.name)
+    with ExitStack() as stack:
+        shown = stack.enter_context(_progress.display(options.progress))
+        if replaces:
+            assert isinstance(target.what, str)
+            place = stack.enter_context(Replacement(target.what, force=options.force))
+            with _telling(source, target, place.temporary):
+                record, verified = _copy(options, source, target, place.temporary, shown)
+                place.commit(like, sync=options.sync)
+        else:
+            with _telling(source, target, None):
+                record, verified = _copy(options, source, target, target.what, shown)
+    _advance(source, target, record.nbytes)
+    _tell(options, source, target, record, verified)
+
+
+@contextmanager
+def _telling(source: _End, target: _End, temporary: str | None) -> Iterator[None]:
+    """Errors by the names that the user gave, with what became of the target."""
+    try:
+        yield
+    except OSError as error:
+        names = {temporary: target.name} if temporary else {}
+        for end in (source, target):
+            names[f"descriptor {end.what}"] = end.name
+        error.filename = names.get(error.filename, error.filename)
+        moved = getattr(error, "nbytes", None)
+        if temporary:
+            state = "no file was made" if target.status is None else "the old file is as it was"
+            so_far = f"after {moved} whole bytes; " if moved else ""
+            error.strerror = f"{error.strerror} ({so_far}{state})"
+        elif moved is not None:
+            error.strerror = f"{error.strerror} ({moved} whole bytes were copied)"
+        raise
+
+
+def _source(name: str) -> _End:
+    if name == "-":
+        return _standard(0, _output.STDIN, sys.stdin)
+    status = os.stat(name)
+    if stat.S_ISDIR(status.st_mode):
+        raise OSError(errno.EISDIR, "is a directory: name a file in it", name)
+    return _End(name, name, status)
+
+
+def _target(name: str, source: str) -> _End:
+    if name in ("-", "/dev/stdout"):
+        return _standard(1, _output.STDOUT, sys.stdout)
+    try:
+        status = os.stat(name)
+    except FileNotFoundError:
+        if name.endswith("/") or not name:
+            raise
+        return _End(name, name, None)
+    if not stat.S_ISDIR(status.st_mode):
+        return _End(name, name, status)
+    if source == "-":
+        raise OSError(errno.EISDIR, "is a directory, and standard input has no name", name)
+    inside = os.path.join(name, os.path.basename(source))
+    try:
+        status = os.stat(inside)
+    except FileNotFoundError:
+        return _End(inside, inside, None)
+    if stat.S_ISDIR(status.st_mode):
+        raise OSError(errno.EISDIR, "is a directory: nothing was copied over it", inside)
+    return _End(inside, inside, status)
+
+
+def _standard(fd: int, name: str, stream: object) -> _End:
+    """Standard input or output: at its position, where it has one."""
+    if stream is None:
+        raise OSError(errno.EBADF, "is closed", name)
+    status = os.fstat(fd)
+    has_position = stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)
+    return _End(fd, name, status, os.lseek(fd, 0, os.SEEK_CUR) if has_position else 0)
+
+
+def _check(options: Options, source: _End, target: _End) -> None:
+
+    if source.status and target.status and same_file(source.status, target.status):
+        text = f"and {source.name} are the same file: nothing was copied"
+        raise OSError(errno.EINVAL, text, target.name)
+    if options.verify:
+        for end in (source, target):
+            if not end.again or end.what == 1:
+                text = "--verify reads both ends a second time, and a stream is gone by then"
+                raise OSError(errno.ESPIPE, text, end.name)
+
+
+def _copy(
+    options: Options, source: _End, target: _End, place: str | int, shown: _progress.Display
+) -> tuple[Copy, _verify.Verified | None]:
+    record = copy(
+        source.what,
+        place,
+        size=options.size,
+        src_offset=source.offset,
+        dst_offset=target.offset,
+        progress=lambda done, total: shown.show("copying", done, total),
+        require=options.require,
+        route=options.route,
+        prefer=options.prefer,
+        exporter=options.exporter,
+        sync=options.sync,
+        force=options.force,
+    )
+    if not options.verify:
+        return record, None
+    return record, _verify_copy(options, source, target, place, record.nbytes, shown)
+
+
+def _verify_copy(
+    options: Options,
+    source: _End,
+    target: _End,
+    place: str | int,
+    nbytes: int,
+    shown: _progress.Display,
+) -> _verify.Verified:
+
+    with File(source.what, "r") as one, File(place, "r") as other:
+        return _verify.compare(
+            one,
+            source.offset,
+            other,
+            target.offset,
+            nbytes,
+            exporter=options.exporter,
+            progress=lambda done: shown.show("verifying", done, nbytes),
+        )
+
+
+def _advance(source: _End, target: _End, nbytes: int) -> None:
+    """Leave standard input and output where the next program goes on."""
+    for end in (source, target):
+        if isinstance(end.what, int) and end.again and not _appends(end.what):
+            os.lseek(end.what, end.offset + nbytes, os.SEEK_SET)
+
+
+def _appends(fd: int) -> bool:
+    return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_APPEND)
+
+
+def _tell(
+    options: Options,
+    source: _End,
+    target: _End,
+    record: Copy,
+    verified: _verify.Verified | None,
+) -> None:
+    stream = sys.stderr if target.what == 1 else sys.stdout
+    if options.json:
+        ends = {"source": source.name, "target": target.name}
+        result = ends | _result.as_json(record, verified) | {"synced": options.sync}
+        _output.say_json(result, stream=stream)
+    elif not options.quiet:
+        _output.say(_result.sentence(record, verified), stream=stream)

@@ -1,0 +1,169 @@
+"""Named guards for tests that need something of the machine.
+
+``@needs("udmabuf")`` skips the test where there is none, with a reason that says how to enable it.
+``DMABUF_REQUIRE=all``, or a comma-separated list of guards, turns those skips into failures, and
+lets a guard load the kernel module it is about; the lab sets it.
+"""
+
+import functools
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+def required(guard: str) -> bool:
+    """Whether a skip by this guard is to be a failure."""
+    wanted = os.environ.get("DMABUF_REQUIRE", "").split(",")
+    return "all" in wanted or guard in wanted
+
+
+def needs(*guards: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Run the test only where each guard finds what it is named after."""
+    for guard in guards:
+        problem = problem_with(guard)
+        if problem is not None:
+            reason = f"needs {guard}: {problem}"
+            return _failing(reason) if required(guard) else pytest.mark.skip(reason=reason)
+    return lambda test: test
+
+
+def _failing(reason: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(test)
+        def fail(*args: object, **kwargs: object) -> None:
+            pytest.fail(f"{reason} (a failure and no skip because of DMABUF_REQUIRE)")
+
+        return fail
+
+    return decorate
+
+
+@functools.cache
+def problem_with(guard: str) -> str | None:
+    """None, or why the machine does not have it and what would change that."""
+    return _GUARDS[guard]()
+
+
+def _device(path: str, fix: str) -> str | None:
+    if not os.path.exists(path):
+        return f"{path} does not exist ({fix})"
+    if not os.access(path, os.R_OK | os.W_OK):
+        return f"{path} is not ours to open (be root, or join its group)"
+    return None
+
+
+def _udmabuf() -> str | None:
+    return _device("/dev/udmabuf", "a kernel with CONFIG_UDMABUF; lab/run has one")
+
+
+def _dma_heap() -> str | None:
+    return _device("/dev/dma_heap/system", "CONFIG_DMABUF_HEAPS_SYSTEM; lab/run has it")
+
+
+def vgem_node() -> str | None:
+    """The device node of the vgem driver, None where there is none."""
+    for link in sorted(Path("/sys/class/drm").glob("card*")):
+        node = Path("/dev/dri", link.name)
+        if "vgem" in link.resolve().parts and os.access(node, os.R_OK | os.W_OK):
+            return str(node)
+    return None
+
+
+def _vgem() -> str | None:
+    if vgem_node() is None and required("vgem"):
+        subprocess.run(["modprobe", "vgem"], check=False)
+    return None if vgem_node() else "no vgem device node (modprobe vgem; lab/run has it)"
+
+
+def _hugepages() -> str | None:
+    path = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
+    free = int(path.read_text()) if path.exists() else 0
+    return None if free >= 8 else f"{free} free huge pages of 2 MiB (sysctl vm.nr_hugepages=8)"
+
+
+def _io_uring() -> str | None:
+    from dmabuf._ffi import lib
+
+    rc = lib.dmb_uring_probe()
+    fix = "sysctl kernel.io_uring_disabled=0, and a seccomp profile that allows it"
+    return None if rc >= 0 else f"io_uring is refused: {os.strerror(-rc)} ({fix})"
+
+
+def _nvme() -> str | None:
+    path = os.environ.get("DMABUF_TEST_NVME0")
+    if not path:
+        return "DMABUF_TEST_NVME0 names no device to overwrite; lab/run sets it"
+    return _device(path, "DMABUF_TEST_NVME0 names it")
+
+
+def _module(name: str, shows: str) -> str | None:
+    """None where a kernel module's files are there; loads it where that is required."""
+    if not os.path.exists(shows) and required(name):
+        subprocess.run(["modprobe", name, *_PARAMETERS.get(name, [])], check=False)
+    fix = f"modprobe {name}; lab/run has it"
+    return None if os.path.exists(shows) else f"{shows} does not exist ({fix})"
+
+
+_PARAMETERS = {
+    "null_blk": ["nr_devices=0"],
+    "scsi_debug": ["dev_size_mb=32", "sector_size=512"],
+}
+
+
+def _loop() -> str | None:
+    problem = _root() or _module("loop", "/dev/loop-control")
+    return problem or _program("losetup", "util-linux")
+
+
+def _zram() -> str | None:
+    return _root() or _module("zram", "/sys/class/zram-control/hot_add")
+
+
+def _null_blk() -> str | None:
+    return _root() or _module("null_blk", "/sys/kernel/config/nullb")
+
+
+def _scsi_debug() -> str | None:
+    return _root() or _module("scsi_debug", "/sys/bus/pseudo/drivers/scsi_debug")
+
+
+def _program(name: str, package: str) -> str | None:
+    return None if shutil.which(name) else f"no {name} (apt install {package})"
+
+
+def _ext4() -> str | None:
+    return _loop() or _program("mkfs.ext4", "e2fsprogs")
+
+
+def _xfs() -> str | None:
+    return _loop() or _program("mkfs.xfs", "xfsprogs")
+
+
+def _btrfs() -> str | None:
+    return _loop() or _program("mkfs.btrfs", "btrfs-progs")
+
+
+def _root() -> str | None:
+    return None if os.geteuid() == 0 else "not root (lab/run is)"
+
+
+_GUARDS: dict[str, Callable[[], str | None]] = {
+    "udmabuf": _udmabuf,
+    "dma_heap": _dma_heap,
+    "vgem": _vgem,
+    "hugepages": _hugepages,
+    "io_uring": _io_uring,
+    "nvme": _nvme,
+    "root": _root,
+    "loop": _loop,
+    "zram": _zram,
+    "null_blk": _null_blk,
+    "scsi_debug": _scsi_debug,
+    "ext4": _ext4,
+    "xfs": _xfs,
+    "btrfs": _btrfs,
+}

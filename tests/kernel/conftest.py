@@ -1,0 +1,107 @@
+"""The buffers and devices that only a whole kernel has, and no dma-buf left when the tests end."""
+
+import contextlib
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import dmabuf
+from tests.guards import needs, vgem_node
+from tests.kernel.test_exporters import drm, heap_fd
+
+BUFINFO = Path("/sys/kernel/debug/dma_buf/bufinfo")
+
+
+def _count() -> str:
+    return BUFINFO.read_text().splitlines()[-1] if os.access(BUFINFO, os.R_OK) else "unknown"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_dma_buf_is_left() -> Iterator[None]:
+    before = _count()
+    yield
+    for _ in range(50):  # the kernel lets the last reference go a moment later
+        if _count() == before:
+            return
+        time.sleep(0.02)
+    assert _count() == before
+
+
+@contextlib.contextmanager
+def vgem(size: int, flags: int = os.O_RDWR) -> Iterator[dmabuf.Buffer]:
+    """A GPU driver's buffer of `size` bytes, a multiple of 4096, handed over by descriptor."""
+    card = os.open(vgem_node(), os.O_RDWR | os.O_CLOEXEC)
+    try:
+        handle = drm(card, 0xB2, "=IIIIIIQ", size // 4096, 1024, 32, 0, 0, 0, 0)[4]
+        fd = drm(card, 0x2D, "=IIi", handle, flags | os.O_CLOEXEC, -1)[2]
+        try:
+            buffer = dmabuf.from_fd(fd)
+        finally:
+            os.close(fd)
+        with buffer:
+            yield buffer
+    finally:
+        os.close(card)
+
+
+def heap_read_only(size: int) -> dmabuf.Buffer:
+    fd = heap_fd(size, os.O_RDONLY)
+    try:
+        return dmabuf.from_fd(fd)
+    finally:
+        os.close(fd)
+
+
+BUFFERS = {
+    "udmabuf": lambda size: dmabuf.allocate(size, exporter="udmabuf"),
+    "udmabuf of huge pages": lambda size: dmabuf.allocate(
+        size, exporter="udmabuf", huge_pages="2MiB"
+    ),
+    "memfd": lambda size: dmabuf.allocate(size, exporter="memfd"),
+    "dma-heap": lambda size: dmabuf.allocate(size, exporter="system"),
+    "vgem": vgem,
+}
+PINNED = ("udmabuf", "udmabuf of huge pages", "memfd")
+"""The buffers that `direct` works with."""
+
+
+@contextlib.contextmanager
+def null_blk(name: str, size: int, **settings: object) -> Iterator[str]:
+    """A null_blk device with memory behind it; its path. `settings` are configfs attributes."""
+    folder = Path("/sys/kernel/config/nullb", name)
+    folder.mkdir()
+    try:
+        for attribute, value in ({"memory_backed": 1, "size": size >> 20} | settings).items():
+            (folder / attribute).write_text(str(value))
+        (folder / "power").write_text("1")
+        node = Path("/dev", name)
+        if not node.exists():  # before it took the folder's name
+            node = Path("/dev/nullb" + (folder / "index").read_text().strip())
+        yield str(node)
+    finally:
+        (folder / "power").write_text("0")
+        folder.rmdir()
+
+
+@pytest.fixture(scope="session")
+def scsi() -> Iterator[str]:
+    """A disk of 512-byte blocks by scsi_debug; its path."""
+    subprocess.run(["modprobe", "sd_mod"], check=True)
+    subprocess.run(["modprobe", "scsi_debug", "dev_size_mb=16", "sector_size=512"], check=True)
+    subprocess.run(["udevadm", "settle"], check=False) if Path("/run/udev").exists() else None
+    for _ in range(500):
+        for device in Path("/sys/block").glob("sd*"):
+            model = (device / "device/model").read_text().strip()
+            if model == "scsi_debug" and Path("/dev", device.name).exists():
+                yield f"/dev/{device.name}"
+                subprocess.run(["modprobe", "--remove", "scsi_debug"], check=True)
+                return
+        time.sleep(0.02)
+    pytest.fail("scsi_debug made no disk")
+
+
+__all__ = ["BUFFERS", "PINNED", "heap_read_only", "needs", "null_blk", "scsi", "vgem"]

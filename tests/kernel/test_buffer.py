@@ -1,0 +1,138 @@
+"""A Buffer's file behaviour, bracket and lifetime over real dma-bufs."""
+
+import io
+import mmap
+import random
+import shutil
+import tarfile
+import zipfile
+
+import pytest
+
+from dmabuf import _uapi
+from dmabuf.exporters import allocate, from_fd
+from tests.forking import in_child
+from tests.guards import needs
+from tests.resources import held
+
+PAGE = mmap.PAGESIZE
+SIZE = 64 * PAGE
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind():
+    before = held()
+    yield
+    assert held() == before
+
+
+def make(kind):
+    if kind != "from_fd":
+        return allocate(SIZE, exporter=kind)
+    with allocate(SIZE, exporter="system") as buf:
+        return from_fd(buf)
+
+
+kinds = pytest.mark.parametrize("kind", ["udmabuf", "system", "from_fd"])
+
+
+@kinds
+@needs("udmabuf", "dma_heap")
+def test_a_file_against_bytes_io(kind):
+    rng = random.Random(5)
+    model = io.BytesIO(bytes(SIZE))
+    with make(kind) as buf:
+        for _ in range(500):
+            offset, count = rng.randrange(SIZE), rng.randrange(3 * PAGE)
+            assert buf.seek(offset) == model.seek(offset)
+            if rng.random() < 0.5:
+                assert buf.read(count) == model.read(count)
+            elif offset + count <= SIZE:
+                data = rng.randbytes(count)
+                assert buf.write(data) == model.write(data)
+            assert buf.tell() == model.tell()
+        assert buf.pread(SIZE, 0) == model.getvalue()
+
+
+@kinds
+@needs("udmabuf", "dma_heap")
+def test_the_standard_library_round_trips(kind):
+    data = random.Random(6).randbytes(100_000)
+    with make(kind) as buf:
+        shutil.copyfileobj(io.BytesIO(data), buf)
+        out = io.BytesIO()
+        shutil.copyfileobj(buf.open("r", size=100_000), out)
+        assert out.getvalue() == data
+        with tarfile.open(fileobj=buf.open(), mode="w") as tar:
+            member = tarfile.TarInfo("x")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+        with tarfile.open(fileobj=buf.open("r")) as tar:
+            assert tar.extractfile("x").read() == data
+        window = buf.open()
+        with zipfile.ZipFile(window, "w") as archive:
+            archive.writestr("x", data)
+        with zipfile.ZipFile(buf.open("r", size=window.tell())) as archive:
+            assert archive.read("x") == data
+
+
+@kinds
+@needs("udmabuf", "dma_heap")
+def test_the_kernel_accepts_every_bracket(kind, monkeypatch):
+    real, flags = _uapi.ioctl, []
+
+    def ioctl(fd, request, argument):
+        if request == _uapi.DMA_BUF_IOCTL_SYNC:
+            flags.append(int.from_bytes(argument, "little"))
+        return real(fd, request, argument)
+
+    with make(kind) as buf:
+        monkeypatch.setattr(_uapi, "ioctl", ioctl)
+        buf.pread(1, 0)
+        buf.pwrite(b"x", 0)
+        buf.pwrite(bytes(PAGE), 0)
+        with buf.map("rw"):
+            pass
+        monkeypatch.undo()
+    assert flags == [1, 5, 3, 7, 2, 6, 3, 7]
+
+
+@kinds
+@needs("udmabuf", "dma_heap")
+def test_a_view_keeps_it_open(kind):
+    buf = make(kind)
+    with buf.map("rw") as view:
+        part = view[:4]
+    with pytest.raises(BufferError, match="exported pointers exist"):
+        buf.close()
+    part[:] = b"safe"
+    assert buf.read(4) == b"safe"
+    part.release()
+    buf.close()
+
+
+@kinds
+@needs("udmabuf", "dma_heap")
+def test_a_forked_child_shares_the_memory(kind):
+    with make(kind) as buf:
+        buf.write(b"parent")
+
+        def child():
+            assert buf.pread(6, 0) == b"parent"
+            buf.write(b" and child")
+            buf.close()
+
+        in_child(child)
+        assert buf.pread(16, 0) == b"parent and child"
+
+
+@kinds
+@needs("udmabuf", "dma_heap")
+def test_dropping_one_gives_everything_back(kind):
+    before = held()
+    buf = make(kind)
+    buf.write(b"x")
+    with pytest.warns(ResourceWarning, match="unclosed"):
+        del buf
+        after = held()
+    assert after == before

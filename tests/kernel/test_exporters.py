@@ -1,0 +1,241 @@
+"""The exporters on a real kernel: the lab, or any machine that has them."""
+
+import fcntl
+import mmap
+import os
+import struct
+from pathlib import Path
+
+import pytest
+
+from dmabuf import _uapi
+from dmabuf.exporters import allocate, from_fd, names, udmabuf
+from tests.guards import needs, vgem_node
+from tests.resources import held
+
+PAGE = mmap.PAGESIZE
+MIB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind():
+    before = held()
+    yield
+    assert held() == before
+
+
+def fdinfo(fd):
+    lines = Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines()
+    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def through_dmabuf(slab):
+    """The bytes that the dma-buf itself shows, by a mapping of its own."""
+    with mmap.mmap(slab.fd, slab.size, mmap.MAP_SHARED, mmap.PROT_READ) as mapping:
+        _uapi.sync(slab.fd, _uapi.DMA_BUF_SYNC_START | _uapi.DMA_BUF_SYNC_READ)
+        data = mapping[:]
+        _uapi.sync(slab.fd, _uapi.DMA_BUF_SYNC_END | _uapi.DMA_BUF_SYNC_READ)
+    return data
+
+
+@needs("udmabuf")
+def test_a_udmabuf_is_a_dma_buf_over_the_same_pages():
+    with allocate("4MiB", name="lab") as buf:
+        assert buf.exporter == "udmabuf" and buf.is_dmabuf and len(buf.slabs) == 1
+        info = fdinfo(buf.fileno())
+        assert (info["exp_name"], info["name"], info["size"]) == ("udmabuf", "lab", str(4 * MIB))
+        assert not os.get_inheritable(buf.fileno())
+        assert through_dmabuf(buf.slabs[0]) == bytes(4 * MIB)
+        data = os.urandom(4 * MIB)
+        buf.write(data)
+        assert through_dmabuf(buf.slabs[0]) == data
+        assert buf.pread(4 * MIB, 0) == data
+
+
+@needs("udmabuf")
+def test_pages_behind_a_udmabuf_can_be_pinned(tmp_path):
+    # tmp_path need not take O_DIRECT, so the test is a registration with io_uring's own pinning:
+    # vmsplice into a pipe pins the same way, and fails with EFAULT on a dma-buf's own mapping.
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def vmsplice(address):
+        ends = os.pipe()
+        try:
+            vector = (ctypes.c_uint64 * 2)(address, PAGE)
+            rc = libc.vmsplice(ends[1], vector, ctypes.c_ulong(1), ctypes.c_uint(0))
+            return os.read(ends[0], PAGE) if rc == PAGE else ctypes.get_errno()
+        finally:
+            os.close(ends[0])
+            os.close(ends[1])
+
+    with allocate(PAGE, exporter="udmabuf") as buf, from_fd(buf) as twin:
+        buf.write(b"p" * PAGE)
+        assert buf._pin_refusal is None and vmsplice(buf._address) == b"p" * PAGE
+        assert "EFAULT" in twin._pin_refusal and vmsplice(twin._address) == 14
+
+
+@pytest.fixture
+def size_limit():
+    """Sets the module's parameter, and restores it."""
+    path = Path(udmabuf.SIZE_LIMIT)
+    before = path.read_text()
+    yield lambda megabytes: path.write_text(str(megabytes))
+    path.write_text(before)
+
+
+@needs("udmabuf", "root")
+def test_slabs_within_the_modules_limit(size_limit):
+    size_limit(1)
+    with allocate(MIB * 7 // 2, name="slab") as buf:
+        assert [(slab.offset, slab.size) for slab in buf.slabs] == [
+            (0, MIB),
+            (MIB, MIB),
+            (2 * MIB, MIB),
+            (3 * MIB, MIB // 2),
+        ]
+        assert "4 slabs, since this kernel caps a udmabuf at 1 MiB" in buf.reason
+        data = os.urandom(buf.size)
+        buf.write(data)
+        assert b"".join(map(through_dmabuf, buf.slabs)) == data
+        assert {fdinfo(slab.fd)["name"] for slab in buf.slabs} == {"slab"}
+
+
+@needs("udmabuf", "root")
+def test_a_limit_that_cannot_be_read_is_found_by_trying(size_limit, monkeypatch, tmp_path):
+    size_limit(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(udmabuf, "SIZE_LIMIT", str(tmp_path / "absent"))
+        with allocate(3 * MIB, exporter="udmabuf") as buf:
+            assert [slab.size for slab in buf.slabs] == [768 << 10] * 4
+            buf.write(bytes(range(256)) * (buf.size // 256))
+            assert b"".join(map(through_dmabuf, buf.slabs)) == buf.pread(buf.size, 0)
+
+
+@needs("udmabuf")
+def test_the_default_limit_is_met():
+    size = 65 * MIB  # one more than the limit of kernels up to 6.12 at least
+    with allocate(size, exporter="udmabuf") as buf:
+        assert sum(slab.size for slab in buf.slabs) == size
+        buf.pwrite(b"last", size - 4)
+        with from_fd(buf.slabs[-1].fd) as last:
+            assert last.pread(4, last.size - 4) == b"last"
+
+
+@needs("udmabuf", "hugepages")
+def test_a_udmabuf_of_huge_pages():
+    with allocate("3MiB", exporter="udmabuf", huge_pages="2MiB") as buf:
+        assert buf.size == 4 * MIB
+        data = os.urandom(buf.size)
+        buf.write(data)
+        assert b"".join(map(through_dmabuf, buf.slabs)) == data
+        smaps = Path("/proc/self/smaps").read_text()
+        part = smaps[smaps.index(f"\n{buf._address:x}-") :]
+        assert "KernelPageSize:     2048 kB" in part[: part.index("VmFlags")]
+
+
+@needs("hugepages")
+def test_more_huge_pages_than_are_free_are_refused():
+    with pytest.raises(OSError, match="huge pages of 2 MiB are needed"):
+        allocate("1GiB", huge_pages="2MiB")
+
+
+@needs("udmabuf")
+def test_a_udmabuf_on_a_node():
+    with allocate("1MiB", exporter="udmabuf", numa_node=0) as buf:
+        numa_maps = Path("/proc/self/numa_maps").read_text().splitlines()
+        line = next(line for line in numa_maps if line.startswith(f"{buf._address:08x} "))
+        assert "bind:0" in line and "N0=256" in line
+
+
+@needs("dma_heap")
+def test_a_heap():
+    assert "system" in names()
+    with allocate("1MiB", exporter="system", name="heap") as buf:
+        assert buf.exporter == "system" and fdinfo(buf.fileno())["exp_name"] == "system"
+        assert fdinfo(buf.fileno())["name"] == "heap"
+        assert not os.get_inheritable(buf.fileno())
+        assert buf.read() == bytes(MIB)
+        data = os.urandom(MIB)
+        buf.pwrite(data, 0)
+        assert through_dmabuf(buf.slabs[0]) == data
+        assert "has no pages to pin" in buf._pin_refusal
+
+
+@needs("dma_heap")
+def test_a_heap_is_not_asked_for_more_than_there_is():
+    with pytest.raises(OSError, match="not tried: 100 GiB"):
+        allocate("100GiB", exporter="system")
+
+
+def heap_fd(size, mode):
+    device = os.open("/dev/dma_heap/system", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return _uapi.heap_alloc(device, size, mode | os.O_CLOEXEC)
+    finally:
+        os.close(device)
+
+
+@needs("dma_heap")
+def test_a_read_only_dma_buf_makes_a_read_only_buffer():
+    fd = heap_fd(PAGE, os.O_RDONLY)
+    with from_fd(fd) as buf:
+        os.close(fd)
+        assert (buf.exporter, buf.mode, buf.writable()) == ("system", "rb", False)
+        assert buf.read() == bytes(PAGE)
+        with pytest.raises(PermissionError):
+            buf.map("w").__enter__()
+
+
+@needs("udmabuf")
+def test_from_fd_shares_the_memory_and_outlives_the_first():
+    first = allocate(PAGE, exporter="udmabuf", name="shared")
+    second = from_fd(first)
+    first.write(b"first")
+    assert second.read(5) == b"first" and second.name == "shared"
+    second.pwrite(b"S", 0)
+    assert first.pread(5, 0) == b"Sirst"
+    first.close()
+    assert second.pread(5, 0) == b"Sirst"
+    second.close()
+
+
+@needs("udmabuf")
+def test_a_dma_buf_is_known_without_proc(monkeypatch):
+    from dmabuf.exporters import foreign
+
+    monkeypatch.setattr(foreign, "FDINFO", "/nonexistent")
+    with allocate(PAGE, exporter="udmabuf") as buf, from_fd(buf) as twin:
+        assert twin.exporter == "unknown"
+    with allocate(PAGE, exporter="memfd") as buf, pytest.raises(OSError, match="is no dma-buf"):
+        from_fd(buf)
+
+
+def drm(fd, number, layout, *fields):
+    layout = struct.Struct(layout)
+    data = bytearray(layout.pack(*fields))
+    fcntl.ioctl(fd, 3 << 30 | layout.size << 16 | ord("d") << 8 | number, data)
+    return layout.unpack(data)
+
+
+@pytest.fixture
+def vgem_prime():
+    """A dma-buf of the vgem driver: 256 x 256 pixels of 4 bytes."""
+    card = os.open(vgem_node(), os.O_RDWR | os.O_CLOEXEC)
+    handle = drm(card, 0xB2, "=IIIIIIQ", 256, 256, 32, 0, 0, 0, 0)[4]
+    fd = drm(card, 0x2D, "=IIi", handle, os.O_RDWR | os.O_CLOEXEC, -1)[2]
+    yield fd
+    os.close(fd)
+    os.close(card)
+
+
+@needs("vgem")
+def test_a_drm_drivers_dma_buf(vgem_prime):
+    with from_fd(vgem_prime) as buf, from_fd(vgem_prime) as twin:
+        assert (buf.size, buf.mode) == (256 * 256 * 4, "rb+")
+        data = os.urandom(buf.size)
+        buf.write(data)
+        assert twin.read() == data
+        with twin.map("r", 4000, 200) as view:
+            assert view == data[4000:4200]

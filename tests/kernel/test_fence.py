@@ -1,0 +1,517 @@
+"""Waiting for real fences: vgem's, which a test attaches and signals as it likes.
+
+A vgem fence that nobody signals expires after ten seconds; no test waits that long.
+"""
+
+import errno
+import fcntl
+import mmap
+import os
+import select
+import signal
+import struct
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+
+import dmabuf
+from dmabuf import RouteUnavailable, _uapi
+from dmabuf.exporters import allocate, from_fd, udmabuf
+from tests.guards import needs, vgem_node
+from tests.resources import held
+from tests.support import assert_same, pattern, poison
+
+PAGE = mmap.PAGESIZE
+SIZE = 64 * PAGE  # 256 x 256 pixels of 4 bytes
+PATIENCE = 5.0  # seconds; less than the life of a vgem fence, more than any wait here takes
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind():
+    before = held()
+    yield
+    assert held() == before
+
+
+def drm(fd, number, direction, layout, *fields):
+    layout = struct.Struct(layout)
+    data = bytearray(layout.pack(*fields))
+    fcntl.ioctl(fd, direction << 30 | layout.size << 16 | ord("d") << 8 | number, data)
+    return layout.unpack(data)
+
+
+class Card:
+    """An open vgem device with one object, whose dma-buf is `fd`: a GPU, with its queue."""
+
+    def __init__(self):
+        self.card = os.open(vgem_node(), os.O_RDWR | os.O_CLOEXEC)
+        self.handle = drm(self.card, 0xB2, 3, "=IIIIIIQ", 256, 256, 32, 0, 0, 0, 0)[4]
+        self.fd = drm(self.card, 0x2D, 3, "=IIi", self.handle, os.O_RDWR | os.O_CLOEXEC, -1)[2]
+        self.fences = set()
+
+    def handle_of(self, fd):
+        """The handle of another exporter's dma-buf, imported."""
+        return drm(self.card, 0x2E, 3, "=IIi", 0, 0, fd)[0]
+
+    def job(self, access, handle=None):
+        """A job that reads or writes the object: its fence's number."""
+        flags = int(access == "write")
+        fence = drm(self.card, 0x41, 3, "=IIII", handle or self.handle, flags, 0, 0)[2]
+        self.fences.add(fence)
+        return fence
+
+    def done(self, fence):
+        """The job has ended."""
+        self.fences.discard(fence)
+        drm(self.card, 0x42, 1, "=II", fence, 0)
+
+    def done_later(self, fence, seconds=0.1):
+        timer = threading.Timer(seconds, self.done, [fence])
+        timer.start()
+        return timer
+
+    def sync_file(self, access="write"):
+        """A job, and a sync file with its fence and no other."""
+        fence = self.job(access)
+        return fence, _uapi.export_sync_file(self.fd, _uapi.DMA_BUF_SYNC_WRITE)
+
+    def close(self):
+        for fence in list(self.fences):
+            self.done(fence)
+        os.close(self.fd)
+        os.close(self.card)
+
+
+@pytest.fixture
+def card():
+    made = Card()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def buf(card):
+    with from_fd(card.fd) as buffer:
+        assert buffer.size == SIZE
+        yield buffer
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "source"
+    path.write_bytes(pattern(SIZE, 1))
+    return path
+
+
+def signalled(fd):
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+@contextmanager
+def lasts(at_least):
+    begun = time.monotonic()
+    yield
+    assert at_least <= time.monotonic() - begun < at_least + PATIENCE
+
+
+@contextmanager
+def timed_out(at_least):
+    with lasts(at_least), pytest.raises(TimeoutError, match="a device still") as caught:
+        yield caught
+    assert caught.value.errno == errno.ETIMEDOUT
+
+
+# -- Buffer.wait
+
+
+@needs("vgem")
+def test_a_writer_holds_off_everyone(card, buf):
+    buf.wait("read", 0)
+    buf.wait("write", 0)
+    job = card.job("write")
+    for direction in ("read", "write"):
+        with timed_out(0):
+            buf.wait(direction, timeout=0)
+        with timed_out(0.05):
+            buf.wait(direction, timeout=0.05)
+    card.done(job)
+    buf.wait("read", 0)
+    buf.wait("write", 0)
+
+
+@needs("vgem")
+def test_a_reader_holds_off_writers_only(card, buf):
+    job = card.job("read")
+    buf.wait("read", 0)
+    with timed_out(0.05):
+        buf.wait("write", 0.05)
+    timer = card.done_later(job)
+    with lasts(0.05):
+        buf.wait("write", PATIENCE)
+    timer.join()
+
+
+@needs("vgem")
+@pytest.mark.parametrize("timeout", [None, PATIENCE])
+def test_a_wait_lasts_until_the_last_job(card, buf, timeout):
+    first, second = card.job("read"), card.job("read")
+    timers = [card.done_later(first, 0.1), card.done_later(second, 0.3)]
+    with lasts(0.25):
+        buf.wait("write", timeout)
+    for timer in timers:
+        timer.join()
+
+
+@needs("vgem")
+def test_threads_wait_beside_each_other(card, buf):
+    job, ended = card.job("write"), []
+
+    def wait(direction):
+        buf.wait(direction, PATIENCE)
+        ended.append(direction)
+
+    threads = [threading.Thread(target=wait, args=[way]) for way in ("read", "write") * 4]
+    for thread in threads:
+        thread.start()
+    assert ended == []
+    card.done(job)
+    for thread in threads:
+        thread.join()
+    assert len(ended) == 8
+
+
+@contextmanager
+def alarms(handler, first, interval=0.0):
+    before = signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, first, interval)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _interrupt(*_):
+    raise KeyboardInterrupt
+
+
+@needs("vgem")
+def test_an_interrupt_ends_the_wait(card, buf, source):
+    job = card.job("write")
+    for wait in (buf.wait, lambda: buf.wait("write", PATIENCE)):
+        with lasts(0.1), alarms(_interrupt, 0.1), pytest.raises(KeyboardInterrupt):
+            wait()
+    with dmabuf.open(source, "r+") as file:
+        for move in (file.read_into, file.write_from):
+            with lasts(0.1), alarms(_interrupt, 0.1), pytest.raises(KeyboardInterrupt):
+                move(buf)
+    card.done(job)
+    assert source.read_bytes() == pattern(SIZE, 1)
+    assert buf.pread(SIZE, 0) == bytes(SIZE)
+
+
+@needs("vgem")
+def test_a_handler_that_raises_nothing_prolongs_nothing(card, buf):
+    job, rang = card.job("write"), []
+    with alarms(lambda *_: rang.append(1), 0.05, 0.05), timed_out(0.4):
+        buf.wait("read", 0.4)  # with each signal anew, it would last until the fence expires
+    assert len(rang) > 2
+    timer = card.done_later(job, 0.3)
+    with alarms(lambda *_: rang.append(1), 0.05, 0.05), lasts(0.25):
+        buf.wait("read", PATIENCE)
+    timer.join()
+
+
+# -- CPU access
+
+
+@needs("vgem")
+def test_cpu_access_waits_by_itself(card, buf):
+    timer = card.done_later(card.job("write"))
+    with lasts(0.05):
+        buf.pread(1, 0)
+    timer.join()
+    timer = card.done_later(card.job("read"))
+    with buf.map("r"):
+        pass  # beside another reader
+    assert timer.is_alive()
+    with lasts(0), buf.map("rw"):
+        assert not card.fences
+    timer.join()
+
+
+# -- transfers into and out of a device's memory
+
+
+@pytest.fixture
+def drive():
+    """A drive's first bytes, as they are wanted."""
+    path = os.environ["DMABUF_TEST_NVME0"]
+    fd = os.open(path, os.O_RDWR)
+    os.pwrite(fd, pattern(SIZE, 1), 0)
+    os.fsync(fd)
+    with dmabuf.open(path, "r+") as file:
+        yield file, fd
+    os.close(fd)
+
+
+@needs("vgem", "nvme")
+@pytest.mark.parametrize("route", ["staged", "buffered"])
+@pytest.mark.parametrize("size", [SIZE, PAGE + 5])
+def test_a_read_waits_for_all_who_use_the_buffer(card, buf, drive, route, size):
+    file, _ = drive
+    buf.pwrite(poison(SIZE), 0)
+    for access in ("read", "write"):
+        job = card.job(access)
+        with timed_out(0.05) as caught:
+            file.read_into(buf, size, route=route, timeout=0.05)
+        assert (caught.value.nbytes, caught.value.filename) == (0, file.name)
+        card.done(job)
+        assert_same(buf.pread(SIZE, 0), poison(SIZE), "the buffer after a wait in vain")
+    timer = card.done_later(card.job("read"))
+    with lasts(0.05):
+        assert file.read_into(buf, size, route=route, timeout=PATIENCE).nbytes == size
+    timer.join()
+    assert buf.pread(SIZE, 0) == pattern(SIZE, 1)[:size] + poison(SIZE)[size:]
+
+
+@needs("vgem")
+def test_a_write_waits_for_those_who_write_the_buffer(card, buf, tmp_path):
+    path = tmp_path / "out"
+    path.write_bytes(b"as it was")
+    buf.pwrite(pattern(SIZE, 2), 0)
+    with dmabuf.open(path, "r+") as file:
+        job, before = card.job("write"), path.stat()
+        with timed_out(0.05) as caught:
+            file.write_from(buf, timeout=0.05)
+        assert caught.value.nbytes == 0
+        after = path.stat()
+        assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+        card.done(job)
+        job = card.job("read")
+        assert file.write_from(buf, timeout=0).nbytes == SIZE  # beside another reader
+        card.done(job)
+        timer = card.done_later(card.job("write"))
+        with lasts(0.05):
+            file.write_from(buf)
+        timer.join()
+    assert path.read_bytes() == pattern(SIZE, 2)
+
+
+@needs("vgem")
+def test_start_comes_after_the_wait(card, buf, source, monkeypatch):
+    real, pending = _uapi.ioctl, []
+
+    def ioctl(fd, request, argument):
+        if request == _uapi.DMA_BUF_IOCTL_SYNC:
+            pending.append(set(card.fences))
+        return real(fd, request, argument)
+
+    monkeypatch.setattr(_uapi, "ioctl", ioctl)
+    timer = card.done_later(card.job("write"))
+    with dmabuf.open(source) as file:
+        file.read_into(buf)
+    timer.join()
+    assert pending == [set(), set()]
+
+
+@needs("vgem")
+def test_without_fences_is_refused_where_the_cpu_copies(card, buf, source):
+    job = card.job("write")
+    with dmabuf.open(source) as file, pytest.raises(RouteUnavailable, match="fence=False"):
+        file.read_into(buf, fence=False)
+    card.done(job)
+    assert buf.pread(SIZE, 0) == bytes(SIZE)
+
+
+# -- sync files
+
+
+@needs("vgem")
+def test_export_is_a_snapshot_of_one_direction(card, buf):
+    idle = buf.export_fence("write")
+    job = card.job("read")
+    readable, writable = buf.export_fence("read"), buf.export_fence("write")
+    assert [signalled(fd) for fd in (idle, readable, writable)] == [True, True, False]
+    assert not any(os.get_inheritable(fd) for fd in (idle, readable, writable))
+    card.done(job)
+    later = card.job("read")
+    assert signalled(writable)
+    card.done(later)
+    for fd in (idle, readable, writable):
+        os.close(fd)
+
+
+@needs("vgem", "udmabuf")
+@pytest.mark.parametrize("access", ["read", "write"])
+def test_import_carries_a_fence_to_another_buffer(card, access):
+    with allocate(SIZE, exporter="udmabuf") as buf:
+        fence, fd = card.sync_file()
+        buf.import_fence(fd, access)
+        os.close(fd)
+        with timed_out(0):
+            buf.wait("write", 0)
+        if access == "read":
+            buf.wait("read", 0)
+        else:
+            with timed_out(0):
+                buf.wait("read", 0)
+        again = buf.export_fence("write")
+        assert not signalled(again)
+        card.done(fence)
+        assert signalled(again)
+        os.close(again)
+        buf.wait("write", 0)
+
+
+@needs("vgem")
+def test_what_is_no_sync_file_is_refused(buf):
+    for fd in (0, buf.fileno(), 1 << 20, -1):
+        with pytest.raises(OSError, match="is no sync file") as caught:
+            buf.import_fence(fd)
+        assert caught.value.errno == errno.EINVAL
+
+
+@pytest.fixture
+def small_slabs():
+    path = udmabuf.SIZE_LIMIT
+    with open(path) as file:
+        before = file.read()
+    with open(path, "w") as file:
+        file.write("1")
+    yield
+    with open(path, "w") as file:
+        file.write(before)
+
+
+@needs("vgem", "udmabuf", "root")
+def test_several_slabs(card, small_slabs, source):
+    mib = 1 << 20
+    with allocate(3 * mib, exporter="udmabuf") as buf, dmabuf.open(source) as file:
+        assert len(buf.slabs) == 3
+        idle = buf.export_fence("write")
+        assert signalled(idle)
+        os.close(idle)
+        handles = [card.handle_of(slab.fd) for slab in buf.slabs]
+        jobs = [card.job("write", handles[0]), card.job("write", handles[2])]
+        merged = buf.export_fence("read")
+        with timed_out(0.05):
+            buf.wait("read", 0.05)
+        assert file.read_into(buf, buffer_offset=mib, timeout=0).nbytes == SIZE
+        with timed_out(0):
+            file.read_into(buf, buffer_offset=mib - 1, timeout=0)
+        card.done(jobs[0])
+        assert not signalled(merged)
+        with timed_out(0):
+            buf.wait("read", 0)
+        timer = card.done_later(jobs[1])
+        with lasts(0.05):
+            buf.wait("read", PATIENCE)
+        timer.join()
+        assert signalled(merged)
+        os.close(merged)
+        fence, fd = card.sync_file()
+        buf.import_fence(fd, "write")
+        os.close(fd)
+        for slab in buf.slabs:
+            with from_fd(slab.fd) as part, timed_out(0):
+                part.wait("read", 0)
+        card.done(fence)
+        buf.wait("write", 0)
+
+
+# -- the routes without the CPU: a udmabuf that a device is said to use
+
+ZERO_COPY = ("native", "direct")
+by_either = pytest.mark.parametrize("route", [None, "direct"])
+
+
+@pytest.fixture
+def udma(card):
+    """A udmabuf of poison, and a function that makes a device use it until `card.done`."""
+    with allocate(SIZE, exporter="udmabuf") as buffer:
+        buffer.write(poison(SIZE))
+
+        def occupy(access="write"):
+            fence, fd = card.sync_file()
+            buffer.import_fence(fd, access)
+            os.close(fd)
+            return fence
+
+        yield buffer, occupy
+
+
+@needs("vgem", "udmabuf", "nvme")
+@by_either
+@pytest.mark.parametrize("size", [SIZE, PAGE, PAGE + 5], ids=["ring", "lone", "edges"])
+def test_a_direct_read_waits(card, udma, drive, size, route):
+    (buf, occupy), (file, _) = udma, drive
+    assert file.plan(buf, size=size, route=route).route in ZERO_COPY
+    for access in ("read", "write"):
+        fence = occupy(access)
+        with timed_out(0.05) as caught:
+            file.read_into(buf, size, route=route, timeout=0.05)
+        assert caught.value.nbytes == 0
+        card.done(fence)
+        assert_same(buf.pread(SIZE, 0), poison(SIZE), "the buffer after a wait in vain")
+    timer = card.done_later(occupy("read"))
+    with lasts(0.05):
+        transfer = file.read_into(buf, size, route=route, timeout=PATIENCE)
+    timer.join()
+    assert transfer.nbytes == size and transfer.route in ZERO_COPY
+    assert_same(
+        buf.pread(SIZE, 0), pattern(SIZE, 1)[:size] + poison(SIZE)[size:], "the buffer after all"
+    )
+
+
+@needs("vgem", "udmabuf", "nvme")
+@by_either
+@pytest.mark.parametrize("size", [SIZE, PAGE, PAGE + 5], ids=["ring", "lone", "edges"])
+def test_a_direct_write_waits(card, udma, drive, size, route):
+    (buf, occupy), (file, fd) = udma, drive
+    fence = occupy("write")
+    with timed_out(0.05):
+        file.write_from(buf, size, route=route, timeout=0.05)
+    assert_same(os.pread(fd, SIZE, 0), pattern(SIZE, 1), "the drive after a wait in vain")
+    card.done(fence)
+    fence = occupy("read")
+    assert file.write_from(buf, size, route=route, timeout=0).route in ZERO_COPY
+    card.done(fence)
+    timer = card.done_later(occupy("write"))
+    with lasts(0.05):
+        file.write_from(buf, size, route=route)
+    timer.join()
+    assert_same(
+        os.pread(fd, SIZE, 0), poison(SIZE)[:size] + pattern(SIZE, 1)[size:], "the drive after all"
+    )
+
+
+@needs("vgem", "udmabuf", "nvme")
+@by_either
+@pytest.mark.parametrize("size", [SIZE, PAGE], ids=["ring", "lone"])
+def test_a_direct_transfer_need_not_wait(card, udma, drive, size, route):
+    (buf, occupy), (file, fd) = udma, drive
+    fence = occupy("write")
+    how = {"route": route, "fence": False}
+    assert file.read_into(buf, size, **how).route in ZERO_COPY
+    assert file.write_from(buf, size, file_offset=SIZE, **how).route in ZERO_COPY
+    with timed_out(0):
+        buf.wait("read", 0)  # the device still uses it
+    assert os.pread(fd, size, SIZE) == pattern(SIZE, 1)[:size]
+    with pytest.raises(RouteUnavailable, match="unaligned edges"):
+        file.read_into(buf, PAGE + 5, **how)
+    card.done(fence)
+
+
+@needs("vgem")
+def test_a_buffer_may_be_closed_with_a_fence_pending(card):
+    before = held()
+    job = card.job("write")
+    with from_fd(card.fd) as buf, timed_out(0):
+        buf.wait("read", 0)  # leaves the kernel a callback, and nothing of ours
+    assert held() == before
+    card.done(job)

@@ -1,0 +1,169 @@
+"""Every kind of buffer with every kind of target, each way by itself, every byte compared."""
+
+import os
+
+import pytest
+
+import dmabuf
+from dmabuf import Engine, Route
+from tests.guards import needs
+from tests.kernel.conftest import BUFFERS, PINNED, null_blk
+from tests.kernel.test_exporters import through_dmabuf
+from tests.support import (
+    assert_same,
+    cached,
+    drop_cache,
+    exercise,
+    fill,
+    loop_device,
+    mounted,
+    pattern,
+    poison,
+    zram,
+)
+
+LIMIT = 96 << 10
+ALL = ("direct", "staged", "buffered")
+
+everything = needs("udmabuf", "dma_heap", "vgem", "hugepages", "nvme")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[*((kind, "auto") for kind in BUFFERS), ("udmabuf", "threads"), ("vgem", "threads")],
+    ids="-".join,
+)
+def pair(request):
+    """(a buffer of each kind, an engine): io_uring with all of them, threads with some."""
+    kind, backend = request.param
+    with (
+        BUFFERS[kind](LIMIT) as buffer,
+        Engine(queue_depth=4, block_size="16KiB", backend=backend) as engine,
+    ):
+        buffer.kind = kind
+        yield buffer, engine
+
+
+@pytest.fixture
+def buf(pair):
+    return pair[0]
+
+
+@pytest.fixture
+def engine(pair):
+    return pair[1]
+
+
+def best(buffer):
+    return "direct" if buffer.kind in PINNED else "staged"
+
+
+def check(path, buffer, engine, rounds=6):
+    routes = ALL if buffer.kind in PINNED else ALL[1:]
+    rounds = rounds if buffer.size == LIMIT else 3  # all of a huge page is compared each time
+    chosen = exercise(path, buffer, engine, routes=routes, limit=LIMIT, rounds=rounds)
+    assert best(buffer) in chosen
+    if buffer.kind not in PINNED:
+        assert "direct" not in chosen
+        with dmabuf.open(path) as file:
+            with pytest.raises(dmabuf.RouteUnavailable, match="no pages to pin") as caught:
+                file.read_into(buffer, 4096, require="zero-copy")
+            assert 'allocate with exporter="udmabuf"' in str(caught.value)
+    if buffer.is_dmabuf:
+        seen = b"".join(through_dmabuf(slab) for slab in buffer.slabs)
+        assert_same(seen, buffer.pread(buffer.size, 0), "what the dma-buf itself shows")
+
+
+@everything
+@pytest.mark.parametrize("drive", ["DMABUF_TEST_NVME0", "DMABUF_TEST_NVME1"])
+def test_nvme(drive, buf, engine):
+    path = os.environ[drive]
+    with dmabuf.open(path) as file:
+        block = 512 if drive.endswith("0") else 4096
+        assert file._target.direct().alignment.offset == block
+    check(path, buf, engine)
+
+
+@everything
+@needs("null_blk")
+@pytest.mark.parametrize("block", [512, 4096])
+def test_null_blk(buf, engine, block):
+    with null_blk("dmabuf-test", 4 << 20, blocksize=block) as path:
+        check(path, buf, engine, rounds=4)
+
+
+@everything
+@needs("scsi_debug")
+def test_a_disk_of_512_byte_blocks(scsi, buf, engine):
+    check(scsi, buf, engine, rounds=4)
+
+
+@everything
+@needs("zram")
+def test_zram(buf, engine):
+    with zram(4 << 20) as path:
+        check(path, buf, engine, rounds=4)
+
+
+@needs("btrfs")
+def test_btrfs_that_checks_sums(tmp_path):
+    """Reads with O_DIRECT that are, and writes that may not be: whichever it is, it is said."""
+    with (
+        loop_device(tmp_path / "image", 160 << 20) as device,
+        mounted(device, "btrfs", tmp_path / "mount") as folder,
+    ):
+        path = folder / "file"
+        with (
+            dmabuf.allocate(1 << 20, exporter="memfd") as buffer,
+            dmabuf.open(path, "w") as file,
+        ):
+            buffer.pwrite(poison(1 << 20), 0)
+            first = file.write_from(buffer)
+            resident = cached(file.fileno())
+            second = file.plan(buffer, "write")
+        assert_same(path.read_bytes(), poison(1 << 20), "the file")
+        if resident * 4096 >= 1 << 19:
+            assert first.route is second.route is Route.BUFFERED
+            assert "btrfs with checksums" in first.reason
+        else:
+            assert first.route is second.route is Route.DIRECT
+            assert resident == 0
+        fd = os.open(path, os.O_RDONLY)
+        fill_and_compare(path, fd)
+        os.close(fd)
+
+
+def fill_and_compare(path, fd):
+    drop_cache(fd)
+    with dmabuf.allocate(1 << 20, exporter="memfd") as buffer, dmabuf.open(path) as file:
+        transfer = file.read_into(buffer)
+        assert_same(buffer.pread(1 << 20, 0), poison(1 << 20), "the buffer")
+        assert (transfer.route is Route.BUFFERED) == (cached(fd) * 4096 >= 1 << 19)
+
+
+@needs("loop")
+def test_a_loop_device_of_512_byte_blocks(tmp_path):
+    """Where edges in flight beside the middle were seen to lose data: many odd writes."""
+    with (
+        loop_device(tmp_path / "image", 4 << 20, 512) as device,
+        dmabuf.allocate(LIMIT, exporter="memfd") as buffer,
+        Engine(queue_depth=4, block_size="16KiB") as engine,
+    ):
+        exercise(device, buffer, engine, routes=ALL, limit=LIMIT, rounds=16, seed=3)
+
+
+@everything
+def test_two_drives_at_once(buf):
+    """From one drive into the buffer and on to the other, by the default engine's two rings."""
+    one, other = os.environ["DMABUF_TEST_NVME0"], os.environ["DMABUF_TEST_NVME1"]
+    size = LIMIT - LIMIT % 4096
+    fd = os.open(one, os.O_RDWR)
+    fill(fd, pattern(size, 9))
+    drop_cache(fd)
+    with dmabuf.open(one) as source, dmabuf.open(other, "r+") as sink:
+        assert source.read_into(buf, size).route == best(buf)
+        assert sink.write_from(buf, size, sync=True).route == best(buf)
+    os.close(fd)
+    fd = os.open(other, os.O_RDONLY)
+    assert_same(os.pread(fd, size, 0), pattern(size, 9), "the other drive")
+    os.close(fd)

@@ -1,0 +1,251 @@
+"""Closing, dropping, sharing between threads, and fork."""
+
+import copy
+import gc
+import pickle
+import threading
+import warnings
+
+import pytest
+
+from dmabuf.buffer import Buffer
+from dmabuf.errors import BusyError, ClosedError
+from dmabuf.exporters import allocate
+from tests.forking import in_child
+from tests.resources import held
+
+SIZE = 1 << 16
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind():
+    before = held()
+    yield
+    assert held() == before
+
+
+@pytest.fixture
+def buf():
+    with allocate(SIZE, exporter="memfd") as buffer:
+        yield buffer
+
+
+def test_closing_gives_everything_back():
+    before = held()
+    buffer = allocate(SIZE, exporter="memfd")
+    assert held() != before
+    buffer.close()
+    assert held() == before
+    buffer.close()
+
+
+def test_a_view_in_a_map_keeps_it_open(buf):
+    with buf.map("rw") as view:
+        with pytest.raises(BufferError, match="cannot close exported pointers exist") as error:
+            buf.close()
+        assert not isinstance(error.value, BusyError)
+        assert not buf.closed
+        view[:3] = b"abc"
+    assert buf.read(3) == b"abc"
+    buf.close()
+
+
+def test_a_slice_that_outlives_its_map_keeps_it_open(buf):
+    called = []
+    buf._on_close(lambda: called.append(1))
+    with buf.map("rw") as view:
+        part = view[10:20]
+    for _ in range(2):
+        with pytest.raises(BufferError, match="cannot close exported pointers exist"):
+            buf.close()
+    part[:2] = b"hi"
+    assert buf.pread(2, 10) == b"hi" and called == []
+    part.release()
+    buf.close()
+    assert called == [1]
+
+
+def test_a_buffer_in_use_is_busy(buf):
+    buf._acquire()
+    buf._acquire()
+    buf._release()
+    with pytest.raises(BusyError, match="a transfer is running"):
+        buf.close()
+    assert buf.write(b"x") == 1
+    buf._release()
+    buf.close()
+
+
+def test_on_close_calls_back_once_without_the_lock():
+    called = []
+
+    def callback():
+        thread = threading.Thread(target=lambda: called.append(buffer.closed))
+        thread.start()
+        thread.join()
+        with pytest.raises(ClosedError):
+            buffer._acquire()
+
+    buffer = allocate(SIZE, exporter="memfd")
+    buffer._on_close(callback)
+    buffer.close()
+    buffer.close()
+    assert called == [True]
+
+
+def test_a_callback_that_fails_leaks_nothing():
+    buffer = allocate(SIZE, exporter="memfd")
+    buffer._on_close(lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        buffer.close()
+    assert buffer.closed
+
+
+def test_dropping_one_warns_and_closes():
+    before = held()
+    called = []
+    buffer = allocate(SIZE, exporter="memfd", name="dropped")
+    buffer._on_close(lambda: called.append(1))
+    with pytest.warns(ResourceWarning, match="unclosed <dmabuf.Buffer 'dropped' 64 KiB"):
+        del buffer
+        gc.collect()
+    assert held() == before and called == [1]
+
+
+def test_dropping_a_closed_one_or_a_window_does_not_warn(buf):
+    other = allocate(SIZE, exporter="memfd")
+    other.close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        buf.open()
+        del other
+        gc.collect()
+
+
+def test_a_view_outlives_a_dropped_buffer():
+    with pytest.warns(ResourceWarning):
+        buffer = allocate(SIZE, exporter="memfd")
+        with buffer.map("rw") as view:
+            part = view[:4]
+        del buffer
+        gc.collect()
+    part[:] = b"safe"
+    assert bytes(part) == b"safe"
+    part.release()
+
+
+def test_a_window_keeps_its_buffer(buf):
+    window = allocate(SIZE, exporter="memfd").open()
+    gc.collect()
+    window.write(b"x")
+    window.buffer.close()
+
+
+def test_a_half_made_one_is_nothing():
+    half = Buffer.__new__(Buffer)
+    assert half.closed and "not made" in repr(half)
+
+
+def test_no_copies(buf):
+    for call in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="cannot be copied or pickled"):
+            call(buf)
+
+
+def test_threads_at_offsets_do_not_disturb_each_other(buf):
+    errors = []
+    share = SIZE // 8
+
+    def work(number):
+        try:
+            for round_ in range(200):
+                data = bytes([number * 16 + round_ % 16]) * share
+                buf.pwrite(data, number * share)
+                assert buf.pread(share, number * share) == data
+                with buf.map("r", number * share, share) as view:
+                    assert view == data
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    buf.close()
+
+
+def test_close_races_with_use_and_both_notice():
+    for _ in range(50):
+        buffer = allocate(4096, exporter="memfd")
+        start = threading.Barrier(3)
+        errors = []
+
+        def use(buffer=buffer, start=start, errors=errors):
+            start.wait()
+            try:
+                while True:
+                    buffer.pread(4096, 0)
+                    with buffer.map("r") as view:
+                        bytes(view)
+            except ClosedError:
+                pass
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=use) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        start.wait()
+        while not buffer.closed:
+            try:
+                buffer.close()
+            except BufferError:  # BusyError, too
+                continue
+        for thread in threads:
+            thread.join()
+        assert errors == []
+
+
+def test_a_forked_child_shares_the_memory(buf):
+    buf.write(b"parent")
+
+    def child():
+        assert buf.pread(6, 0) == b"parent"
+        buf.write(b" and child")
+        buf.close()
+
+    in_child(child)
+    assert not buf.closed
+    assert buf.pread(16, 0) == b"parent and child"
+    assert buf.tell() == 6
+
+
+def test_a_forked_child_is_not_held_by_what_the_parent_does(buf):
+    """Neither by a transfer, nor by a lock, and the parent's pins are not the child's to undo."""
+    called = []
+    buf._on_close(lambda: called.append(1))
+    buf._acquire()
+    locked, done = threading.Event(), threading.Event()
+
+    def hold():
+        with buf._lock:
+            locked.set()
+            done.wait()
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    locked.wait()
+    try:
+
+        def child():
+            assert buf.pread(1, 0) == b"\0"
+            buf.close()
+            assert called == []
+
+        in_child(child)
+    finally:
+        done.set()
+        holder.join()
+        buf._release()

@@ -1,0 +1,342 @@
+"""`dmabuf cp`: what it makes of its arguments, and that a target is whole or not there."""
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import dmabuf as package
+from dmabuf.cli import _verify
+from tests.support import assert_same, pattern
+from tests.unit.command import dmabuf
+
+SIZE = 300_001
+DATA = pattern(SIZE, 11)
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "source"
+    path.write_bytes(DATA)
+    return path
+
+
+def only(folder: Path, *names: str) -> None:
+    """No temporary file is left."""
+    assert sorted(os.listdir(folder)) == sorted(names)
+
+
+def test_a_file(source: Path, tmp_path: Path, capsys: Capture) -> None:
+    ended = dmabuf(capsys, "cp", source, tmp_path / "t")
+    assert (ended.status, ended.err) == (0, "")
+    assert ended.out.startswith("300.0 kB in 0.")
+    assert "B/s: read " in ended.out
+    assert ", written " in ended.out
+    assert ended.out.count("\n") == 1
+    assert_same((tmp_path / "t").read_bytes(), DATA, "the target")
+    only(tmp_path, "source", "t")
+
+
+def test_quiet(source: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert dmabuf(capsys, "cp", "-q", source, tmp_path / "t").out == ""
+    assert_same((tmp_path / "t").read_bytes(), DATA, "the target")
+
+
+def test_an_empty_file(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "empty").touch()
+    (tmp_path / "t").write_bytes(b"old")
+    ended = dmabuf(capsys, "cp", "--verify", tmp_path / "empty", tmp_path / "t")
+    assert (ended.status, ended.err) == (0, "")
+    assert (tmp_path / "t").read_bytes() == b""
+
+
+def test_json(source: Path, tmp_path: Path, capsys: Capture) -> None:
+    ended = dmabuf(capsys, "cp", "--json", "--verify", "--sync", source, tmp_path / "t")
+    told = json.loads(ended.out)
+    assert told["source"] == str(source)
+    assert told["target"] == str(tmp_path / "t")
+    assert told["nbytes"] == told["read"]["nbytes"] == told["verified"]["nbytes"] == SIZE
+    assert set(told) == {
+        "source", "target", "nbytes", "seconds", "read", "write", "copied", "exporter",
+        "allocated", "verified", "synced",
+    }  # fmt: skip
+    for leg in (told["read"], told["write"]):
+        assert leg["route"] in list(package.Route)
+        assert sum(leg["routes"].values()) == SIZE
+        assert leg["reason"]
+    assert told["synced"] is True
+
+
+def test_into_a_directory(source: Path, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "d").mkdir()
+    for target in (tmp_path / "d", f"{tmp_path}/d/"):
+        assert dmabuf(capsys, "cp", source, target).status == 0
+        assert_same((tmp_path / "d" / "source").read_bytes(), DATA, "the target")
+        only(tmp_path / "d", "source")
+
+
+def test_names(source: Path, tmp_path: Path, capsys: Capture, monkeypatch) -> None:
+    """Names that begin with a dash, hold a line break, or are not UTF-8."""
+    monkeypatch.chdir(tmp_path)
+    name = os.fsdecode(b"-\xff\n")
+    ended = dmabuf(capsys, "cp", "--json", "--", source, name)
+    assert (ended.status, ended.err) == (0, "")
+    assert json.loads(ended.out)["target"] == name
+    assert_same((tmp_path / name).read_bytes(), DATA, "the target")
+
+
+def test_size(source: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert dmabuf(capsys, "cp", "--size", "100kB", source, tmp_path / "t").status == 0
+    assert_same((tmp_path / "t").read_bytes(), DATA[:100_000], "the target")
+    assert dmabuf(capsys, "cp", "--size", "64KiB", "/dev/zero", tmp_path / "t").status == 0
+    assert (tmp_path / "t").read_bytes() == bytes(65536)
+
+
+# -- what becomes of the target
+
+
+def test_a_target_that_exists_is_replaced(source: Path, tmp_path: Path, capsys: Capture) -> None:
+    target = tmp_path / "t"
+    target.write_bytes(b"old" * SIZE)
+    target.chmod(0o640)
+    os.setxattr(target, "user.note", b"mine")
+    with target.open("rb") as reader:
+        assert dmabuf(capsys, "cp", source, target).status == 0
+        assert reader.read() == b"old" * SIZE, "who has the old one open keeps it"
+    assert_same(target.read_bytes(), DATA, "the target")
+    assert stat.S_IMODE(target.stat().st_mode) == 0o640
+    assert os.getxattr(target, "user.note") == b"mine"
+
+
+def test_a_new_file_has_the_umask(source: Path, tmp_path: Path, capsys: Capture) -> None:
+    source.chmod(0o777)
+    before = os.umask(0o027)
+    try:
+        assert dmabuf(capsys, "cp", source, tmp_path / "t").status == 0
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "t").stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_preserve(there: bool, source: Path, tmp_path: Path, capsys: Capture) -> None:
+    source.chmod(0o604)
+    os.utime(source, ns=(1_000_000_001, 2_000_000_002))
+    if there:
+        (tmp_path / "t").touch()
+    assert dmabuf(capsys, "cp", "-p", source, tmp_path / "t").status == 0
+    status = (tmp_path / "t").stat()
+    assert stat.S_IMODE(status.st_mode) == 0o604
+    assert status.st_mtime_ns == 2_000_000_002
+    ended = dmabuf(capsys, "cp", "--preserve", source, "/dev/null")
+    assert (ended.status, ended.err) == (
+        1, "error: /dev/null: --preserve needs a regular file as target\n",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_symbolic_link_stays_one(
+    there: bool, source: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    (tmp_path / "d").mkdir()
+    if there:
+        (tmp_path / "d" / "real").write_bytes(b"old")
+    (tmp_path / "t").symlink_to("d/real")
+    assert dmabuf(capsys, "cp", source, tmp_path / "t").status == 0
+    assert os.readlink(tmp_path / "t") == "d/real"
+    assert_same((tmp_path / "d" / "real").read_bytes(), DATA, "what it points to")
+    only(tmp_path / "d", "real")
+
+
+def test_hard_links_are_told(source: Path, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "t").write_bytes(b"old")
+    os.link(tmp_path / "t", tmp_path / "u")
+    ended = dmabuf(capsys, "cp", source, tmp_path / "t")
+    assert ended.err.startswith(f"note: {tmp_path}/t has 2 names (hard links)")
+    assert (tmp_path / "u").read_bytes() == b"old"
+    assert_same((tmp_path / "t").read_bytes(), DATA, "the target")
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("where", ["read_into", "write_from"])
+def test_an_error_leaves_nothing_half_done(
+    where: str, there: bool, source: Path, tmp_path: Path, capsys: Capture, monkeypatch
+) -> None:
+    def fail(self, *arguments, **how):
+        error = OSError(errno.EIO, "a bad sector", self.name)
+        error.nbytes = 4096 if where == "write_from" else 0
+        raise error
+
+    monkeypatch.setattr(package.File, where, fail)
+    if there:
+        (tmp_path / "t").write_bytes(b"old")
+    ended = dmabuf(capsys, "cp", source, tmp_path / "t")
+    name = source if where == "read_into" else tmp_path / "t"
+    state = "the old file is as it was" if there else "no file was made"
+    so_far = "after 4096 whole bytes; " if where == "write_from" else ""
+    assert (ended.status, ended.out) == (1, "")
+    assert ended.err == f"error: {name}: a bad sector ({so_far}{state})\n"
+    only(tmp_path, "source", *(["t"] if there else []))
+    if there:
+        assert (tmp_path / "t").read_bytes() == b"old"
+
+
+def test_a_shrinking_source(source: Path, tmp_path: Path, capsys: Capture, monkeypatch) -> None:
+    read = package.File.read_into
+
+    def shrinking(self, *arguments, **how):
+        os.truncate(source, 4096)
+        return read(self, *arguments, **how)
+
+    monkeypatch.setattr(package.File, "read_into", shrinking)
+    ended = dmabuf(capsys, "cp", source, tmp_path / "t")
+    assert ended.status == 1
+    assert ended.err.startswith(f"error: {source} shrank while it was copied")
+    only(tmp_path, "source")
+
+
+# -- refusals
+
+REFUSED = {
+    "missing": (["{0}/none", "{0}/t"], "{0}/none: No such file or directory"),
+    "directory": (["{0}", "{0}/t"], "{0}: is a directory: name a file in it"),
+    "no directory": (
+        ["{0}/source", "{0}/no/t"], "{0}/no/t: its directory: No such file or directory",
+    ),
+    "not a directory": (["{0}/source", "{0}/source/t"], "{0}/source/t: Not a directory"),
+    "slash": (["{0}/source", "{0}/new/"], "{0}/new/: No such file or directory"),
+    "empty": (["{0}/source", ""], ": No such file or directory"),
+    "same": (["{0}/source", "{0}"], "{0}/source: and {0}/source are the same file"),
+    "link": (["{0}/link", "{0}/source"], "{0}/source: and {0}/link are the same file"),
+    "name": (["{0}/source", "{0}/" + "n" * 256], ": File name too long"),
+    "endless": (["/dev/zero", "{0}/t"], "/dev/zero never ends: say how much of it with --size"),
+    "full": (["{0}/source", "/dev/full"], "/dev/full: writing failed after 0 of 300001 bytes"),
+    "verify": (["--verify", "{0}/source", "/dev/null"], "/dev/null: --verify reads both ends"),
+    "directory in it": (["{0}/source", "{0}/d"], "{0}/d/source: is a directory"),
+    "exporter": (["--exporter", "x", "{0}/source", "{0}/t"], "unknown exporter 'x'"),
+    "zero-copy": (
+        ["--require", "zero-copy", "--size", "9", "/dev/zero", "{0}/t"],
+        "/dev/zero: no route for require='zero-copy'",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str, source: Path, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "link").symlink_to("source")
+    (tmp_path / "d" / "source").mkdir(parents=True)
+    arguments, text = REFUSED[name]
+    ended = dmabuf(capsys, "cp", *(one.format(tmp_path) for one in arguments))
+    assert (ended.status, ended.out) == (1, "")
+    assert ended.err.startswith("error: ")
+    assert text.format(tmp_path) in ended.err
+    assert ended.err.count("\n") == 1
+    only(tmp_path, "source", "link", "d")
+    assert_same(source.read_bytes(), DATA, "the source")
+
+
+MISUSED = {
+    "nothing": ([], "Missing argument 'SRC'"),
+    "one": (["a"], "Missing argument 'DST'"),
+    "three": (["a", "b", "c"], "unexpected extra argument"),
+    "option": (["--fast", "a", "b"], "No such option: --fast"),
+    "dash": (["-x", "a"], "No such option: -x"),
+    "size": (["--size", "9 bananas", "a", "b"], "--size '9 bananas' is no size"),
+    "negative": (["--size", "-1", "a", "b"], "--size"),
+    "require": (["--require", "speed", "a", "b"], "--require speed: one of zero-copy"),
+    "route": (["--route", "scenic", "a", "b"], "--route scenic: one of "),
+}
+
+
+@pytest.mark.parametrize("name", MISUSED)
+def test_misused(name: str, capsys: Capture) -> None:
+    arguments, text = MISUSED[name]
+    ended = dmabuf(capsys, "cp", *arguments)
+    assert (ended.status, ended.out) == (2, "")
+    assert ended.err.startswith("error: ")
+    assert text in ended.err
+    assert ended.err.endswith("try 'dmabuf cp --help'\n")
+
+
+def test_a_file_that_may_not_be_written(
+    source: Path, tmp_path: Path, capsys: Capture, monkeypatch
+) -> None:
+    (tmp_path / "t").write_bytes(b"old")
+    monkeypatch.setattr(os, "access", lambda *_a, **_k: False)  # root may write anything
+    ended = dmabuf(capsys, "cp", source, tmp_path / "t")
+    assert ended.status == 1
+    assert "may not be written (permission denied): --force" in ended.err
+    assert (tmp_path / "t").read_bytes() == b"old"
+    assert dmabuf(capsys, "cp", "--force", source, tmp_path / "t").status == 0
+    assert_same((tmp_path / "t").read_bytes(), DATA, "the target")
+
+
+# -- --verify
+
+
+@pytest.mark.parametrize("at", [0, 77, SIZE - 1])
+@pytest.mark.parametrize("there", [True, False])
+def test_verify_finds_one_wrong_byte(
+    there: bool, at: int, source: Path, tmp_path: Path, capsys: Capture, monkeypatch
+) -> None:
+    """A medium that gives back something else: at the seam where the target is read back."""
+    read_back = _verify.read_back
+    monkeypatch.setattr(_verify, "_BLOCK", 65536)
+
+    def corrupting(target, buffer, size, offset):
+        result = read_back(target, buffer, size, offset)
+        if offset <= at < offset + size:
+            wrong = buffer.pread(1, at - offset)[0] ^ 1
+            buffer.pwrite(bytes([wrong]), at - offset)
+        return result
+
+    monkeypatch.setattr(_verify, "read_back", corrupting)
+    if there:
+        (tmp_path / "t").write_bytes(b"old")
+    ended = dmabuf(capsys, "cp", "--verify", source, tmp_path / "t")
+    assert (ended.status, ended.out) == (1, "")
+    assert (
+        f"error: {tmp_path}/t: read back, it differs from the source at offset {at}:" in ended.err
+    )
+    only(tmp_path, "source", *(["t"] if there else []))
+    if there:
+        assert (tmp_path / "t").read_bytes() == b"old"
+
+
+@given(size=st.integers(1, 300), data=st.data())
+def test_the_first_difference(size: int, data: st.DataObject) -> None:
+    one = bytes(size)
+    places = data.draw(st.sets(st.integers(0, size - 1), min_size=1))
+    other = bytes(place in places for place in range(size))
+    assert _verify._first_difference(one, other) == min(places)
+
+
+def test_verify_finds_a_target_that_is_short(
+    source: Path, tmp_path: Path, capsys: Capture, monkeypatch
+) -> None:
+    monkeypatch.setattr(_verify, "read_back", lambda *_: (1000, None))
+    ended = dmabuf(capsys, "cp", "--verify", source, tmp_path / "t")
+    assert ended.status == 1
+    assert "read back, it ends at 1000: 299001 bytes short" in ended.err
+    only(tmp_path, "source")
+
+
+def test_verify_says_when_the_cache_was_read(source: Path, capsys: Capture) -> None:
+    folder = Path("/dev/shm")
+    target = folder / f"dmabuf-test-{os.getpid()}"
+    try:
+        ended = dmabuf(capsys, "cp", "--verify", source, target)
+        if "written buffered" not in ended.out:
+            pytest.skip("/dev/shm is no tmpfs here: nothing to test it on")
+        assert ended.status == 0
+        assert "though not past the cache: flushed, dropped from the page cache" in ended.out
+        assert_same(target.read_bytes(), DATA, "the target")
+    finally:
+        target.unlink(missing_ok=True)

@@ -1,0 +1,210 @@
+"""`dmabuf` as a program: standard input and output, signals, and what others see meanwhile."""
+
+import os
+import resource
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.support import assert_same, in_child, pattern
+from tests.unit.command import PROGRAM, dmabuf, finish, start
+
+SIZE = 300_001
+DATA = pattern(SIZE, 12)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "source"
+    path.write_bytes(DATA)
+    return path
+
+
+def test_from_and_to_pipes(tmp_path: Path) -> None:
+    ended = finish(start("cp", "-", tmp_path / "t", stdin=subprocess.PIPE), DATA)
+    assert (ended.status, ended.err) == (0, "")
+    assert "read buffered (" in ended.out
+    assert_same((tmp_path / "t").read_bytes(), DATA, "the target")
+    process = start("cp", tmp_path / "t", "-")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert_same(out, DATA, "standard output")
+    assert err.startswith(b"300.0 kB in "), "results go to standard error"
+
+
+def test_standard_files_are_used_at_their_position(source: Path, tmp_path: Path) -> None:
+    """Between other programs on the same descriptors, as in ( head; dmabuf cp - -; tail )."""
+    out = tmp_path / "out"
+    with source.open("rb") as stdin, out.open("wb") as stdout:
+        os.write(stdout.fileno(), os.read(stdin.fileno(), 1001))
+        command = [*PROGRAM, "cp", "-q", "--size", "100001", "-", "-"]
+        subprocess.run(command, stdin=stdin, stdout=stdout, check=True, timeout=60)
+        for file in (stdin, stdout):
+            assert os.lseek(file.fileno(), 0, os.SEEK_CUR) == 101_002
+        os.write(stdout.fileno(), os.read(stdin.fileno(), SIZE))
+    assert_same(out.read_bytes(), DATA, "what the three wrote")
+
+
+def test_appending(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.write_bytes(b"first")
+    with out.open("ab") as stdout:
+        subprocess.run([*PROGRAM, "cp", "-q", source, "-"], stdout=stdout, check=True, timeout=60)
+        stdout.write(b"last")
+    assert_same(out.read_bytes(), b"first" + DATA + b"last", "what was appended")
+
+
+def test_a_reader_who_leaves(source: Path) -> None:
+    process = start("cp", "--size", "1GiB", "/dev/zero", "-")
+    assert process.stdout.read(1) == b"\0"
+    process.stdout.close()
+    assert process.wait(60) == 141
+    assert process.stderr.read() == b""
+    process.stderr.close()
+
+
+def test_doctor_to_a_reader_who_leaves() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [*PROGRAM, "doctor"], stdout=write, stderr=subprocess.PIPE, timeout=60, check=False
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_closed_standard_files(source: Path) -> None:
+    for arguments, closed, name in (
+        (["cp", "-", "x"], 0, "input"),
+        (["cp", source, "-"], 1, "output"),
+    ):
+        ended = finish(start(*arguments, preexec_fn=lambda fd=closed: os.close(fd)))
+        assert (ended.status, ended.err) == (1, f"error: standard {name}: is closed\n")
+
+
+class Midway:
+    """A copy from a FIFO that has got something, and waits for more, for ever."""
+
+    def __init__(self, folder: Path, target: Path) -> None:
+        fifo = folder / "fifo"
+        os.mkfifo(fifo)
+        # Open for both, so that opening does not wait for a program that may have failed.
+        self.writer = fifo.open("r+b", buffering=0)
+        self.process = start("cp", fifo, target)
+        self.writer.write(b"not all of it")
+        while self._pending():
+            assert self.process.poll() is None
+        self.temporary = [name for name in os.listdir(folder) if name.startswith(".dmabuf-")]
+
+    def _pending(self) -> int:
+        import array
+        import fcntl
+        import termios
+
+        count = array.array("i", [0])
+        fcntl.ioctl(self.writer, termios.FIONREAD, count)
+        return count[0]
+
+
+@pytest.mark.parametrize(
+    ("number", "there"), [(signal.SIGINT, True), (signal.SIGINT, False), (signal.SIGTERM, True)]
+)
+def test_signals_in_the_middle(number: signal.Signals, there: bool, tmp_path: Path) -> None:
+    target = tmp_path / "t"
+    if there:
+        target.write_bytes(b"old")
+    copy = Midway(tmp_path, target)
+    assert len(copy.temporary) == 1
+    copy.process.send_signal(number)
+    ended = finish(copy.process)
+    copy.writer.close()
+    assert (ended.status, ended.out) == (128 + number, "")
+    assert ended.err == f"error: stopped by {number.name}\n"
+    assert sorted(os.listdir(tmp_path)) == (["fifo", "t"] if there else ["fifo"])
+    if there:
+        assert target.read_bytes() == b"old"
+
+
+def test_killed_in_the_middle(tmp_path: Path) -> None:
+    target = tmp_path / "t"
+    target.write_bytes(b"old")
+    copy = Midway(tmp_path, target)
+    copy.process.kill()
+    finish(copy.process)
+    copy.writer.close()
+    assert target.read_bytes() == b"old"
+
+
+def test_an_ignored_hangup_stays_ignored(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    ignore = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731 - as nohup does
+    process = start("cp", fifo, tmp_path / "t", preexec_fn=ignore)
+    with fifo.open("wb") as writer:
+        process.send_signal(signal.SIGHUP)
+        writer.write(b"all of it")
+    assert finish(process).status == 0
+    assert (tmp_path / "t").read_bytes() == b"all of it"
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    """RLIMIT_FSIZE stands for it where we are not root; the real one is in tests/kernel."""
+    (tmp_path / "t").write_bytes(b"old")
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**7, 10**7))  # noqa: E731
+    process = start("cp", "-", tmp_path / "t", stdin=subprocess.PIPE, preexec_fn=limit)
+    ended = finish(process, bytes(2 * 10**7))
+    assert (ended.status, ended.out) == (1, "")
+    assert ended.err.startswith(f"error: {tmp_path}/t: ")
+    assert "File too large (after 8388608 whole bytes; the old file is as it was)" in ended.err
+    assert (tmp_path / "t").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["t"]
+
+
+def test_progress_on_a_terminal(tmp_path: Path) -> None:
+    """A bar after a second, on standard error, and gone at the end; nothing of it in a file."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(
+        [*PROGRAM, "cp", fifo, tmp_path / "t"], stdout=subprocess.PIPE, stderr=theirs
+    )
+    os.close(theirs)
+    shown = b""
+    with fifo.open("wb") as writer:
+        while b"copying" not in shown:
+            writer.write(bytes(8 << 20))  # one block, so one call of progress
+            writer.flush()
+            os.set_blocking(ours, False)
+            try:
+                shown += os.read(ours, 4096)
+            except BlockingIOError:
+                continue
+    out, _ = process.communicate(timeout=60)
+    os.close(ours)
+    assert process.returncode == 0
+    assert b"copying" not in out
+    assert b" MB in " in out or b" GB in " in out
+
+
+def test_importing_the_package_loads_no_command_line() -> None:
+    code = "import sys, dmabuf; print(*sys.modules)"
+    assert not {"typer", "rich", "dmabuf.cli"} & set(in_child(code).split())
+
+
+def test_the_parser_runs_nothing() -> None:
+    code = "import typer, dmabuf.cli; print(type(typer.main.get_command(dmabuf.cli.app)).__name__)"
+    assert "Group" in in_child(code)
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert dmabuf(capsys, "--version").out.startswith("dmabuf 0.")
+    for arguments in ([], ["cp"], ["doctor"]):
+        ended = dmabuf(capsys, *arguments, "--help")
+        assert (ended.status, ended.err) == (0, "")
+        assert "Usage: dmabuf" in ended.out
+        assert "Examples:" in ended.out or not arguments
+    ended = dmabuf(capsys)
+    assert ended.status == 2
+    assert ended.err == "error: Missing command\ntry 'dmabuf --help'\n"

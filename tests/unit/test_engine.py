@@ -1,0 +1,414 @@
+"""Engines: their limits, who may use them, what they register, and io_uring refused."""
+
+import errno
+import os
+import tempfile
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import dmabuf
+from dmabuf import ClosedError, Engine
+from dmabuf.engine import default_engine
+from tests.guards import needs
+from tests.support import assert_same, in_child, pattern, poison
+
+SIZE = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("engine") / "file"
+    path.write_bytes(pattern(SIZE, 1))
+    return path
+
+
+@pytest.fixture
+def buf():
+    with dmabuf.allocate(SIZE, exporter="memfd") as buffer:
+        buffer.pwrite(poison(SIZE), 0)
+        yield buffer
+
+
+@pytest.mark.parametrize(
+    ("how", "error"),
+    [
+        ({"queue_depth": 0}, ValueError),
+        ({"queue_depth": -1}, ValueError),
+        ({"queue_depth": 4097}, ValueError),
+        ({"queue_depth": 1.5}, TypeError),
+        ({"queue_depth": True}, TypeError),
+        ({"block_size": 0}, ValueError),
+        ({"block_size": 4095}, ValueError),
+        ({"block_size": 5000}, ValueError),
+        ({"block_size": "2GiB"}, ValueError),
+        ({"block_size": -4096}, ValueError),
+        ({"block_size": 4096.0}, TypeError),
+        ({"backend": "posix-aio"}, ValueError),
+    ],
+)
+def test_bad_arguments(how, error):
+    with pytest.raises(error):
+        Engine(**how)
+
+
+def test_what_it_is():
+    with Engine(queue_depth=3, block_size="8KiB") as engine:
+        assert (engine.queue_depth, engine.block_size, engine.closed) == (3, 8192, False)
+    assert engine.closed and repr(engine) == "<dmabuf.Engine closed>"
+    engine.close()
+    with Engine(backend="threads") as engine:
+        assert (engine.backend, engine.backend_reason) == ("threads", "asked for")
+        assert repr(engine) == "<dmabuf.Engine threads, queue_depth=32>"
+
+
+@needs("io_uring")
+def test_auto_is_io_uring_where_it_is_allowed():
+    with Engine() as engine, Engine(backend="io_uring") as other:
+        assert engine.backend == other.backend == "io_uring"
+
+
+def test_extremes_of_depth_and_block(path, buf):
+    for depth, block in ((4096, "4KiB"), (1, "1GiB")):
+        with (
+            Engine(queue_depth=depth, block_size=block) as engine,
+            dmabuf.open(path, engine=engine) as file,
+        ):
+            assert file.read_into(buf, SIZE - 1).nbytes == SIZE - 1
+
+
+@pytest.mark.parametrize("size", [4096, SIZE])
+def test_a_closed_engine(path, buf, size):
+    engine = Engine()
+    with dmabuf.open(path, engine=engine) as file:
+        file.read_into(buf, size)
+        engine.close()
+        with pytest.raises(ClosedError, match="engine is closed"):
+            file.read_into(buf, size)
+
+
+@pytest.mark.parametrize("size", [4096, SIZE])
+def test_an_engine_of_one_s_own_stays_in_its_thread(path, buf, size):
+    failures = []
+
+    def use():
+        try:
+            file.read_into(buf, size)
+        except RuntimeError as error:
+            failures.append(str(error))
+
+    with Engine() as engine, dmabuf.open(path, engine=engine) as file:
+        file.read_into(buf, size)
+        thread = threading.Thread(target=use)
+        thread.start()
+        thread.join()
+        assert file.read_into(buf).nbytes == SIZE
+    assert len(failures) == 1
+    assert "belongs to the thread that made it" in failures[0]
+    assert "default engine" in failures[0]
+
+
+@needs("io_uring")
+def test_large_transfers_register_and_closing_unpins(path):
+    with Engine(block_size="16KiB") as engine, dmabuf.open(path, engine=engine) as file:
+        ring = engine._rings[0]
+        free = len(ring._free_buffers)
+        buffer = dmabuf.allocate(SIZE, exporter="memfd")
+        small = file.read_into(buffer, 16384)
+        assert (small.registered, small.registration) == (False, "too few requests to gain from it")
+        transfer = file.read_into(buffer)
+        assert transfer.registered
+        assert transfer.registration == "pinned once, kept while the buffer lives"
+        assert len(ring._free_buffers) == free - 1
+        assert file.read_into(buffer).registered
+        assert len(ring._free_buffers) == free - 1
+        staged = file.read_into(buffer, route="staged")
+        assert not staged.registered and "staged route gains nothing" in staged.registration
+        buffer.close()
+        assert len(ring._free_buffers) == free
+
+
+@needs("io_uring")
+def test_many_small_transfers_register_in_the_end(path, buf):
+    with Engine(block_size="16KiB") as engine, dmabuf.open(path, engine=engine) as file:
+        seen = [file.read_into(buf, 50_000).registered for _ in range(8)]
+    assert not seen[0] and seen[-1]
+
+
+@needs("io_uring")
+def test_what_another_thread_closes_is_unpinned_by_the_owner(path):
+    """Only the ring's own thread may: else its pages would stay pinned, its file open."""
+    with Engine(block_size="16KiB") as engine:
+        ring = engine._rings[0]
+        free = len(ring._free_buffers), len(ring._free_files)
+        buffer = dmabuf.allocate(SIZE, exporter="memfd")
+        file = dmabuf.open(path, engine=engine)
+        assert file.read_into(buffer).registered
+        assert (len(ring._free_buffers), len(ring._free_files)) == (free[0] - 1, free[1] - 1)
+        for thing in (file, buffer):
+            thread = threading.Thread(target=thing.close)
+            thread.start()
+            thread.join()
+        assert (len(ring._free_buffers), len(ring._free_files)) == (free[0] - 1, free[1] - 1)
+        with dmabuf.open(path, engine=engine) as file, dmabuf.allocate(SIZE) as other:
+            file.read_into(other, SIZE, route="staged")
+            assert len(ring._free_buffers) == free[0]
+            assert len(ring._free_files) == free[1] - 1  # the new file's
+
+
+def test_a_descriptor_number_that_is_used_again_is_another_file(tmp_path, path, buf):
+    """What is registered under a number goes when the File does."""
+    other = tmp_path / "other"
+    other.write_bytes(pattern(SIZE, 2))
+    with Engine(block_size="16KiB") as engine:
+        numbers = set()
+        for name, seed in ((path, 1), (other, 2), (path, 1)):
+            with dmabuf.open(name, engine=engine) as file:
+                file.read_into(buf)
+                numbers.add(file._target.direct().fd)
+            assert_same(buf.pread(SIZE, 0), pattern(SIZE, seed), "the buffer")
+        assert len(numbers) == 1
+
+
+def test_threads_say_why_they_register_nothing(path, buf):
+    with Engine(backend="threads") as engine, dmabuf.open(path, engine=engine) as file:
+        transfer = file.read_into(buf)
+    assert not transfer.registered
+    assert "threads move the requests: asked for" in transfer.registration
+
+
+def test_worker_threads_end_with_the_engine():
+    before = len(os.listdir("/proc/self/task"))
+    with Engine(backend="threads", queue_depth=5):
+        assert len(os.listdir("/proc/self/task")) == before + 5
+    assert len(os.listdir("/proc/self/task")) == before
+
+
+def test_the_default_engine_is_one_and_serves_every_thread(path):
+    assert default_engine() is default_engine()
+    with dmabuf.open(path) as file:
+        assert file._target.engine is default_engine()
+
+
+# -- io_uring refused, by a seccomp filter in a process of its own
+
+_FORBID = """
+import ctypes, struct, sys
+def forbid(number, error):
+    libc = ctypes.CDLL(None, use_errno=True)
+    code = struct.pack(
+        "=" + "HBBI" * 4,
+        0x20, 0, 0, 0,                    # load the number of the system call
+        0x15, 0, 1, number,               # is it this one?
+        0x06, 0, 0, 0x00050000 | error,   # then refuse it
+        0x06, 0, 0, 0x7FFF0000,           # else allow it
+    )
+    memory = ctypes.create_string_buffer(code)
+    program = ctypes.create_string_buffer(
+        struct.pack("=H6xQ", 4, ctypes.addressof(memory))
+    )
+    assert libc.prctl(38, 1, 0, 0, 0) == 0           # PR_SET_NO_NEW_PRIVS
+    assert libc.prctl(22, 2, program, 0, 0) == 0     # PR_SET_SECCOMP, a filter
+forbid(425, int(sys.argv[1]))                        # io_uring_setup
+"""
+
+_USE_WITHOUT = """
+import logging, os
+logging.basicConfig(level="INFO", stream=sys.stdout, format="%(name)s: %(message)s")
+import dmabuf
+from dmabuf.engine import default_engine
+path, sink = sys.argv[2], sys.argv[3]
+data = open(path, "rb").read()
+assert default_engine().backend == "threads"
+print(default_engine().backend_reason)
+with dmabuf.allocate(len(data), exporter="memfd") as buffer:
+    for route in ("direct", "staged", "buffered"):
+        buffer.pwrite(bytes(len(data)), 0)
+        with dmabuf.open(path) as file:
+            transfer = file.read_into(buffer, route=route)
+        assert buffer.pread(len(data), 0) == data
+        assert transfer.route == route and not transfer.registered
+        print(transfer.registration)
+        with dmabuf.open(sink, "w") as file:
+            file.write_from(buffer, len(data) - 5, route=route)
+        assert open(sink, "rb").read() == data[:-5], route
+try:
+    dmabuf.Engine(backend="io_uring")
+except OSError as error:
+    assert error.errno == int(sys.argv[1])
+    print(error)
+else:
+    raise SystemExit("io_uring was not refused")
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "fix"),
+    [
+        (errno.EPERM, "allow io_uring_setup there"),
+        (errno.ENOSYS, "CONFIG_IO_URING, or a seccomp filter hides it"),
+    ],
+)
+def test_io_uring_forbidden_by_seccomp(tmp_path, path, error, fix):
+    said = in_child(_FORBID + _USE_WITHOUT, error, path, tmp_path / "sink")
+    name = errno.errorcode[error]
+    assert f"({name})" in said and fix in said
+    assert "dmabuf: threads instead of io_uring" in said
+    assert "this engine registers nothing: threads move the requests: io_uring is" in said
+
+
+# -- no memory may be locked
+
+_UNPRIVILEGED = """
+import os, resource, sys
+import dmabuf
+import dmabuf.ring, dmabuf.engine
+resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, 0))
+os.setgroups([]); os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534)
+assert not int(open("/proc/self/status").read().split("CapEff:")[1].split()[0], 16)
+path, sink = sys.argv[1], sys.argv[2]
+data = open(path, "rb").read()
+"""
+
+_USE_WITHOUT_MEMLOCK = """
+with dmabuf.Engine(block_size="16KiB") as engine, dmabuf.open(path, engine=engine) as file:
+    with dmabuf.allocate(len(data), exporter="memfd") as buffer:
+        transfer = file.read_into(buffer, require="zero-copy")
+        assert buffer.pread(len(data), 0) == data
+        assert transfer.route == "direct" and not transfer.registered, transfer
+        print(engine.backend, transfer.registration)
+        with dmabuf.open(sink, "w", engine=engine) as out:
+            out.write_from(buffer)
+        assert open(sink, "rb").read() == data
+"""
+
+
+@contextmanager
+def _public_folder():
+    """On disk, and open to every user: pytest's own folders are not."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
+        Path(name).chmod(0o777)
+        yield Path(name)
+
+
+@needs("root")
+def test_direct_without_memlock():
+    with _public_folder() as folder:
+        (folder / "file").write_bytes(pattern(SIZE, 1))
+        said = in_child(
+            _UNPRIVILEGED + _USE_WITHOUT_MEMLOCK, folder / "file", folder / "sink"
+        ).strip()
+    if said.startswith("io_uring"):
+        assert "RLIMIT_MEMLOCK does not allow pinning it" in said and "`ulimit -l`" in said
+    else:
+        assert "RLIMIT_MEMLOCK" in said or "io_uring is refused" in said
+
+
+_USE_DESCRIPTOR = """
+# the user is nobody now; the descriptor was opened by root
+with dmabuf.open(int(sys.argv[3])) as file, dmabuf.allocate(4096, exporter="memfd") as buffer:
+    transfer = file.read_into(buffer)
+    assert transfer.route == "buffered" and buffer.pread(4096, 0) == data[:4096]
+    print(transfer.rejected["direct"])
+"""
+
+
+@needs("root")
+def test_a_descriptor_that_may_not_be_opened_again():
+    source = _UNPRIVILEGED.replace(
+        "resource.setrlimit", "fd = os.open(sys.argv[3], 0); resource.setrlimit"
+    ) + _USE_DESCRIPTOR.replace("int(sys.argv[3])", "fd")
+    with _public_folder() as folder:
+        for name in ("file", "secret"):
+            (folder / name).write_bytes(pattern(SIZE, 1))
+        (folder / "secret").chmod(0o600)
+        said = in_child(source, folder / "file", folder / "sink", folder / "secret")
+    assert "the file may not be opened again for O_DIRECT (Permission denied)" in said
+
+
+# -- fork
+
+_FORK = """
+import os, sys, threading, dmabuf
+from dmabuf.engine import default_engine
+path = sys.argv[1]
+data = open(path, "rb").read()
+own = dmabuf.Engine()
+file, own_file = dmabuf.open(path), dmabuf.open(path, engine=own)
+buffer = dmabuf.allocate(len(data), exporter="memfd")
+file.read_into(buffer); own_file.read_into(buffer)
+parents = default_engine()
+child = os.fork()
+if child == 0:
+    try:
+        for inherited in (file, own_file):
+            for call in (lambda: inherited.read_into(buffer), lambda: inherited.plan(buffer)):
+                try:
+                    call()
+                except dmabuf.ClosedError as error:
+                    assert "forked" in str(error), error
+                else:
+                    raise SystemExit("the child used its parent's File")
+        assert default_engine() is not parents
+        try:
+            own.run(None)
+        except dmabuf.ClosedError as error:
+            assert "forked" in str(error), error
+        assert buffer.pread(len(data), 0) == data
+        with dmabuf.open(path) as mine:      # a Buffer of the parent's, a File of one's own
+            assert mine.read_into(buffer, require="zero-copy").nbytes == len(data)
+        buffer.pwrite(b"from the child", 0)
+        file.close(); own_file.close(); own.close(); buffer.close()
+        del file, own_file, own, parents
+        os._exit(0)
+    except BaseException:
+        import traceback; traceback.print_exc()
+        os._exit(1)
+assert os.waitpid(child, 0)[1] == 0
+assert buffer.pread(14, 0) == b"from the child"      # the memory is shared
+assert default_engine() is parents
+for mine in (file, own_file):
+    transfer = mine.read_into(buffer)
+    assert transfer.nbytes == len(data) and buffer.pread(len(data), 0) == data
+file.close(); own_file.close(); own.close(); buffer.close()
+"""
+
+
+def test_fork(path):
+    in_child(_FORK, path)
+
+
+_FORK_IN_A_STORM = """
+import os, sys, threading, warnings, dmabuf
+warnings.simplefilter("ignore")
+path = sys.argv[1]
+data = open(path, "rb").read()
+stop = threading.Event()
+def work():
+    with dmabuf.open(path) as file, dmabuf.allocate(len(data), exporter="memfd") as buffer:
+        while not stop.is_set():
+            file.read_into(buffer)
+            assert buffer.pread(len(data), 0) == data
+threads = [threading.Thread(target=work) for _ in range(3)]
+for thread in threads: thread.start()
+for _ in range(10):
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            with dmabuf.open(path) as file:
+                with dmabuf.allocate(len(data), exporter="memfd") as buffer:
+                    file.read_into(buffer)
+                    code = 0 if buffer.pread(len(data), 0) == data else 2
+        finally:
+            os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
+stop.set()
+for thread in threads: thread.join()
+"""
+
+
+def test_fork_while_other_threads_transfer(path):
+    in_child(_FORK_IN_A_STORM, path)

@@ -1,0 +1,589 @@
+"""allocate() and from_fd() with every exporter, real (memfd) or behind the fake kernel."""
+
+import errno
+import fcntl
+import mmap
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from dmabuf import _uapi, exporters
+from dmabuf.exporters import _memory, allocate, foreign, from_fd, heap, memfd, udmabuf
+from tests.resources import held
+from tests.unit.fake_kernel import FakeKernel
+
+PAGE = mmap.PAGESIZE
+MIB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind():
+    before = held()
+    yield
+    assert held() == before
+
+
+@pytest.fixture
+def kernel(monkeypatch, tmp_path):
+    """A machine with udmabuf, without a readable limit, and with the heap "system"."""
+    fake = FakeKernel()
+    (tmp_path / "heaps").mkdir()
+    (tmp_path / "heaps" / "system").touch()
+    (tmp_path / "fdinfo").mkdir()
+    monkeypatch.setattr(_uapi, "ioctl", fake.ioctl)
+    monkeypatch.setattr(udmabuf, "DEVICE", os.devnull)
+    monkeypatch.setattr(udmabuf, "SIZE_LIMIT", str(tmp_path / "size_limit_mb"))
+    monkeypatch.setattr(heap, "FOLDER", str(tmp_path / "heaps"))
+    return fake
+
+
+@pytest.fixture
+def no_exporters(monkeypatch, tmp_path):
+    monkeypatch.setattr(udmabuf, "DEVICE", str(tmp_path / "udmabuf"))
+    monkeypatch.setattr(heap, "FOLDER", str(tmp_path / "dma_heap"))
+    return tmp_path
+
+
+# memfd
+
+
+def test_a_memfd_is_sealed_zeroed_labelled_and_close_on_exec():
+    with allocate("1MiB", exporter="memfd", name="label") as buf:
+        fd = buf.fileno()
+        assert os.readlink(f"/proc/self/fd/{fd}") == "/memfd:label (deleted)"
+        assert not os.get_inheritable(fd)
+        seals = fcntl.fcntl(fd, _uapi.F_GET_SEALS)
+        wanted = _uapi.F_SEAL_SHRINK | _uapi.F_SEAL_GROW | _uapi.F_SEAL_SEAL
+        assert seals & wanted == wanted
+        assert os.fstat(fd).st_size == buf.size == MIB
+        assert buf.read() == bytes(MIB)
+        assert "devices cannot import it" in buf.reason
+        assert buf._pin_refusal is None
+
+
+def test_the_mapping_is_populated():
+    with allocate("1MiB", exporter="memfd") as buf:
+        lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+        start = f"{buf._address:x}-"
+        next(line for line in lines if line.startswith(start))
+        resident = next(line for line in lines if line.startswith("Rss:"))
+        assert int(resident.split()[1]) == 1024
+
+
+def test_a_kernel_without_noexec_seal_gets_a_memfd_without(monkeypatch):
+    create, flags_seen = os.memfd_create, []
+
+    def older(name, flags):
+        flags_seen.append(flags)
+        if flags & _uapi.MFD_NOEXEC_SEAL:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return create(name, flags)
+
+    monkeypatch.setattr(os, "memfd_create", older)
+    with allocate(1, exporter="memfd"):
+        pass
+    assert flags_seen == [11, 3]
+
+
+def test_a_kernel_without_populate_is_fine(monkeypatch):
+    from dmabuf import _ffi
+
+    for error in (errno.ENOSYS, errno.EINVAL):
+        monkeypatch.setattr(_ffi, "lib", Lib(dmb_populate=-error))
+        with allocate(1, exporter="memfd") as buf:
+            assert buf.read() == bytes(buf.size)
+
+
+class Lib:
+    """A core whose functions return what is given."""
+
+    def __init__(self, **results):
+        for name, result in results.items():
+            setattr(self, name, lambda *_, result=result: result)
+
+
+@pytest.mark.parametrize(
+    ("failing", "text"),
+    [
+        ({"dmb_populate": -errno.EFAULT}, "populating 4 KiB"),
+        ({"dmb_bind_node": -errno.EINVAL}, "binding memory to NUMA node 0"),
+    ],
+)
+def test_a_failure_in_the_middle_leaks_nothing(monkeypatch, failing, text):
+    from dmabuf import _ffi
+
+    monkeypatch.setattr(_memory, "check_node", lambda node: None)
+    monkeypatch.setattr(_ffi, "lib", Lib(**({"dmb_populate": 0, "dmb_bind_node": 0} | failing)))
+    for exporter in ("memfd", "auto"):
+        with pytest.raises(OSError, match=text) as error:
+            allocate(PAGE, exporter=exporter, numa_node=0)
+        assert error.value.errno == -next(iter(failing.values()))
+
+
+@pytest.mark.skipif(
+    not Path("/sys/devices/system/node/node0").exists(), reason="needs a kernel with CONFIG_NUMA"
+)
+def test_memory_on_a_node():
+    with allocate("64KiB", exporter="memfd", numa_node=0) as buf:
+        numa_maps = Path("/proc/self/numa_maps").read_text().splitlines()
+        line = next(line for line in numa_maps if line.startswith(f"{buf._address:08x} "))
+        assert "bind:0" in line
+
+
+# udmabuf, behind the fake kernel
+
+
+def test_one_udmabuf(kernel):
+    with allocate("1MiB", name="label") as buf:
+        assert (buf.exporter, buf.size, len(buf.slabs), buf.is_dmabuf) == ("udmabuf", MIB, 1, True)
+        assert buf.fileno() == buf.slabs[0].fd and kernel.labels[buf.fileno()] == b"label"
+        assert buf.reason == "udmabuf: any device can import it, and its pages can be pinned"
+        assert buf._pin_refusal is None and buf._address is not None
+        buf.write(b"through the mapping")
+        assert os.pread(buf.fileno(), 19, 0) == b"through the mapping"
+
+
+@pytest.mark.parametrize("limit_file", ["1\n", None])
+def test_slabs_within_the_limit(kernel, tmp_path, limit_file):
+    """Read from the module's parameter, or found by halving."""
+    kernel.limit = MIB
+    if limit_file is not None:
+        (tmp_path / "size_limit_mb").write_text(limit_file)
+    with allocate(MIB * 7 // 2, exporter="udmabuf", name="n") as buf:
+        offset = 0
+        for slab in buf.slabs:
+            assert slab.offset == offset and slab.size <= MIB and slab.size % PAGE == 0
+            offset += slab.size
+        assert offset == buf.size == MIB * 7 // 2
+        assert f"{len(buf.slabs)} slabs, since this kernel caps a udmabuf at" in buf.reason
+        assert f"echo 1024 > {tmp_path}/size_limit_mb" in buf.reason
+        assert {kernel.labels[slab.fd] for slab in buf.slabs} == {b"n"}
+        with pytest.raises(OSError, match=r"4 dma-bufs with a descriptor each: use \.slabs"):
+            buf.fileno()
+        assert "slabs=4" in repr(buf)
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "2047", "none"])
+def test_a_limit_that_is_none(kernel, tmp_path, text):
+    (tmp_path / "size_limit_mb").write_text(text)
+    with allocate("4MiB", exporter="udmabuf") as buf:
+        assert len(buf.slabs) == 1
+
+
+def test_slabs_are_of_a_gibibyte_at_most(kernel, monkeypatch):
+    monkeypatch.setattr(udmabuf, "_LARGEST_SLAB", MIB)
+    with allocate("3MiB", exporter="udmabuf") as buf:
+        assert [slab.size for slab in buf.slabs] == [MIB] * 3
+        assert "cannot be used everywhere" in buf.reason
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM, errno.EPERM])
+def test_a_udmabuf_that_fails_in_the_middle_leaks_nothing(kernel, number):
+    kernel.limit, kernel.creates_left, kernel.create_error = PAGE, 3, number
+    with pytest.raises(OSError, match="making a udmabuf of 4 KiB") as error:
+        allocate(10 * PAGE, exporter="udmabuf")
+    assert error.value.errno == number and error.value.filename == os.devnull
+
+
+def test_a_udmabuf_that_is_refused_whatever_its_size(kernel):
+    kernel.limit = 0
+    with pytest.raises(OSError, match="making a udmabuf of 4 KiB: refused") as error:
+        allocate(4 * PAGE, exporter="udmabuf")
+    assert error.value.errno == errno.EINVAL
+
+
+def test_a_missing_udmabuf_says_what_to_do(no_exporters):
+    with pytest.raises(FileNotFoundError, match="CONFIG_UDMABUF") as error:
+        allocate(1, exporter="udmabuf")
+    assert error.value.filename == str(no_exporters / "udmabuf")
+
+
+# auto
+
+
+def test_auto_without_udmabuf_is_memfd_and_says_why(no_exporters):
+    with allocate(1) as buf:
+        assert buf.exporter == "memfd"
+        assert f"{no_exporters}/udmabuf: no such device" in buf.reason
+        assert "modprobe udmabuf" in buf.reason
+
+
+def test_auto_with_a_udmabuf_that_is_refused_is_memfd_and_says_why(kernel):
+    kernel.limit = 0
+    with allocate(1) as buf:
+        assert buf.exporter == "memfd" and "making a udmabuf of 4 KiB: refused" in buf.reason
+
+
+@pytest.mark.parametrize("number", [errno.ENOMEM, errno.EMFILE])
+def test_auto_does_not_hide_what_another_exporter_would_not_cure(kernel, number):
+    kernel.creates_left, kernel.create_error = 0, number
+    with pytest.raises(OSError) as error:
+        allocate(1)
+    assert error.value.errno == number
+
+
+# heaps, behind the fake kernel
+
+
+def test_a_heap(kernel):
+    with allocate(5000, exporter="system", name="label") as buf:
+        assert (buf.exporter, buf.size, buf.is_dmabuf) == ("system", 2 * PAGE, True)
+        assert kernel.labels[buf.fileno()] == b"label"
+        assert "O_DIRECT there is EFAULT" in buf._pin_refusal
+        buf.write(b"x")
+        assert buf.pread(2, 0) == b"x\0"
+
+
+def test_heaps_that_are_not_there(no_exporters, kernel, tmp_path):
+    with pytest.raises(ValueError, match="'cma': this machine knows auto, udmabuf, memfd, system"):
+        allocate(1, exporter="cma")
+    with pytest.raises(ValueError, match="unknown exporter"):
+        allocate(1, exporter="../heaps/system")
+    (tmp_path / "heaps" / "system").unlink()
+    with pytest.raises(FileNotFoundError, match="CONFIG_DMABUF_HEAPS_SYSTEM") as error:
+        allocate(1, exporter="system")
+    assert error.value.filename == str(tmp_path / "heaps" / "system")
+    assert exporters.names() == ["udmabuf", "memfd"]
+
+
+def test_a_heap_chooses_its_own_pages(kernel):
+    for wrong in ({"huge_pages": True}, {"numa_node": 0}):
+        with pytest.raises(ValueError, match="a dma-heap chooses its own pages"):
+            allocate(1, exporter="system", **wrong)
+
+
+def test_a_heap_too_is_asked_for_no_more_than_there_is(kernel):
+    with pytest.raises(OSError, match="not tried: 1 PiB") as error:
+        allocate("1PiB", exporter="system")
+    assert error.value.errno == errno.ENOMEM
+
+
+# What was asked for
+
+
+@pytest.mark.parametrize("exporter", ["auto", "memfd", "udmabuf", "system"])
+def test_bad_requests_are_refused_before_anything_is_made(kernel, exporter):
+    kernel.create_error = errno.EIO
+    kernel.creates_left = 0
+    for size, error, text in [
+        (0, ValueError, "size is 0"),
+        ("0B", ValueError, "size is 0"),
+        (-1, ValueError, "negative"),
+        ("much", ValueError, "no size"),
+        (2**63, ValueError, "larger than Linux"),
+        (1.5, TypeError, "must be an int"),
+        (True, TypeError, "must be an int"),
+    ]:
+        with pytest.raises(error, match=text):
+            allocate(size, exporter=exporter)
+    for name in ("", "x" * 32, "ü" * 16, "a\0b"):
+        with pytest.raises(ValueError, match="holds 1 to 31 bytes"):
+            allocate(1, exporter=exporter, name=name)
+    with pytest.raises(TypeError, match="name must be a str"):
+        allocate(1, exporter=exporter, name=b"x")
+    with pytest.raises(TypeError, match="numa_node must be an int"):
+        allocate(1, exporter=exporter, numa_node="0")
+
+
+def test_a_name_of_31_bytes_fits(kernel):
+    with allocate(1, name="ü" * 15 + "x") as buf:
+        assert kernel.labels[buf.fileno()] == ("ü" * 15 + "x").encode()
+
+
+# How much there is: on made-up machines
+
+
+def machine(tmp_path, files):
+    for path, text in files.items():
+        target = tmp_path / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text)
+    return str(tmp_path)
+
+
+MEMINFO = "MemTotal: 8388608 kB\nMemAvailable:    4194304 kB\nHugepagesize:       2048 kB\n"
+V2 = {
+    "proc/meminfo": MEMINFO,
+    "proc/self/cgroup": "0::/a/b\n",
+    "proc/self/mountinfo": "30 23 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw\n",
+    "sys/fs/cgroup/a/b/memory.max": "max\n",
+    "sys/fs/cgroup/a/b/memory.current": "99\n",
+    "sys/fs/cgroup/a/memory.max": f"{1 << 30}\n",
+    "sys/fs/cgroup/a/memory.current": f"{768 << 20}\n",
+    "sys/fs/cgroup/a/memory.stat": f"anon 5\ninactive_file {128 << 20}\nactive_file {128 << 20}\n",
+}
+V1 = {
+    "proc/meminfo": MEMINFO,
+    "proc/self/cgroup": "5:cpu:/\n4:memory:/host/path/pod\n0::/\n",
+    "proc/self/mountinfo": (
+        "30 23 0:26 / /sys rw - sysfs sysfs rw\n"
+        "31 30 0:27 /host/path /sys/fs/cgroup/memory ro - cgroup cgroup rw,memory\n"
+    ),
+    "sys/fs/cgroup/memory/pod/memory.limit_in_bytes": f"{512 << 20}\n",
+    "sys/fs/cgroup/memory/pod/memory.usage_in_bytes": f"{256 << 20}\n",
+    "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+    "sys/fs/cgroup/memory/memory.usage_in_bytes": "0\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("files", "most", "where"),
+    [
+        ({"proc/meminfo": MEMINFO}, 4 << 30, "MemAvailable in /proc/meminfo"),
+        (V2, 512 << 20, "the memory cgroup at /sys/fs/cgroup/a "),
+        (V1, 256 << 20, "the memory cgroup at /sys/fs/cgroup/memory/pod "),
+        (
+            V1 | {"proc/self/cgroup": "4:memory:/elsewhere\n"},
+            4 << 30,
+            "MemAvailable in /proc/meminfo",
+        ),
+    ],
+)
+def test_the_least_of_what_is_available_and_the_cgroups_allow(tmp_path, files, most, where):
+    root = machine(tmp_path, files)
+    _memory.check_memory(most, root=root)
+    with pytest.raises(OSError, match=where) as error:
+        _memory.check_memory(most + 1, root=root)
+    assert error.value.errno == errno.ENOMEM
+    assert f"({most + 1} bytes)" in str(error.value) and f"({most} bytes)" in str(error.value)
+
+
+def test_a_node_has_its_own_limit(tmp_path):
+    node = "Node 1 MemTotal: 9999 kB\nNode 1 MemFree: 1024 kB\nNode 1 Inactive(file): 1024 kB\n"
+    files = {"proc/meminfo": MEMINFO, "sys/devices/system/node/node1/meminfo": node}
+    root = machine(tmp_path, files)
+    _memory.check_memory(2 * MIB, 1, root=root)
+    with pytest.raises(OSError, match=r"2 MiB .* that NUMA node 1 allows"):
+        _memory.check_memory(2 * MIB + 1, 1, root=root)
+
+
+def test_a_machine_that_tells_nothing_refuses_nothing(tmp_path):
+    _memory.check_memory(1 << 60, root=str(tmp_path))
+
+
+def test_nodes_that_have_memory(tmp_path):
+    root = machine(tmp_path, {"sys/devices/system/node/has_memory": "0-1,3\n"})
+    for node in (0, 1, 3):
+        _memory.check_node(node, root=root)
+    for node in (2, 4, -1):
+        with pytest.raises(ValueError, match=f"numa_node={node} .* 0, 1, 3"):
+            _memory.check_node(node, root=root)
+    with pytest.raises(ValueError, match="no CONFIG_NUMA"):
+        _memory.check_node(0, root=str(tmp_path / "none"))
+
+
+def huge(size_kb, **numbers):
+    folder = f"sys/kernel/mm/hugepages/hugepages-{size_kb}kB"
+    return {f"{folder}/{key}": f"{value}\n" for key, value in numbers.items()}
+
+
+HUGE = {"proc/meminfo": MEMINFO} | huge(
+    2048, nr_hugepages=10, free_hugepages=6, resv_hugepages=1, nr_overcommit_hugepages=3
+)
+HUGE |= huge(1048576, nr_hugepages=0, free_hugepages=0)
+
+
+def test_sizes_of_huge_pages(tmp_path):
+    root = machine(tmp_path, HUGE)
+    assert _memory.huge_page_size(False, root=root) is None
+    assert _memory.huge_page_size(True, root=root) == 2 * MIB
+    assert _memory.huge_page_size("2MiB", root=root) == 2 * MIB
+    assert _memory.huge_page_size("1GiB", root=root) == 1 << 30
+    with pytest.raises(ValueError, match="no huge pages of 16 MiB; it has: 2 MiB, 1 GiB"):
+        _memory.huge_page_size("16MiB", root=root)
+    with pytest.raises(ValueError, match="it has: none"):
+        _memory.huge_page_size(True, root=str(tmp_path / "none"))
+
+
+def test_free_huge_pages_are_counted(tmp_path):
+    root = machine(tmp_path, HUGE)
+    _memory.check_huge_pages(16 * MIB, 2 * MIB, root=root)
+    with pytest.raises(OSError, match="9 huge pages of 2 MiB are needed and 8 are free") as error:
+        _memory.check_huge_pages(16 * MIB + 1, 2 * MIB, root=root)
+    assert error.value.errno == errno.ENOMEM
+    assert "echo 11 > /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages" in str(error.value)
+
+
+def test_free_huge_pages_of_a_node_are_counted(tmp_path):
+    node = "sys/devices/system/node/node1/hugepages/hugepages-2048kB"
+    files = {f"{node}/free_hugepages": "2\n", f"{node}/nr_hugepages": "2\n"}
+    root = machine(tmp_path, HUGE | files)
+    _memory.check_huge_pages(4 * MIB, 2 * MIB, 1, root=root)
+    with pytest.raises(OSError, match=f"on NUMA node 1 and 2 are free .* echo 3 > /{node}/"):
+        _memory.check_huge_pages(6 * MIB, 2 * MIB, 1, root=root)
+
+
+def test_too_much_is_refused_before_it_is_tried(no_exporters, monkeypatch):
+    monkeypatch.setattr(memfd, "_create", lambda *_: pytest.fail("tried"))
+    for exporter in ("auto", "memfd"):
+        with pytest.raises(OSError, match="not tried: 1 PiB") as error:
+            allocate("1PiB", exporter=exporter)
+        assert error.value.errno == errno.ENOMEM
+
+
+# from_fd
+
+
+@pytest.fixture
+def dmabufs(kernel, monkeypatch, tmp_path):
+    """Makes descriptors of memfds that fdinfo tells to be dma-bufs."""
+    monkeypatch.setattr(foreign, "FDINFO", str(tmp_path / "fdinfo"))
+    real_dup = fcntl.fcntl
+    identity = {}
+
+    def dup(fd, command, *args):
+        result = real_dup(fd, command, *args)
+        if command == fcntl.F_DUPFD_CLOEXEC and fd in identity:
+            (tmp_path / "fdinfo" / str(result)).write_text(identity[fd])
+        return result
+
+    monkeypatch.setattr(foreign.fcntl, "fcntl", dup)
+    made = []
+
+    def make(size=2 * PAGE, mode=os.O_RDWR, label="theirs"):
+        first = os.memfd_create("theirs")
+        os.ftruncate(first, size)
+        fd = os.open(f"/proc/self/fd/{first}", mode | os.O_CLOEXEC)
+        os.close(first)
+        made.append(fd)
+        text = f"pos:\t0\nflags:\t02\nsize:\t{size}\ncount:\t1\nexp_name:\ttheirs\n"
+        identity[fd] = text + (f"name:\t{label}\n" if label else "")
+        return fd
+
+    yield make
+    for fd in made:
+        os.close(fd)
+
+
+def test_from_fd(dmabufs):
+    fd = dmabufs()
+    os.pwrite(fd, b"their bytes", 0)
+    with from_fd(fd) as buf:
+        assert (buf.exporter, buf.name, buf.size) == ("theirs", "theirs", 2 * PAGE)
+        assert buf.fileno() != fd and not os.get_inheritable(buf.fileno())
+        assert buf.reason == f"made from descriptor {fd}, a dma-buf of theirs"
+        assert buf.read(11) == b"their bytes" and buf.mode == "rb+"
+        assert "a dma-buf from theirs has no pages to pin" in buf._pin_refusal
+    os.fstat(fd)
+
+
+def test_from_fd_takes_what_has_a_fileno_and_relabels(dmabufs, kernel):
+    with from_fd(dmabufs(label=None)) as buf, from_fd(buf, name="ours") as twin:
+        assert buf.name is None and twin.name == "ours"
+        assert kernel.labels[twin.fileno()] == b"ours"
+
+
+def test_a_label_cannot_pose_as_an_exporter(dmabufs):
+    with from_fd(dmabufs(label="x\nexp_name:\tsystem")) as buf:
+        assert (buf.exporter, buf.name) == ("theirs", "x")
+
+
+def test_a_read_only_descriptor_makes_a_read_only_buffer(dmabufs):
+    with from_fd(dmabufs(mode=os.O_RDONLY)) as buf:
+        assert buf.readable() and not buf.writable() and buf.mode == "rb"
+        assert buf.read(2) == b"\0\0"
+        for call in (
+            lambda: buf.write(b"x"),
+            lambda: buf.pwritev([b"x"], 0),
+            lambda: buf.truncate(buf.size),
+        ):
+            with pytest.raises(OSError, match="not writable: its descriptor is read-only"):
+                call()
+        for mode in ("w", "rw"):
+            with pytest.raises(PermissionError, match="needs O_RDWR") as error:
+                buf.map(mode).__enter__()
+            assert error.value.errno == errno.EACCES
+            with pytest.raises(PermissionError, match="needs O_RDWR"):
+                buf.open(mode)
+        with buf.map("r") as view, buf.open() as window:
+            assert view.readonly and window.mode == "rb"
+        assert buf._view(0, 1).readonly
+        assert buf._address is not None
+
+
+def test_memory_that_the_cpu_cannot_map(dmabufs, monkeypatch):
+    def refuse(*args):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    fd = dmabufs()
+    monkeypatch.setattr(foreign.mmap, "mmap", refuse)
+    with from_fd(fd) as buf:
+        assert not buf.readable() and not buf.writable() and buf.mode == ""
+        assert buf._address is None and buf.fileno() >= 0 and buf.size == 2 * PAGE
+        assert buf._pin_refusal == buf._map_refusal
+        for call in (
+            lambda: buf.read(1),
+            lambda: buf.write(b"x"),
+            lambda: buf.pread(1, 0),
+            lambda: buf.map().__enter__(),
+            buf.open,
+            lambda: buf._view(0, 1),
+        ):
+            with pytest.raises(OSError, match="the CPU cannot map this dma-buf of theirs"):
+                call()
+
+
+def test_a_mapping_that_fails_for_another_reason_is_its_own_error(dmabufs, monkeypatch):
+    def refuse(*args):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    fd = dmabufs()
+    monkeypatch.setattr(foreign.mmap, "mmap", refuse)
+    with pytest.raises(OSError, match="Cannot allocate"):
+        from_fd(fd)
+
+
+def test_what_is_no_dma_buf_is_told_what_it_is(tmp_path):
+    (tmp_path / "file").touch()
+    ends = os.pipe()
+    sock = socket.socket()
+    with (tmp_path / "file").open() as file, sock, allocate(1, exporter="memfd") as memory:
+        for fd, text in [
+            (file, "a regular file"),
+            (ends[0], "a pipe"),
+            (sock, "a socket"),
+            (memory, "a memfd .* make a buffer with dmabuf.allocate"),
+        ]:
+            with pytest.raises(OSError, match=f"is no dma-buf but {text}") as error:
+                from_fd(fd)
+            assert error.value.errno == errno.EINVAL
+    for end in ends:
+        os.close(end)
+    null = os.open(os.devnull, os.O_RDWR)
+    with pytest.raises(OSError, match="a character device"):
+        from_fd(null)
+    os.close(null)
+    with pytest.raises(OSError, match=f"descriptor {null}: Bad file descriptor") as error:
+        from_fd(null)
+    assert error.value.errno == errno.EBADF
+    for wrong in (True, "3", None):
+        with pytest.raises(TypeError):
+            from_fd(wrong)
+    for wrong in (-1, 2**40):
+        with pytest.raises(OSError, match=f"descriptor {wrong}: Bad") as error:
+            from_fd(wrong)
+        assert error.value.errno == errno.EBADF
+    with pytest.raises(ValueError, match="holds 1 to 31"):
+        from_fd(0, name="x" * 40)
+
+
+def test_without_proc_a_dma_buf_is_known_by_what_it_does(dmabufs, kernel, monkeypatch, tmp_path):
+    fd = dmabufs()
+    monkeypatch.setattr(foreign, "FDINFO", str(tmp_path / "nowhere"))
+    with from_fd(fd) as buf:
+        assert buf.exporter == "unknown"
+    assert kernel.calls == []
+    kernel.undirected_sync_error = errno.ENOTTY
+    with pytest.raises(OSError, match="is no dma-buf but a memfd"):
+        from_fd(fd)
+
+
+def test_a_device_node_is_asked_nothing(kernel, monkeypatch, tmp_path):
+    monkeypatch.setattr(foreign, "FDINFO", str(tmp_path / "nowhere"))
+    monkeypatch.setattr(_uapi, "ioctl", lambda *_: pytest.fail("asked"))
+    null = os.open(os.devnull, os.O_RDWR)
+    with pytest.raises(OSError, match="a character device"):
+        from_fd(null)
+    os.close(null)

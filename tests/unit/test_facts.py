@@ -1,0 +1,174 @@
+"""What is found out about a file by asking and by trying."""
+
+import errno
+import os
+import stat
+
+import pytest
+
+from dmabuf import facts
+from dmabuf.facts import PAGE, Alignment
+from tests.support import drop_cache
+
+
+@pytest.fixture
+def file(tmp_path):
+    (tmp_path / "file").write_bytes(bytes(10 * PAGE))
+    fd = os.open(tmp_path / "file", os.O_RDWR)
+    yield fd
+    os.close(fd)
+
+
+def open_direct(fd, **how):
+    return facts.open_direct(fd, "file", **({"writable": True, "readable": True} | how))
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        (stat.S_IFREG, "file"),
+        (stat.S_IFBLK, "block device"),
+        (stat.S_IFCHR, "character device"),
+        (stat.S_IFIFO, "pipe"),
+        (stat.S_IFSOCK, "socket"),
+        (stat.S_IFDIR, None),
+        (stat.S_IFLNK, None),
+        (0, None),
+    ],
+)
+def test_kinds(kind, expected):
+    assert facts.kind_of(kind | 0o644) == expected
+
+
+def test_what_statx_states_is_taken(file, monkeypatch):
+    def stated(fd, memory, offset):
+        memory[0], offset[0] = 4, 512
+        return 0
+
+    monkeypatch.setattr(facts, "lib", Fake(dmb_statx_dio=stated))
+    direct = open_direct(file)
+    assert (direct.alignment, direct.refusal) == (Alignment(4, 512), None)
+    os.close(direct.fd)
+
+
+class Fake:
+    def __init__(self, **functions):
+        self._real = facts.lib
+        self.__dict__.update(functions)
+
+    def __getattr__(self, name):
+        return getattr(self._real, name)
+
+
+def silent(monkeypatch):
+    """A kernel before 6.1."""
+    monkeypatch.setattr(facts, "lib", Fake(dmb_statx_dio=lambda *_: 0))
+
+
+@pytest.mark.parametrize("least", [512, 1024, 2048, PAGE])
+def test_where_statx_is_silent_it_is_tried(file, monkeypatch, least):
+    silent(monkeypatch)
+
+    def preadv(fd, views, offset):
+        assert offset % len(views[0]) == 0
+        if offset % least:
+            raise OSError(errno.EINVAL, "")
+        return len(views[0])
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    direct = open_direct(file)
+    assert (direct.alignment, direct.refusal) == (Alignment(least, least), None)
+    os.close(direct.fd)
+
+
+def test_a_filesystem_that_refuses_every_aligned_read(file, monkeypatch):
+    silent(monkeypatch)
+
+    def preadv(fd, views, offset):
+        raise OSError(errno.EINVAL, "")
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    before = sorted(os.listdir("/proc/self/fd"))
+    direct = open_direct(file)
+    assert direct.fd == -1 and "refused every aligned read: EINVAL" in direct.refusal
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+def test_another_error_while_trying_says_nothing(file, monkeypatch):
+    silent(monkeypatch)
+
+    def preadv(fd, views, offset):
+        raise OSError(errno.EIO, "")
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    direct = open_direct(file)
+    assert (direct.alignment, direct.refusal) == (Alignment(PAGE, PAGE), None)
+    os.close(direct.fd)
+
+
+def test_what_cannot_be_read_or_is_empty_is_a_page(file, monkeypatch):
+    silent(monkeypatch)
+    direct = open_direct(file, readable=False)
+    assert direct.alignment == Alignment(PAGE, PAGE)
+    os.close(direct.fd)
+    os.ftruncate(file, 0)
+    direct = open_direct(file)
+    assert direct.alignment == Alignment(PAGE, PAGE)
+    os.close(direct.fd)
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (errno.EINVAL, "does not support O_DIRECT (open: EINVAL): keep the file on one that does"),
+        (errno.ENOENT, "/proc is not mounted"),
+        (errno.EACCES, "may not be opened again for O_DIRECT"),
+        (errno.EPERM, "may not be opened again for O_DIRECT"),
+        (errno.EMFILE, "opening the file with O_DIRECT failed: Too many open files"),
+    ],
+)
+def test_each_refusal_has_its_reason(file, monkeypatch, error, says):
+    def refuse(path, flags):
+        assert flags & os.O_DIRECT and flags & os.O_CLOEXEC
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(os, "open", refuse)
+    direct = open_direct(file)
+    assert direct.fd == -1 and says in direct.refusal
+
+
+@pytest.mark.parametrize(
+    ("how", "access"),
+    [
+        ({"writable": False}, os.O_RDONLY),
+        ({"readable": False}, os.O_WRONLY),
+        ({}, os.O_RDWR),
+    ],
+)
+def test_no_more_access_than_was_given(file, how, access):
+    import fcntl
+
+    direct = open_direct(file, **how)
+    flags = fcntl.fcntl(direct.fd, fcntl.F_GETFL)
+    assert flags & os.O_ACCMODE == access and flags & os.O_DIRECT
+    assert not os.get_inheritable(direct.fd)
+    os.close(direct.fd)
+
+
+def test_memory_filesystems():
+    fd = os.memfd_create("memory")
+    direct = facts.open_direct(fd, "file", writable=True, readable=True)
+    assert direct.fd == -1 and direct.refusal.startswith("tmpfs keeps its files")
+    os.close(fd)
+
+
+def test_cached_pages(file):
+    drop_cache(file)
+    cold = facts.cached_pages(file, 0, 10 * PAGE)
+    if cold is None:
+        pytest.skip("needs cachestat(2), of Linux 6.5")
+    assert cold == 0
+    os.pread(file, 10 * PAGE, 0)
+    assert facts.cached_pages(file, 0, 10 * PAGE) == 10
+    assert facts.cached_pages(file, PAGE, PAGE) == 1
+    assert facts.cached_pages(file, 0, 0) is None

@@ -1,0 +1,283 @@
+"""The native route, on threads that emulate it: what is registered, and every way it can fail.
+
+The emulation (csrc/emulate.c) maps the dma-buf and answers as the kernel with the series does. The
+kernel's own answers are injected where completions are seen, by the core's filter.
+"""
+
+import errno
+import mmap
+import os
+
+import pytest
+
+import dmabuf
+from dmabuf import Route, _uapi
+from dmabuf._ffi import lib
+from dmabuf.buffer import Buffer, Slab
+from dmabuf.ring import Ring
+from tests.support import PAGE, Filter, exercise, pattern, poison
+from tests.unit.fake_kernel import FakeKernel
+
+SIZE = 300 * 1024
+
+
+class Emulating(dmabuf.Engine):
+    _flags = lib.DMB_RING_EMULATE_NATIVE
+
+
+@pytest.fixture(autouse=True)
+def kernel(monkeypatch):
+    monkeypatch.setattr(_uapi, "ioctl", FakeKernel().ioctl)
+
+
+@pytest.fixture
+def engine():
+    with Emulating(backend="threads", queue_depth=5, block_size=8192) as engine:
+        yield engine
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(pattern(SIZE, 1))
+    os.sync()
+    return path
+
+
+def memory(size):
+    fd = os.memfd_create("dma-buf")
+    os.ftruncate(fd, size)
+    return fd
+
+
+@pytest.fixture
+def buf():
+    """A dma-buf that the CPU can map, as far as anyone can tell."""
+    fd = memory(SIZE)
+    with Buffer([Slab(fd, 0, SIZE)], mmap.mmap(fd, SIZE), exporter="fake", reason="a test") as buf:
+        yield buf
+
+
+@pytest.fixture
+def far():
+    """Three dma-bufs in one Buffer, none of which the CPU can map."""
+    sizes = (64 * 1024, 64 * 1024, 32 * 1024)
+    slabs = [Slab(memory(size), 64 * 1024 * i, size) for i, size in enumerate(sizes)]
+    for slab in slabs:
+        os.pwrite(slab.fd, poison(slab.size), 0)
+    with Buffer(slabs, None, exporter="far", reason="a test", map_refusal="not by the CPU") as far:
+        yield far
+
+
+def content(buffer):
+    return b"".join(os.pread(slab.fd, slab.size, 0) for slab in buffer.slabs)
+
+
+def test_every_byte_in_both_directions(path, buf, engine):
+    routes = ("native", "direct", "staged", "buffered")
+    chosen = exercise(path, buf, engine, routes=routes, limit=SIZE, rounds=24)
+    assert "native" in chosen
+
+
+def test_slabs_of_memory_that_the_cpu_cannot_map(path, far, engine):
+    data = path.read_bytes()
+    with dmabuf.open(path, "r+", engine=engine) as file:
+        start, size = 60 * 1024, 80 * 1024
+        transfer = file.read_into(far, size, file_offset=4096, buffer_offset=start)
+        assert transfer.route is Route.NATIVE and transfer.copied == 0 and transfer.registered
+        assert transfer.nbytes == size
+        expected = bytearray(b"".join(poison(slab.size) for slab in far.slabs))
+        expected[start : start + size] = data[4096 : 4096 + size]
+        assert content(far) == bytes(expected)
+        file.write_from(far, size, file_offset=128 * 1024, buffer_offset=start)
+    expected = bytearray(data)
+    expected[128 * 1024 : 128 * 1024 + size] = data[4096 : 4096 + size]
+    assert path.read_bytes() == bytes(expected)
+
+
+@pytest.mark.parametrize(("file_offset", "size"), [(1, 4096), (0, 4097), (SIZE - 4096, 4000)])
+def test_no_route_is_left_for_edges_that_the_cpu_cannot_reach(path, far, engine, file_offset, size):
+    before = content(far)
+    with dmabuf.open(path, engine=engine) as file:
+        with pytest.raises(dmabuf.RouteUnavailable, match="the CPU cannot map this dma-buf") as e:
+            file.read_into(far, size, file_offset=file_offset)
+        assert "not by the CPU" in str(e.value) and e.value.filename == str(path)
+        with pytest.raises(dmabuf.RouteUnavailable):
+            file.plan(far, size=size, file_offset=file_offset)
+    assert content(far) == before
+
+
+def test_the_stock_kernel_says_so(path, buf):
+    with dmabuf.open(path) as file:
+        plan = file.plan(buf)
+        assert plan.route is Route.DIRECT
+        assert "dma-buf registered buffers" in plan.rejected[Route.NATIVE]
+        with pytest.raises(dmabuf.RouteUnavailable, match="registered buffers"):
+            file.read_into(buf, route="native")
+        assert file.read_into(buf).rejected == plan.rejected
+
+
+def test_a_storm_of_eagain_within_the_bound(path, buf, engine):
+    left = [40]
+
+    def answer(completion):
+        if completion.straight and left[0]:
+            left[0] -= 1
+            return -errno.EAGAIN
+        return completion.result
+
+    with dmabuf.open(path, engine=engine) as file, Filter(engine, answer):
+        transfer = file.read_into(buf)
+    assert transfer.route is Route.NATIVE and transfer.reissues == 40
+    assert content(buf) == path.read_bytes()
+
+
+def test_a_storm_of_eagain_without_end(path, buf, engine):
+    def answer(completion):
+        return -errno.EAGAIN if completion.straight else completion.result
+
+    with (
+        dmabuf.open(path, engine=engine) as file,
+        Filter(engine, answer),
+        pytest.raises(BlockingIOError) as caught,
+    ):
+        file.read_into(buf)
+    assert caught.value.nbytes == 0
+
+
+def test_a_controller_reset_is_registered_again_once(path, buf, engine):
+    registered = []
+    take = Ring.take_dmabuf_slot
+
+    def taking(ring, *fds):
+        registered.append(fds)
+        return take(ring, *fds)
+
+    resets = [1]
+
+    def answer(completion):
+        if completion.straight and resets[0]:
+            resets[0] -= 1
+            return -errno.ENOENT
+        return completion.result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Ring, "take_dmabuf_slot", taking)
+        with dmabuf.open(path, engine=engine) as file, Filter(engine, answer):
+            assert file.read_into(buf).route is Route.NATIVE
+            assert len(registered) == 2
+            resets[0] = 1
+            buf.pwrite(poison(SIZE), 0)
+            assert file.read_into(buf).nbytes == SIZE
+            assert len(registered) == 3
+    assert content(buf) == path.read_bytes()
+
+
+def test_a_device_that_is_gone(path, buf, engine):
+    def answer(completion):
+        return -errno.ENOENT if completion.straight else completion.result
+
+    with dmabuf.open(path, engine=engine) as file, Filter(engine, answer):
+        with pytest.raises(FileNotFoundError) as caught:
+            file.read_into(buf)
+        assert caught.value.filename == str(path)
+        buf.pwrite(poison(SIZE), 0)
+    with dmabuf.open(path, engine=engine) as file:
+        assert file.read_into(buf).route is Route.NATIVE
+
+
+@pytest.mark.parametrize("number", [errno.ENOMEM, errno.EFAULT, errno.EINVAL, errno.EOPNOTSUPP])
+def test_a_first_request_that_rules_the_route_out(path, buf, engine, number):
+    asked = []
+
+    def answer(completion):
+        asked.append(completion.straight)
+        return completion.result if completion.offset % 8192 == 1 else -number
+
+    with dmabuf.open(path, engine=engine) as file:
+        with (
+            Filter(engine, answer),
+            pytest.raises(dmabuf.RouteUnavailable, match="native"),
+        ):
+            file.read_into(buf, route="native")
+        transfer = file.read_into(buf)
+        assert transfer.route is Route.DIRECT
+        assert transfer.rejected[Route.NATIVE] == file.plan(buf).rejected[Route.NATIVE]
+    assert asked and content(buf) == path.read_bytes()
+
+
+def test_short_completions_go_on(path, buf, engine):
+    def answer(completion):
+        if completion.straight and completion.size == 8192 and completion.result == 8192:
+            return 4096
+        return completion.result
+
+    with dmabuf.open(path, engine=engine) as file, Filter(engine, answer):
+        transfer = file.read_into(buf, 256 * 1024)
+    assert transfer.nbytes == 256 * 1024 and transfer.requests > 32
+    assert content(buf)[: 256 * 1024] == path.read_bytes()[: 256 * 1024]
+
+
+def test_a_bad_block_is_named(path, buf, engine):
+    bad = 33 * 4096
+
+    def answer(completion):
+        if completion.offset <= bad < completion.offset + completion.size:
+            return -errno.EIO
+        return completion.result
+
+    buf.pwrite(poison(SIZE), 0)
+    with (
+        dmabuf.open(path, engine=engine) as file,
+        Filter(engine, answer),
+        pytest.raises(OSError, match=f"file offset {bad}, after {bad} whole") as caught,
+    ):
+        file.read_into(buf)
+    assert caught.value.errno == errno.EIO and caught.value.nbytes == bad
+    assert content(buf)[:bad] == path.read_bytes()[:bad]
+
+
+def test_slabs_that_are_registered_in_part(path, far, engine, monkeypatch):
+    take = Ring.take_dmabuf_slot
+
+    def taking(ring, dmabuf_fd, target):
+        return -errno.EOPNOTSUPP if dmabuf_fd == far.slabs[1].fd else take(ring, dmabuf_fd, target)
+
+    monkeypatch.setattr(Ring, "take_dmabuf_slot", taking)
+    with dmabuf.open(path, engine=engine) as file:
+        assert file.read_into(far, 64 * 1024).route is Route.NATIVE
+        with pytest.raises(dmabuf.RouteUnavailable, match="does not move dma-bufs itself"):
+            file.read_into(far, 68 * 1024)
+
+
+def mappings():
+    with open("/proc/self/maps") as maps:
+        return sum("memfd:dma-buf" in line for line in maps)
+
+
+def test_closing_either_side_clears_the_slots(path, engine):
+    before = mappings()
+    fd = memory(SIZE)
+    buf = Buffer([Slab(fd, 0, SIZE)], None, exporter="far", reason="", map_refusal="no")
+    with dmabuf.open(path, engine=engine) as file:
+        file.read_into(buf, 4 * PAGE)
+        file.read_into(buf, 4 * PAGE)
+        assert mappings() == before + 1
+    assert mappings() == before
+    with dmabuf.open(path, engine=engine) as file:
+        file.read_into(buf, 4 * PAGE)
+        assert mappings() == before + 1
+        buf.close()
+        assert mappings() == before
+
+
+def test_a_read_only_dma_buf_is_not_written(path, engine):
+    fd = memory(SIZE)
+    buf = Buffer(
+        [Slab(fd, 0, SIZE)], None, exporter="far", reason="", map_refusal="no", writable=False
+    )
+    with buf, dmabuf.open(path, "r+", engine=engine) as file:
+        with pytest.raises(PermissionError):
+            file.read_into(buf, 4096)
+        assert file.write_from(buf, 4096).route is Route.NATIVE
+    assert path.read_bytes()[:4096] == bytes(4096)

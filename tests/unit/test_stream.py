@@ -1,0 +1,353 @@
+"""Pipes, FIFOs, sockets and character devices: in order, to the size asked for or the end."""
+
+import errno
+import os
+import signal
+import socket
+import threading
+from contextlib import contextmanager
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dmabuf
+from dmabuf import BusyError, Route, stream
+from tests.support import assert_same, pattern, poison
+
+BUFFER = 1 << 20
+
+
+@pytest.fixture
+def buf():
+    with dmabuf.allocate(BUFFER, exporter="memfd") as buffer:
+        yield buffer
+
+
+def _pipe():
+    return os.pipe()
+
+
+def _sockets():
+    one, other = socket.socketpair()
+    return one.detach(), other.detach()
+
+
+@contextmanager
+def _ends(make):
+    """(read from, write to); closed at the end, where the test has not."""
+    fds = list(make())
+    try:
+        yield fds
+    finally:
+        for fd in fds:
+            if fd >= 0:
+                os.close(fd)
+
+
+def _close(fds, which):
+    fd, fds[which] = fds[which], -1
+    os.close(fd)
+
+
+@contextmanager
+def doing(function, *arguments):
+    """Run a function in a thread meanwhile; its exception is raised at the end."""
+    failures = []
+
+    def run():
+        try:
+            function(*arguments)
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield thread
+    finally:
+        thread.join(60)
+        assert not thread.is_alive()
+    if failures:
+        raise failures[0]
+
+
+def _write_all(fds, data):
+    while data:
+        data = data[os.write(fds[1], data) :]
+    _close(fds, 1)
+
+
+def _read_all(fd, into):
+    while part := os.read(fd, 1 << 16):
+        into.append(part)
+
+
+@pytest.mark.parametrize("make", [_pipe, _sockets])
+@settings(max_examples=8)
+@given(
+    st.sampled_from([0, 1, 4096, 65535, 65536, 65537, BUFFER]),
+    st.sampled_from([None, 0, 1, 65536, 70000, BUFFER - 5]),
+    st.sampled_from([0, 1, 5]),
+)
+def test_read_ends_at_the_size_or_the_end(make, buf, sent, size, at):
+    data = pattern(sent, 4)
+    with _ends(make) as fds, dmabuf.open(fds[0]) as file:
+        buf.pwrite(poison(BUFFER), 0)
+        got = min(sent, BUFFER - at if size is None else size)
+        rest = []
+        with doing(_write_all, fds, data):
+            transfer = file.read_into(buf, size, buffer_offset=at)
+            _read_all(fds[0], rest)
+    assert (transfer.nbytes, transfer.copied, transfer.route) == (got, got, Route.BUFFERED)
+    expected = poison(at) + data[:got] + poison(BUFFER)[at + got :]
+    assert_same(buf.pread(BUFFER, 0), expected, "the buffer")
+    assert b"".join(rest) == data[got:]
+
+
+@pytest.mark.parametrize("make", [_pipe, _sockets])
+@pytest.mark.parametrize("blocking", [True, False])
+def test_write_is_whole(make, buf, blocking):
+    buf.pwrite(poison(BUFFER), 0)
+    with _ends(make) as fds, dmabuf.open(fds[1], "w") as file:
+        os.set_blocking(fds[1], blocking)
+        parts = []
+        with doing(_read_all, fds[0], parts):
+            transfer = file.write_from(buf, BUFFER - 7, buffer_offset=7)
+            file.close()
+            if make is _sockets:
+                os.set_blocking(fds[1], True)
+            _close(fds, 1)
+    assert transfer.nbytes == BUFFER - 7
+    assert_same(b"".join(parts), poison(BUFFER)[7:], "what arrived")
+
+
+def test_a_nonblocking_reader_waits_for_its_writer(buf):
+    with _ends(_pipe) as fds, dmabuf.open(fds[0]) as file:
+        os.set_blocking(fds[0], False)
+        with doing(_write_all, fds, pattern(300_000, 5)):
+            assert file.read_into(buf, 300_000).nbytes == 300_000
+    assert_same(buf.pread(300_000, 0), pattern(300_000, 5), "the buffer")
+
+
+def test_a_fifo_by_its_path(tmp_path, buf):
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+
+    def write():
+        with dmabuf.open(path, "w") as file, dmabuf.allocate(4096, exporter="memfd") as other:
+            other.pwrite(b"through a fifo", 0)
+            assert file.kind == "pipe" and file.size is None
+            assert file.write_from(other, 14).nbytes == 14
+
+    with doing(write), dmabuf.open(path) as file:
+        assert file.read_into(buf).nbytes == 14
+    assert buf.pread(14, 0) == b"through a fifo"
+
+
+def test_two_pipes_in_opposite_directions_at_once(buf):
+    data = pattern(BUFFER // 2, 6)
+    with (
+        _ends(_pipe) as there,
+        _ends(_pipe) as back,
+        dmabuf.open(there[0]) as source,
+        dmabuf.open(back[1], "w") as sink,
+    ):
+        buf.pwrite(poison(BUFFER), 0)
+        parts = []
+        with doing(_read_all, back[0], parts):
+            with doing(_write_all, there, data), doing(source.read_into, buf, BUFFER // 2):
+                sink.write_from(buf, BUFFER // 2, buffer_offset=BUFFER // 2)
+            sink.close()
+            _close(back, 1)
+    assert_same(buf.pread(BUFFER // 2, 0), data, "what was read")
+    assert_same(b"".join(parts), poison(BUFFER)[BUFFER // 2 :], "what was written")
+
+
+def test_devices_that_are_streams(buf):
+    buf.pwrite(poison(BUFFER), 0)
+    with dmabuf.open("/dev/zero") as file:
+        assert file.kind == "character device"
+        assert file.read_into(buf, 5000, buffer_offset=3).nbytes == 5000
+    assert buf.pread(5006, 0) == poison(3) + bytes(5000) + poison(5006)[5003:]
+    with dmabuf.open("/dev/null", "r+") as file:
+        assert file.read_into(buf).nbytes == 0
+        assert file.write_from(buf).nbytes == BUFFER
+    with dmabuf.open("/dev/full", "w") as file, pytest.raises(OSError) as caught:
+        file.write_from(buf)
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, "/dev/full")
+    assert caught.value.nbytes == 0
+
+
+@pytest.mark.parametrize("verb", ["read_into", "write_from"])
+def test_a_stream_has_no_offset_and_no_segments(verb, buf):
+    with dmabuf.open("/dev/null", "r+") as file:
+        for wrong in (0, 4096):
+            with pytest.raises(OSError) as caught:
+                getattr(file, verb)(buf, 1, file_offset=wrong)
+            assert (caught.value.errno, caught.value.filename) == (errno.ESPIPE, "/dev/null")
+        segments = "read_segments" if verb == "read_into" else "write_segments"
+        with pytest.raises(OSError) as caught:
+            getattr(file, segments)(buf, memoryview(bytes(24)).cast("Q"))
+        assert caught.value.errno == errno.ESPIPE
+
+
+def test_only_buffered_will_do(buf):
+    with _ends(_pipe) as fds, dmabuf.open(fds[0]) as file:
+        plan = file.plan(buf)
+        assert plan.route is Route.BUFFERED
+        why = "a pipe is read and written in order, by the kernel's copy"
+        assert plan.rejected == {Route.NATIVE: why, Route.DIRECT: why, Route.STAGED: why}
+        for how in ({"require": "uncached"}, {"require": "zero-copy"}, {"route": "staged"}):
+            with pytest.raises(dmabuf.RouteUnavailable, match="in order"):
+                file.read_into(buf, **how)
+
+
+def test_timeout_is_for_the_first_byte(buf, monkeypatch):
+    with _ends(_pipe) as fds, dmabuf.open(fds[0]) as file:
+        with pytest.raises(TimeoutError) as caught:
+            file.read_into(buf, 10, timeout=0)
+        assert caught.value.filename == f"descriptor {fds[0]}" and caught.value.nbytes == 0
+
+        ready, deadlines = stream._ready, []
+
+        def feed_the_second_wait(fd, event, deadline, path):
+            deadlines.append(deadline)
+            if len(deadlines) == 2:
+                os.write(fds[1], b"67890")
+            ready(fd, event, deadline, path)
+
+        monkeypatch.setattr(stream, "_ready", feed_the_second_wait)
+        os.write(fds[1], b"12345")
+        assert file.read_into(buf, 10, timeout=0).nbytes == 10
+    assert buf.pread(10, 0) == b"1234567890"
+    assert deadlines[0] is not None and deadlines[1:] == [None]
+
+
+def test_a_full_pipe_times_out(buf):
+    with _ends(_pipe) as fds, dmabuf.open(fds[1], "w") as file:
+        os.set_blocking(fds[1], False)
+        with pytest.raises(BlockingIOError):
+            while True:
+                os.write(fds[1], bytes(4096))
+        with pytest.raises(TimeoutError):
+            file.write_from(buf, timeout=0)
+
+
+def test_a_peer_that_goes_tells_how_much_went(buf):
+    """The reader takes 100000 bytes and goes: how much the pipe took then is the kernel's."""
+    with _ends(_pipe) as fds, dmabuf.open(fds[1], "w") as file:
+
+        def take_some():
+            left = 100_000
+            while left:
+                left -= len(os.read(fds[0], left))
+            _close(fds, 0)
+
+        with pytest.raises(BrokenPipeError) as caught, doing(take_some):
+            file.write_from(buf)
+        assert caught.value.filename == f"descriptor {fds[1]}"
+        assert caught.value.nbytes < BUFFER
+
+
+def test_a_reset_tells_how_much_came(buf):
+    """A TCP peer that resets: the bytes before are in the buffer, and counted."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        client = socket.create_connection(server.getsockname())
+        peer, _ = server.accept()
+        with client, peer, dmabuf.open(client.fileno()) as file:
+            peer.sendall(b"x" * 1000)
+            with doing(_reset_when_read, peer, client), pytest.raises(OSError) as caught:
+                file.read_into(buf, 2000)
+    assert caught.value.errno == errno.ECONNRESET
+    assert caught.value.nbytes == 1000
+    assert buf.pread(1000, 0) == b"x" * 1000
+
+
+def _reset_when_read(peer, client):
+    import fcntl
+    import struct
+    import termios
+
+    while struct.unpack("i", fcntl.ioctl(client, termios.FIONREAD, b"\0" * 4))[0]:
+        pass  # until the reader has taken all of it
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    peer.close()
+
+
+def test_a_buffer_in_use_cannot_be_closed(buf):
+    """The read is blocked until it is fed; nothing but the feeding ends it."""
+    with _ends(_pipe) as fds, dmabuf.open(fds[0]) as file:
+        os.write(fds[1], b"1")
+        with doing(file.read_into, buf, 2):
+            while buf.pread(1, 0) != b"1":
+                pass
+            with pytest.raises(BusyError, match="a transfer is running"):
+                buf.close()
+            assert not buf.closed and buf.pread(1, 0) == b"1"
+            os.write(fds[1], b"2")
+        assert buf.pread(2, 0) == b"12"
+    buf.close()
+
+
+def test_a_file_closed_under_a_transfer_keeps_its_descriptor(buf):
+    """Else the number could become another file's, and take its bytes or lose it some."""
+    with _ends(_pipe) as fds:
+        file = dmabuf.open(fds[0])
+        number = file.fileno()
+        os.write(fds[1], b"1")
+        with doing(file.read_into, buf, 2):
+            while buf.pread(1, 0) != b"1":
+                pass
+            file.close()
+            assert file.closed
+            with pytest.raises(dmabuf.ClosedError):
+                file.read_into(buf, 1)
+            assert os.fstat(number).st_ino == os.fstat(fds[0]).st_ino
+            os.write(fds[1], b"2")
+        assert buf.pread(2, 0) == b"12"
+        with pytest.raises(OSError):
+            os.fstat(number)
+
+
+class _StopError(Exception):
+    pass
+
+
+def test_an_interrupt_ends_a_wait_at_once(buf):
+    def stop(signum, frame):
+        raise _StopError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    try:
+        with _ends(_pipe) as fds, dmabuf.open(fds[0]) as file:
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            with pytest.raises(_StopError):
+                file.read_into(buf, 10)
+            os.write(fds[1], b"0123456789")  # nobody took a byte of it, and all still works
+            assert file.read_into(buf, 10).nbytes == 10
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    buf.close()
+
+
+def test_signals_that_do_not_raise_disturb_nothing(buf):
+    hits = []
+    before = signal.signal(signal.SIGALRM, lambda *_: hits.append(1))
+    data = pattern(BUFFER, 7)
+    try:
+        with _ends(_pipe) as fds, dmabuf.open(fds[0]) as file:
+
+            def feed():
+                rest = data
+                while rest:
+                    os.write(fds[1], rest[:4096])
+                    signal.pthread_kill(threading.main_thread().ident, signal.SIGALRM)
+                    rest = rest[4096:]
+
+            with doing(feed):
+                assert file.read_into(buf).nbytes == BUFFER
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert hits
+    assert_same(buf.pread(BUFFER, 0), data, "the buffer")

@@ -1,0 +1,192 @@
+"""What transfers do to the page cache, and take from it."""
+
+import errno
+import os
+
+import pytest
+
+import dmabuf
+from dmabuf import Route, facts, transfer
+from dmabuf._ffi import ffi, lib
+from tests.support import PAGE, assert_same, cached, drop_cache, in_child, pattern, poison
+
+SIZE = 1 << 20
+
+
+def _cachestat_missing():
+    return lib.dmb_cachestat(0, 0, 1, ffi.new("uint64_t *")) == -errno.ENOSYS
+
+
+pytestmark = pytest.mark.skipif(_cachestat_missing(), reason="needs cachestat(2), of Linux 6.5")
+
+
+@pytest.fixture
+def buf():
+    with dmabuf.allocate(SIZE, exporter="memfd") as buffer:
+        buffer.pwrite(poison(SIZE), 0)
+        yield buffer
+
+
+@pytest.fixture
+def cold(tmp_path):
+    """(path, descriptor) of SIZE bytes, none of them cached."""
+    path = tmp_path / "file"
+    path.write_bytes(pattern(SIZE, 1))
+    fd = os.open(path, os.O_RDWR)
+    drop_cache(fd)
+    assert cached(fd) == 0
+    yield path, fd
+    os.close(fd)
+
+
+RANGES = [(0, SIZE), (1, SIZE - 2), (PAGE, PAGE), (700, 9000), (SIZE - 100, 100)]
+
+
+@pytest.mark.parametrize("where", RANGES)
+@pytest.mark.parametrize("route", ["direct", "staged"])
+def test_reads_leave_it_alone(cold, buf, route, where):
+    path, fd = cold
+    offset, size = where
+    with dmabuf.open(path) as file:
+        at = offset % PAGE
+        try:
+            file.read_into(
+                buf, min(size, SIZE - at), file_offset=offset, buffer_offset=at, route=route
+            )
+        except dmabuf.RouteUnavailable:
+            assert (route, where) == ("direct", RANGES[-1])
+    assert cached(fd) == 0
+
+
+@pytest.mark.parametrize("where", [*RANGES[:-1], (SIZE + 5, 20_000)])
+@pytest.mark.parametrize("route", ["direct", "staged"])
+def test_writes_leave_it_alone(cold, buf, route, where):
+    """Their edges go through it, and are written out and dropped again."""
+    path, fd = cold
+    offset, size = where
+    with dmabuf.open(path, "r+") as file:
+        at = offset % PAGE
+        file.write_from(
+            buf, min(size, SIZE - at), file_offset=offset, buffer_offset=at, route=route
+        )
+        assert file.plan(buf).route is Route.DIRECT  # and O_DIRECT was not taken for a sham
+    assert cached(fd) == 0
+
+
+def test_what_is_cached_is_not_stale(cold, buf):
+    """A plain reader sees what was written past the cache, and we see what a writer left in it."""
+    path, fd = cold
+    os.pread(fd, SIZE, 0)
+    with dmabuf.open(path, "r+") as file:
+        file.write_from(buf, SIZE - 100, file_offset=50, buffer_offset=50)
+        expected = pattern(SIZE, 1)[:50] + poison(SIZE)[50:-50] + pattern(SIZE, 1)[-50:]
+        assert_same(os.pread(fd, SIZE, 0), expected, "the file")
+        os.pwrite(fd, b"dirty", 12345)
+        file.read_into(buf, route="direct")
+        assert buf.pread(5, 12345) == b"dirty"
+
+
+def test_prefer_fastest(cold, buf):
+    path, fd = cold
+    with dmabuf.open(path) as file:
+        assert file.plan(buf, prefer="fastest").route is Route.DIRECT
+        assert file.read_into(buf, prefer="fastest").route is Route.DIRECT
+        os.pread(fd, SIZE, 0)
+        assert cached(fd) == SIZE // PAGE
+        assert file.plan(buf).route is Route.DIRECT
+        plan = file.plan(buf, prefer="fastest")
+        assert plan.route is Route.BUFFERED
+        assert "in the page cache" in plan.rejected[Route.DIRECT]
+        buf.pwrite(poison(SIZE), 0)
+        hot = file.read_into(buf, prefer="fastest")
+        assert (hot.route, hot.rejected) == (plan.route, plan.rejected)
+        assert_same(buf.pread(SIZE, 0), pattern(SIZE, 1), "the buffer")
+        with pytest.raises(dmabuf.RouteUnavailable, match="prefer='fastest'"):
+            file.read_into(buf, prefer="fastest", require="zero-copy")
+
+
+def test_half_of_it_cached_is_not_enough(cold, buf):
+    path, fd = cold
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+    os.pread(fd, SIZE // 2, 0)
+    with dmabuf.open(path) as file:
+        assert file.plan(buf, prefer="fastest").route is Route.DIRECT
+        assert file.plan(buf, size=SIZE // 4, prefer="fastest").route is Route.BUFFERED
+
+
+def test_o_direct_that_goes_through_the_cache_is_called_buffered(cold, buf, monkeypatch):
+    """A filesystem that takes O_DIRECT and does as it likes, made of a good one and the cache."""
+    path, fd = cold
+    with dmabuf.open(path) as file:
+        real = transfer.Target.saw_cache
+
+        def after_a_read_through_the_cache(target, offset, size):
+            os.pread(fd, SIZE, 0)
+            real(target, offset, size)
+
+        monkeypatch.setattr(transfer.Target, "saw_cache", after_a_read_through_the_cache)
+        plan = file.plan(buf)
+        assert plan.route is Route.DIRECT
+        first = file.read_into(buf)
+        assert first.route is Route.BUFFERED
+        assert "through the page cache all the same" in first.reason
+        plan = file.plan(buf)
+        assert plan.route is Route.BUFFERED
+        assert "btrfs with checksums" in plan.rejected[Route.STAGED]
+        with pytest.raises(dmabuf.RouteUnavailable, match="through the page cache"):
+            file.read_into(buf, require="uncached")
+    assert_same(buf.pread(SIZE, 0), pattern(SIZE, 1), "the buffer")
+
+
+def test_and_what_was_required_says_so_after_the_first(cold, buf, monkeypatch):
+    path, fd = cold
+    real = transfer.Target.saw_cache
+    monkeypatch.setattr(
+        transfer.Target,
+        "saw_cache",
+        lambda target, offset, size: (os.pread(fd, SIZE, 0), real(target, offset, size)),
+    )
+    with dmabuf.open(path, "r+") as file:
+        with pytest.raises(dmabuf.RouteUnavailable, match="the bytes have moved") as caught:
+            file.write_from(buf, require="zero-copy", file_offset=SIZE)
+        assert caught.value.nbytes == SIZE
+        assert file.size == 2 * SIZE  # what has moved stays
+    assert_same(path.read_bytes()[SIZE:], poison(SIZE), "the file")
+
+
+def test_kernels_without_cachestat_are_believed(cold, buf, monkeypatch):
+    path, _ = cold
+    monkeypatch.setattr(facts, "cached_pages", lambda *_: None)
+    with dmabuf.open(path) as file:
+        assert file.read_into(buf).route is Route.DIRECT
+        assert file.plan(buf, prefer="fastest").route is Route.DIRECT
+
+
+_BOUND = """
+import sys, dmabuf
+def status(name):
+    line = [line for line in open("/proc/self/status") if line.startswith(name)][0]
+    return int(line.split()[1]) << 10
+size, route, verb = 256 << 20, sys.argv[2], sys.argv[3]
+with dmabuf.open(sys.argv[1], "r+") as file, dmabuf.allocate(size, exporter="memfd") as buffer:
+    file.read_into(buffer, 4096) # the engine, the rings
+    resident, mapped = status("VmRSS"), status("VmSize")
+    how = {} if route == "chosen" else {"route": route}
+    if verb == "read":
+        assert file.read_into(buffer, **how).nbytes == size
+    else:
+        assert file.write_from(buffer, **how).nbytes == size
+    print(status("VmHWM") - resident, status("VmPeak") - mapped)
+"""
+
+
+@pytest.mark.parametrize("how", [("staged", "read"), ("staged", "write"), ("chosen", "read")])
+def test_memory_is_bounded_by_depth_times_block(tmp_path, how):
+    """256 MiB of holes through a default engine of 32 requests of 1 MiB."""
+    path = tmp_path / "sparse"
+    with path.open("wb") as file:
+        file.truncate(256 << 20)
+    resident, mapped = map(int, in_child(_BOUND, path, *how).split())
+    bound = (32 << 20) + (4 << 20) if how[0] == "staged" else 4 << 20
+    assert resident <= bound
+    assert mapped <= bound + (4 << 20)

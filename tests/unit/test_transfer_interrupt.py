@@ -1,0 +1,245 @@
+"""Interrupts: nothing is in flight afterwards, and what is whole is known.
+
+The signal comes between two slices of a running job, by a stand-in for the core's `run`, so that
+each time the same requests are in flight. One test leaves it to a timer.
+"""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+import dmabuf
+from dmabuf import Engine
+from dmabuf import engine as engine_module
+from tests.support import assert_same, pattern, poison
+
+SIZE = 1 << 20
+BLOCK = 4096
+
+
+class Lib:
+    """The core, with some of its functions replaced."""
+
+    def __init__(self, real, **replaced):
+        self._real = real
+        self.__dict__.update(replaced)
+
+    def __getattr__(self, name):
+        return getattr(self._real, name)
+
+
+@pytest.fixture(params=["auto", "threads"])
+def engine(request):
+    with Engine(queue_depth=4, block_size=BLOCK, backend=request.param) as made:
+        yield made
+
+
+@pytest.fixture
+def buf():
+    buffer = dmabuf.allocate(SIZE, exporter="memfd")
+    buffer.pwrite(poison(SIZE), 0)
+    yield buffer
+    buffer.close()  # BusyError if a transfer still held it
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(pattern(SIZE, 1))
+    return path
+
+
+@pytest.fixture
+def signals(monkeypatch):
+    """Have `signals` answered in the call of `function` that has the number `at`."""
+    real = engine_module.lib
+
+    def arrange(function="dmb_batch_run", at=3, number=signal.SIGINT):
+        calls = []
+
+        def counted(*arguments):
+            result = getattr(real, function)(*arguments)
+            calls.append(result)
+            if len(calls) == at:
+                signal.raise_signal(number)
+            return result
+
+        stand_in = Lib(engine_module.lib, **{function: counted})
+        monkeypatch.setattr(engine_module, "lib", stand_in)
+        monkeypatch.setattr(engine_module, "SLICE_MS", 0)
+        return calls
+
+    return arrange
+
+
+@pytest.mark.parametrize("route", ["direct", "staged", "buffered"])
+def test_an_interrupted_read(path, engine, buf, signals, route):
+    signals()
+    with dmabuf.open(path, engine=engine) as file:
+        with pytest.raises(KeyboardInterrupt) as caught:
+            file.read_into(buf, route=route)
+        done = caught.value.nbytes
+        assert 0 <= done < SIZE
+        got = buf.pread(SIZE, 0)
+        assert_same(got[:done], pattern(SIZE, 1)[:done], "what is whole")
+        assert_same(got[SIZE // 2 :], poison(SIZE)[SIZE // 2 :], "what was never asked for")
+        assert file.read_into(buf, route=route).nbytes == SIZE  # the engine is as good as new
+    assert_same(buf.pread(SIZE, 0), pattern(SIZE, 1), "the buffer")
+
+
+@pytest.mark.parametrize("route", ["direct", "staged", "buffered"])
+@pytest.mark.parametrize("old", [0, 3 * BLOCK])
+def test_an_interrupted_write(tmp_path, engine, buf, signals, route, old):
+    path = tmp_path / "file"
+    path.write_bytes(pattern(old, 2))
+    signals()
+    with dmabuf.open(path, "r+", engine=engine) as file:
+        with pytest.raises(KeyboardInterrupt) as caught:
+            file.write_from(buf, SIZE - 77, route=route)
+        done = caught.value.nbytes
+        now = path.read_bytes()
+        assert len(now) == max(old, done) and done < SIZE // 2
+        assert_same(now[:done], poison(done), "what is whole")
+        assert file.write_from(buf, SIZE - 77, route=route).nbytes == SIZE - 77
+    assert_same(path.read_bytes(), poison(SIZE - 77), "the file")
+
+
+def test_a_second_signal_while_it_drains(path, engine, buf, signals):
+    signals("dmb_batch_run", 3)
+    drains = signals("dmb_batch_drain", 1)
+    with dmabuf.open(path, engine=engine) as file:
+        with pytest.raises(KeyboardInterrupt) as caught:
+            file.read_into(buf)
+        assert len(drains) == 2  # the second finds nothing left to do
+        done = caught.value.nbytes
+        assert_same(buf.pread(done, 0), pattern(SIZE, 1)[:done], "what is whole")
+        assert file.read_into(buf).nbytes == SIZE
+
+
+def test_any_exception_of_a_handler(path, engine, buf, signals):
+    def handler(number, frame):
+        raise TimeoutError("the handler's own")
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        signals(number=signal.SIGUSR1)
+        with dmabuf.open(path, engine=engine) as file, pytest.raises(TimeoutError, match="own"):
+            file.read_into(buf)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_nothing_of_an_interrupted_batch_is_left(path, engine, buf, signals):
+    """Each batch made is destroyed, and no ring stays locked."""
+    signals()
+    made, gone = [], []
+    stand_in = engine_module.lib
+
+    def create(*arguments):
+        made.append(stand_in._real.dmb_batch_create(*arguments))
+        return made[-1]
+
+    def destroy(batch):
+        gone.append(batch)
+        stand_in._real.dmb_batch_destroy(batch)
+
+    stand_in.__dict__.update(dmb_batch_create=create, dmb_batch_destroy=destroy)
+    with dmabuf.open(path, engine=engine) as file, pytest.raises(KeyboardInterrupt):
+        file.read_into(buf)
+    assert len(made) == len(gone) == 1
+    assert not engine._rings[0].lock.locked()
+
+
+def test_a_timer_in_the_middle_of_a_long_read(tmp_path):
+    """32 MiB by 4 KiB, one at a time: far longer than the timer, and over soon after it."""
+    size = 32 << 20
+    path = tmp_path / "long"
+    path.write_bytes(pattern(1 << 20, 3) * 32)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+    def stop(number, frame):
+        fired.append(time.monotonic())
+        raise KeyboardInterrupt
+
+    fired = []
+    before = signal.signal(signal.SIGALRM, stop)
+    try:
+        with (
+            Engine(queue_depth=1, block_size=4096) as engine,
+            dmabuf.open(path, engine=engine) as file,
+            dmabuf.allocate(size, exporter="memfd") as buffer,
+        ):
+            signal.setitimer(signal.ITIMER_REAL, 0.02)
+            with pytest.raises(KeyboardInterrupt) as caught:
+                file.read_into(buffer)
+            assert time.monotonic() - fired[0] < 5
+            done = caught.value.nbytes
+            expected = pattern(1 << 20, 3) * 32
+            assert_same(buffer.pread(done, 0), expected[:done], "what is whole")
+            assert buffer.pread(1 << 20, 31 << 20) == bytes(1 << 20)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("verb", ["read", "write"])
+def test_signals_that_do_not_raise_disturb_nothing(path, tmp_path, engine, buf, verb):
+    hits = []
+    before = signal.signal(signal.SIGALRM, lambda *_: hits.append(1))
+    signal.setitimer(signal.ITIMER_REAL, 0.0002, 0.0002)
+    try:
+        for _ in range(4):
+            if verb == "read":
+                with dmabuf.open(path, engine=engine) as file:
+                    assert file.read_into(buf, SIZE - 1).nbytes == SIZE - 1
+            else:
+                with dmabuf.open(tmp_path / "sink", "w", engine=engine) as file:
+                    assert file.write_from(buf, SIZE - 1).nbytes == SIZE - 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert hits
+    if verb == "read":
+        assert_same(buf.pread(SIZE - 1, 0), pattern(SIZE, 1)[:-1], "the buffer")
+    else:
+        assert_same((tmp_path / "sink").read_bytes(), poison(SIZE - 1), "the file")
+
+
+def test_growing_a_file_that_signals_interrupt(tmp_path, buf, monkeypatch):
+    """tmpfs answers fallocate(2) with EINTR when a signal comes: it is asked again."""
+    from dmabuf import growth
+
+    answers = [-4, -4]
+
+    def fallocate(fd, offset, size):
+        return answers.pop() if answers else growth_lib.dmb_fallocate(fd, offset, size)
+
+    growth_lib = growth.lib
+    monkeypatch.setattr(growth, "lib", Lib(growth_lib, dmb_fallocate=fallocate))
+    with dmabuf.open(tmp_path / "file", "w") as file:
+        assert file.write_from(buf).nbytes == SIZE
+    assert not answers
+
+
+def test_threads_are_not_interrupted_by_the_main_thread_s_signals(path, engine, buf):
+    """A transfer in another thread ends whole while the main thread takes signals."""
+    results = []
+    before = signal.signal(signal.SIGALRM, lambda *_: None)
+
+    def work():
+        with dmabuf.open(path) as file:
+            results.extend(file.read_into(buf).nbytes for _ in range(20))
+
+    thread = threading.Thread(target=work)
+    try:
+        thread.start()
+        while thread.is_alive():
+            signal.raise_signal(signal.SIGALRM)
+            thread.join(0.001)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert results == [SIZE] * 20

@@ -1,0 +1,223 @@
+"""Devices and filesystems that a host can have: loop and zram disks, ext4 and xfs on them.
+
+All need root, and the device or the program: each says so where it is skipped.
+"""
+
+import errno
+import os
+from array import array
+
+import pytest
+
+import dmabuf
+from dmabuf import Engine, Route
+from dmabuf.facts import Alignment
+from tests.guards import needs
+from tests.support import (
+    PAGE,
+    assert_same,
+    drop_cache,
+    exercise,
+    fill,
+    loop_device,
+    mounted,
+    pattern,
+    poison,
+    run,
+    whole,
+    zram,
+)
+
+LIMIT = 300 << 10
+ALL = ("direct", "staged", "buffered")
+
+
+@pytest.fixture(scope="module")
+def buf():
+    with dmabuf.allocate(LIMIT, exporter="memfd") as buffer:
+        yield buffer
+
+
+@pytest.fixture(scope="module", params=["auto", "threads"])
+def engine(request):
+    with Engine(queue_depth=5, block_size="16KiB", backend=request.param) as made:
+        yield made
+
+
+@needs("loop")
+@pytest.mark.parametrize("block", [512, 4096])
+def test_a_loop_device(tmp_path, buf, engine, block):
+    with loop_device(tmp_path / "image", 4 << 20, block) as device:
+        with dmabuf.open(device) as file:
+            assert (file.kind, file.size) == ("block device", 4 << 20)
+            assert file._target.direct().alignment.offset == block
+        chosen = exercise(device, buf, engine, routes=ALL, limit=LIMIT)
+        assert "direct" in chosen
+
+
+@needs("zram")
+def test_zram(buf, engine):
+    """It states that memory need be aligned to 512 bytes only, and then spoils what is beside."""
+    with zram(4 << 20) as device:
+        with dmabuf.open(device) as file:
+            assert file._target.direct().alignment == Alignment(PAGE, 4096)
+        assert "direct" in exercise(device, buf, engine, routes=ALL, limit=LIMIT)
+
+
+@needs("loop")
+def test_the_end_of_a_device(tmp_path, buf):
+    with loop_device(tmp_path / "image", 1 << 20) as device:
+        reference = os.open(device, os.O_RDWR)
+        fill(reference, pattern(1 << 20, 1))
+        with dmabuf.open(device, "r+") as file:
+            end = (1 << 20) - 1000
+            assert file.read_into(buf, 5000, file_offset=end).nbytes == 1000
+            assert buf.pread(1000, 0) == pattern(1 << 20, 1)[end:]
+            assert file.read_into(buf, file_offset=end).nbytes == 1000
+            with pytest.raises(OSError) as caught:
+                file.write_from(buf, 5000, file_offset=end)
+            assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, device)
+            assert caught.value.nbytes == 0 and "the device ends at 1048576" in str(caught.value)
+            with pytest.raises(OSError) as caught:
+                file.write_segments(buf, _triple(1 << 20, 0, 1))
+            assert caught.value.errno == errno.ENOSPC
+        assert_same(whole(reference), pattern(1 << 20, 1), "the device")
+        os.close(reference)
+
+
+def _triple(*numbers):
+    return array("Q", numbers)
+
+
+@needs("ext4")
+def test_a_mounted_device_is_not_written(tmp_path, buf):
+    with loop_device(tmp_path / "image", 4 << 20) as device:
+        with mounted(device, "ext4", tmp_path / "mount") as folder:
+            (folder / "precious").write_bytes(b"precious")
+            for mode in ("w", "r+"):
+                with pytest.raises(OSError, match="unmount it, or pass force=True") as caught:
+                    dmabuf.open(device, mode)
+                assert (caught.value.errno, caught.value.filename) == (errno.EBUSY, device)
+            with dmabuf.open(device) as file:
+                assert file.read_into(buf, 4096).nbytes == 4096
+            with dmabuf.open(device, "r+", force=True) as file:
+                assert file.writable()
+        with dmabuf.open(device, "r+") as file:
+            assert file.write_from(buf, 100).nbytes == 100
+
+
+FILESYSTEMS = [
+    pytest.param("ext4", ["-b", "1024"], 512, marks=[], id="ext4 of 1 KiB blocks"),
+    pytest.param("ext4", ["-b", "4096"], 4096, marks=[], id="ext4 of 4 KiB sectors"),
+    pytest.param("xfs", [], 512, marks=[], id="xfs"),
+]
+
+
+@needs("ext4", "xfs")
+@pytest.mark.parametrize(("kind", "options", "block"), FILESYSTEMS)
+def test_filesystems(tmp_path, buf, engine, kind, options, block):
+    size = (320 if kind == "xfs" else 16) << 20
+    with (
+        loop_device(tmp_path / "image", size, block) as device,
+        mounted(device, kind, tmp_path / "mount", *options) as folder,
+    ):
+        path = folder / "file"
+        path.write_bytes(bytes(LIMIT))
+        assert "direct" in exercise(path, buf, engine, routes=ALL, limit=LIMIT, rounds=8)
+        grown = folder / "grown"
+        buf.pwrite(poison(LIMIT), 0)
+        for route in (None, *ALL):
+            with dmabuf.open(grown, "w", engine=engine) as file:
+                where = {"file_offset": 777, "buffer_offset": 777}
+                transfer = file.write_from(buf, LIMIT - 1234, route=route, **where)
+            expected = bytes(777) + poison(LIMIT)[777 : LIMIT - 457]
+            assert_same(grown.read_bytes(), expected, f"{transfer}")
+
+
+@needs("ext4")
+@pytest.mark.parametrize("route", [None, *ALL])
+def test_a_full_disk(tmp_path, route):
+    """Nothing is written, nothing else is lost, and there is room again."""
+    with (
+        loop_device(tmp_path / "image", 4 << 20) as device,
+        mounted(device, "ext4", tmp_path / "mount") as folder,
+    ):
+        other = folder / "other"
+        other.write_bytes(pattern(100_000, 1))
+        path = folder / "file"
+        path.write_bytes(b"old")
+        free = _free(folder)
+        with (
+            dmabuf.allocate(8 << 20, exporter="memfd") as buffer,
+            dmabuf.open(path, "r+") as file,
+        ):
+            for offset in (0, 3 * PAGE, 64 << 20):
+                with pytest.raises(OSError, match="growing the file") as caught:
+                    file.write_from(buffer, file_offset=offset, route=route)
+                error = caught.value
+                assert (error.errno, error.filename) == (errno.ENOSPC, str(path))
+                assert error.nbytes == 0
+                assert path.read_bytes() == b"old"
+        run("sync", "-f", folder)
+        assert _free(folder) >= free - 65536
+        assert_same(other.read_bytes(), pattern(100_000, 1), "the other file")
+
+
+def _free(folder):
+    return os.statvfs(folder).f_bfree * os.statvfs(folder).f_bsize
+
+
+@needs("ext4")
+def test_a_disk_that_fills_while_a_hole_is_written(tmp_path):
+    """Within a sparse file nothing is allocated first: ENOSPC comes from the writes themselves."""
+    with (
+        loop_device(tmp_path / "image", 4 << 20) as device,
+        mounted(device, "ext4", tmp_path / "mount") as folder,
+    ):
+        path = folder / "sparse"
+        with path.open("wb") as plain:
+            plain.truncate(8 << 20)
+        with (
+            dmabuf.allocate(8 << 20, exporter="memfd") as buffer,
+            Engine(queue_depth=2, block_size="64KiB") as engine,
+            dmabuf.open(path, "r+", engine=engine) as file,
+        ):
+            buffer.pwrite(poison(8 << 20), 0)
+            with pytest.raises(OSError) as caught:
+                file.write_from(buffer)
+            error = caught.value
+            assert (error.errno, error.filename) == (errno.ENOSPC, str(path))
+            assert 0 < error.nbytes < 4 << 20
+            assert file.size == 8 << 20
+            got = file.read_into(buffer, error.nbytes)
+            assert got.nbytes == error.nbytes
+            assert_same(buffer.pread(got.nbytes, 0), poison(got.nbytes), "what is whole")
+
+
+@needs("ext4")
+def test_a_file_larger_than_the_filesystem_has(tmp_path, buf):
+    with (
+        loop_device(tmp_path / "image", 4 << 20) as device,
+        mounted(device, "ext4", tmp_path / "mount", "-b", "1024") as folder,
+    ):
+        with dmabuf.open(folder / "file", "w") as file:
+            with pytest.raises(OSError) as caught:
+                file.write_from(buf, file_offset=1 << 50)
+            assert caught.value.errno == errno.EFBIG and file.size == 0
+
+
+@needs("ext4")
+def test_ext4_that_journals_data_is_not_called_direct(tmp_path, buf):
+    with loop_device(tmp_path / "image", 16 << 20) as device:
+        with mounted(device, "ext4", tmp_path / "mount", how="data=journal") as folder:
+            path = folder / "file"
+            fd = os.open(path, os.O_RDWR | os.O_CREAT)
+            fill(fd, pattern(LIMIT, 1))
+            drop_cache(fd)
+            os.close(fd)
+            with dmabuf.open(path) as file:
+                first = file.read_into(buf)
+                assert first.route is Route.BUFFERED
+                assert "O_DIRECT" in first.rejected.get(Route.DIRECT, first.reason)
+                assert "O_DIRECT" in file.plan(buf).rejected[Route.DIRECT]
+            assert_same(buf.pread(LIMIT, 0), pattern(LIMIT, 1), "the buffer")
