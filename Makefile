@@ -31,6 +31,7 @@ lint: $(VENV)/ready
 
 types: $(VENV)/ready
 	$(BIN)/mypy
+	$(BIN)/mypy --strict -p lab
 
 c-tests: $(VENV)/ready
 	$(MAKE) -C csrc test

@@ -415,9 +415,12 @@ def test_a_file_that_somebody_else_made_longer_is_not_cut(tmp_path, engine, buf)
                 other.write(b"theirs")
         return -errno.ENOSPC
 
-    with dmabuf.open(path, "w", engine=engine) as file, Filter(engine, judge):
-        with pytest.raises(OSError):
-            file.write_from(buf)
+    with (
+        dmabuf.open(path, "w", engine=engine) as file,
+        Filter(engine, judge),
+        pytest.raises(OSError),
+    ):
+        file.write_from(buf)
     assert path.read_bytes()[SIZE:] == b"theirs"
 
 

@@ -199,25 +199,27 @@ def test_a_file_larger_than_the_filesystem_has(tmp_path, buf):
     with (
         loop_device(tmp_path / "image", 4 << 20) as device,
         mounted(device, "ext4", tmp_path / "mount", "-b", "1024") as folder,
+        dmabuf.open(folder / "file", "w") as file,
     ):
-        with dmabuf.open(folder / "file", "w") as file:
-            with pytest.raises(OSError) as caught:
-                file.write_from(buf, file_offset=1 << 50)
-            assert caught.value.errno == errno.EFBIG and file.size == 0
+        with pytest.raises(OSError) as caught:
+            file.write_from(buf, file_offset=1 << 50)
+        assert caught.value.errno == errno.EFBIG and file.size == 0
 
 
 @needs("ext4")
 def test_ext4_that_journals_data_is_not_called_direct(tmp_path, buf):
-    with loop_device(tmp_path / "image", 16 << 20) as device:
-        with mounted(device, "ext4", tmp_path / "mount", how="data=journal") as folder:
-            path = folder / "file"
-            fd = os.open(path, os.O_RDWR | os.O_CREAT)
-            fill(fd, pattern(LIMIT, 1))
-            drop_cache(fd)
-            os.close(fd)
-            with dmabuf.open(path) as file:
-                first = file.read_into(buf)
-                assert first.route is Route.BUFFERED
-                assert "O_DIRECT" in first.rejected.get(Route.DIRECT, first.reason)
-                assert "O_DIRECT" in file.plan(buf).rejected[Route.DIRECT]
-            assert_same(buf.pread(LIMIT, 0), pattern(LIMIT, 1), "the buffer")
+    with (
+        loop_device(tmp_path / "image", 16 << 20) as device,
+        mounted(device, "ext4", tmp_path / "mount", how="data=journal") as folder,
+    ):
+        path = folder / "file"
+        fd = os.open(path, os.O_RDWR | os.O_CREAT)
+        fill(fd, pattern(LIMIT, 1))
+        drop_cache(fd)
+        os.close(fd)
+        with dmabuf.open(path) as file:
+            first = file.read_into(buf)
+            assert first.route is Route.BUFFERED
+            assert "O_DIRECT" in first.rejected.get(Route.DIRECT, first.reason)
+            assert "O_DIRECT" in file.plan(buf).rejected[Route.DIRECT]
+        assert_same(buf.pread(LIMIT, 0), pattern(LIMIT, 1), "the buffer")
