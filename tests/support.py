@@ -136,7 +136,8 @@ def ranges(seed: int, count: int, limit: int, size: int) -> Iterator[tuple[int, 
         by = dice.choice([0, 0, 0, -1, 1, -512, 512, -PAGE, PAGE, 3])
         return min(max(mark + by, 0), top)
 
-    for number in range(count):
+    yield 0, 0, min(limit, size)
+    for number in range(1, count):
         file_offset = near(limit)
         # Half of them agree modulo a page, so that something can go straight.
         buffer_offset = near(size)

@@ -58,9 +58,9 @@ def best(buffer):
     return "direct" if buffer.kind in PINNED else "staged"
 
 
-def check(path, buffer, engine, rounds=6):
+def check(path, buffer, engine, rounds=5):
     routes = ALL if buffer.kind in PINNED else ALL[1:]
-    rounds = rounds if buffer.size == LIMIT else 3  # all of a huge page is compared each time
+    rounds = rounds if buffer.size == LIMIT else 2  # all of a huge page is compared each time
     chosen = exercise(path, buffer, engine, routes=routes, limit=LIMIT, rounds=rounds)
     assert best(buffer) in chosen
     if buffer.kind not in PINNED:
@@ -89,20 +89,20 @@ def test_nvme(drive, buf, engine):
 @pytest.mark.parametrize("block", [512, 4096])
 def test_null_blk(buf, engine, block):
     with null_blk("dmabuf-test", 4 << 20, blocksize=block) as path:
-        check(path, buf, engine, rounds=4)
+        check(path, buf, engine, rounds=3)
 
 
 @everything
 @needs("scsi_debug")
 def test_a_disk_of_512_byte_blocks(scsi, buf, engine):
-    check(scsi, buf, engine, rounds=4)
+    check(scsi, buf, engine, rounds=3)
 
 
 @everything
 @needs("zram")
 def test_zram(buf, engine):
     with zram(4 << 20) as path:
-        check(path, buf, engine, rounds=4)
+        check(path, buf, engine, rounds=3)
 
 
 @needs("btrfs")

@@ -206,10 +206,11 @@ def test_one_deadline_for_all_slabs(four):
         later(release, slab.fd, seconds=0.05 * number)
         for number, slab in enumerate(reversed(four.slabs[1:]), 1)
     ]
-    begun = time.monotonic()
+    begun, busy = time.monotonic(), time.thread_time()
     with timed_out(0.3, "1 of the 4 slabs"):
         four.wait("read", timeout=0.3)
     assert time.monotonic() - begun < 0.3 + 0.3  # and not 0.3 s more with each that signals
+    assert time.thread_time() - busy < 0.05  # asleep all the time, not asking again and again
     release(four.slabs[0].fd)
     four.wait("read", timeout=0)
     for timer in timers:
