@@ -1,7 +1,10 @@
 """Hypothesis is deterministic, and the suite leaves the process as it found it."""
 
+import os
+import shutil
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -18,6 +21,14 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 settings.load_profile("deterministic")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Temporary files on a disk: /tmp is often a tmpfs, where nothing can go past the cache."""
+    if config.option.basetemp is None:
+        folder = Path(f"/var/tmp/dmabuf-tests-{os.getpid()}")
+        config.option.basetemp = folder
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 @pytest.fixture(scope="session", autouse=True)
