@@ -18,6 +18,7 @@ check: lint types c-tests unit
 # What the system must bring; asks apt only for what is missing.
 $(VENV)/ready: pyproject.toml setup.py csrc/core.h $(wildcard csrc/*.c csrc/*.h csrc/build_ffi.py)
 	tools/install-system-packages gcc libc6-dev liburing-dev python3-dev python3-venv
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dmabuf needs Python 3.11 or later: make PYTHON=python3.12 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools cffi
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[test,dev]'

@@ -261,7 +261,7 @@ def test_after_close(buf):
 
 def test_it_cannot_be_closed_under_a_wait(buf):
     hold(buf.fileno(), "read")
-    thread = threading.Thread(target=buf.wait)
+    thread = threading.Thread(target=buf.wait, daemon=True)
     thread.start()
     deadline = time.monotonic() + 10
     while not buf._users and time.monotonic() < deadline:
