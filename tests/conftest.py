@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from dmabuf.audit import PAIRS
 from dmabuf.engine import default_engine
 from tests.resources import held
 
@@ -41,3 +42,9 @@ def nothing_leaks() -> Iterator[None]:
     yield
     after = held(), threading.active_count()
     assert after == before
+
+
+@pytest.fixture(autouse=True)
+def no_pair_is_known() -> None:
+    """Each test is the first to use its exporter with its device."""
+    PAIRS.forget()

@@ -36,6 +36,9 @@ WORKERS = 8
 REGISTER_REQUESTS = 16
 """A job of so many requests is worth pinning its buffer for."""
 
+NOT_AUDITED = "not audited: without audit='always' only the native route is"
+"""What most records say."""
+
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
@@ -61,6 +64,8 @@ class Transfer:
     """Requests issued again after EAGAIN or EINTR."""
     copied: int
     """Bytes that the CPU touched."""
+    audited: str = NOT_AUDITED
+    """Whether the bytes were compared with what plain pread finds, or why not."""
 
 
 @dataclass(frozen=True, slots=True)

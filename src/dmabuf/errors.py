@@ -19,6 +19,8 @@ All of them can be pickled, so they cross process pools.
 
 import errno
 import os
+from collections.abc import Mapping
+from typing import Any
 
 __all__ = ["BusyError", "ClosedError", "IntegrityError", "RouteUnavailable", "ShortReadError"]
 
@@ -48,12 +50,24 @@ class RouteUnavailable(OSError):
 class IntegrityError(OSError):
     """Bytes read back differ from the bytes written; errno is EIO.
 
-    ``offset`` is the file offset, in bytes, of the first difference, or None if it is not known.
+    ``offset`` is the file offset, in bytes, of the first difference, or None if it is not known;
+    ``counts`` the bytes that are wrong by kind ("unchanged poison", "stale", "zeros", "foreign",
+    "shifted"), where that was looked into; ``nbytes`` how many are right before the first.
     """
 
-    def __init__(self, message: str, path: _Path = None, *, offset: int | None = None) -> None:
+    nbytes = 0
+
+    def __init__(
+        self,
+        message: str,
+        path: _Path = None,
+        *,
+        offset: int | None = None,
+        counts: Mapping[Any, int] | None = None,
+    ) -> None:
         super().__init__(errno.EIO, message, path)
         self.offset = offset
+        self.counts: dict[str, int] = {str(kind): count for kind, count in (counts or {}).items()}
 
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self.strerror, self.filename), self.__dict__

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 from dmabuf import span, transfer
+from dmabuf.audit import Audit
 from dmabuf.buffer import Buffer
 from dmabuf.engine import Engine, Transfer
 from dmabuf.errors import ClosedError, os_error
@@ -133,6 +134,7 @@ class File:
         prefer: Prefer = "zero-copy",
         timeout: float | None = None,
         fence: bool = True,
+        audit: Audit = "first",
     ) -> Transfer:
         """Read from the file into the buffer.
 
@@ -149,6 +151,9 @@ class File:
             fence: False does not wait for the fences of devices that use the buffer. Refused where
                 the CPU touches it (but for `native` and `direct` without unaligned edges), since
                 its access waits.
+            audit: "first" compares the first transfer of each direction between an exporter and a
+                device by the `native` route, "always" every transfer by any route, "off" none, with
+                what plain pread finds: see docs/audit.md.
 
         Returns:
             The record; its `nbytes` is less than `size` where the file ends before. Bytes of the
@@ -160,12 +165,23 @@ class File:
             TimeoutError: a device still used the buffer, or a stream did nothing, after `timeout`;
                 nothing was touched.
             RouteUnavailable: no permitted route is possible, or none without the CPU for
-                `fence=False`.
+                `fence=False`; or `audit="always"` has nothing to compare with.
+            IntegrityError: a comparison showed that the bytes did not arrive.
             ValueError: a range outside the buffer or the largest file offset, or a closed file.
         """
         begun = time.perf_counter()
         ranges = self._range("read", buffer, size, file_offset, buffer_offset)
-        order = Order("read", buffer, ranges, require, route, prefer, timeout=timeout, fence=fence)
+        order = Order(
+            "read",
+            buffer,
+            ranges,
+            require,
+            route,
+            prefer,
+            timeout=timeout,
+            fence=fence,
+            audit=audit,
+        )
         with _holding(self._target, buffer):
             return transfer.carry_out(self._target, order, begun)
 
@@ -182,6 +198,7 @@ class File:
         sync: bool = False,
         timeout: float | None = None,
         fence: bool = True,
+        audit: Audit = "first",
     ) -> Transfer:
         """Write from the buffer to the file.
 
@@ -202,6 +219,9 @@ class File:
             fence: False does not wait for the fences of devices that use the buffer. Refused where
                 the CPU touches it (but for `native` and `direct` without unaligned edges), since
                 its access waits.
+            audit: "first" compares the first transfer of each direction between an exporter and a
+                device by the `native` route, "always" every transfer by any route, "off" none, with
+                what plain pread finds: see docs/audit.md.
 
         Raises:
             OSError: what the kernel refused, with errno, the path and the file offset; its
@@ -209,12 +229,13 @@ class File:
             TimeoutError: a device still used the buffer, or a stream did nothing, after `timeout`;
                 nothing was touched.
             RouteUnavailable: no permitted route is possible, or none without the CPU for
-                `fence=False`.
+                `fence=False`; or `audit="always"` has nothing to compare with.
+            IntegrityError: a comparison showed that the bytes did not arrive.
             ValueError: a range outside the buffer or the largest file offset, or a closed file.
         """
         begun = time.perf_counter()
         ranges = self._range("write", buffer, size, file_offset, buffer_offset)
-        order = Order("write", buffer, ranges, require, route, prefer, sync, timeout, fence)
+        order = Order("write", buffer, ranges, require, route, prefer, sync, timeout, fence, audit)
         with _holding(self._target, buffer):
             return transfer.carry_out(self._target, order, begun)
 
@@ -227,6 +248,7 @@ class File:
         route: Route | str | None = None,
         timeout: float | None = None,
         fence: bool = True,
+        audit: Audit = "first",
     ) -> Transfer:
         """Read many ranges of the file to many places of the buffer, as one array of requests.
 
@@ -239,6 +261,7 @@ class File:
             route: the only route that will do.
             timeout: seconds to wait for fences.
             fence: False does not wait for them; refused where any segment has unaligned edges.
+            audit: as for `read_into`.
 
         Raises:
             ShortReadError: a segment reaches past the end of the file; names its index.
@@ -247,7 +270,9 @@ class File:
         """
         begun = time.perf_counter()
         with _holding(self._target, buffer), self._segments("read", buffer, segments) as ranges:
-            order = Order("read", buffer, ranges, require, route, timeout=timeout, fence=fence)
+            order = Order(
+                "read", buffer, ranges, require, route, timeout=timeout, fence=fence, audit=audit
+            )
             return transfer.carry_out(self._target, order, begun)
 
     def write_segments(
@@ -260,6 +285,7 @@ class File:
         sync: bool = False,
         timeout: float | None = None,
         fence: bool = True,
+        audit: Audit = "first",
     ) -> Transfer:
         """Write many ranges of the buffer to many places of the file, as one array of requests.
 
@@ -271,6 +297,7 @@ class File:
             sync: return when the bytes are on the medium.
             timeout: seconds to wait for fences.
             fence: False does not wait for them; refused where any segment has unaligned edges.
+            audit: as for `read_into`.
 
         Raises:
             TypeError: `segments` is no such buffer.
@@ -279,7 +306,15 @@ class File:
         begun = time.perf_counter()
         with _holding(self._target, buffer), self._segments("write", buffer, segments) as ranges:
             order = Order(
-                "write", buffer, ranges, require, route, sync=sync, timeout=timeout, fence=fence
+                "write",
+                buffer,
+                ranges,
+                require,
+                route,
+                sync=sync,
+                timeout=timeout,
+                fence=fence,
+                audit=audit,
             )
             return transfer.carry_out(self._target, order, begun)
 

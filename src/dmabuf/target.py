@@ -15,7 +15,7 @@ import threading
 from dataclasses import replace
 from weakref import WeakKeyDictionary
 
-from dmabuf import facts
+from dmabuf import audit, facts
 from dmabuf.buffer import Buffer
 from dmabuf.engine import Engine, Job, default_engine
 from dmabuf.errors import ClosedError, os_error
@@ -53,6 +53,7 @@ class Target:
         self._direct: facts.Direct | None = None
         self._no_native: WeakKeyDictionary[Buffer, str] = WeakKeyDictionary()
         self._cache_watched = False
+        self._device: str | None = None
         if isinstance(path, bool):
             raise TypeError("a path or a descriptor is needed, not bool")
         if isinstance(path, int):
@@ -131,6 +132,12 @@ class Target:
         """Where the file or block device ends now, in bytes; not for streams."""
         return facts.size_of(self.fd, self.kind)
 
+    def device(self) -> str:
+        """Which device its bytes lie on: what an audit of the native route speaks of."""
+        if self._device is None:
+            self._device = audit.device_of(self.fd)
+        return self._device
+
     def check_open(self) -> None:
         """Raise ClosedError once it is closed, and in a fork's child."""
         if self._closed:
@@ -205,7 +212,8 @@ class Target:
         """Why the native route is out of the question for a buffer, whatever the range."""
         if not buffer.is_dmabuf:
             return "the buffer is a memfd, which is no dma-buf"
-        return self.engine.no_native() or self._no_native.get(buffer)
+        known = self.engine.no_native() or self._no_native.get(buffer)
+        return known or audit.PAIRS.refusal(buffer.exporter, self.device())
 
     def native_refusal(self, job: Job) -> str | None:
         """Why the native route cannot take a job; None where it can, and is registered for it."""

@@ -10,15 +10,16 @@ from __future__ import annotations
 import errno
 import os
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dmabuf import facts, fence, stream
+from dmabuf import audit, facts, fence, stream
 from dmabuf._ffi import failure, lib
 from dmabuf.buffer import Buffer
-from dmabuf.engine import NOTHING, Job, Outcome, Transfer
-from dmabuf.errors import RouteUnavailable, ShortReadError, os_error
+from dmabuf.engine import NOT_AUDITED, NOTHING, Job, Outcome, Transfer
+from dmabuf.errors import IntegrityError, RouteUnavailable, ShortReadError, os_error
+from dmabuf.reference import open_reference
 from dmabuf.route import (
     ALLOWED,
     WHY_CHOSEN,
@@ -52,6 +53,7 @@ class Order:
     sync: bool = False
     timeout: float | None = None
     fence: bool = True
+    audit: audit.Audit = "first"
 
 
 # -- planning
@@ -183,6 +185,7 @@ def _job(target: Target, order: Order, route: Route) -> Job:
 def carry_out(target: Target, order: Order, begun: float) -> Transfer:
     """Run an order to its end; `begun` is when the caller was called, by perf_counter."""
     fence.check_timeout(order.timeout)
+    _check_audit(target, order)
     if target.stream is not None:
         return _carry_stream(target, order, begun)
     transfer = _lone(target, order, begun)
@@ -209,6 +212,8 @@ def _lone(target: Target, order: Order, begun: float) -> Transfer | None:
     if not 0 < span.nbytes <= _LONE_BYTES or span.count != 1 or order.prefer != "zero-copy":
         return None
     if order.route not in (None, Route.DIRECT) or order.require not in ALLOWED:
+        return None
+    if order.audit == "always":
         return None
     direct = target.direct_if_proven()
     if direct is None or buffer._pin_refusal is not None or buffer._address is None:
@@ -249,7 +254,7 @@ def _carry(target: Target, order: Order, begun: float) -> Transfer:
             return _record(chosen, chosen.route, chosen.reason, NOTHING, begun)
         _await_fences(target, order, chosen, begun)
         known = target.direct().refusal
-        outcome = _run(target, order, chosen)
+        outcome, audited = _run_audited(target, order, chosen)
         if outcome.interruption is not None:
             raise _telling(outcome.interruption, outcome.nbytes)
         if chosen.route is Route.NATIVE and outcome.error == errno.ENOENT and not was_reset:
@@ -264,7 +269,7 @@ def _carry(target: Target, order: Order, begun: float) -> Transfer:
         text = f"{target.path} ends inside segment {outcome.short_segment}"
         raise ShortReadError(text, outcome.short_segment, outcome.nbytes)
     route, reason = _judge(target, order, chosen, outcome, known)
-    return _record(chosen, route, reason, outcome, begun)
+    return replace(_record(chosen, route, reason, outcome, begun), audited=audited)
 
 
 def _starts_past_the_end(target: Target, order: Order) -> bool:
@@ -355,6 +360,79 @@ def _record(chosen: Plan, route: Route, reason: str, outcome: Outcome, begun: fl
         reissues=outcome.reissues,
         copied=outcome.copied,
     )
+
+
+# -- proof of arrival: see audit.py
+
+
+def _check_audit(target: Target, order: Order) -> None:
+    """Refuse audit="always" where there is nothing to compare with, before anything is touched."""
+    audit.check_keyword(order.audit)
+    if order.audit != "always":
+        return
+    if target.stream is not None:
+        text = (
+            f"audit='always' reads everything a second time, and {target.stream} is gone by then: "
+            "leave it out"
+        )
+        raise os_error(errno.ESPIPE, text, target.path)
+    obstacle = _obstacle(order)
+    if obstacle is not None and order.span.nbytes:
+        raise RouteUnavailable(f"audit='always' is not to be had: {obstacle}", target.path)
+
+
+def _obstacle(order: Order) -> str | None:
+    span, write = order.span, order.direction == "write"
+    return audit.obstacle(order.buffer, span.segments, span.count, write, order.fence)
+
+
+def _run_audited(target: Target, order: Order, chosen: Plan) -> tuple[Outcome, str]:
+    """Run the plan, and compare where that is due; what the record says of it comes with it."""
+    native, always = chosen.route is Route.NATIVE, order.audit == "always"
+    if not always and (not native or order.audit == "off"):
+        return _run(target, order, chosen), audit.OFF if order.audit == "off" else NOT_AUDITED
+    pair = order.buffer.exporter, target.device()
+    if not always and audit.PAIRS.shown(*pair, order.direction):
+        text = f"not audited: the first {order.direction} of {pair[0]} on this device was"
+        return _run(target, order, chosen), text
+    obstacle = _obstacle(order)
+    if obstacle is not None:
+        return _run(target, order, chosen), f"not audited: {obstacle}"
+    span, write = order.span, order.direction == "write"
+    with ExitStack() as stack:
+        try:
+            reference = stack.enter_context(
+                open_reference(target.fd, target.direct().refusal),
+            )
+        except OSError as error:
+            text = f"the file may not be opened again to read it ({error.strerror})"
+            if always:
+                refused = RouteUnavailable(f"audit='always' is not to be had: {text}", target.path)
+                raise _telling(refused, 0) from None
+            return _run(target, order, chosen), f"not audited: {text}"
+        check = audit.Check(
+            order.buffer,
+            span.segments,
+            span.count,
+            reference,
+            write=write,
+            file_size=target.size(),
+            limit=None if always else audit.LIMIT,
+            path=target.path,
+        )
+        check.prepare()
+        outcome = _run(target, order, chosen)
+        if outcome.error or outcome.interruption or (outcome.short_segment >= 0 and span.count > 1):
+            return outcome, NOT_AUDITED
+        try:
+            text = check.compare(outcome.nbytes)
+        except IntegrityError as error:
+            if native:
+                audit.PAIRS.mark(*pair, f"an audit found it wanting: {error.strerror}")
+            raise
+        if native and outcome.straight:
+            audit.PAIRS.show(*pair, order.direction)
+        return outcome, text
 
 
 # -- fences
