@@ -1,0 +1,277 @@
+"""`dmabuf verify`: what it finds, what it says, and what it never touches."""
+
+import json
+import os
+
+import pytest
+
+from dmabuf import Route, _uapi, exporters, verify
+from dmabuf.compare import Findings, Mismatch
+from tests.guards import needs
+from tests.support import assert_same, loop_device, mounted, pattern, whole, zram
+from tests.unit import lying
+from tests.unit.command import dmabuf
+from tests.unit.fake_kernel import FakeKernel
+
+SIZE = 3_000_001
+QUICK = ("--rounds", 4, "--seed", 5)
+REGION = ("--region", "1000001+1MiB", "--destroy")
+START, END = 1000001, 1000001 + (1 << 20)
+
+
+@pytest.fixture
+def target(tmp_path):
+    path = tmp_path / "target"
+    path.write_bytes(pattern(SIZE, 3))
+    return path
+
+
+@pytest.fixture
+def native(monkeypatch):
+    """Engines that emulate the native route, and a dma-buf for it; they can be told to lie."""
+
+    class Engine(lying.Lying):
+        def __init__(self, **how):
+            super().__init__(backend="threads", **how)
+
+    monkeypatch.setattr(_uapi, "ioctl", FakeKernel().ioctl)
+    monkeypatch.setattr(exporters, "allocate", lambda size, exporter: lying.dma_buf(size))
+    monkeypatch.setattr(verify, "Engine", Engine)
+    return Engine
+
+
+def rows(told):
+    return {(row["direction"], row["route"]): row for row in told["results"]}
+
+
+def test_a_target_that_is_only_read(target, capsys):
+    before = target.read_bytes(), target.stat().st_mtime_ns, target.stat().st_ctime_ns
+    os.chmod(target, 0o444)
+    before = target.read_bytes(), target.stat().st_mtime_ns, target.stat().st_ctime_ns
+    ended = dmabuf(capsys, "verify", *QUICK, target)
+    assert (ended.status, ended.err) == (0, "")
+    assert f"{target}: reads only; exporter" in ended.out and "seed 5" in ended.out
+    assert "every byte was the same" in ended.out and "unchanged poison" in ended.out
+    for route in ("direct", "staged", "buffered"):
+        assert f"\nread  {route} " in ended.out
+    assert "write" not in ended.out
+    assert (target.read_bytes(), target.stat().st_mtime_ns, target.stat().st_ctime_ns) == before
+
+
+def test_a_region_is_overwritten_and_nothing_beside_it(target, capsys):
+    before = target.read_bytes()
+    ended = dmabuf(capsys, "verify", *QUICK, *REGION, "--json", target)
+    assert (ended.status, ended.err) == (0, "")
+    after = target.read_bytes()
+    assert_same(after[:START], before[:START], "before the region")
+    assert_same(after[END:], before[END:], "after the region")
+    assert after[START:END] != before[START:END]
+    told = json.loads(ended.out)
+    assert told["ok"] and told["seed"] == 5 and told["region"] == [START, 1 << 20]
+    assert told["failures"] == []
+    for (direction, route), row in rows(told).items():
+        if route == "native":
+            assert row["unavailable"] and not row["transfers"]
+            continue
+        assert row["transfers"] > 5 and row["failed"] == 0, (direction, route)
+        assert row["nbytes"] >= 1 << 20
+        assert row["mismatches"] == dict.fromkeys(map(str, Mismatch), 0)
+
+
+def test_the_seed_repeats_it(target, capsys):
+    one, two, other = (
+        json.loads(dmabuf(capsys, "verify", "--rounds", 2, "--seed", seed, "--json", target).out)
+        for seed in (5, 5, 6)
+    )
+    assert one == two
+    assert one["results"] != other["results"]
+
+
+def test_queue_depths_and_alignments():
+    every = list(verify.cases(1, 4096, 1 << 22, 40))
+    assert {case.depth for case in every} == {1, 2, 4, 8, 16, 32, 64}
+    assert len({(case.depth, case.request) for case in every}) == 7 * 4
+    for case in every:
+        assert case.file_offset >= 4096
+        assert case.file_offset + case.size <= 4096 + (1 << 22)
+        assert 0 <= case.buffer_offset <= verify.SIZE - case.size
+    for unit in (4096, 512, 4, 1):
+        for what in ("file_offset", "buffer_offset", "size"):
+            offsets = {
+                getattr(case, what) % (unit * 2 if unit == 1 else unit * 8) for case in every
+            }
+            assert any(offset % unit == 0 for offset in offsets), (unit, what)
+    assert any((case.file_offset - case.buffer_offset) % 512 for case in every)
+    assert any(case.file_offset % 4096 == case.buffer_offset % 4096 == 512 for case in every)
+
+
+def test_the_native_route(target, native, capsys):
+    ended = dmabuf(capsys, "verify", *QUICK, *REGION, "--json", "--routes", "native", target)
+    assert (ended.status, ended.err) == (0, "")
+    told = rows(json.loads(ended.out))
+    assert told["read", "native"]["transfers"] > 5 and told["write", "native"]["transfers"] > 5
+
+
+@pytest.mark.parametrize(
+    ("fault", "direction", "kind"),
+    [
+        (lying.nothing, "read", "unchanged poison"),
+        (lying.nothing, "write", "unchanged poison"),
+        (lying.zeros, "read", "zeros"),
+        (lying.zeros, "write", "zeros"),
+        (lying.foreign, "read", "foreign"),
+        (lying.foreign, "write", "foreign"),
+        (lying.shifted, "read", "shifted"),
+        (lying.last_byte, "write", "foreign"),
+    ],
+)
+def test_wrong_bytes_of_one_direction(target, native, capsys, monkeypatch, fault, direction, kind):
+    run = native.run
+
+    def running(self, job):
+        wrong = job.write == (direction == "write") and job.nbytes > 1024
+        self.fault = fault if wrong else None
+        return run(self, job)
+
+    monkeypatch.setattr(native, "run", running)
+    ended = dmabuf(capsys, "verify", *QUICK, *REGION, "--json", "--routes", "native,direct", target)
+    assert ended.status == 1
+    told = json.loads(ended.out)
+    assert not told["ok"] and told["seed"] == 5
+    found = rows(told)
+    assert found[direction, "native"]["mismatches"][kind] >= 5
+    for (which, route), row in found.items():
+        assert bool(row["failed"]) == ((which, route) == (direction, "native"))
+    assert kind in told["failures"][0]["counts"]
+    few = ("--rounds", 1, "--seed", 5, "--routes", "native")
+    people = dmabuf(capsys, "verify", *few, *REGION, target)
+    assert people.status == 1
+    assert f"{direction} native, transfer " in people.out and f"bytes {kind}" in people.out
+    assert "--seed 5 --rounds 1 repeats this" in people.out
+    assert "every byte was the same" not in people.out
+
+
+def test_bytes_beside_the_range(target, native, capsys, monkeypatch):
+    run = native.run
+
+    def running(self, job):
+        outcome = run(self, job)
+        if job.route is Route.NATIVE and job.buffer_end < verify.SIZE and not job.write:
+            byte = os.pread(job.buffer.fileno(), 1, job.buffer_end)
+            os.pwrite(job.buffer.fileno(), bytes([byte[0] ^ 1]), job.buffer_end)
+        return outcome
+
+    monkeypatch.setattr(native, "run", running)
+    ended = dmabuf(capsys, "verify", *QUICK, "--json", target)
+    assert ended.status == 1
+    assert rows(json.loads(ended.out))["read", "native"]["mismatches"]["outside"] > 3
+
+
+def test_a_target_that_somebody_else_writes_to(target, native, capsys, monkeypatch):
+    run = native.run
+
+    def running(self, job):
+        outcome = run(self, job)
+        if job.nbytes == 4096:
+            os.pwrite(job.buffer.fileno(), b"other", job.buffer_start)
+            lying.os_pwrite(target, os.urandom(16), job.segments[0])
+        return outcome
+
+    monkeypatch.setattr(native, "run", running)
+    ended = dmabuf(capsys, "verify", "--rounds", 8, "--seed", 5, target)
+    assert ended.status == 0
+    assert "not judged: somebody else wrote to the target meanwhile" in ended.out
+
+
+def test_stale_and_shifted_bytes_are_told_apart():
+    wanted, before = pattern(8192, 1), pattern(8192, 2)
+    findings = Findings()
+    got = wanted[:1000] + before[1000:2000] + wanted[2000:4096] + wanted[:2048] + wanted[6144:]
+    assert not findings.add(100, wanted, got, poison=pattern(8192, 3), before=before)
+    assert findings.first == 1100 and findings.kind == "stale"
+    assert set(findings.counts) == {"stale", "shifted"}
+    assert 2950 < findings.wrong <= 3048
+    assert str(findings).startswith(f"{findings.counts[Mismatch.SHIFTED]} bytes shifted, ")
+
+
+# -- what is refused, and leaves the target as it is
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["--region", "0+4096"], 2, "--region needs --destroy"),
+        (["--destroy"], 2, "--destroy needs --region OFFSET+SIZE"),
+        (["--destroy", "--region", "4096"], 2, "OFFSET+SIZE, such as 1GiB+64MiB"),
+        (["--destroy", "--region", "4096+0"], 2, "from 1 byte on"),
+        (["--destroy", "--region", "-1+5"], 2, "OFFSET+SIZE"),
+        (["--destroy", "--region", "x+5"], 2, "OFFSET+SIZE"),
+        (["--destroy", "--region", f"{SIZE}+1"], 1, f"the region ends at {SIZE + 1}, and the"),
+        (["--routes", "direct,scenic"], 2, "--routes direct,scenic: of native"),
+        (["--exporter", "nonesuch"], 1, "unknown exporter 'nonesuch'"),
+        (["--routes", "native", "--exporter", "memfd"], 1, "which is no dma-buf"),
+        (["--seed", "-1"], 2, "--seed"),
+    ],
+)
+def test_refusals(target, capsys, arguments, status, message):
+    before = target.read_bytes(), target.stat().st_mtime_ns
+    ended = dmabuf(capsys, "verify", *arguments, target)
+    assert (ended.status, ended.out) == (status, "")
+    assert message in ended.err
+    assert (target.read_bytes(), target.stat().st_mtime_ns) == before
+
+
+def test_targets_that_cannot_be_tested(tmp_path, capsys):
+    (tmp_path / "empty").touch()
+    assert "is empty" in dmabuf(capsys, "verify", tmp_path / "empty").err
+    assert dmabuf(capsys, "verify", tmp_path / "none").status == 1
+    assert "a character device cannot be read twice" in dmabuf(capsys, "verify", "/dev/zero").err
+    assert "directory" in dmabuf(capsys, "verify", tmp_path).err
+
+
+def test_a_small_target(tmp_path, capsys):
+    path = tmp_path / "small"
+    for size in (1, 4097):
+        path.write_bytes(pattern(size, 3))
+        ended = dmabuf(capsys, "verify", "--rounds", 1, "--destroy", "--region", f"0+{size}", path)
+        assert (ended.status, path.stat().st_size) == (0, size)
+
+
+# -- devices
+
+
+@needs("loop")
+def test_a_loop_device(tmp_path, capsys):
+    with loop_device(tmp_path / "image", 8 << 20) as device:
+        ended = dmabuf(
+            capsys, "verify", *QUICK, "--region", "2MiB+1MiB", "--destroy", "--json", device
+        )
+        assert (ended.status, ended.err) == (0, "")
+        assert rows(json.loads(ended.out))["write", "direct"]["transfers"] > 5
+        fd = os.open(device, os.O_RDONLY)
+        content = whole(fd)
+        os.close(fd)
+        assert not any(content[: 2 << 20]) and not any(content[3 << 20 :])
+        assert any(content[2 << 20 : 3 << 20])
+
+
+@needs("zram")
+def test_a_zram_device(capsys):
+    with zram(8 << 20) as device:
+        assert (
+            dmabuf(capsys, "verify", *QUICK, "--region", "1+3MiB", "--destroy", device).status == 0
+        )
+
+
+@needs("ext4")
+def test_a_mounted_device_is_not_written(tmp_path, capsys):
+    with (
+        loop_device(tmp_path / "image", 16 << 20) as device,
+        mounted(device, "ext4", tmp_path / "mount") as folder,
+    ):
+        (folder / "file").write_bytes(b"here")
+        os.sync()
+        image = (tmp_path / "image").read_bytes()
+        ended = dmabuf(capsys, "verify", "--region", "0+1MiB", "--destroy", device)
+        assert ended.status == 1 and "the block device is mounted" in ended.err
+        assert (tmp_path / "image").read_bytes() == image
