@@ -67,10 +67,21 @@ class Card:
         self.fences.discard(fence)
         drm(self.card, 0x42, 1, "=II", fence, 0)
 
-    def done_later(self, fence, seconds=0.1):
-        timer = threading.Timer(seconds, self.done, [fence])
-        timer.start()
-        return timer
+    @contextmanager
+    def ending(self, *fences):
+        """The jobs end a moment later, one after the other; what runs here lasts until then."""
+        timers = [
+            threading.Timer(0.1 * number, self.done, [fence])
+            for number, fence in enumerate(fences, 1)
+        ]
+        for timer in timers:
+            timer.start()
+        try:
+            yield
+            assert not self.fences, "it returned before they had ended"
+        finally:
+            for timer in timers:
+                timer.join()
 
     def sync_file(self, access="write"):
         """A job, and a sync file with its fence and no other."""
@@ -149,21 +160,16 @@ def test_a_reader_holds_off_writers_only(card, buf):
     buf.wait("read", 0)
     with timed_out(0.05):
         buf.wait("write", 0.05)
-    timer = card.done_later(job)
-    with lasts(0.05):
+    with card.ending(job):
         buf.wait("write", PATIENCE)
-    timer.join()
 
 
 @needs("vgem")
 @pytest.mark.parametrize("timeout", [None, PATIENCE])
 def test_a_wait_lasts_until_the_last_job(card, buf, timeout):
     first, second = card.job("read"), card.job("read")
-    timers = [card.done_later(first, 0.1), card.done_later(second, 0.3)]
-    with lasts(0.25):
+    with card.ending(first, second):
         buf.wait("write", timeout)
-    for timer in timers:
-        timer.join()
 
 
 @needs("vgem")
@@ -219,11 +225,9 @@ def test_a_handler_that_raises_nothing_prolongs_nothing(card, buf):
     job, rang = card.job("write"), []
     with alarms(lambda *_: rang.append(1), 0.05, 0.05), timed_out(0.4):
         buf.wait("read", 0.4)  # with each signal anew, it would last until the fence expires
-    assert len(rang) > 2
-    timer = card.done_later(job, 0.3)
-    with alarms(lambda *_: rang.append(1), 0.05, 0.05), lasts(0.25):
+    assert len(rang) > 1
+    with alarms(lambda *_: rang.append(1), 0.05, 0.05), card.ending(job):
         buf.wait("read", PATIENCE)
-    timer.join()
 
 
 # -- CPU access
@@ -231,17 +235,13 @@ def test_a_handler_that_raises_nothing_prolongs_nothing(card, buf):
 
 @needs("vgem")
 def test_cpu_access_waits_by_itself(card, buf):
-    timer = card.done_later(card.job("write"))
-    with lasts(0.05):
+    with card.ending(card.job("write")):
         buf.pread(1, 0)
-    timer.join()
-    timer = card.done_later(card.job("read"))
+    job = card.job("read")
     with buf.map("r"):
         pass  # beside another reader
-    assert timer.is_alive()
-    with lasts(0), buf.map("rw"):
+    with card.ending(job), buf.map("rw"):
         assert not card.fences
-    timer.join()
 
 
 # -- transfers into and out of a device's memory
@@ -272,10 +272,8 @@ def test_a_read_waits_for_all_who_use_the_buffer(card, buf, drive, route, size):
         assert (caught.value.nbytes, caught.value.filename) == (0, file.name)
         card.done(job)
         assert_same(buf.pread(SIZE, 0), poison(SIZE), "the buffer after a wait in vain")
-    timer = card.done_later(card.job("read"))
-    with lasts(0.05):
+    with card.ending(card.job("read")):
         assert file.read_into(buf, size, route=route, timeout=PATIENCE).nbytes == size
-    timer.join()
     assert buf.pread(SIZE, 0) == pattern(SIZE, 1)[:size] + poison(SIZE)[size:]
 
 
@@ -295,10 +293,8 @@ def test_a_write_waits_for_those_who_write_the_buffer(card, buf, tmp_path):
         job = card.job("read")
         assert file.write_from(buf, timeout=0).nbytes == SIZE  # beside another reader
         card.done(job)
-        timer = card.done_later(card.job("write"))
-        with lasts(0.05):
+        with card.ending(card.job("write")):
             file.write_from(buf)
-        timer.join()
     assert path.read_bytes() == pattern(SIZE, 2)
 
 
@@ -312,10 +308,8 @@ def test_start_comes_after_the_wait(card, buf, source, monkeypatch):
         return real(fd, request, argument)
 
     monkeypatch.setattr(_uapi, "ioctl", ioctl)
-    timer = card.done_later(card.job("write"))
-    with dmabuf.open(source) as file:
+    with dmabuf.open(source) as file, card.ending(card.job("write")):
         file.read_into(buf)
-    timer.join()
     assert pending == [set(), set()]
 
 
@@ -408,10 +402,8 @@ def test_several_slabs(card, small_slabs, source):
         assert not signalled(merged)
         with timed_out(0):
             buf.wait("read", 0)
-        timer = card.done_later(jobs[1])
-        with lasts(0.05):
+        with card.ending(jobs[1]):
             buf.wait("read", PATIENCE)
-        timer.join()
         assert signalled(merged)
         os.close(merged)
         fence, fd = card.sync_file()
@@ -458,10 +450,8 @@ def test_a_direct_read_waits(card, udma, drive, size, route):
         assert caught.value.nbytes == 0
         card.done(fence)
         assert_same(buf.pread(SIZE, 0), poison(SIZE), "the buffer after a wait in vain")
-    timer = card.done_later(occupy("read"))
-    with lasts(0.05):
+    with card.ending(occupy("read")):
         transfer = file.read_into(buf, size, route=route, timeout=PATIENCE)
-    timer.join()
     assert transfer.nbytes == size and transfer.route in ZERO_COPY
     assert_same(
         buf.pread(SIZE, 0), pattern(SIZE, 1)[:size] + poison(SIZE)[size:], "the buffer after all"
@@ -481,10 +471,8 @@ def test_a_direct_write_waits(card, udma, drive, size, route):
     fence = occupy("read")
     assert file.write_from(buf, size, route=route, timeout=0).route in ZERO_COPY
     card.done(fence)
-    timer = card.done_later(occupy("write"))
-    with lasts(0.05):
+    with card.ending(occupy("write")):
         file.write_from(buf, size, route=route)
-    timer.join()
     assert_same(
         os.pread(fd, SIZE, 0), poison(SIZE)[:size] + pattern(SIZE, 1)[size:], "the drive after all"
     )
