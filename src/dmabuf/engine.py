@@ -412,6 +412,14 @@ _default: Engine | None = None
 _default_lock = threading.Lock()
 
 
+def _after_fork() -> None:
+    global _default_lock
+    _default_lock = threading.Lock()  # a thread that the child lacks may have held it
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 def default_engine() -> Engine:
     """The engine of this process, made on first use; a fork's child gets its own."""
     global _default

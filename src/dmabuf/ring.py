@@ -163,8 +163,8 @@ class Ring:
     def close(self) -> None:
         """Tear it down; nothing may be running on it."""
         if self.pid != os.getpid():
-            # A fork's copy has the ring's memory and none of its threads: leave it be, and the
-            # lock too, which another thread may have held.
+            # A fork's copy has the ring's memory, none of its threads, and perhaps a lock that
+            # one of those held: leave it be.
             self.handle = None
             return
         with self._tables:
