@@ -94,7 +94,8 @@ static bool valid(const struct dmb_job *job)
 	return job->depth && job->block && power_of_two(job->offset_align) &&
 	       power_of_two(job->memory_align) && power_of_two(job->page) &&
 	       !(job->block % job->offset_align) && !(job->block % job->memory_align) &&
-	       (!job->slots || job->slot_size);
+	       (!job->slots || job->slot_size) &&
+	       (!job->nsid || job->offset_align == 1ULL << job->lba_shift);
 }
 
 int dmb_batch_create(struct dmb_ring *ring, const struct dmb_job *job, const uint64_t *segments,
@@ -661,6 +662,7 @@ void dmb_batch_get_result(const struct dmb_batch *batch, struct dmb_result *ret)
 	ret->error = batch->error;
 	if (batch->error) {
 		ret->failed_straight = batch->failed.straight;
+		ret->nvme_status = (uint32_t)batch->failed.status;
 		ret->error_offset = batch->segments[3 * batch->failed.segment] + batch->failed.skip;
 	}
 }

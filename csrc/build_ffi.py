@@ -11,7 +11,7 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ("ring.c", "threads.c", "batch.c", "split.c", "stage.c", "sys.c", "emulate.c")
+SOURCES = ("ring.c", "threads.c", "batch.c", "split.c", "stage.c", "sys.c", "nvme.c", "emulate.c")
 
 
 def declarations() -> str:

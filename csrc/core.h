@@ -26,6 +26,7 @@ enum dmb_backend {
 enum dmb_ring_flags {
 	DMB_RING_SINGLE_ISSUER = 1,  /* with DEFER_TASKRUN: one thread owns the ring */
 	DMB_RING_EMULATE_NATIVE = 2, /* threads only, for tests: DMB_NATIVE by mapping dma-bufs */
+	DMB_RING_PASSTHROUGH = 4,    /* SQE128 and CQE32, for jobs with a nsid */
 };
 
 /* The file tables of a ring: how many buffers and files may be registered at once. */
@@ -97,6 +98,11 @@ struct dmb_job {
 	int32_t route;
 	uint32_t depth; /* requests in flight at most */
 	uint32_t block; /* bytes a request at most, a multiple of both alignments */
+	/* where fd is an NVMe namespace's character device; 0 elsewhere. io_uring needs a ring made
+	   with DMB_RING_PASSTHROUGH. file_size and a write's segments are multiples of the block,
+	   which is offset_align, and so is `page` */
+	uint32_t nsid;
+	uint32_t lba_shift; /* the namespace's block is 1 << lba_shift bytes */
 };
 
 struct dmb_result {
@@ -109,6 +115,7 @@ struct dmb_result {
 	int32_t failed_straight; /* 1 where that request was one of `straight` */
 	uint64_t error_offset;	 /* file offset of the first byte that could not be moved */
 	int64_t short_segment; /* index of the first segment that met the end of the file, or -1 */
+	uint32_t nvme_status;  /* what an NVMe device said with `error`, or 0 */
 };
 
 /*
@@ -148,6 +155,10 @@ void dmb_batch_destroy(struct dmb_batch *batch); /* drains */
 
 /* One pread(2) or pwrite(2): the way a lone small request is made. Returns a count or -errno. */
 int64_t dmb_lone(int direction, int fd, uint64_t address, uint64_t size, uint64_t offset);
+
+/* What an NVMe status means, with or without its bits above the code: errno, and in words. */
+int dmb_nvme_errno(uint32_t status, int direction);
+const char *dmb_nvme_status_name(uint32_t status);
 
 /*
  * The seam for tests: `filter` sees every completion before the batch does, and what it returns

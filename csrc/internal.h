@@ -9,6 +9,8 @@
 
 #include "core.h"
 
+struct dmb_nvme_cmd;
+
 /* One request: what is asked of the kernel, and which bytes of which segment it is for. */
 struct dmb_io {
 	struct dmb_io *next;
@@ -34,10 +36,13 @@ struct dmb_io {
 	uint64_t offset;
 	uint8_t *block; /* the staging block, or NULL */
 	uint32_t lead;	/* bytes at the block's start that nobody wants */
+	uint32_t nsid;	/* as in the job */
+	uint32_t lba_shift;
 
 	bool busy; /* taken by a batch: perhaps in flight */
 	uint32_t reissues;
 	int32_t result;
+	int32_t status; /* the NVMe status behind the result, or 0 */
 };
 
 struct dmb_backend_ops {
@@ -86,6 +91,13 @@ int dmb_emulate_register(struct dmb_emulated *emulated, unsigned slot, int dmabu
 			 int target_fd);
 /* The address that a native request of the slot means, or -errno. */
 int dmb_emulate_address(struct dmb_emulated *emulated, const struct dmb_io *io, uint8_t **ret);
+
+/* The NVMe command of a request that has a nsid; its length is not 0. */
+void dmb_nvme_command(const struct dmb_io *io, struct dmb_nvme_cmd *ret);
+/* A count or -errno from a command's answer: 0, a status, or -errno. Sets the request's status. */
+int32_t dmb_nvme_result(struct dmb_io *io, int answer);
+/* The command by ioctl(2): a count or -errno. */
+int32_t dmb_nvme_execute(struct dmb_io *io);
 
 /*
  * `count` blocks of `block` bytes, in the memory that is there where it is enough. All blocks must

@@ -34,6 +34,25 @@ static struct io_uring_sqe *next_sqe(struct dmb_ring *ring)
 	return sqe;
 }
 
+/* The SQE is twice as long on such a ring, and its second half follows `cmd`. */
+static void prep_nvme(struct io_uring_sqe *sqe, int fd, const struct dmb_io *io)
+{
+	struct dmb_nvme_cmd command;
+
+	if (!io->length) { /* past the end, where a device would call it an error */
+		io_uring_prep_nop(sqe);
+		return;
+	}
+	dmb_nvme_command(io, &command);
+	io_uring_prep_rw(IORING_OP_URING_CMD, sqe, fd, NULL, 0, 0);
+	sqe->cmd_op = DMB_NVME_URING_CMD_IO;
+	if (io->buffer_slot >= 0) {
+		sqe->uring_cmd_flags = IORING_URING_CMD_FIXED;
+		sqe->buf_index = (uint16_t)io->buffer_slot;
+	}
+	memcpy((uint8_t *)sqe + offsetof(struct io_uring_sqe, cmd), &command, sizeof(command));
+}
+
 static int uring_issue(struct dmb_ring *ring, struct dmb_io *io)
 {
 	struct io_uring_sqe *sqe = next_sqe(ring);
@@ -41,7 +60,9 @@ static int uring_issue(struct dmb_ring *ring, struct dmb_io *io)
 
 	if (!sqe)
 		return -EBUSY;
-	if (io->buffer_slot < 0) {
+	if (io->nsid) {
+		prep_nvme(sqe, fd, io);
+	} else if (io->buffer_slot < 0) {
 		if (io->direction == DMB_READ)
 			io_uring_prep_read(sqe, fd, io->address, io->length, io->offset);
 		else
@@ -83,7 +104,7 @@ static struct dmb_io *uring_reap(struct dmb_ring *ring)
 		struct dmb_io *io = io_uring_cqe_get_data(cqe);
 
 		if (io)
-			io->result = cqe->res;
+			io->result = io->nsid ? dmb_nvme_result(io, cqe->res) : cqe->res;
 		io_uring_cqe_seen(&ring->uring, cqe);
 		if (io) /* NULL: the answer to a cancel */
 			return io;
@@ -116,11 +137,13 @@ static int uring_setup(struct io_uring *uring, unsigned entries, unsigned flags)
 	const unsigned owned[] = {IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN,
 				  IORING_SETUP_COOP_TASKRUN, 0};
 	const unsigned *tries = flags & DMB_RING_SINGLE_ISSUER ? owned : shared;
+	const unsigned wide =
+		flags & DMB_RING_PASSTHROUGH ? IORING_SETUP_SQE128 | IORING_SETUP_CQE32 : 0;
 	int rc;
 
 	for (;; tries++) {
 		struct io_uring_params params = {
-			.flags = *tries | IORING_SETUP_CLAMP,
+			.flags = *tries | IORING_SETUP_CLAMP | wide,
 		};
 
 		rc = io_uring_queue_init_params(entries, uring, &params);

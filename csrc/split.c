@@ -108,6 +108,15 @@ static uint64_t straight_bytes(const struct dmb_job *job, const uint64_t *segmen
 	return end - start;
 }
 
+/* A block device moves what there is before its end; to an NVMe command that is an error. */
+static void end_at_device(const struct dmb_job *job, struct dmb_io *io)
+{
+	uint64_t room = job->file_size > io->offset ? job->file_size - io->offset : 0;
+
+	if (job->nsid && job->direction == DMB_READ)
+		io->length = (uint32_t)dmb_min(io->length, room);
+}
+
 void dmb_shape(const struct dmb_job *job, const uint64_t *segments, struct dmb_io *io, bool edge)
 {
 	const uint64_t *segment = segments + 3 * io->segment;
@@ -119,6 +128,9 @@ void dmb_shape(const struct dmb_job *job, const uint64_t *segments, struct dmb_i
 	io->buffer_slot = -1;
 	io->address = NULL;
 	io->lead = 0;
+	io->nsid = job->nsid;
+	io->lba_shift = job->lba_shift;
+	io->status = 0;
 	io->straight = io->native = io->staged = false;
 	if (edge || job->route == DMB_BUFFERED) {
 		shape_into_buffer(job, segment, io, io->left, 1, edge);
@@ -133,6 +145,7 @@ void dmb_shape(const struct dmb_job *job, const uint64_t *segments, struct dmb_i
 	} else {
 		shape_staged(job, segment, io, staged);
 	}
+	end_at_device(job, io);
 }
 
 size_t dmb_segments_without_middle(const struct dmb_job *job, const uint64_t *segments,

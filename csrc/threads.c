@@ -76,6 +76,10 @@ static void execute(struct dmb_ring *ring, struct dmb_io *io)
 {
 	uint8_t *address = io->address;
 
+	if (io->nsid) {
+		io->result = dmb_nvme_execute(io);
+		return;
+	}
 	io->result = io->native ? dmb_emulate_address(ring->emulated, io, &address) : 0;
 	if (!io->result)
 		io->result = (int32_t)dmb_lone(io->direction, io->fd, (uint64_t)(uintptr_t)address,

@@ -6,6 +6,7 @@
 #include <assert.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/ioctl.h>
 
 /* statx(2) with STATX_DIOALIGN: include/uapi/linux/stat.h, Linux 6.1. */
 #define DMB_STATX_DIOALIGN 0x2000U
@@ -82,6 +83,41 @@ static_assert(offsetof(struct dmb_regbuf_desc, uaddr) == 16, "struct io_uring_re
 static_assert(offsetof(struct dmb_regbuf_desc, dmabuf_fd) == 24, "struct io_uring_regbuf_desc");
 static_assert(offsetof(struct dmb_regbuf_desc, target_fd) == 28, "struct io_uring_regbuf_desc");
 static_assert(offsetof(struct dmb_regbuf_desc, resv) == 32, "struct io_uring_regbuf_desc");
+
+/*
+ * NVMe passthrough: include/uapi/linux/nvme_ioctl.h. One layout serves struct nvme_passthru_cmd,
+ * with NVME_IOCTL_IO_CMD, and struct nvme_uring_cmd, with io_uring: Linux 5.19.
+ */
+struct dmb_nvme_cmd {
+	uint8_t opcode;
+	uint8_t flags;
+	uint16_t rsvd1;
+	uint32_t nsid;
+	uint32_t cdw2;
+	uint32_t cdw3;
+	uint64_t metadata;
+	uint64_t addr;
+	uint32_t metadata_len;
+	uint32_t data_len;
+	uint32_t cdw10;
+	uint32_t cdw11;
+	uint32_t cdw12;
+	uint32_t cdw13;
+	uint32_t cdw14;
+	uint32_t cdw15;
+	uint32_t timeout_ms;
+	uint32_t result; /* rsvd2 with io_uring, whose results are in the completion */
+};
+
+static_assert(sizeof(struct dmb_nvme_cmd) == 72, "struct nvme_uring_cmd");
+static_assert(offsetof(struct dmb_nvme_cmd, metadata) == 16, "struct nvme_uring_cmd");
+static_assert(offsetof(struct dmb_nvme_cmd, addr) == 24, "struct nvme_uring_cmd");
+static_assert(offsetof(struct dmb_nvme_cmd, data_len) == 36, "struct nvme_uring_cmd");
+static_assert(offsetof(struct dmb_nvme_cmd, cdw10) == 40, "struct nvme_uring_cmd");
+static_assert(offsetof(struct dmb_nvme_cmd, result) == 68, "struct nvme_uring_cmd");
+
+#define DMB_NVME_IOCTL_IO_CMD _IOWR('N', 0x43, struct dmb_nvme_cmd)
+#define DMB_NVME_URING_CMD_IO _IOWR('N', 0x80, struct dmb_nvme_cmd)
 
 /* madvise(2): include/uapi/asm-generic/mman-common.h, Linux 5.14. */
 #define DMB_MADV_POPULATE_WRITE 23
