@@ -209,12 +209,12 @@ class Filter:
         self._callback, self._engine = filtered, engine
 
     def __enter__(self) -> "Filter":
-        for ring in self._engine._rings:
+        for ring in self._engine._all_rings():
             lib.dmb_ring_set_filter(ring.handle, self._callback, ffi.NULL)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for ring in self._engine._rings:
+        for ring in self._engine._all_rings():
             if ring.handle is not None:
                 lib.dmb_ring_set_filter(ring.handle, ffi.NULL, ffi.NULL)
 

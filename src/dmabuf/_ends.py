@@ -186,7 +186,9 @@ class Sink:
         before anything is written. Filesystems without fallocate(2) grow with the writes.
         """
         fd = self.file.fileno()
-        if self.file.kind == "block device":
+        if total is not None:
+            self.file._target.check_write(self.offset, total)
+        if self.file.kind in ("block device", "NVMe character device"):
             room = max(0, cast(int, self.file.size) - self.offset)
             if total is not None and total > room:
                 text = f"{total} bytes do not fit into the {room} that the device has there"
@@ -225,7 +227,7 @@ class Sink:
     def flush(self) -> None:
         """Return when the bytes are on the medium; nothing to do for a stream."""
         if not self.in_order:
-            _flush(self.file.fileno(), self.name)
+            self.file._target.flush()
 
 
 class Appender:

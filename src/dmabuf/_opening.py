@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol
 
-from dmabuf import exporters
+from dmabuf import exporters, nvme
 from dmabuf._ends import Appender, Memory, Sink, Source, Terms
 from dmabuf.buffer import Buffer, Window
 from dmabuf.errors import os_error
@@ -198,16 +198,22 @@ def _check_memories(source: Memory, sink: Memory) -> None:
 
 
 def same_file(one: os.stat_result, other: os.stat_result) -> bool:
-    """Whether two are one file, FIFO or block device, or a disk and a partition of it."""
+    """Whether two are one file, FIFO or device, or a disk and a partition or passthrough of it."""
+    disks = _disk(one), _disk(other)
+    if disks[0] is not None and disks[1] is not None:
+        places = [_sysfs_place(disk) for disk in disks if disk is not None]
+        return disks[0] == disks[1] or any(a in b.parents for a, b in (places, places[::-1]))
     if stat.S_IFMT(one.st_mode) != stat.S_IFMT(other.st_mode):
         return False
-    if stat.S_ISBLK(one.st_mode):
-        places = [_sysfs_place(status.st_rdev) for status in (one, other)]
-        return one.st_rdev == other.st_rdev or any(
-            a in b.parents for a, b in (places, places[::-1])
-        )
     whole = stat.S_ISREG(one.st_mode) or stat.S_ISFIFO(one.st_mode)
     return whole and os.path.samestat(one, other)
+
+
+def _disk(status: os.stat_result) -> int | None:
+    """The number of a block device, or of the one that a namespace's character device is also."""
+    if stat.S_ISBLK(status.st_mode):
+        return status.st_rdev
+    return nvme.disk_number(status) if nvme.is_namespace(status) else None
 
 
 def _sysfs_place(device: int) -> Path:

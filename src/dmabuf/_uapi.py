@@ -55,6 +55,13 @@ F_SEAL_GROW = 4
 # <linux/fs.h>
 BLKGETSIZE64 = _ioc(2, chr(0x12), 114, 8)
 
+# <linux/nvme_ioctl.h>: struct nvme_passthru_cmd: opcode, flags, rsvd1, nsid, cdw2, cdw3, metadata,
+# addr, metadata_len, data_len, cdw10 to cdw15, timeout_ms, result
+NVME_CMD_STRUCT = struct.Struct("=BBHIIIQQIIIIIIIIII")
+NVME_IOCTL_ID = _ioc(0, "N", 0x40, 0)
+NVME_IOCTL_ADMIN_CMD = _ioc(3, "N", 0x41, NVME_CMD_STRUCT.size)
+NVME_IOCTL_IO_CMD = _ioc(3, "N", 0x43, NVME_CMD_STRUCT.size)
+
 # <linux/magic.h>: filesystems whose files live in the page cache and nowhere else
 MEMORY_FILESYSTEMS = {
     0x01021994: "tmpfs",

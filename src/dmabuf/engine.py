@@ -11,6 +11,7 @@ drained first, in one C call, and the buffer stays held until then.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import threading
@@ -21,6 +22,7 @@ from typing import Any, Literal
 from dmabuf._ffi import failure, ffi, lib
 from dmabuf.buffer import Buffer
 from dmabuf.errors import ClosedError
+from dmabuf.nvme import Namespace
 from dmabuf.ring import SLOT_SIZE, Ring, why_no_uring, why_not_native
 from dmabuf.route import Route
 from dmabuf.sizes import as_int, parse_size, round_up
@@ -87,6 +89,7 @@ class Job:
     write: bool
     route: Route
     path: str
+    namespace: Namespace | None = None  # where fd is an NVMe character device
 
     @property
     def address(self) -> int:
@@ -119,7 +122,14 @@ class Job:
             "direction": lib.DMB_WRITE if self.write else lib.DMB_READ,
             "route": _ROUTES[self.route],
         }
+        if self.namespace is not None:
+            fields |= {"nsid": self.namespace.nsid, "lba_shift": self.namespace.lba_shift}
         return ffi.new("struct dmb_job *", fields | how)
+
+    def block(self, wanted: int) -> int:
+        """Bytes of a request at most, `wanted` or what alignment and device make of it."""
+        aligned = round_up(wanted, max(self.offset_align, self.memory_align))
+        return aligned if self.namespace is None else min(aligned, self.namespace.limit)
 
     def with_edges(self) -> int:
         """How many of the segments have bytes that the CPU has to move."""
@@ -143,6 +153,7 @@ class Outcome:
     failed_straight: bool
     error_offset: int
     short_segment: int
+    nvme_status: int
     registered: bool
     registration: str
     interruption: BaseException | None
@@ -159,6 +170,7 @@ NOTHING = Outcome(
     failed_straight=False,
     error_offset=0,
     short_segment=-1,
+    nvme_status=0,
     registered=False,
     registration="no ring was used",
     interruption=None,
@@ -217,6 +229,7 @@ class Engine:
         self.backend_reason = "asked for"
         self._kind = self._choose_backend(backend)
         self._rings = [self._new_ring()]
+        self._passthrough: Ring | None = None
 
     def _choose_backend(self, backend: Backend) -> int:
         if backend == "threads":
@@ -231,12 +244,38 @@ class Engine:
         return int(lib.DMB_BACKEND_URING)
 
     def _new_ring(self) -> Ring:
+        if self._kind == lib.DMB_BACKEND_THREADS:
+            return self._new_threads(self.backend_reason)
+        return Ring(self._kind, self.queue_depth, self._owner, self._flags)
+
+    def _new_threads(self, reason: str) -> Ring:
         workers = min(self.queue_depth, WORKERS)
-        threads = self._kind == lib.DMB_BACKEND_THREADS
-        ring = Ring(self._kind, workers if threads else self.queue_depth, self._owner, self._flags)
-        if threads:
-            ring.refused = f"threads move the requests: {self.backend_reason}"
+        ring = Ring(lib.DMB_BACKEND_THREADS, workers, self._owner, self._flags)
+        ring.refused = f"threads move the requests: {reason}"
         return ring
+
+    def _passthrough_ring(self) -> Ring:
+        """The ring of requests to NVMe character devices, made when first needed."""
+        with self._growing:
+            if self._passthrough is None:
+                self._passthrough = self._new_passthrough_ring()
+            return self._passthrough
+
+    def _new_passthrough_ring(self) -> Ring:
+        if self._kind == lib.DMB_BACKEND_THREADS:
+            return self._new_ring()
+        flags = self._flags | lib.DMB_RING_PASSTHROUGH
+        try:
+            return Ring(self._kind, self.queue_depth, self._owner, flags)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            reason = "this kernel has no io_uring passthrough (EINVAL): Linux 5.19 has"
+            log.info("NVMe passthrough by ioctl on threads: %s", reason)
+            return self._new_threads(reason)
+
+    def _all_rings(self) -> list[Ring]:
+        return self._rings + ([] if self._passthrough is None else [self._passthrough])
 
     @property
     def backend(self) -> Literal["io_uring", "threads"]:
@@ -251,7 +290,7 @@ class Engine:
     def close(self) -> None:
         """Tear the rings down; what they have registered is unpinned. Can be called again."""
         self._closed = True
-        for ring in self._rings:
+        for ring in self._all_rings():
             with ring.lock:
                 ring.close()
 
@@ -293,7 +332,7 @@ class Engine:
     def forget_file(self, fd: int) -> None:
         """Drop a descriptor from every ring's table, before its File closes it."""
         if not self._closed and self._pid == os.getpid():
-            for ring in self._rings:
+            for ring in self._all_rings():
                 ring.forget_file(fd)
 
     def no_native(self) -> str | None:
@@ -322,7 +361,7 @@ class Engine:
         submitted, and the call returns when the device is done, with it in the outcome.
         """
         self.check_usable()
-        ring = self._pick_ring()
+        ring = self._passthrough_ring() if job.namespace else self._pick_ring()
         with ring.lock:
             self.check_usable()  # nobody closed it meanwhile
             ring.tidy()
@@ -358,7 +397,7 @@ def _run_on(ring: Ring, job: Job, depth: int, block: int) -> Outcome:
         slots=slots,
         file_slot=ring.file_slot(job.fd) if many else -1,
         depth=depth,
-        block=round_up(block, max(job.offset_align, job.memory_align)),
+        block=job.block(block),
     )
     batch = ffi.new("struct dmb_batch **")
     try:
@@ -402,6 +441,7 @@ def _outcome(
         failed_straight=bool(result.failed_straight),
         error_offset=result.error_offset,
         short_segment=result.short_segment,
+        nvme_status=result.nvme_status,
         registered=registered,
         registration=registration,
         interruption=interruption,

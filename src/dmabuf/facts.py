@@ -13,7 +13,9 @@ from typing import Literal
 from dmabuf import _uapi
 from dmabuf._ffi import ffi, lib
 
-Kind = Literal["file", "block device", "character device", "pipe", "socket"]
+Kind = Literal[
+    "file", "block device", "NVMe character device", "character device", "pipe", "socket"
+]
 
 PAGE = mmap.PAGESIZE
 STREAMS: dict[str, str] = {

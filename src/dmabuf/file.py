@@ -84,12 +84,13 @@ class File:
 
     @property
     def kind(self) -> str:
-        """One of "file", "block device", "character device", "pipe", "socket"."""
+        """One of "file", "block device", "NVMe character device", "character device", "pipe",
+        "socket"."""
         return self._target.kind
 
     @property
     def size(self) -> int | None:
-        """Where the file or block device ends now, in bytes; None for a stream."""
+        """Where the file or device ends now, in bytes; None for a stream."""
         self._target.check_open()
         return None if self._target.stream else self._target.size()
 

@@ -64,6 +64,8 @@ class Question:
     """Why O_DIRECT cannot be had for the file."""
     no_native: str | None = None
     """Why the dma-buf cannot be registered for the file."""
+    no_page_cache: str | None = None
+    """Why nothing can go through the page cache."""
     no_pinning: str | None = None
     """Why the buffer's pages cannot be pinned."""
     no_mapping: str | None = None
@@ -106,7 +108,7 @@ def objections(question: Question, require: Require) -> dict[Route, str | None]:
         Route.NATIVE: uncached or q.no_native or q.no_native_middle or strict_native,
         Route.DIRECT: by_cpu or q.no_pinning or q.no_middle or strict,
         Route.STAGED: by_cpu,
-        Route.BUFFERED: q.no_mapping,
+        Route.BUFFERED: q.no_page_cache or q.no_mapping,
     }
 
 

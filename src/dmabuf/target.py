@@ -15,7 +15,7 @@ import threading
 from dataclasses import replace
 from weakref import WeakKeyDictionary
 
-from dmabuf import audit, facts
+from dmabuf import audit, facts, nvme
 from dmabuf.buffer import Buffer
 from dmabuf.engine import Engine, Job, default_engine
 from dmabuf.errors import ClosedError, os_error
@@ -59,9 +59,9 @@ class Target:
         if isinstance(path, int):
             self.fd = _duplicate(path, mode)
         else:
-            self.fd = os.open(self.path, FLAGS[mode] | os.O_CLOEXEC | os.O_NOCTTY, 0o666)
+            self.fd = _open(self.path, FLAGS[mode] | os.O_CLOEXEC | os.O_NOCTTY)
         try:
-            self.kind = self._identify()
+            self.kind, self.namespace = self._identify()
             self._check_flags()
             self._without_o_direct()
             self._check_claim(force)
@@ -72,7 +72,7 @@ class Target:
             self.fd = -1
             raise
 
-    def _identify(self) -> facts.Kind:
+    def _identify(self) -> tuple[facts.Kind, nvme.Namespace | None]:
         mode = os.fstat(self.fd).st_mode
         if stat.S_ISDIR(mode):
             text = "a directory has no bytes to move: name a file"
@@ -80,7 +80,10 @@ class Target:
         kind = facts.kind_of(mode)
         if kind is None:
             raise os_error(errno.EINVAL, "neither a file, device, pipe nor socket", self.path)
-        return kind
+        if kind == "character device":
+            namespace = nvme.namespace(self.fd, self.path)
+            return (kind, None) if namespace is None else ("NVMe character device", namespace)
+        return kind, None
 
     def _check_flags(self) -> None:
         flags = fcntl.fcntl(self.fd, fcntl.F_GETFL)
@@ -110,6 +113,8 @@ class Target:
 
     def _check_claim(self, force: bool) -> None:
         """Refuse to write to a block device that is mounted: O_EXCL answers EBUSY there."""
+        if self.namespace is not None and self.writable and not force:
+            nvme.check_claim(self.namespace, self.path)
         if self.kind != "block device" or not self.writable or force:
             return
         try:
@@ -129,7 +134,9 @@ class Target:
         return facts.STREAMS.get(self.kind)
 
     def size(self) -> int:
-        """Where the file or block device ends now, in bytes; not for streams."""
+        """Where the file or device ends now, in bytes; not for streams."""
+        if self.namespace is not None:
+            return self.namespace.size
         return facts.size_of(self.fd, self.kind)
 
     def device(self) -> str:
@@ -137,6 +144,22 @@ class Target:
         if self._device is None:
             self._device = audit.device_of(self.fd)
         return self._device
+
+    def check_write(self, offset: int, size: int) -> None:
+        """Raise OSError(EINVAL) where a write of the range can never be, whatever the buffer."""
+        if self.namespace is not None:
+            nvme.check_whole_blocks(self.namespace, offset, size, self.path)
+
+    def flush(self) -> None:
+        """Return when what was written is on the medium."""
+        if self.namespace is not None:
+            nvme.flush(self.fd, self.namespace, self.path)
+            return
+        try:
+            os.fdatasync(self.fd)
+        except OSError as error:
+            text = f"flushing to the medium failed: {error.strerror}"
+            raise os_error(error.errno or errno.EIO, text, self.path) from error
 
     def check_open(self) -> None:
         """Raise ClosedError once it is closed, and in a fork's child."""
@@ -195,7 +218,11 @@ class Target:
         if direct is not None:
             return direct
         with self._lock:  # two threads may come here at once, and one descriptor is enough
-            if self._direct is None:
+            if self._direct is None and self.namespace is not None:
+                alignment = facts.Alignment(self.namespace.memory_align, self.namespace.block)
+                own = fcntl.fcntl(self.fd, fcntl.F_DUPFD_CLOEXEC, 0)
+                self._direct = facts.Direct(own, alignment, None)
+            elif self._direct is None:
                 self._direct = facts.open_direct(
                     self.fd, self.kind, writable=self.writable, readable=self.readable
                 )
@@ -206,12 +233,19 @@ class Target:
         direct = self._direct
         if direct is None or direct.refusal or not (self._cache_watched or self.kind != "file"):
             return None
+        if self.namespace is not None:
+            return None  # takes commands, and neither pread nor pwrite
         return direct
 
     def no_native(self, buffer: Buffer) -> str | None:
         """Why the native route is out of the question for a buffer, whatever the range."""
         if not buffer.is_dmabuf:
             return "the buffer is a memfd, which is no dma-buf"
+        if self.namespace is not None:
+            return (
+                "NVMe passthrough moves no registered dma-bufs (EOPNOTSUPP): the namespace's block "
+                "device does, where the kernel can"
+            )
         known = self.engine.no_native() or self._no_native.get(buffer)
         return known or audit.PAIRS.refusal(buffer.exporter, self.device())
 
@@ -244,7 +278,7 @@ class Target:
 
     def learn_from(self, error: int) -> bool:
         """Whether the errno of a first O_DIRECT request taught something worth another try."""
-        if error not in (errno.EINVAL, errno.EOPNOTSUPP):
+        if error not in (errno.EINVAL, errno.EOPNOTSUPP) or self.namespace is not None:
             return False
         direct = self.direct()
         if min(direct.alignment.offset, direct.alignment.memory) < facts.PAGE:
@@ -282,6 +316,13 @@ class Target:
                 "(btrfs with checksums and ext4 with data=journal do): keep the file on another, "
                 "or switch that off for it"
             )
+
+
+def _open(path: str, flags: int) -> int:
+    try:
+        return os.open(path, flags, 0o666)
+    except PermissionError as error:
+        raise nvme.explained(error, path) from None
 
 
 def _duplicate(fd: int, mode: str) -> int:

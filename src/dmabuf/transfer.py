@@ -8,13 +8,12 @@ alignment was a guess), the fact is remembered and the transfer planned again, w
 from __future__ import annotations
 
 import errno
-import os
 import time
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dmabuf import audit, facts, fence, stream
+from dmabuf import audit, facts, fence, nvme, stream
 from dmabuf._ffi import failure, lib
 from dmabuf.buffer import Buffer
 from dmabuf.engine import NOT_AUDITED, NOTHING, Job, Outcome, Transfer
@@ -78,6 +77,10 @@ def _question(target: Target, order: Order) -> Question:
         question = replace(question, no_mapping=buffer._map_refusal)
     if question.stream:
         return question
+    if target.namespace is not None:
+        _check_whole_blocks(target, order)
+        text = "NVMe passthrough goes past the page cache: a passthrough device has none"
+        question = replace(question, no_page_cache=text)
     direct = target.direct()
     if direct.refusal:
         return replace(question, no_direct_io=direct.refusal)
@@ -88,6 +91,18 @@ def _question(target: Target, order: Order) -> Question:
         text = "the range is in the page cache, and prefer='fastest' takes it from there"
         return replace(question, cached=text)
     return _about_the_middle(target, order, question)
+
+
+def _check_whole_blocks(target: Target, order: Order) -> None:
+    """Refuse a write of less than whole blocks: there is no page cache to complete them."""
+    span = order.span
+    if order.direction == "read":
+        return
+    if not replace(_job(target, order, Route.DIRECT), memory_align=1).with_edges():
+        return
+    for i in range(span.count):
+        offset, size = span.segments[3 * i], span.segments[3 * i + 2]
+        target.check_write(offset, size)
 
 
 def _about_native(target: Target, order: Order, question: Question) -> Question:
@@ -171,11 +186,12 @@ def _job(target: Target, order: Order, route: Route) -> Job:
         edge_fd=target.fd,
         offset_align=direct.alignment.offset,
         memory_align=direct.alignment.memory,
-        page=facts.PAGE,
+        page=target.namespace.block if target.namespace else facts.PAGE,
         file_size=target.size(),
         write=order.direction == "write",
         route=route,
         path=target.path,
+        namespace=target.namespace,
     )
 
 
@@ -197,7 +213,7 @@ def carry_out(target: Target, order: Order, begun: float) -> Transfer:
         with _grown(target, order.span):
             transfer = _carry(target, order, begun)
     if order.sync:
-        _sync(target)
+        target.flush()
         transfer = replace(transfer, seconds=time.perf_counter() - begun)
     return transfer
 
@@ -336,7 +352,12 @@ def _failure(target: Target, order: Order, outcome: Outcome) -> OSError:
         f"{verb} {order.span.nbytes} bytes from file offset {order.span.file_start} on failed at "
         f"file offset {outcome.error_offset}, after {outcome.nbytes} whole bytes"
     )
-    error = failure(outcome.error, text, target.path)
+    if outcome.nvme_status:
+        error = os_error(
+            outcome.error, f"{text}: {nvme.status_text(outcome.nvme_status)}", target.path
+        )
+    else:
+        error = failure(outcome.error, text, target.path)
     _telling(error, outcome.nbytes)
     return error
 
@@ -490,14 +511,6 @@ def _grown(target: Target, span: Span) -> AbstractContextManager[None]:
         text = f"the device ends at {target.size()}, and the write would reach {span.file_end}"
         raise _telling(os_error(errno.ENOSPC, text, target.path), 0)
     return nullcontext()
-
-
-def _sync(target: Target) -> None:
-    try:
-        os.fdatasync(target.fd)
-    except OSError as error:
-        text = f"flushing to the medium failed: {error.strerror}"
-        raise os_error(error.errno or errno.EIO, text, target.path) from error
 
 
 # -- streams

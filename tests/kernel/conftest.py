@@ -11,6 +11,7 @@ import pytest
 
 import dmabuf
 from tests.guards import needs, vgem_node
+from tests.kernel.nvme_drive import drive
 from tests.kernel.test_exporters import drm, heap_fd
 
 BUFINFO = Path("/sys/kernel/debug/dma_buf/bufinfo")
@@ -104,4 +105,4 @@ def scsi() -> Iterator[str]:
     pytest.fail("scsi_debug made no disk")
 
 
-__all__ = ["BUFFERS", "PINNED", "heap_read_only", "needs", "null_blk", "scsi", "vgem"]
+__all__ = ["BUFFERS", "PINNED", "drive", "heap_read_only", "needs", "null_blk", "scsi", "vgem"]

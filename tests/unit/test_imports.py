@@ -18,7 +18,7 @@ LAYERS: list[set[str]] = [
     {"_mapping", "_rawfile", "fence"},
     {"buffer"},
     {"exporters"},
-    {"route", "facts"},
+    {"route", "facts", "nvme"},
     {"ring"},
     {"engine"},
     {"growth", "span", "stream", "audit"},

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from dmabuf import exporters, facts
+from dmabuf import exporters, facts, nvme
 from dmabuf.buffer import Buffer
 from dmabuf.errors import RouteUnavailable
 from dmabuf.file import File
@@ -64,12 +64,15 @@ def examine(path: str) -> Report:
     Raises:
         OSError: the path is not there, or cannot be looked at.
     """
-    mode = os.stat(path).st_mode
+    status = os.stat(path)
+    mode = status.st_mode
     if stat.S_ISDIR(mode):
         return _examine_directory(path)
     kind = facts.kind_of(mode)
     if kind is None:
         raise OSError(22, "neither a file, directory, device, pipe nor socket", path)
+    if nvme.is_namespace(status):
+        kind = "NVMe character device"
     with exporters.allocate(_SIZE) as buffer:
         if kind in facts.STREAMS:
             return _examine_stream(path, kind)
@@ -126,7 +129,7 @@ def _plan(file: File, buffer: Buffer, direction: Direction) -> Outlook:
         size = min(_SIZE, file.size or 0)
         if size == 0:
             return Outlook(True, False, None, "it is empty: there is nothing to read")
-    elif file.kind == "block device":
+    elif file.kind in ("block device", "NVMe character device"):
         size = min(_SIZE, file.size or 0)
     try:
         return _outlook(file.plan(buffer, direction, size=size))
@@ -147,7 +150,8 @@ def _report(
     if direct.refusal is None:
         memory, offset = direct.alignment.memory, direct.alignment.offset
         text = f"addresses by {memory}, offsets and lengths by {offset} bytes"
-        answer = Answer("O_DIRECT", True, text)
+        name = "passthrough" if kind == "NVMe character device" else "O_DIRECT"
+        answer = Answer(name, True, text)
         return Report(path, kind, filesystem(path), size, answer, memory, offset, read, write)
     answer = Answer("O_DIRECT", False, direct.refusal)
     return Report(path, kind, filesystem(path), size, answer, None, None, read, write)

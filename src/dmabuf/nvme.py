@@ -1,0 +1,278 @@
+"""NVMe namespaces by their character devices, /dev/ngXnY: what they are, and what they answer.
+
+Commands go to the device as they are (io_uring's URING_CMD, or an ioctl), past the block layer
+and the page cache. So nothing below us rounds, splits, retries or caches: a request is whole
+blocks, and no larger than the device takes.
+
+The limit of a request is the kernel's own, from the sysfs of the namespace's queue: a passthrough
+request is not split but refused (EINVAL) where it has more than max_hw_sectors, which the kernel
+has from the controller's MDTS, or more than max_segments pieces of memory, which MDTS says nothing
+of. Only where sysfs does not tell, MDTS is asked, in units of 4 KiB: the smallest page a controller
+may have.
+
+The memory alignment is the queue's dma_alignment, 4 bytes for NVMe (a PRP entry and an SGL address
+are whole dwords): the kernel takes any other address too, and copies (blk_rq_map_user_iov).
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import stat
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from dmabuf import _uapi
+from dmabuf._ffi import ffi, lib
+from dmabuf.errors import os_error
+
+SYSFS = Path("/sys")
+
+_IDENTIFY = 6  # admin opcode; cdw10 says of what
+_OF_NAMESPACE, _OF_CONTROLLER = 0, 1
+_FLUSH = 0  # I/O opcode
+_ANSWER = 4096  # bytes of what Identify answers
+_MOST_BLOCKS = 1 << 16  # of one command
+_UNKNOWN_LIMIT = 128 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """What Identify Namespace tells of a namespace."""
+
+    blocks: int
+    block: int
+    """Bytes, without metadata."""
+    metadata: int
+    """Bytes of metadata of each block."""
+
+
+@dataclass(frozen=True, slots=True)
+class Namespace:
+    """A namespace, as it was when its character device was opened."""
+
+    nsid: int
+    size: int
+    """In bytes."""
+    block: int
+    """In bytes: what offsets and lengths of requests are multiples of."""
+    limit: int
+    """Bytes that one request may move."""
+    memory_align: int
+    """Bytes that memory must be aligned to for the device to move it without a copy."""
+    disk: str | None
+    """The name of the block device of the same namespace, such as "nvme0n1"; None for none."""
+
+    @property
+    def lba_shift(self) -> int:
+        """The block is two to this power."""
+        return self.block.bit_length() - 1
+
+
+# -- answers
+
+
+def parse_format(answer: bytes) -> Format:
+    """Read the 4096 bytes of Identify Namespace (NVM Command Set Specification 1.0, figure 97)."""
+    blocks, formats, which = *struct.unpack_from("<Q", answer), answer[25], answer[26]
+    index = which & 0xF
+    if formats > 15:
+        index |= (which & 0x60) >> 1
+    metadata, exponent = struct.unpack_from("<HB", answer, 128 + 4 * index)
+    return Format(blocks, 1 << exponent, metadata)
+
+
+def parse_mdts(answer: bytes) -> int | None:
+    """The most bytes of a request by Identify Controller, at least; None for any number."""
+    return 4096 << answer[77] if 0 < answer[77] < 32 else None
+
+
+def status_text(status: int) -> str:
+    """What an NVMe status says: "LBA out of range (NVMe status 0x0080)"."""
+    name = ffi.string(lib.dmb_nvme_status_name(status)).decode()
+    upper = name[0].upper() + name[1:] if name[0].islower() else name
+    return f"{upper} (NVMe status 0x{status & 0x7FF:04x})"
+
+
+def request_limit(block: int, sectors_kib: int | None, segments: int | None) -> int:
+    """Bytes of one request at most: whole blocks, by the limits of the queue.
+
+    Memory that is scattered has a segment a page, and one more where it begins within a page.
+    """
+    most = _MOST_BLOCKS * block
+    if sectors_kib is not None:
+        most = min(most, sectors_kib << 10)
+    if segments is not None:
+        most = min(most, max(segments - 1, 1) * mmap.PAGESIZE)
+    return max(most // block * block, block)
+
+
+# -- commands
+
+
+def _command(fd: int, request: int, opcode: int, nsid: int, answer: object, cdw10: int) -> None:
+    """Run a command by ioctl(2); OSError where the kernel or the device refuses it."""
+    address = int(ffi.cast("uintptr_t", answer)) if answer else 0
+    size = _ANSWER if answer else 0
+    fields = (opcode, 0, 0, nsid, 0, 0, 0, address, 0, size, cdw10, *(0,) * 7)
+    status = _uapi.ioctl(fd, request, bytearray(_uapi.NVME_CMD_STRUCT.pack(*fields)))
+    if status:
+        raise OSError(lib.dmb_nvme_errno(status, lib.DMB_WRITE), status_text(status))
+
+
+def _identify(fd: int, nsid: int, what: int) -> bytes:
+    answer = ffi.new("uint8_t[]", _ANSWER)
+    _command(fd, _uapi.NVME_IOCTL_ADMIN_CMD, _IDENTIFY, nsid, answer, what)
+    return bytes(ffi.buffer(answer))
+
+
+def flush(fd: int, namespace: Namespace, path: str) -> None:
+    """Return when everything written is on the medium: an NVMe Flush."""
+    try:
+        _command(fd, _uapi.NVME_IOCTL_IO_CMD, _FLUSH, namespace.nsid, None, 0)
+    except OSError as error:
+        text = f"flushing to the medium failed: {error.strerror}"
+        raise os_error(error.errno or errno.EIO, text, path) from error
+
+
+# -- devices
+
+
+def _subsystem(device: int) -> str | None:
+    """What kind of character device a number is, in the kernel's word."""
+    number = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        return os.path.basename(os.readlink(SYSFS / "dev/char" / number / "subsystem"))
+    except OSError:
+        return None
+
+
+def is_namespace(status: os.stat_result) -> bool:
+    """Whether a file is a namespace's character device."""
+    return stat.S_ISCHR(status.st_mode) and _subsystem(status.st_rdev) == "nvme-generic"
+
+
+def explained(error: OSError, path: str) -> OSError:
+    """A refusal to open or ask a namespace, with the fix; any other error as it is."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return error
+    if error.errno not in (errno.EACCES, errno.EPERM) or not is_namespace(status):
+        return error
+    disk = _disk_of(status.st_rdev)
+    text = (
+        f"no permission for NVMe passthrough ({error.strerror}): be root, or have the node's mode "
+        "or group changed by a udev rule"
+        + (f"; /dev/{disk} is the same namespace as a block device" if disk else "")
+    )
+    return os_error(error.errno, text, path)
+
+
+def _disk_of(device: int) -> str | None:
+    """The name of the block device beside a namespace's character device."""
+    node = SYSFS / "dev/char" / f"{os.major(device)}:{os.minor(device)}"
+    disk = "nvme" + node.resolve().name.removeprefix("ng")
+    return disk if (SYSFS / "class/block" / disk).exists() else None
+
+
+def disk_number(status: os.stat_result) -> int | None:
+    """The device number of the block device beside a namespace's character device."""
+    disk = _disk_of(status.st_rdev)
+    try:
+        text = (SYSFS / "class/block" / (disk or "-") / "dev").read_text()
+    except OSError:
+        return None
+    major, minor = map(int, text.split(":"))
+    return os.makedev(major, minor)
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def namespace(fd: int, path: str) -> Namespace | None:
+    """The namespace behind an open character device; None where it is of another kind.
+
+    Raises:
+        OSError: it is NVMe, and nothing can be read from it: a controller, a namespace with
+            metadata or without blocks; or the device or the kernel refuses to tell.
+    """
+    status = os.fstat(fd)
+    if _subsystem(status.st_rdev) == "nvme":
+        text = "an NVMe controller has no blocks: name a namespace of it, such as /dev/ng0n1"
+        raise os_error(errno.EINVAL, text, path)
+    if not is_namespace(status):
+        return None
+    try:
+        nsid = int(_uapi.ioctl(fd, _uapi.NVME_IOCTL_ID, 0))
+        found = parse_format(_identify(fd, nsid, _OF_NAMESPACE))
+    except PermissionError as error:
+        raise explained(error, path) from error
+    except OSError as error:
+        text = f"asking the namespace what it is failed: {error.strerror}"
+        raise os_error(error.errno or errno.EIO, text, path) from error
+    if found.metadata:
+        text = (
+            f"each block of the namespace has {found.metadata} bytes of metadata beside its "
+            f"{found.block} bytes, which this package does not move: use a namespace formatted "
+            "without"
+        )
+        raise os_error(errno.EOPNOTSUPP, text, path)
+    if not found.blocks or found.block < 512:
+        raise os_error(errno.ENODEV, "the namespace is not active: it has no blocks", path)
+    return _with_limits(fd, nsid, found, _disk_of(status.st_rdev))
+
+
+def _with_limits(fd: int, nsid: int, found: Format, disk: str | None) -> Namespace:
+    queue = SYSFS / "class/block" / (disk or "-") / "queue"
+    kib, segments = _number(queue / "max_hw_sectors_kb"), _number(queue / "max_segments")
+    alignment = _number(queue / "dma_alignment")  # a mask; Linux 6.0
+    if kib is None:
+        mdts = parse_mdts(_identify(fd, nsid, _OF_CONTROLLER)) or _UNKNOWN_LIMIT
+        kib = min(mdts, _UNKNOWN_LIMIT) >> 10
+    return Namespace(
+        nsid=nsid,
+        size=found.blocks * found.block,
+        block=found.block,
+        limit=request_limit(found.block, kib, segments),
+        memory_align=4 if alignment is None else min(alignment + 1, found.block),
+        disk=disk,
+    )
+
+
+def check_claim(namespace: Namespace, path: str) -> None:
+    """Refuse to write where the namespace is mounted or claimed as a block device.
+
+    The kernel does not: passthrough goes past what protects a mounted block device.
+    """
+    if namespace.disk is None:
+        return
+    node = f"/dev/{namespace.disk}"
+    try:
+        fd = os.open(node, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC)
+    except OSError as error:
+        what = f"the namespace is mounted, or claimed by another program, as {node}"
+        if error.errno != errno.EBUSY:
+            what = f"whether the namespace is mounted as {node} cannot be seen ({error.strerror})"
+        text = f"{what}: writing to it might destroy what is there; unmount it, or pass force=True"
+        raise os_error(errno.EBUSY, text, path) from None
+    os.close(fd)
+
+
+def check_whole_blocks(namespace: Namespace, offset: int, size: int, path: str) -> None:
+    """Refuse a write of anything but whole blocks: no page cache completes them here."""
+    if (offset | size) % namespace.block:
+        text = (
+            f"writing {size} bytes at file offset {offset}: an NVMe character device takes whole "
+            f"blocks of {namespace.block} bytes only, at multiples of them"
+            + (f"; /dev/{namespace.disk} takes any" if namespace.disk else "")
+        )
+        error = os_error(errno.EINVAL, text, path)
+        error.nbytes = 0  # type: ignore[attr-defined]
+        raise error
