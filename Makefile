@@ -1,5 +1,5 @@
 # Two commands for users: `make demo` and `make test`. The rest are the parts of `make test`.
-.PHONY: demo test check lint types c-tests unit lab-tests bench clean
+.PHONY: demo test check lint types c-tests unit lab-tests clean
 
 PYTHON ?= python3
 VENV := .venv
