@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import dmabuf as package
 from dmabuf.cli import _verify
+from dmabuf.compare import first_difference
 from tests.support import assert_same, pattern
 from tests.unit.command import dmabuf
 
@@ -315,7 +316,7 @@ def test_the_first_difference(size: int, data: st.DataObject) -> None:
     one = bytes(size)
     places = data.draw(st.sets(st.integers(0, size - 1), min_size=1))
     other = bytes(place in places for place in range(size))
-    assert _verify._first_difference(one, other) == min(places)
+    assert first_difference(one, other) == min(places)
 
 
 def test_verify_finds_a_target_that_is_short(

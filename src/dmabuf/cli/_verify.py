@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from dmabuf import exporters
 from dmabuf.buffer import Buffer
+from dmabuf.compare import first_difference
 from dmabuf.errors import IntegrityError, RouteUnavailable
 from dmabuf.file import File
 from dmabuf.route import Route
@@ -84,20 +85,9 @@ def _check(target: File, expected: Buffer, found: Buffer, size: int, got: int, o
     wanted, seen = expected.pread(size, 0), found.pread(size, 0)
     if wanted == seen:
         return
-    at = _first_difference(wanted, seen)
+    at = first_difference(wanted, seen)
     text = (
         f"read back, it differs from the source at offset {offset + at}: 0x{seen[at]:02x} and not "
         f"0x{wanted[at]:02x}"
     )
     raise IntegrityError(text, str(target.name), offset=offset + at)
-
-
-def _first_difference(one: bytes, other: bytes) -> int:
-    low, high = 0, len(one)  # equal before `low`, different somewhere before `high`
-    while high - low > 1:
-        middle = (low + high) // 2
-        if one[low:middle] == other[low:middle]:
-            low = middle
-        else:
-            high = middle
-    return low
