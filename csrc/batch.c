@@ -9,7 +9,8 @@
  * was in flight with a request that failed is first done again, one request at a time, and only the
  * one that fails alone holds a bad block.
  *
- * Phases: MIDDLE, then BISECT where a request failed, then EDGES of a write, then DONE.
+ * Phases: MIDDLE, then BISECT where a request failed, then EDGES of a write and their FLUSH, then
+ * DONE.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -27,12 +28,16 @@ enum {
 	REISSUE_PAUSE_NS = 100000,
 	DRAIN_WARNING_MS = 5000,
 	DRAIN_PAUSE_NS = 10000000, /* where waiting itself fails */
+	HEAVY_BYTES = 65536,	   /* copied by the kernel while it takes the request */
 };
 
-enum phase { MIDDLE, BISECT, EDGES, DONE };
+enum phase { MIDDLE, BISECT, EDGES, FLUSH, DONE };
 
 struct dmb_batch {
 	struct dmb_ring *ring;
+	struct dmb_turn turn;
+	struct dmb_job own_job; /* of a lone request, as its segment */
+	uint64_t own_segment[3];
 	const struct dmb_job *job;
 	const uint64_t *segments;
 	size_t count;
@@ -61,6 +66,7 @@ struct dmb_batch {
 	int bad_error;
 
 	uint64_t edge_start, edge_end; /* the part of the file that edges were written to */
+	uint64_t flush_from;	       /* position of the first edge: what a failed flush loses */
 
 	struct dmb_stage stage; /* empty until a request needs a block */
 	uint32_t in_flight;
@@ -121,6 +127,7 @@ int dmb_batch_create(struct dmb_ring *ring, const struct dmb_job *job, const uin
 	for (size_t i = 0; i < count; i++)
 		batch->total += segments[3 * i + 2];
 	batch->ring = ring;
+	batch->turn.batch = batch;
 	batch->job = job;
 	batch->segments = segments;
 	batch->count = count;
@@ -140,6 +147,8 @@ static void give_back(struct dmb_batch *batch, struct dmb_io *io)
 	io->next = batch->free;
 	batch->free = io;
 	batch->in_flight--;
+	batch->ring->in_flight--;
+	dmb_turn_touch(batch->ring, &batch->turn);
 }
 
 /* io's bytes from `position` on did not move. */
@@ -201,6 +210,8 @@ static int issue(struct dmb_batch *batch, struct dmb_io *io)
 	int rc;
 
 	dmb_shape(batch->job, batch->segments, io, batch->phase == EDGES);
+	io->heavy = batch->ring->eventfd >= 0 && batch->job->route == DMB_BUFFERED &&
+		    io->length >= HEAVY_BYTES;
 	if (io->staged) {
 		if (!batch->job->base)
 			return -EFAULT; /* memory that the CPU cannot map has no edges */
@@ -306,8 +317,14 @@ static int filtered(const struct dmb_ring *ring, const struct dmb_io *io)
 	return ring->filter ? ring->filter(ring->filter_arg, &completion) : io->result;
 }
 
+static void end_flush(struct dmb_io *io, int result);
+
 static void finish(struct dmb_io *io, int result)
 {
+	if (io->flush) {
+		end_flush(io, result);
+		return;
+	}
 	io->batch->result.requests++;
 	if (!complete(io->batch, io, result))
 		give_back(io->batch, io);
@@ -339,14 +356,13 @@ static void reissue(struct dmb_ring *ring, struct dmb_io *list)
 	}
 }
 
-/* Handle what completed, of all the ring's batches; false where nothing did. */
-static bool reap(struct dmb_ring *ring)
+bool dmb_reap(struct dmb_ring *ring)
 {
 	struct dmb_io *io, *again = NULL;
 	bool any = false;
 
 	while ((io = ring->ops->reap(ring))) {
-		int result = filtered(ring, io);
+		int result = io->flush ? io->result : filtered(ring, io);
 
 		any = true;
 		if (may_reissue(io, result)) {
@@ -398,7 +414,9 @@ static struct dmb_io *take_io(struct dmb_batch *batch, size_t segment, uint64_t 
 
 	batch->free = io->next;
 	batch->in_flight++;
+	batch->ring->in_flight++;
 	io->busy = true;
+	io->flush = io->heavy = false;
 	io->segment = segment;
 	io->skip = skip;
 	io->position = position;
@@ -419,24 +437,30 @@ static bool start(struct dmb_batch *batch, struct dmb_io *io)
 	return false;
 }
 
-static void fill_pass(struct dmb_batch *batch)
+/* Make the pass's next requests, at most `quota`; false where there would be more. */
+static bool fill_pass(struct dmb_batch *batch, uint32_t quota)
 {
 	uint64_t left;
 
+	if (batch->phase != MIDDLE && batch->phase != EDGES)
+		return true;
 	while (batch->free && !batch->stopping && advance_cursor(batch, &left)) {
 		uint64_t position = batch->before + batch->skip;
 		struct dmb_io *io;
 
 		if (position >= batch->stop)
-			return;
+			return true;
 		if (position < batch->alone_until && batch->in_flight)
-			return;
+			return true;
+		if (!quota--)
+			return false;
 		io = take_io(batch, batch->segment, batch->skip, position, left);
 		if (!start(batch, io))
-			return;
+			return true;
 		io->left = io->want; /* the rest is the next request's */
 		batch->skip += io->want;
 	}
+	return true;
 }
 
 /* The bad range, [bad_position, bad_end), may hold good blocks before the bad one. */
@@ -548,31 +572,50 @@ static void fail_from(struct dmb_batch *batch, uint64_t position, int error)
 	fail(batch, &io, error);
 }
 
-/* Write the edges out and drop them from the page cache; `first` is the first one's position. */
-static void flush_edges(struct dmb_batch *batch, uint64_t first)
+/*
+ * Write the edges out, as a request like all others since it waits for the medium, and drop them
+ * from the page cache. Requests have 32 bits for its length: 0 is to the end of the file.
+ */
+static bool begin_flush(struct dmb_batch *batch)
 {
-	const unsigned wait =
-		SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER;
 	uint64_t start = dmb_align_down(batch->edge_start, batch->job->page);
-	uint64_t end = dmb_align_up(batch->edge_end, batch->job->page);
-	int fd = batch->job->edge_fd;
+	uint64_t size = dmb_align_up(batch->edge_end, batch->job->page) - start;
+	struct dmb_io *io;
+	int rc;
 
 	if (batch->edge_start == UINT64_MAX)
-		return;
-	if (sync_file_range(fd, (off_t)start, (off_t)(end - start), wait))
-		fail_from(batch, first, errno);
-	posix_fadvise(fd, (off_t)start, (off_t)(end - start), POSIX_FADV_DONTNEED);
+		return false;
+	io = take_io(batch, 0, 0, 0, 0);
+	io->flush = true;
+	io->native = io->staged = io->straight = false;
+	io->fd = batch->job->edge_fd;
+	io->file_slot = io->buffer_slot = -1;
+	io->nsid = 0;
+	io->offset = start;
+	io->length = size > UINT32_MAX ? 0 : (uint32_t)size;
+	rc = batch->ring->ops->issue(batch->ring, io);
+	if (rc)
+		end_flush(io, rc);
+	return !rc;
+}
+
+static void end_flush(struct dmb_io *io, int result)
+{
+	struct dmb_batch *batch = io->batch;
+
+	if (result < 0)
+		fail_from(batch, batch->flush_from, -result);
+	posix_fadvise(io->fd, (off_t)io->offset, io->length, POSIX_FADV_DONTNEED);
+	give_back(batch, io);
 }
 
 static void end_edges(struct dmb_batch *batch)
 {
-	uint64_t first = batch->first_edge;
-
+	batch->flush_from = batch->first_edge;
 	if (batch->segment >= batch->count || batch->before + batch->skip >= batch->stop)
 		batch->first_edge = UINT64_MAX; /* written, as far as they count */
 	else
 		batch->first_edge = batch->before + batch->skip;
-	flush_edges(batch, first);
 }
 
 /* Nothing is in flight and nothing was issued: what comes next? */
@@ -592,6 +635,11 @@ static void next_phase(struct dmb_batch *batch)
 		break;
 	case EDGES:
 		end_edges(batch);
+		batch->phase = FLUSH;
+		if (!begin_flush(batch))
+			batch->phase = DONE;
+		return;
+	case FLUSH:
 		batch->phase = DONE;
 		return;
 	case DONE:
@@ -610,8 +658,7 @@ int dmb_batch_run(struct dmb_batch *batch, int timeout_ms)
 	for (; batch->phase != DONE; left = deadline - now_ms()) {
 		int rc;
 
-		if (batch->phase != BISECT)
-			fill_pass(batch);
+		fill_pass(batch, UINT32_MAX);
 		if (!batch->in_flight) {
 			next_phase(batch);
 			continue;
@@ -619,25 +666,34 @@ int dmb_batch_run(struct dmb_batch *batch, int timeout_ms)
 		rc = batch->ring->ops->wait(batch->ring, left > 0 ? (int)left : 0);
 		if (rc)
 			return rc;
-		if (!reap(batch->ring) || left <= 0)
+		if (!dmb_reap(batch->ring) || left <= 0)
 			return 1; /* a signal, or the time is up */
 	}
 	return 0;
 }
 
-void dmb_batch_drain(struct dmb_batch *batch)
+/* Nothing more is issued, but the flush of edges that were written. */
+static void stop(struct dmb_batch *batch)
 {
-	const struct dmb_backend_ops *ops = batch->ring->ops;
-	int64_t warn_at = now_ms() + DRAIN_WARNING_MS;
-
 	batch->stopping = true;
 	for (uint32_t i = 0; batch->in_flight && i < batch->job->depth; i++)
-		if (batch->ios[i].busy)
-			ops->cancel(batch->ring, &batch->ios[i]);
-	while (batch->in_flight) {
-		if (ops->wait(batch->ring, 1000))
+		if (batch->ios[i].busy && !batch->ios[i].flush)
+			batch->ring->ops->cancel(batch->ring, &batch->ios[i]);
+}
+
+void dmb_batch_drain(struct dmb_batch *batch)
+{
+	int64_t warn_at = now_ms() + DRAIN_WARNING_MS;
+
+	stop(batch);
+	while (batch->in_flight || batch->phase != DONE) {
+		if (!batch->in_flight) {
+			next_phase(batch);
+			continue;
+		}
+		if (batch->ring->ops->wait(batch->ring, 1000))
 			nap(DRAIN_PAUSE_NS);
-		reap(batch->ring);
+		dmb_reap(batch->ring);
 		if (batch->in_flight && now_ms() >= warn_at) {
 			fprintf(stderr,
 				"dmabuf: interrupted, and waiting for the device: it still owns "
@@ -647,18 +703,80 @@ void dmb_batch_drain(struct dmb_batch *batch)
 			warn_at = INT64_MAX;
 		}
 	}
-	while (batch->phase != DONE)
-		next_phase(batch);
 }
 
-void dmb_batch_get_result(const struct dmb_batch *batch, struct dmb_result *ret)
+enum dmb_step dmb_batch_step(struct dmb_batch *batch, uint32_t quota)
+{
+	while (batch->phase != DONE) {
+		if (!fill_pass(batch, quota))
+			return DMB_STEP_WANTS_ROOM;
+		if (batch->in_flight)
+			return DMB_STEP_FLYING;
+		if (!quota && (batch->error || batch->phase == EDGES))
+			return DMB_STEP_WANTS_ROOM; /* to look for the bad block, or flush */
+		next_phase(batch);
+	}
+	return DMB_STEP_DONE;
+}
+
+void dmb_batch_start(struct dmb_batch *batch, uint64_t tag)
+{
+	dmb_turn_begin(batch->ring, &batch->turn, tag);
+}
+
+void dmb_batch_stop(struct dmb_batch *batch)
+{
+	stop(batch);
+	dmb_turn_hurry(batch->ring, &batch->turn);
+}
+
+int dmb_batch_start_lone(struct dmb_ring *ring, int direction, int fd, uint64_t address,
+			 uint64_t size, uint64_t offset, uint32_t align, uint64_t tag,
+			 struct dmb_batch **ret)
+{
+	const uint64_t segment[3] = {offset, 0, size};
+	const struct dmb_job job = {
+		.fd = fd,
+		.file_slot = -1,
+		.edge_fd = -1,
+		.offset_align = align,
+		.memory_align = 1,
+		.page = align,
+		.file_size = offset + size,
+		.base = address,
+		.size = size,
+		.direction = direction,
+		.route = DMB_DIRECT,
+		.depth = 1,
+		.block = (uint32_t)dmb_align_up(size, align),
+	};
+	struct dmb_batch *batch;
+	int rc = dmb_batch_create(ring, &job, segment, 1, &batch);
+
+	if (rc)
+		return rc;
+	batch->own_job = job;
+	memcpy(batch->own_segment, segment, sizeof(segment));
+	batch->job = &batch->own_job;
+	batch->segments = batch->own_segment;
+	dmb_batch_start(batch, tag);
+	*ret = batch;
+	return 0;
+}
+
+uint64_t dmb_batch_nbytes(const struct dmb_batch *batch)
 {
 	uint64_t nbytes = dmb_min(batch->total, batch->stop);
 
 	nbytes = dmb_min(nbytes, batch->middle_end);
 	nbytes = dmb_min(nbytes, batch->first_edge);
+	return batch->phase == DONE ? nbytes : 0;
+}
+
+void dmb_batch_get_result(const struct dmb_batch *batch, struct dmb_result *ret)
+{
 	*ret = batch->result;
-	ret->nbytes = batch->phase == DONE ? nbytes : 0;
+	ret->nbytes = dmb_batch_nbytes(batch);
 	ret->error = batch->error;
 	if (batch->error) {
 		ret->failed_straight = batch->failed.straight;
@@ -672,7 +790,16 @@ void dmb_batch_destroy(struct dmb_batch *batch)
 	if (!batch)
 		return;
 	dmb_batch_drain(batch);
+	dmb_turn_leave(&batch->turn);
 	leave_stage(batch);
 	free(batch->ios);
 	free(batch);
+}
+
+uint64_t dmb_batch_end(struct dmb_batch *batch)
+{
+	uint64_t nbytes = dmb_batch_nbytes(batch);
+
+	dmb_batch_destroy(batch);
+	return nbytes;
 }

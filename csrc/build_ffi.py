@@ -11,7 +11,17 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ("ring.c", "threads.c", "batch.c", "split.c", "stage.c", "sys.c", "nvme.c", "emulate.c")
+SOURCES = (
+    "ring.c",
+    "threads.c",
+    "batch.c",
+    "loop.c",
+    "split.c",
+    "stage.c",
+    "sys.c",
+    "nvme.c",
+    "emulate.c",
+)
 
 
 def declarations() -> str:

@@ -153,6 +153,32 @@ void dmb_batch_drain(struct dmb_batch *batch);
 void dmb_batch_get_result(const struct dmb_batch *batch, struct dmb_result *ret);
 void dmb_batch_destroy(struct dmb_batch *batch); /* drains */
 
+/*
+ * Many batches on one ring, driven by an event loop: none of these waits for a device.
+ *
+ * A batch that was started makes its requests at dmb_ring_poll, no more of all batches together
+ * than the ring's depth, and the batches take turns. The eventfd (-1 for none) is signalled when
+ * dmb_ring_poll has something to do. That submits what there is in one system call, takes what has
+ * completed, and adds the tags of batches that are done to tags[*ret], counting *ret up to
+ * `capacity`; where it gets there, call it again. Reads *ret, so an interrupted caller loses none.
+ */
+int dmb_ring_set_eventfd(struct dmb_ring *ring, int fd);
+int dmb_ring_poll(struct dmb_ring *ring, uint64_t *tags, uint32_t capacity, uint32_t *ret);
+void dmb_batch_start(struct dmb_batch *batch, uint64_t tag);
+/* Submit nothing more and cancel what can be cancelled; dmb_ring_poll tells when it is done. */
+void dmb_batch_stop(struct dmb_batch *batch);
+/*
+ * A batch of one request, made and started: offset, size and address are multiples of `align`, and
+ * the file does not end before it. No slots, no staging, no edges.
+ */
+int dmb_batch_start_lone(struct dmb_ring *ring, int direction, int fd, uint64_t address,
+			 uint64_t size, uint64_t offset, uint32_t align, uint64_t tag,
+			 struct dmb_batch **ret);
+/* The bytes that a batch moved without a gap once it is done; 0 before. */
+uint64_t dmb_batch_nbytes(const struct dmb_batch *batch);
+/* The same, and the batch is destroyed. */
+uint64_t dmb_batch_end(struct dmb_batch *batch);
+
 /* One pread(2) or pwrite(2): the way a lone small request is made. Returns a count or -errno. */
 int64_t dmb_lone(int direction, int fd, uint64_t address, uint64_t size, uint64_t offset);
 

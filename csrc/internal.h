@@ -3,6 +3,7 @@
 #ifndef DMABUF_INTERNAL_H
 #define DMABUF_INTERNAL_H
 
+#include <fcntl.h>
 #include <liburing.h>
 #include <stdbool.h>
 #include <sys/types.h>
@@ -10,6 +11,23 @@
 #include "core.h"
 
 struct dmb_nvme_cmd;
+
+/* Of sync_file_range(2): all that is dirty, written out when it returns. */
+#define DMB_FLUSH_FLAGS                                                                            \
+	(SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER)
+
+/* A batch's place among those that an event loop drives: in one list at most. */
+struct dmb_turn {
+	struct dmb_turn *next, *prev;
+	struct dmb_turns *in;
+	struct dmb_batch *batch;
+	uint64_t tag;
+	bool started;
+};
+
+struct dmb_turns {
+	struct dmb_turn *first, *last;
+};
 
 /* One request: what is asked of the kernel, and which bytes of which segment it is for. */
 struct dmb_io {
@@ -29,6 +47,8 @@ struct dmb_io {
 	int fd;
 	int file_slot;
 	int buffer_slot;
+	bool flush;  /* not bytes, but sync_file_range(2): the edges, written out */
+	bool heavy;  /* may take long to start, and the ring's user must not wait */
 	bool native; /* address is an offset into the slot's dma-buf */
 	bool staged; /* goes through `block`, which is where address points */
 	uint8_t *address;
@@ -52,6 +72,8 @@ struct dmb_backend_ops {
 	/* Start what was taken; return when something completed, the time is up, or a signal came.
 	 */
 	int (*wait)(struct dmb_ring *ring, int timeout_ms);
+	/* Start what was taken, and see what completed; no wait. */
+	int (*poll)(struct dmb_ring *ring);
 	/* The next completed request with its result, or NULL. */
 	struct dmb_io *(*reap)(struct dmb_ring *ring);
 	/* Ask that a request not run; it completes all the same, perhaps with ECANCELED. */
@@ -74,10 +96,29 @@ struct dmb_ring {
 	struct io_uring uring;
 	struct dmb_threads *threads;
 	struct dmb_emulated *emulated;
-	struct dmb_stage stage; /* what the last batch left for the next */
+	struct dmb_stage stage;	  /* what the last batch left for the next */
+	int eventfd;		  /* of the loop that drives it, or -1 */
+	bool issued;		  /* something was issued since the last poll */
+	uint32_t in_flight;	  /* requests, of all batches */
+	struct dmb_turns touched; /* batches with completions since their last turn */
+	struct dmb_turns waiting; /* for room among the requests in flight */
+	struct dmb_turns done;	  /* whose tags were not told yet */
 	dmb_filter filter;
 	void *filter_arg;
 };
+
+/* A step of a batch: make at most `quota` requests, and go through the phases. */
+enum dmb_step { DMB_STEP_DONE, DMB_STEP_FLYING, DMB_STEP_WANTS_ROOM };
+enum dmb_step dmb_batch_step(struct dmb_batch *batch, uint32_t quota);
+/* Handle what completed, of all the ring's batches; false where nothing did. */
+bool dmb_reap(struct dmb_ring *ring);
+
+void dmb_turn_begin(struct dmb_ring *ring, struct dmb_turn *turn, uint64_t tag);
+/* One of its requests completed. */
+void dmb_turn_touch(struct dmb_ring *ring, struct dmb_turn *turn);
+/* It is to end: its next turn comes first. */
+void dmb_turn_hurry(struct dmb_ring *ring, struct dmb_turn *turn);
+void dmb_turn_leave(struct dmb_turn *turn);
 
 int dmb_threads_init(struct dmb_ring *ring);
 

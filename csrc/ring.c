@@ -60,7 +60,10 @@ static int uring_issue(struct dmb_ring *ring, struct dmb_io *io)
 
 	if (!sqe)
 		return -EBUSY;
-	if (io->nsid) {
+	ring->issued = true;
+	if (io->flush) {
+		io_uring_prep_sync_file_range(sqe, fd, io->length, io->offset, DMB_FLUSH_FLAGS);
+	} else if (io->nsid) {
 		prep_nvme(sqe, fd, io);
 	} else if (io->buffer_slot < 0) {
 		if (io->direction == DMB_READ)
@@ -77,6 +80,8 @@ static int uring_issue(struct dmb_ring *ring, struct dmb_io *io)
 	}
 	if (io->file_slot >= 0)
 		sqe->flags |= IOSQE_FIXED_FILE;
+	if (io->heavy)
+		sqe->flags |= IOSQE_ASYNC;
 	io_uring_sqe_set_data(sqe, io);
 	return 0;
 }
@@ -94,6 +99,17 @@ static int uring_wait(struct dmb_ring *ring, int timeout_ms)
 	    rc == -EBUSY) /* no memory to submit more: wait for what is in flight */
 		rc = io_uring_wait_cqe_timeout(&ring->uring, &cqe, &time);
 	return rc == -ETIME || rc == -EINTR || rc >= 0 ? 0 : rc;
+}
+
+/* With DEFER_TASKRUN completions appear when they are asked for, and by nothing else. */
+static int uring_poll(struct dmb_ring *ring)
+{
+	int rc = io_uring_submit_and_get_events(&ring->uring);
+
+	if (rc == -EINTR || rc == -EAGAIN || rc == -EBUSY)
+		return 0; /* once more: it stays `issued` */
+	ring->issued = false;
+	return rc < 0 ? rc : 0;
 }
 
 static struct dmb_io *uring_reap(struct dmb_ring *ring)
@@ -118,6 +134,7 @@ static void uring_cancel(struct dmb_ring *ring, struct dmb_io *io)
 
 	if (!sqe)
 		return;
+	ring->issued = true;
 	io_uring_prep_cancel64(sqe, (uint64_t)(uintptr_t)io, 0);
 	io_uring_sqe_set_data(sqe, NULL);
 }
@@ -126,6 +143,7 @@ static const struct dmb_backend_ops uring_ops = {
 	.destroy = uring_destroy,
 	.issue = uring_issue,
 	.wait = uring_wait,
+	.poll = uring_poll,
 	.reap = uring_reap,
 	.cancel = uring_cancel,
 };
@@ -180,6 +198,7 @@ int dmb_ring_create(int backend, unsigned depth, unsigned flags, struct dmb_ring
 		return -ENOMEM;
 	ring->info.backend = backend;
 	ring->info.depth = depth;
+	ring->eventfd = -1;
 	if (backend == DMB_BACKEND_THREADS) {
 		ring->info.buffer_table = ring->info.file_table = -EOPNOTSUPP;
 		rc = dmb_threads_init(ring);

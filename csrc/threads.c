@@ -4,6 +4,7 @@
 #include <pthread.h>
 #include <signal.h>
 #include <stdlib.h>
+#include <sys/eventfd.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -76,6 +77,12 @@ static void execute(struct dmb_ring *ring, struct dmb_io *io)
 {
 	uint8_t *address = io->address;
 
+	if (io->flush) {
+		io->result = sync_file_range(io->fd, (off_t)io->offset, io->length, DMB_FLUSH_FLAGS)
+				     ? -errno
+				     : 0;
+		return;
+	}
 	if (io->nsid) {
 		io->result = dmb_nvme_execute(io);
 		return;
@@ -84,6 +91,17 @@ static void execute(struct dmb_ring *ring, struct dmb_io *io)
 	if (!io->result)
 		io->result = (int32_t)dmb_lone(io->direction, io->fd, (uint64_t)(uintptr_t)address,
 					       io->length, io->offset);
+}
+
+/* The first of the completed signals for all of them. Called with the lock, or without workers. */
+static void complete(struct dmb_ring *ring, struct dmb_io *io)
+{
+	struct dmb_threads *threads = ring->threads;
+	bool first = !threads->completed.head;
+
+	list_push(&threads->completed, io);
+	if (first && ring->eventfd >= 0)
+		eventfd_write(ring->eventfd, 1);
 }
 
 static void *worker(void *arg)
@@ -102,7 +120,7 @@ static void *worker(void *arg)
 		pthread_mutex_unlock(&threads->lock);
 		execute(ring, io);
 		pthread_mutex_lock(&threads->lock);
-		list_push(&threads->completed, io);
+		complete(ring, io);
 		pthread_cond_signal(&threads->done);
 	}
 	pthread_mutex_unlock(&threads->lock);
@@ -131,6 +149,7 @@ static int threads_issue(struct dmb_ring *ring, struct dmb_io *io)
 
 	pthread_mutex_lock(&threads->lock);
 	list_push(&threads->queued, io);
+	ring->issued = true;
 	pthread_cond_signal(&threads->work);
 	pthread_mutex_unlock(&threads->lock);
 	return 0;
@@ -145,7 +164,7 @@ static void execute_one(struct dmb_ring *ring)
 	if (!io)
 		return;
 	execute(ring, io);
-	list_push(&threads->completed, io);
+	complete(ring, io);
 }
 
 static int threads_wait(struct dmb_ring *ring, int timeout_ms)
@@ -170,6 +189,14 @@ static int threads_wait(struct dmb_ring *ring, int timeout_ms)
 	return 0;
 }
 
+static int threads_poll(struct dmb_ring *ring)
+{
+	ring->issued = false;
+	if (!ring->threads->count)
+		execute_one(ring);
+	return 0;
+}
+
 static struct dmb_io *threads_reap(struct dmb_ring *ring)
 {
 	struct dmb_threads *threads = ring->threads;
@@ -188,7 +215,7 @@ static void threads_cancel(struct dmb_ring *ring, struct dmb_io *io)
 	pthread_mutex_lock(&threads->lock);
 	if (list_remove(&threads->queued, io)) {
 		io->result = -ECANCELED;
-		list_push(&threads->completed, io);
+		complete(ring, io);
 	}
 	pthread_mutex_unlock(&threads->lock);
 }
@@ -197,6 +224,7 @@ static const struct dmb_backend_ops threads_ops = {
 	.destroy = threads_destroy,
 	.issue = threads_issue,
 	.wait = threads_wait,
+	.poll = threads_poll,
 	.reap = threads_reap,
 	.cancel = threads_cancel,
 };

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from dmabuf._ends import Source
 from dmabuf.buffer import Buffer
 from dmabuf.errors import ShortReadError
+from dmabuf.steps import stopping
 
 log = logging.getLogger("dmabuf")
 
@@ -116,6 +117,8 @@ class Ahead(InTurn):
         """The next bytes of the source; waits for them, and a signal is answered meanwhile."""
         while True:
             # In slices: a signal that comes just before the wait does not interrupt it.
+            if stopping.check is not None:
+                stopping.check()
             with suppress(Empty):
                 return self._full.get(timeout=_SLICE)
 

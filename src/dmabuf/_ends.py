@@ -19,6 +19,7 @@ from dmabuf.buffer import Buffer
 from dmabuf.errors import ShortReadError, os_error
 from dmabuf.file import File
 from dmabuf.route import Plan, Prefer, Question, Require, Route, choose
+from dmabuf.steps import stopping
 
 _ENDLESS = frozenset(os.makedev(1, minor) for minor in (5, 7, 8, 9))
 """The devices zero, full, random and urandom (Documentation/admin-guide/devices.txt)."""
@@ -285,6 +286,8 @@ def _readable(fd: int, stop: int | None, *, wait: bool) -> bool:
         poll.register(stop, select.POLLIN)
     ready = dict(poll.poll(_SLICE_MS if wait else 0))
     while wait and not ready:
+        if stopping.check is not None:
+            stopping.check()
         ready = dict(poll.poll(_SLICE_MS))
     return fd in ready and stop not in ready
 

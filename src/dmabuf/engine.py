@@ -390,7 +390,8 @@ def _register(ring: Ring, job: Job, block: int) -> tuple[Any, bool, str]:
     return registration.slots, False, registration.refused or "only part of it could be"
 
 
-def _run_on(ring: Ring, job: Job, depth: int, block: int) -> Outcome:
+def create_batch(ring: Ring, job: Job, depth: int, block: int, ret: Any) -> tuple[Any, bool, str]:
+    """A job's batch in `ret[0]`: what it reads meanwhile, and whether and why it is registered."""
     slots, registered, registration = _register(ring, job, block)
     many = job.count >= REGISTER_REQUESTS or job.nbytes >= REGISTER_REQUESTS * block
     description = job.describe(
@@ -399,15 +400,20 @@ def _run_on(ring: Ring, job: Job, depth: int, block: int) -> Outcome:
         depth=depth,
         block=job.block(block),
     )
+    rc = lib.dmb_batch_create(ring.handle, description, job.segments, job.count, ret)
+    if rc:
+        raise failure(-rc, "preparing a transfer", job.path)
+    return (description, slots), registered, registration
+
+
+def _run_on(ring: Ring, job: Job, depth: int, block: int) -> Outcome:
     batch = ffi.new("struct dmb_batch **")
     try:
-        rc = lib.dmb_batch_create(ring.handle, description, job.segments, job.count, batch)
-        if rc:
-            raise failure(-rc, "preparing a transfer", job.path)
+        _description, registered, registration = create_batch(ring, job, depth, block, batch)
         rc, interruption = _run_to_end(batch[0])
         if rc < 0:
             raise failure(-rc, "running a transfer", job.path)
-        return _outcome(batch[0], registered, registration, interruption)
+        return outcome_of(batch[0], registered, registration, interruption)
     finally:
         lib.dmb_batch_destroy(batch[0])  # one call, which drains first whatever has come
 
@@ -426,9 +432,10 @@ def _run_to_end(batch: Any) -> tuple[int, BaseException | None]:
             interruption = interruption or caught
 
 
-def _outcome(
+def outcome_of(
     batch: Any, registered: bool, registration: str, interruption: BaseException | None
 ) -> Outcome:
+    """What became of a batch that is done."""
     result = ffi.new("struct dmb_result *")
     lib.dmb_batch_get_result(batch, result)
     return Outcome(

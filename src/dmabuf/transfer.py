@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import errno
 import time
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 from dmabuf import audit, facts, fence, nvme, stream
@@ -31,8 +32,10 @@ from dmabuf.route import (
     choose,
 )
 from dmabuf.span import Span
+from dmabuf.steps import Blocking, Fences, Steps, here
 from dmabuf.target import Target
 
+_WHY_DIRECT = {"read": WHY_CHOSEN["read", Route.DIRECT], "write": WHY_CHOSEN["write", Route.DIRECT]}
 _LONE_BYTES = 1 << 20
 """One aligned request of at most so many bytes goes by pread or pwrite: a ring gains nothing."""
 _MOSTLY_CACHED = 0.9
@@ -201,76 +204,116 @@ def _job(target: Target, order: Order, route: Route) -> Job:
 def carry_out(target: Target, order: Order, begun: float) -> Transfer:
     """Run an order to its end; `begun` is when the caller was called, by perf_counter."""
     fence.check_timeout(order.timeout)
-    _check_audit(target, order)
+    check_audit(target, order)
     if target.stream is not None:
-        return _carry_stream(target, order, begun)
+        return here(carry_stream(target, order, begun), target.engine)
     transfer = _lone(target, order, begun)
-    if transfer is None and order.direction == "read":
-        return _carry(target, order, begun)
     if transfer is None:
-        # Before the file is touched: no route, or a wait in vain, leaves it as it was.
-        _await_fences(target, order, plan(target, order), begun)
-        with _grown(target, order.span):
-            transfer = _carry(target, order, begun)
+        return here(carry(target, order, begun), target.engine)
     if order.sync:
         target.flush()
         transfer = replace(transfer, seconds=time.perf_counter() - begun)
     return transfer
 
 
-def _lone(target: Target, order: Order, begun: float) -> Transfer | None:
-    """One small aligned request, by pread or pwrite: no ring, and no more thought than it takes.
+def may_be_alone(
+    require: Require, route: Route | str | None, prefer: Prefer, asked: audit.Audit
+) -> bool:
+    """Whether what is asked for permits a lone request."""
+    if asked not in ("first", "off"):
+        return False
+    return prefer == "zero-copy" and route in (None, Route.DIRECT) and require in ALLOWED
 
-    None where the order is anything else, or the request did not go through: then the long way
-    says why.
+
+def lone(
+    target: Target, buffer: Buffer, write: bool, offset: int, start: int, size: int
+) -> tuple[int, int, int, str] | None:
+    """How to move one small aligned range in one request, with no more thought than it takes.
+
+    The descriptor, the address, the unit of the file, and why it is not native. None where the
+    range is anything else.
     """
-    span, buffer, write = order.span, order.buffer, order.direction == "write"
-    if not 0 < span.nbytes <= _LONE_BYTES or span.count != 1 or order.prefer != "zero-copy":
-        return None
-    if order.route not in (None, Route.DIRECT) or order.require not in ALLOWED:
-        return None
-    if order.audit == "always":
+    if not 0 < size <= _LONE_BYTES:
         return None
     direct = target.direct_if_proven()
-    if direct is None or buffer._pin_refusal is not None or buffer._address is None:
+    if direct is None or buffer._pin_refusal is not None:
         return None
+    address = buffer._cached_address or buffer._address
+    if address is None:
+        return None
+    address += start
     unit = max(direct.alignment.offset, facts.PAGE) if write else direct.alignment.offset
-    address = buffer._address + span.buffer_start
-    if span.file_start % unit or span.nbytes % unit or address % direct.alignment.memory:
+    if offset % unit or size % unit or address % direct.alignment.memory:
         return None
-    if span.file_end > target.size() // unit * unit or (write and target.growth.running):
+    if offset + size > target.size() // unit * unit or (write and target.growth.running):
         return None
     no_native = target.no_native(buffer)
-    if no_native is None:
-        return None
-    if order.fence and buffer._is_dmabuf:
-        _wait(target, order, begun)
-    rc = lib.dmb_lone(write, direct.fd, address, span.nbytes, span.file_start)
-    if rc != span.nbytes:
-        return None
-    return Transfer(
-        nbytes=span.nbytes,
-        route=Route.DIRECT,
-        reason=WHY_CHOSEN[order.direction, Route.DIRECT],
-        rejected={} if order.route else {Route.NATIVE: no_native},
-        registered=False,
-        registration="no ring was used: one small request",
-        seconds=time.perf_counter() - begun,
-        requests=1,
-        reissues=0,
-        copied=0,
-    )
+    return None if no_native is None else (direct.fd, address, unit, no_native)
 
 
-def _carry(target: Target, order: Order, begun: float) -> Transfer:
+def lone_record(
+    direction: Direction,
+    size: int,
+    route: Route | str | None,
+    no_native: str,
+    begun: float,
+    registration: str = "no ring was used: one small request",
+) -> Transfer:
+    """The record of a lone request that moved all of its `size` bytes."""
+    rejected = {} if route else _not_native(no_native).copy()
+    seconds = time.perf_counter() - begun
+    reason = _WHY_DIRECT[direction]
+    return Transfer(size, Route.DIRECT, reason, rejected, False, registration, seconds, 1, 0, 0)
+
+
+@cache
+def _not_native(why: str) -> dict[Route, str]:
+    return {Route.NATIVE: why}
+
+
+def _lone(target: Target, order: Order, begun: float) -> Transfer | None:
+    """One small aligned request, by pread or pwrite; None where it is another, or falls short."""
+    span, write = order.span, order.direction == "write"
+    if span.count != 1 or not may_be_alone(order.require, order.route, order.prefer, order.audit):
+        return None
+    size, offset = span.nbytes, span.file_start
+    found = lone(target, order.buffer, write, offset, span.buffer_start, size)
+    if found is None:
+        return None
+    fd, address, _, no_native = found
+    if order.fence and order.buffer._is_dmabuf:
+        here(_fences(target, order, begun), target.engine)
+    if lib.dmb_lone(write, fd, address, size, offset) != size:
+        return None  # the long way says why
+    return lone_record(order.direction, size, order.route, no_native, begun)
+
+
+def carry(target: Target, order: Order, begun: float) -> Steps[Transfer]:
+    """Plan an order, have it done step by step, and judge what came of it."""
+    if order.direction == "read":
+        return (yield from _carry(target, order, begun))
+    # Before the file is touched: no route, or a wait in vain, leaves it as it was.
+    yield from _await_fences(target, order, plan(target, order), begun)
+    with ExitStack() as stack:
+        grown = _grown(target, order.span)
+        if grown is not None:
+            yield Blocking(partial(stack.enter_context, grown))
+        transfer = yield from _carry(target, order, begun)
+    if order.sync:
+        yield Blocking(target.flush)
+        transfer = replace(transfer, seconds=time.perf_counter() - begun)
+    return transfer
+
+
+def _carry(target: Target, order: Order, begun: float) -> Steps[Transfer]:
     was_reset = False
     while True:
         chosen = plan(target, order)
         if order.span.nbytes == 0 or _starts_past_the_end(target, order):
             return _record(chosen, chosen.route, chosen.reason, NOTHING, begun)
-        _await_fences(target, order, chosen, begun)
+        yield from _await_fences(target, order, chosen, begun)
         known = target.direct().refusal
-        outcome, audited = _run_audited(target, order, chosen)
+        outcome, audited = yield from _run_audited(target, order, chosen)
         if outcome.interruption is not None:
             raise _telling(outcome.interruption, outcome.nbytes)
         if chosen.route is Route.NATIVE and outcome.error == errno.ENOENT and not was_reset:
@@ -295,17 +338,18 @@ def _starts_past_the_end(target: Target, order: Order) -> bool:
     return order.span.file_start >= target.size()
 
 
-def _run(target: Target, order: Order, chosen: Plan) -> Outcome:
+def _run(target: Target, order: Order, chosen: Plan) -> Steps[Outcome]:
     job, span = _job(target, order, chosen.route), order.span
     watch = chosen.route is not Route.BUFFERED and target.cache_to_watch(
         span.file_start, span.file_size
     )
     if chosen.route in ALLOWED["zero-copy"] and not job.with_edges():
-        outcome = target.engine.run(job)
+        outcome = yield job
     else:
         # READ too for a read: what is copied may begin and end within a cache line.
         with order.buffer._cpu_access(True, not job.write, span.buffer_start, span.buffer_size):
-            outcome = target.engine.run(job)
+            outcome = yield job
+    assert outcome is not None
     if watch and not outcome.error:
         target.saw_cache(span.file_start, span.file_size)
     return outcome
@@ -386,7 +430,7 @@ def _record(chosen: Plan, route: Route, reason: str, outcome: Outcome, begun: fl
 # -- proof of arrival: see audit.py
 
 
-def _check_audit(target: Target, order: Order) -> None:
+def check_audit(target: Target, order: Order) -> None:
     """Refuse audit="always" where there is nothing to compare with, before anything is touched."""
     audit.check_keyword(order.audit)
     if order.audit != "always":
@@ -407,18 +451,19 @@ def _obstacle(order: Order) -> str | None:
     return audit.obstacle(order.buffer, span.segments, span.count, write, order.fence)
 
 
-def _run_audited(target: Target, order: Order, chosen: Plan) -> tuple[Outcome, str]:
+def _run_audited(target: Target, order: Order, chosen: Plan) -> Steps[tuple[Outcome, str]]:
     """Run the plan, and compare where that is due; what the record says of it comes with it."""
     native, always = chosen.route is Route.NATIVE, order.audit == "always"
     if not always and (not native or order.audit == "off"):
-        return _run(target, order, chosen), audit.OFF if order.audit == "off" else NOT_AUDITED
+        outcome = yield from _run(target, order, chosen)
+        return outcome, audit.OFF if order.audit == "off" else NOT_AUDITED
     pair = order.buffer.exporter, target.device()
     if not always and audit.PAIRS.shown(*pair, order.direction):
         text = f"not audited: the first {order.direction} of {pair[0]} on this device was"
-        return _run(target, order, chosen), text
+        return (yield from _run(target, order, chosen)), text
     obstacle = _obstacle(order)
     if obstacle is not None:
-        return _run(target, order, chosen), f"not audited: {obstacle}"
+        return (yield from _run(target, order, chosen)), f"not audited: {obstacle}"
     span, write = order.span, order.direction == "write"
     with ExitStack() as stack:
         try:
@@ -430,7 +475,7 @@ def _run_audited(target: Target, order: Order, chosen: Plan) -> tuple[Outcome, s
             if always:
                 refused = RouteUnavailable(f"audit='always' is not to be had: {text}", target.path)
                 raise _telling(refused, 0) from None
-            return _run(target, order, chosen), f"not audited: {text}"
+            return (yield from _run(target, order, chosen)), f"not audited: {text}"
         check = audit.Check(
             order.buffer,
             span.segments,
@@ -441,12 +486,14 @@ def _run_audited(target: Target, order: Order, chosen: Plan) -> tuple[Outcome, s
             limit=None if always else audit.LIMIT,
             path=target.path,
         )
-        check.prepare()
-        outcome = _run(target, order, chosen)
+        yield Blocking(check.prepare)
+        outcome = yield from _run(target, order, chosen)
         if outcome.error or outcome.interruption or (outcome.short_segment >= 0 and span.count > 1):
             return outcome, NOT_AUDITED
         try:
-            text = check.compare(outcome.nbytes)
+            found: list[str] = []
+            yield Blocking(lambda: found.append(check.compare(outcome.nbytes)))
+            text = found[0]
         except IntegrityError as error:
             if native:
                 audit.PAIRS.mark(*pair, f"an audit found it wanting: {error.strerror}")
@@ -459,13 +506,20 @@ def _run_audited(target: Target, order: Order, chosen: Plan) -> tuple[Outcome, s
 # -- fences
 
 
-def _wait(target: Target, order: Order, begun: float) -> None:
+def still_fenced(buffer: Buffer, start: int, size: int, write: bool) -> bool:
+    """Whether a device uses the range, by its fences, so that one would have to wait."""
+    return bool(fence.pending(buffer._touched(start, size), "read" if write else "write"))
+
+
+def _fences(target: Target, order: Order, begun: float) -> Steps[None]:
     """Until devices let the buffer be read (to be written out) or written (by what is read in)."""
     span, read = order.span, order.direction == "read"
     fds = order.buffer._touched(span.buffer_start, span.buffer_size)
+    if not fds:
+        return
     spent = time.perf_counter() - begun
     try:
-        fence.wait(fds, "write" if read else "read", order.timeout, spent=spent, path=target.path)
+        yield Fences(fds, "write" if read else "read", order.timeout, spent, target.path)
     except TimeoutError as error:
         raise _telling(error, 0) from None
 
@@ -477,10 +531,10 @@ def _left(order: Order, begun: float) -> float | None:
     return max(0.0, order.timeout - (time.perf_counter() - begun))
 
 
-def _await_fences(target: Target, order: Order, chosen: Plan, begun: float) -> None:
+def _await_fences(target: Target, order: Order, chosen: Plan, begun: float) -> Steps[None]:
     """Wait, or see that the caller's `fence=False` can be granted, before anything is touched."""
     if order.fence:
-        _wait(target, order, begun)
+        yield from _fences(target, order, begun)
         return
     if not order.span.nbytes or not order.buffer._is_dmabuf:
         return
@@ -499,10 +553,10 @@ def _await_fences(target: Target, order: Order, chosen: Plan, begun: float) -> N
 # -- writing
 
 
-def _grown(target: Target, span: Span) -> AbstractContextManager[None]:
+def _grown(target: Target, span: Span) -> AbstractContextManager[None] | None:
     """A target long enough for the write; a file is cut back to what is whole if that fails."""
     if not span.nbytes:
-        return nullcontext()
+        return None
     if target.kind == "file":
         return target.growth.growing(
             target.fd, target.path, span.file_start, span.file_end, span.file_reached
@@ -510,21 +564,25 @@ def _grown(target: Target, span: Span) -> AbstractContextManager[None]:
     if span.file_end > target.size():
         text = f"the device ends at {target.size()}, and the write would reach {span.file_end}"
         raise _telling(os_error(errno.ENOSPC, text, target.path), 0)
-    return nullcontext()
+    return None
 
 
 # -- streams
 
 
-def _carry_stream(target: Target, order: Order, begun: float) -> Transfer:
+def carry_stream(
+    target: Target, order: Order, begun: float, *, nowait: bool = False
+) -> Steps[Transfer]:
+    """As `carry`, for what is read and written in order; `nowait` has every wait in the steps."""
     chosen = plan(target, order)
-    _await_fences(target, order, chosen, begun)
+    yield from _await_fences(target, order, chosen, begun)
     span, buffer, read = order.span, order.buffer, order.direction == "read"
     with (
         buffer._cpu_access(True, read, span.buffer_start, span.nbytes),
         buffer._view(span.buffer_start, span.nbytes) as view,
     ):
-        move = stream.read_all if read else stream.write_all
-        done, requests = move(target.fd, view, _left(order, begun), target.path)
+        move = stream.reading if read else stream.writing
+        left = _left(order, begun)
+        done, requests = yield from move(target.fd, view, left, target.path, nowait=nowait)
     outcome = replace(NOTHING, nbytes=done, copied=done, requests=requests)
     return _record(chosen, chosen.route, chosen.reason, outcome, begun)

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dmabuf
-from dmabuf import BusyError, Route, stream
+from dmabuf import BusyError, Route
+from dmabuf.steps import Ready
 from tests.support import assert_same, pattern, poison
 
 BUFFER = 1 << 20
@@ -209,15 +210,15 @@ def test_timeout_is_for_the_first_byte(buf, monkeypatch):
             file.read_into(buf, 10, timeout=0)
         assert caught.value.filename == f"descriptor {fds[0]}" and caught.value.nbytes == 0
 
-        ready, deadlines = stream._ready, []
+        ready, deadlines = Ready.here, []
 
-        def feed_the_second_wait(fd, event, deadline, path):
-            deadlines.append(deadline)
+        def feed_the_second_wait(step):
+            deadlines.append(step.deadline)
             if len(deadlines) == 2:
                 os.write(fds[1], b"67890")
-            ready(fd, event, deadline, path)
+            ready(step)
 
-        monkeypatch.setattr(stream, "_ready", feed_the_second_wait)
+        monkeypatch.setattr(Ready, "here", feed_the_second_wait)
         os.write(fds[1], b"12345")
         assert file.read_into(buf, 10, timeout=0).nbytes == 10
     assert buf.pread(10, 0) == b"1234567890"

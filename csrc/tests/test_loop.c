@@ -1,0 +1,165 @@
+/* SPDX-License-Identifier: MIT */
+/* Many batches on one ring, driven as an event loop does: poll(2) on the eventfd, then a round. */
+#include <poll.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include "test.h"
+
+enum { FILE_SIZE = 100000, MEMORY = 20 * PAGE, SEGMENTS = 3, BATCHES = 40, ROUNDS = 5, LONE = 600 };
+
+struct one {
+	struct file file;
+	struct memory memory;
+	struct dmb_job job;
+	uint64_t segments[3 * SEGMENTS];
+	struct dmb_batch *batch;
+	uint64_t total;
+	bool stopped;
+};
+
+static bool begin(struct dmb_ring *ring, struct one *one, uint64_t tag)
+{
+	int direction = (int)random_below(2), route = DMB_DIRECT + (int)random_below(3);
+
+	if (!file_open(&one->file, FILE_SIZE))
+		return false;
+	memory_map(&one->memory, MEMORY);
+	random_bytes(one->memory.bytes, one->memory.size);
+	if (direction == DMB_READ)
+		memset(one->memory.bytes, POISON, one->memory.size);
+	one->job = make_job(&one->file, &one->memory, direction, route);
+	random_segments(one->segments, SEGMENTS, FILE_SIZE, MEMORY, direction);
+	one->total = 0;
+	one->stopped = false;
+	for (int i = 0; i < SEGMENTS; i++)
+		one->total += one->segments[3 * i + 2];
+	CHECK_EQUAL(dmb_batch_create(ring, &one->job, one->segments, SEGMENTS, &one->batch), 0);
+	dmb_batch_start(one->batch, tag);
+	return true;
+}
+
+static void end(struct one *one)
+{
+	struct dmb_result result;
+
+	dmb_batch_get_result(one->batch, &result);
+	CHECK_EQUAL(dmb_batch_nbytes(one->batch), result.nbytes);
+	dmb_batch_destroy(one->batch);
+	one->batch = NULL;
+	CHECK_EQUAL(result.error, 0);
+	CHECK_EQUAL(result.short_segment, -1);
+	if (!one->stopped)
+		CHECK_EQUAL(result.nbytes, one->total);
+	check_moved(&one->file, &one->memory, one->segments, SEGMENTS, one->job.direction,
+		    result.nbytes, false);
+	memory_unmap(&one->memory);
+	file_close(&one->file);
+}
+
+/* What the loop does: wait until there is something to see, and see it. */
+static void turn(struct dmb_ring *ring, int fd, uint64_t *tags, uint32_t capacity, uint32_t *count)
+{
+	struct pollfd ready = {.fd = fd, .events = POLLIN};
+	eventfd_t value;
+
+	CHECK_EQUAL(poll(&ready, 1, 10000), 1); /* or it was never signalled */
+	CHECK_EQUAL(eventfd_read(fd, &value), 0);
+	CHECK_EQUAL(dmb_ring_poll(ring, tags, capacity, count), 0);
+	CHECK(ring->in_flight <= (ring->info.depth ? ring->info.depth : 1));
+}
+
+static void together(struct dmb_ring *ring, int fd, bool stopping)
+{
+	struct one ones[BATCHES];
+	uint64_t tags[7];
+	uint32_t count = 0;
+
+	for (int i = 0; i < BATCHES; i++)
+		if (!begin(ring, &ones[i], (uint64_t)i))
+			return;
+	CHECK_EQUAL(dmb_ring_poll(ring, tags, 7, &count), 0);
+	for (int left = BATCHES; left;) {
+		struct one *victim = &ones[random_below(BATCHES)];
+
+		while (count == 7) { /* as many as were asked for: there may be more */
+			for (; count; left--)
+				end(&ones[tags[--count]]);
+			CHECK_EQUAL(dmb_ring_poll(ring, tags, 7, &count), 0);
+		}
+		for (; count; left--)
+			end(&ones[tags[--count]]);
+		if (stopping && victim->batch && !random_below(4)) {
+			victim->stopped = true;
+			if (random_below(2)) {
+				dmb_batch_stop(victim->batch);
+			} else { /* the last resort, which nobody is told of */
+				dmb_batch_drain(victim->batch);
+				end(victim);
+				left--;
+			}
+			eventfd_write(fd, 1);
+		}
+		if (left)
+			turn(ring, fd, tags, 7, &count);
+	}
+	CHECK_EQUAL(ring->in_flight, 0);
+	CHECK(!ring->touched.first && !ring->waiting.first && !ring->done.first);
+}
+
+/* Far more than the ring has room for, submitted by as few system calls as there are rounds. */
+static void lone(struct dmb_ring *ring, int fd)
+{
+	struct dmb_batch *batches[LONE];
+	uint64_t tags[LONE];
+	struct memory memory;
+	uint32_t count = 0;
+	struct file file;
+	int blocks;
+
+	if (!file_open(&file, FILE_SIZE))
+		return;
+	blocks = FILE_SIZE / PAGE;
+	memory_map(&memory, LONE * PAGE);
+	memset(memory.bytes, POISON, memory.size);
+	for (int i = 0; i < LONE; i++)
+		CHECK_EQUAL(dmb_batch_start_lone(ring, DMB_READ, file.direct,
+						 (uintptr_t)memory.bytes + (uint64_t)i * PAGE, PAGE,
+						 (uint64_t)(i % blocks) * PAGE, file.offset_align,
+						 (uint64_t)i, &batches[i]),
+			    0);
+	CHECK_EQUAL(ring->in_flight, 0); /* nothing is submitted before the poll */
+	CHECK_EQUAL(dmb_ring_poll(ring, tags, LONE, &count), 0);
+	while (count < LONE)
+		turn(ring, fd, tags, LONE, &count);
+	for (int i = 0; i < LONE; i++) {
+		CHECK_EQUAL(dmb_batch_end(batches[tags[i]]), PAGE);
+		CHECK(!memcmp(memory.bytes + (uint64_t)i * PAGE,
+			      file.bytes + (uint64_t)(i % blocks) * PAGE, PAGE));
+	}
+	memory_unmap(&memory);
+	file_close(&file);
+}
+
+static void test(struct dmb_ring *ring)
+{
+	int fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+
+	CHECK(fd >= 0);
+	CHECK_EQUAL(dmb_ring_set_eventfd(ring, fd), 0);
+	context("lone", 0);
+	lone(ring, fd);
+	for (unsigned round = 0; round < ROUNDS; round++) {
+		context("together", round);
+		together(ring, fd, round > 0);
+		check_idle(ring);
+	}
+	CHECK_EQUAL(dmb_ring_set_eventfd(ring, -1), 0);
+	close(fd);
+}
+
+int main(void)
+{
+	on_each_ring(test);
+	return finish();
+}

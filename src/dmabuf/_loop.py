@@ -1,0 +1,369 @@
+"""The engine of an event loop: one ring, whose completions wake the loop through an eventfd.
+
+A transfer under way is a *flight*: a batch in the core, or a call in a thread where the kernel has
+nothing to wait on. Its task waits for it here, and of all tasks that wait one is the *driver*:
+anyio lets a descriptor have one waiter, so the driver waits for the eventfd, and hands over to
+another when its own flight has landed. With IORING_SETUP_DEFER_TASKRUN the eventfd tells that there
+is work to be done, and completions appear when they are asked for: dmb_ring_poll does both.
+
+A flight is never left. What ends the wait for it (a cancelled scope or task, KeyboardInterrupt)
+stops it and is kept until the device has let go of the memory, while the loop goes on. Only where
+there is no loop to wait in any more, since the coroutine is being thrown away or the engine closed,
+is the wait a blocking one.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+
+import anyio
+from anyio.lowlevel import RunVar, cancel_shielded_checkpoint
+
+from dmabuf._ffi import failure, ffi, lib
+from dmabuf._flight import BatchFlight, CallFlight, Flight
+from dmabuf._waits import kind_of_event
+from dmabuf.engine import Engine, Job, Outcome, create_batch, outcome_of
+from dmabuf.errors import ClosedError
+from dmabuf.ring import Ring
+from dmabuf.sizes import round_up
+
+log = logging.getLogger("dmabuf")
+
+DEPTH = 256
+"""Requests in flight, of all the loop's transfers."""
+_DEPTH = 32
+"""Requests in flight of one transfer."""
+_WORKERS = 8
+"""Threads for what would stop the loop: fallocate(2), fdatasync(2)."""
+_TAGS = 1024
+"""Flights that land in one go."""
+
+
+class LoopEngine(Engine):
+    """An engine that an event loop drives; it belongs to the loop's thread."""
+
+    def __init__(self, *, queue_depth: int = DEPTH, backend: Any = "auto") -> None:
+        self._eventfd = -1
+        super().__init__(queue_depth=queue_depth, backend=backend)
+        self._flights: dict[int, Flight] = {}
+        self._last_tag = 0
+        self._driver: Flight | None = None
+        self._heir: Flight | None = None
+        self._driving = False
+        self._poll_pending = False
+        self._from_threads: deque[int] = deque()
+        self._threads: ThreadPoolExecutor | None = None
+        self._tags = ffi.new("uint64_t[]", _TAGS)
+        self._count = ffi.new("uint32_t *")
+        self._batch = ffi.new("struct dmb_batch **")
+        self._guard: AsyncGenerator[None, None] | None = None
+        self._new_wake = kind_of_event()
+        self.ring = self._rings[0]
+        self._eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        try:
+            self._adopt(self.ring)
+        except BaseException:
+            self.close()
+            raise
+
+    def _adopt(self, ring: Ring) -> Ring:
+        """Have a ring's completions wake the loop."""
+        if not ring.refused:
+            ring.refused = "pinning a buffer would stop the event loop"
+        rc = lib.dmb_ring_set_eventfd(ring.handle, self._eventfd)
+        if rc:
+            raise failure(-rc, "registering an eventfd with io_uring")
+        return ring
+
+    def _new_passthrough_ring(self) -> Ring:
+        return self._adopt(super()._new_passthrough_ring())
+
+    def close(self) -> None:
+        """Tear it down, after waiting for what is in flight. Can be called again."""
+        if self._closed or self._eventfd < 0:
+            return
+        self._closed = True
+        if self._pid == os.getpid():
+            for flight in list(self._flights.values()):
+                flight.closed = True
+                flight.drain()
+                self._wake(flight)
+            if self._threads is not None:
+                self._threads.shutdown()
+        super().close()
+        if self._driver is None:
+            self._close_eventfd()
+        else:
+            self._nudge()  # and the driver, whose loop watches it, closes it
+
+    def _close_eventfd(self) -> None:
+        eventfd, self._eventfd = self._eventfd, -1
+        os.close(eventfd)
+
+    def __del__(self) -> None:
+        if getattr(self, "_eventfd", -1) >= 0:
+            self._driver = None
+            self.close()
+            if self._eventfd >= 0:  # closed before, and its driver never left
+                self._close_eventfd()
+
+    def run(self, job: Job) -> Outcome:
+        """Refused: it would wait in the loop."""
+        raise RuntimeError("this engine belongs to an event loop: await the transfer")
+
+    # -- flights
+
+    def _take_off(self, flight: Flight) -> int:
+        """Its tag; the caller begins what lands with it."""
+        self._last_tag += 1
+        self._flights[self._last_tag] = flight
+        return self._last_tag
+
+    async def fly(self, job: Job, owner: object) -> Outcome:
+        """Run a job to its end. As Engine.run, an interruption is in the outcome."""
+        self.check_usable()
+        ring = self._passthrough_ring() if job.namespace else self.ring
+        ring.tidy()
+        batch, interruption = ffi.new("struct dmb_batch **"), None
+        flight, (depth, block) = BatchFlight(owner), self._shape(job)
+        tag = self._take_off(flight)
+        try:
+            keep, registered, registration = create_batch(ring, job, depth, block, batch)
+            flight.keep, flight.batch = (keep, job), batch[0]
+            lib.dmb_batch_start(batch[0], tag)
+            try:
+                await self.landing(flight)
+            except GeneratorExit:
+                raise
+            except BaseException as caught:
+                interruption = caught
+            if flight.closed and interruption is None:
+                interruption = ClosedError("the file was closed while the transfer ran")
+            return outcome_of(batch[0], registered, registration, interruption)
+        finally:
+            self._flights.pop(tag, None)
+            lib.dmb_batch_destroy(batch[0])
+
+    async def lone(
+        self, write: bool, fd: int, address: int, size: int, offset: int, align: int, owner: object
+    ) -> int:
+        """One request; the bytes it moved, fewer than `size` where something was wrong."""
+        self.check_usable()
+        flight = BatchFlight(owner)
+        self._last_tag = tag = self._last_tag + 1
+        rc = lib.dmb_batch_start_lone(
+            self.ring.handle, write, fd, address, size, offset, align, tag, self._batch
+        )
+        if rc:
+            return 0
+        batch = flight.batch = self._batch[0]
+        nbytes = 0
+        try:
+            self._flights[tag] = flight
+            await self.landing(flight)
+            if flight.closed:
+                raise ClosedError("the file was closed while the transfer ran")
+        finally:
+            self._flights.pop(tag, None)
+            nbytes = int(lib.dmb_batch_end(batch))
+        return nbytes
+
+    def _shape(self, job: Job) -> tuple[int, int]:
+        """Requests in flight and bytes of each: no more memory for staging than it can use."""
+        align = max(job.offset_align, job.memory_align)
+        block = min(self.block_size, round_up(job.nbytes + 2 * align, align))
+        return min(_DEPTH, 2 * job.count + job.nbytes // block + 2), block
+
+    async def in_thread(
+        self,
+        call: Callable[[], object],
+        owner: object,
+        stop: Callable[[], object] | None = None,
+    ) -> None:
+        """Make a call that may take long; what it raises is raised here."""
+        self.check_usable()
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(_WORKERS, "dmabuf.aio")
+        flight = CallFlight(owner, stop)
+        tag = self._take_off(flight)
+        try:
+            self._threads.submit(self._call, flight, tag, call)
+            await self.landing(flight)
+        finally:
+            self._flights.pop(tag, None)
+        if flight.error is not None:
+            raise flight.error
+
+    def _call(self, flight: CallFlight, tag: int, call: Callable[[], object]) -> None:
+        flight.run(call)
+        self._from_threads.append(tag)
+        self._nudge()
+
+    def _nudge(self) -> None:
+        if self._eventfd >= 0:
+            with suppress(BlockingIOError):
+                os.eventfd_write(self._eventfd, 1)
+
+    # -- landing
+
+    async def landing(self, flight: Flight) -> None:
+        """Return when it has landed; an interruption meanwhile is raised then."""
+        try:
+            if not self._poll_pending:
+                await self._submit()
+            while not flight.landed:
+                if self._driver is None:
+                    await self._drive(flight)
+                else:
+                    flight.wake = wake = self._new_wake()
+                    await wake.wait()
+        except BaseException as caught:
+            if isinstance(caught, GeneratorExit):  # thrown away: there is no loop to wait in
+                self._abandon(flight)
+                raise
+            flight.stop()
+            with anyio.CancelScope(shield=True):
+                await self._wait_out(flight)
+            raise
+        finally:
+            if flight is self._heir:  # it landed before it could take over
+                self._hand_over()
+
+    async def _wait_out(self, flight: Flight) -> None:
+        while not flight.landed:
+            try:
+                self._nudge()  # has the driver submit the cancellation
+                if self._driver is None:
+                    await self._drive(flight)
+                else:
+                    flight.wake = wake = self._new_wake()
+                    await wake.wait()
+            except GeneratorExit:
+                self._abandon(flight)
+                raise
+            except BaseException:  # a second one changes nothing: the device has the memory
+                continue
+
+    def _abandon(self, flight: Flight) -> None:
+        flight.drain()
+        if not self._closed:
+            self._nudge()  # others may have landed with it
+
+    async def _submit(self) -> None:
+        """Whatever else starts before this task's next turn is submitted with it."""
+        self._poll_pending = True
+        try:
+            await cancel_shielded_checkpoint()
+        finally:
+            self._poll_pending = False
+            self._poll()
+
+    async def _drive(self, flight: Flight) -> None:
+        self._driver, self._heir = flight, None
+        try:
+            while not flight.landed:
+                await anyio.wait_readable(self._eventfd)
+                with suppress(BlockingIOError):
+                    os.eventfd_read(self._eventfd)
+                self._driving = True
+                try:
+                    self._poll()
+                finally:
+                    self._driving = False
+        finally:
+            self._driver = None
+            if self._closed:
+                self._close_eventfd()
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Wake a task to be the next driver; where it has landed by then, it hands over itself."""
+        self._heir = None
+        for flight in self._flights.values():
+            if not flight.landed:
+                self._heir = flight
+                self._wake(flight)
+                break
+
+    def _poll(self) -> None:
+        """Submit what was started since, and see to what has landed. Does not wait."""
+        interruption = None
+        while not self._closed:
+            try:
+                rc, more = 0, False
+                for ring in self._all_rings() if self._passthrough else self._rings:
+                    rc = lib.dmb_ring_poll(ring.handle, self._tags, _TAGS, self._count) or rc
+                    more = self._see_to_landed() or more
+                if rc:
+                    raise failure(-rc, "driving io_uring")
+                if not more:
+                    break
+            except KeyboardInterrupt as caught:  # nobody's landing may be forgotten
+                interruption = caught
+        if interruption is not None:
+            raise interruption
+
+    def _see_to_landed(self) -> bool:
+        count, flights = self._count[0], self._flights
+        while self._from_threads:
+            self._land(flights.get(self._from_threads.popleft()))
+        for tag in ffi.unpack(self._tags, count) if count else ():
+            self._land(flights.get(tag))
+        self._count[0] = 0
+        return bool(count == _TAGS)
+
+    def _land(self, flight: Flight | None) -> None:
+        if flight is None:
+            return  # its task is gone
+        flight.landed = True
+        if flight is self._driver and not self._driving:
+            self._nudge()
+        self._wake(flight)
+
+    def _wake(self, flight: Flight) -> None:
+        if flight.wake is not None:
+            try:
+                flight.wake.set()
+            except Exception:  # its loop has ended, and there is nobody to wake
+                log.debug("a transfer landed after its event loop had ended", exc_info=True)
+
+    def stop(self, owner: object) -> None:
+        """Stop the flights of an owner; they land soon."""
+        for flight in self._flights.values():
+            if flight.owner is owner and not flight.landed:
+                flight.closed = True
+                flight.stop()
+        self._nudge()
+
+    # -- with the loop
+
+    async def _until_the_loop_ends(self) -> AsyncGenerator[None, None]:
+        """Event loops close the asynchronous generators that are left when they end."""
+        try:
+            yield
+        finally:
+            self.close()
+
+    async def stay(self) -> None:
+        """Have the loop close the engine when it ends."""
+        self._guard = self._until_the_loop_ends()
+        await anext(self._guard)
+
+
+_engines: RunVar[LoopEngine] = RunVar("dmabuf.aio engine")
+
+
+async def loop_engine() -> LoopEngine:
+    """The engine of the running event loop, made on first use."""
+    engine = _engines.get(None)
+    if engine is None or engine.closed or engine._pid != os.getpid():
+        engine = LoopEngine()
+        _engines.set(engine)
+        await engine.stay()
+    return engine

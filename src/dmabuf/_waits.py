@@ -1,0 +1,81 @@
+"""Waiting in an event loop: for one task's wake-up, and for descriptors of others."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import anyio
+
+from dmabuf import fence
+from dmabuf.steps import Fences, Ready
+
+
+class _Wake:
+    """As anyio.Event on asyncio, for one waiter and at a third of the cost."""
+
+    __slots__ = ("_future",)
+
+    def __init__(self) -> None:
+        self._future = sys.modules["asyncio"].get_running_loop().create_future()
+
+    def set(self) -> None:
+        if not self._future.done():
+            self._future.set_result(None)
+
+    def wait(self) -> Any:
+        return self._future
+
+
+def kind_of_event() -> Callable[[], Any]:
+    """What makes the running loop's events, each for one waiter."""
+    backend = type(anyio.Event()).__module__.rpartition("_")[2]
+    if backend == "asyncio":
+        return _Wake
+    return sys.modules["trio"].Event if backend == "trio" else anyio.Event
+
+
+async def readable(fd: int, access: Literal["read", "write"]) -> None:
+    """Wait until a descriptor can be read (or written).
+
+    By a duplicate, since a loop has one waiter for a descriptor, and others may wait for it too.
+    """
+    mine = os.dup(fd)
+    try:
+        await (anyio.wait_readable if access == "read" else anyio.wait_writable)(mine)
+    finally:
+        os.close(mine)
+
+
+async def until_unfenced(
+    fds: Sequence[int],
+    access: fence.Access,
+    timeout: float | None,
+    *,
+    spent: float = 0.0,
+    path: str | None = None,
+) -> None:
+    """As fence.wait, in the loop."""
+    left = fence.pending(fds, access) if fds else fds
+    if not left:
+        return
+    seconds = None if timeout is None else max(0.0, timeout - spent)
+    with anyio.move_on_after(seconds) as patience:
+        while left:
+            await readable(left[0], access)
+            left = fence.pending(left, access)
+    if patience.cancelled_caught:
+        fence.wait(left, access, timeout, spent=timeout or 0.0, path=path)  # says so, or not
+
+
+async def until(step: Fences | Ready) -> None:
+    """As the step's `here`, in the loop."""
+    if isinstance(step, Fences):
+        await until_unfenced(step.fds, step.access, step.timeout, spent=step.spent, path=step.path)
+        return
+    with anyio.move_on_after(step.left) as patience:
+        await readable(step.fd, step.access)
+    if patience.cancelled_caught:
+        raise step.late()

@@ -1,0 +1,368 @@
+"""The asynchronous face, for asyncio and trio: `pip install dmabuf[aio]`.
+
+Each event loop has an engine of its own: one io_uring ring, whose completions wake the loop through
+an eventfd, so thousands of transfers can be under way and none has a thread. What cannot be waited
+for so (allocating a file's blocks, flushing to the medium, a whole `copy`) is done in threads.
+
+Cancelling a transfer, closing its File, and throwing its coroutine away stop it, and return when
+the device has let go of the buffer's memory, which the buffer stays open for. A coroutine that was
+never awaited has begun nothing. When the loop ends, so does its engine.
+
+Pages are not registered here, since pinning a large buffer would stop the loop.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from dmabuf import file as sync
+from dmabuf import transfer
+from dmabuf.audit import Audit
+from dmabuf.buffer import Buffer
+from dmabuf.engine import Job, Transfer
+from dmabuf.errors import ClosedError
+from dmabuf.fence import Access, check_direction, check_timeout
+from dmabuf.file import Mode
+from dmabuf.route import Direction, Plan, Prefer, Require, Route
+from dmabuf.steps import Blocking, Fences, Ready, Steps
+from dmabuf.transfer import Order
+
+try:
+    import anyio
+
+    from dmabuf._copying import copy
+    from dmabuf._loop import LoopEngine, loop_engine
+    from dmabuf._waits import until, until_unfenced
+except ImportError as error:
+    raise ImportError(f"dmabuf.aio needs anyio ({error}): pip install dmabuf[aio]") from error
+
+__all__ = ["File", "copy", "open", "wait"]
+
+T = TypeVar("T")
+
+_ALONE = "one small request: nothing to register it for"
+
+
+async def open(  # noqa: A001 - as dmabuf.open
+    path: str | bytes | os.PathLike[str] | int, mode: Mode = "r", *, force: bool = False
+) -> File:
+    """Open a file, device, pipe or socket for transfers in this event loop; as `dmabuf.open`.
+
+    The file itself is opened at once, as the loop's other work waits. Close it with `aclose`, which
+    `async with` calls.
+
+    Raises:
+        OSError, ValueError: as `dmabuf.open`.
+    """
+    return File(sync.File(path, mode, force=force, engine=await loop_engine()))
+
+
+class File:
+    """What is read into a Buffer or written from one, awaited; make it with `dmabuf.aio.open`.
+
+    It belongs to the event loop it was opened in, and any number of its tasks may use it. The
+    transfers' arguments, records and errors are those of `dmabuf.File`, which explains them.
+    """
+
+    def __init__(self, file: sync.File) -> None:
+        self._file = file
+        self._target = file._target
+        self._engine: LoopEngine = file._target.engine  # type: ignore[assignment]
+        self._running = 0
+        self._scopes: set[anyio.CancelScope] = set()
+        self._idle: anyio.Event | None = None
+        self._in_order = {"read": anyio.Lock(), "write": anyio.Lock()}
+
+    @property
+    def name(self) -> str | int:
+        """The path, or the descriptor that was handed in."""
+        return self._file.name
+
+    @property
+    def mode(self) -> str:
+        """As it was opened."""
+        return self._file.mode
+
+    @property
+    def kind(self) -> str:
+        """As `dmabuf.File.kind`."""
+        return self._file.kind
+
+    @property
+    def size(self) -> int | None:
+        """Where the file or block device ends now, in bytes; None for a stream."""
+        return self._file.size
+
+    @property
+    def closed(self) -> bool:
+        """Whether `aclose` was called."""
+        return self._file.closed
+
+    def fileno(self) -> int:
+        """The descriptor without O_DIRECT; it stays the File's."""
+        return self._file.fileno()
+
+    def plan(self, buffer: Buffer, direction: Direction = "read", **how: Any) -> Plan:
+        """The route that a transfer would take, and why; as `dmabuf.File.plan`, moves nothing."""
+        return self._file.plan(buffer, direction, **how)
+
+    def __repr__(self) -> str:
+        return repr(self._file).replace("dmabuf.File", "dmabuf.aio.File")
+
+    async def __aenter__(self) -> File:
+        self._target.check_open()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Stop its transfers, wait until the devices have let go of their memory, and close it.
+
+        The transfers raise ClosedError. Can be called again; being cancelled does not shorten it.
+        """
+        target = self._target
+        if target.pid != os.getpid() or self._file.closed:
+            self._file.close()
+            return
+        target._closed = True  # nothing new begins; transfers that run keep the descriptors
+        interruption = None
+        self._engine.stop(self)
+        for scope in list(self._scopes):
+            scope.cancel()
+        try:
+            while self._running:
+                try:
+                    with anyio.CancelScope(shield=True):
+                        self._idle = anyio.Event()
+                        await self._idle.wait()
+                except GeneratorExit:
+                    raise
+                except BaseException as caught:
+                    interruption = interruption or caught
+        finally:
+            self._file.close()
+        if interruption is not None:
+            raise interruption
+
+    # -- transfers
+
+    async def read_into(
+        self,
+        buffer: Buffer,
+        size: int | str | None = None,
+        *,
+        file_offset: int | None = None,
+        buffer_offset: int = 0,
+        require: Require = "any",
+        route: Route | str | None = None,
+        prefer: Prefer = "zero-copy",
+        timeout: float | None = None,
+        fence: bool = True,
+        audit: Audit = "first",
+    ) -> Transfer:
+        """Read from the file into the buffer; as `dmabuf.File.read_into`."""
+        begun = time.perf_counter()
+        if transfer.may_be_alone(require, route, prefer, audit) and timeout is None:
+            found = self._lone("read", buffer, size, file_offset, buffer_offset, fence)
+            if found is not None:
+                lone, no_native = found
+                if await lone == size:  # else the long way says why
+                    return transfer.lone_record("read", size, route, no_native, begun, _ALONE)
+        ranges = self._file._range("read", buffer, size, file_offset, buffer_offset)
+        order = Order("read", buffer, ranges, require, route, prefer, False, timeout, fence, audit)
+        with self._holding(buffer):
+            return await self._carry(order, begun)
+
+    async def write_from(
+        self,
+        buffer: Buffer,
+        size: int | str | None = None,
+        *,
+        file_offset: int | None = None,
+        buffer_offset: int = 0,
+        require: Require = "any",
+        route: Route | str | None = None,
+        prefer: Prefer = "zero-copy",
+        sync: bool = False,
+        timeout: float | None = None,
+        fence: bool = True,
+        audit: Audit = "first",
+    ) -> Transfer:
+        """Write from the buffer to the file; as `dmabuf.File.write_from`."""
+        begun = time.perf_counter()
+        if transfer.may_be_alone(require, route, prefer, audit) and timeout is None and not sync:
+            found = self._lone("write", buffer, size, file_offset, buffer_offset, fence)
+            if found is not None:
+                lone, no_native = found
+                if await lone == size:  # else the long way says why
+                    return transfer.lone_record("write", size, route, no_native, begun, _ALONE)
+        ranges = self._file._range("write", buffer, size, file_offset, buffer_offset)
+        order = Order("write", buffer, ranges, require, route, prefer, sync, timeout, fence, audit)
+        with self._holding(buffer):
+            return await self._carry(order, begun)
+
+    async def read_segments(
+        self,
+        buffer: Buffer,
+        segments: Any,
+        *,
+        require: Require = "any",
+        route: Route | str | None = None,
+        timeout: float | None = None,
+        fence: bool = True,
+        audit: Audit = "first",
+    ) -> Transfer:
+        """Read many ranges to many places of the buffer; as `dmabuf.File.read_segments`."""
+        begun = time.perf_counter()
+        with self._holding(buffer), self._file._segments("read", buffer, segments) as ranges:
+            order = Order(
+                "read", buffer, ranges, require, route, timeout=timeout, fence=fence, audit=audit
+            )
+            return await self._carry(order, begun)
+
+    async def write_segments(
+        self,
+        buffer: Buffer,
+        segments: Any,
+        *,
+        require: Require = "any",
+        route: Route | str | None = None,
+        sync: bool = False,
+        timeout: float | None = None,
+        fence: bool = True,
+        audit: Audit = "first",
+    ) -> Transfer:
+        """Write many ranges of the buffer to many places; as `dmabuf.File.write_segments`."""
+        begun = time.perf_counter()
+        with self._holding(buffer), self._file._segments("write", buffer, segments) as ranges:
+            order = Order(
+                "write",
+                buffer,
+                ranges,
+                require,
+                route,
+                sync=sync,
+                timeout=timeout,
+                fence=fence,
+                audit=audit,
+            )
+            return await self._carry(order, begun)
+
+    def _lone(
+        self,
+        direction: Direction,
+        buffer: Buffer,
+        size: int | str | None,
+        offset: int | None,
+        start: int,
+        fence: bool,
+    ) -> tuple[Coroutine[Any, Any, int], str] | None:
+        """One small aligned request, to be awaited, and why not native; None for another."""
+        offset = 0 if offset is None else offset
+        if type(size) is not int or type(offset) is not int or type(start) is not int:
+            return None
+        if type(buffer) is not Buffer or buffer._closed:
+            return None
+        if offset < 0 or start < 0 or start + size > buffer._size:
+            return None
+        target, write = self._target, direction == "write"
+        if target._closed:
+            return None  # the long way says so
+        if not (target.writable if write else target.readable and buffer._descriptor_writable):
+            return None
+        found = transfer.lone(target, buffer, write, offset, start, size)
+        if found is None:
+            return None
+        fd, address, align, no_native = found
+        if fence and buffer._is_dmabuf and transfer.still_fenced(buffer, start, size, write):
+            return None
+        return self._run_lone(buffer, write, fd, address, size, offset, align), no_native
+
+    async def _run_lone(
+        self, buffer: Buffer, write: bool, fd: int, address: int, size: int, offset: int, align: int
+    ) -> int:
+        self._target.acquire()
+        try:
+            buffer._acquire()
+            try:
+                self._running += 1
+                return await self._engine.lone(write, fd, address, size, offset, align, self)
+            finally:
+                buffer._release()
+                self._left()
+        finally:
+            self._target.release()
+
+    def _left(self) -> None:
+        self._running -= 1
+        if not self._running and self._idle is not None:
+            self._idle.set()
+
+    @contextmanager
+    def _holding(self, buffer: Buffer) -> Iterator[None]:
+        with sync._holding(self._target, buffer):
+            self._running += 1
+            try:
+                yield
+            finally:
+                self._left()
+
+    async def _carry(self, order: Order, begun: float) -> Transfer:
+        check_timeout(order.timeout)
+        transfer.check_audit(self._target, order)
+        if self._target.stream is None:
+            return await self._follow(transfer.carry(self._target, order, begun))
+        steps = transfer.carry_stream(self._target, order, begun, nowait=True)
+        async with self._in_order[order.direction]:
+            return await self._follow(steps)
+
+    async def _follow(self, steps: Steps[Transfer]) -> Transfer:
+        """Await each step; what it raises is raised where the transfer waits for it."""
+        try:
+            step = next(steps)
+            while True:
+                try:
+                    outcome = None
+                    if isinstance(step, Job):
+                        outcome = await self._engine.fly(step, self)
+                    elif isinstance(step, Blocking):
+                        await self._engine.in_thread(step.call, self)
+                    else:
+                        await self._until(step)
+                except BaseException as error:
+                    step = steps.throw(error)
+                else:
+                    step = steps.send(outcome)
+        except StopIteration as stop:
+            return stop.value  # type: ignore[no-any-return]
+
+    async def _until(self, step: Fences | Ready) -> None:
+        with anyio.CancelScope() as scope:
+            self._scopes.add(scope)
+            try:
+                await until(step)
+            finally:
+                self._scopes.discard(scope)
+        if scope.cancelled_caught:
+            raise ClosedError("the file was closed while the transfer waited")
+
+
+async def wait(buffer: Buffer, direction: Access = "read", timeout: float | None = None) -> None:
+    """Return when the buffer may be read (written) by its fences; as `dmabuf.Buffer.wait`.
+
+    Raises:
+        TimeoutError: a device still uses it after `timeout` seconds.
+        ClosedError, ValueError: as `dmabuf.Buffer.wait`.
+    """
+    check_direction(direction)
+    check_timeout(timeout)
+    buffer._acquire()
+    try:
+        await until_unfenced(buffer._touched(0, buffer.size), direction, timeout)
+    finally:
+        buffer._release()
