@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 _SLICE = 0.1
-"""Seconds of one wait where something other than a signal may end it."""
+"""Seconds of one wait: a signal that comes just before it, and `stopping`, end it no later."""
 
 
 class Stopping(threading.local):
@@ -69,11 +69,10 @@ class Ready:
         poll = select.poll()
         poll.register(self.fd, select.POLLIN if self.access == "read" else select.POLLOUT)
         while True:
-            left = self.left
             if stopping.check is not None:
                 stopping.check()
-                left = _SLICE if left is None else min(left, _SLICE)
-            if poll.poll(None if left is None else left * 1000):
+            left = self.left
+            if poll.poll(1000 * (_SLICE if left is None else min(left, _SLICE))):
                 return
             if self.deadline is not None and not self.left:
                 raise self.late()

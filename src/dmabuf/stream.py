@@ -23,8 +23,6 @@ from dmabuf.steps import Ready, Steps, here
 
 CHUNK = 1 << 20
 """Bytes asked for at once: what a large pipe holds."""
-SLICE_MS = 100
-"""How often a wait looks for signals."""
 
 
 def write_all(fd: int, view: memoryview, timeout: float | None, path: str) -> tuple[int, int]:

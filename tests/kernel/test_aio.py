@@ -1,0 +1,126 @@
+"""dmabuf.aio on a whole kernel: drives by block and by character device, and vgem's real fences."""
+
+import functools
+import time
+
+import anyio
+import pytest
+
+import dmabuf
+from dmabuf import aio
+from tests.kernel.conftest import BUFFERS
+from tests.kernel.nvme_drive import everything
+from tests.kernel.test_fence import PATIENCE, Card
+from tests.support import assert_same, pattern, poison
+
+SIZE = 96 << 10
+PIECE = 4096
+
+
+@pytest.fixture(params=["asyncio", "trio"])
+def run(request):
+    return functools.partial(anyio.run, backend=request.param)
+
+
+@pytest.fixture(params=["disk", "node"])
+def target(request, drive):
+    return getattr(drive, request.param)
+
+
+@everything
+@pytest.mark.parametrize("kind", BUFFERS)
+def test_reads_at_once(run, drive, target, kind):
+    data = pattern(SIZE, 3)
+    drive.write(data)
+
+    async def main():
+        async with await aio.open(target) as file, anyio.create_task_group() as group:
+            for at in reversed(range(0, SIZE, PIECE)):
+                group.start_soon(
+                    functools.partial(
+                        file.read_into, buffer, PIECE, file_offset=at, buffer_offset=at
+                    )
+                )
+
+    with BUFFERS[kind](SIZE) as buffer:
+        buffer.pwrite(poison(SIZE), 0)
+        run(main)
+        assert_same(buffer.pread(SIZE, 0), data, "the buffer")
+
+
+@everything
+@pytest.mark.parametrize("kind", BUFFERS)
+def test_writes_at_once(run, drive, target, kind):
+    data = pattern(SIZE, 4)
+    drive.write(poison(SIZE))
+
+    async def main():
+        async with await aio.open(target, "r+") as file, anyio.create_task_group() as group:
+            for at in reversed(range(0, SIZE, PIECE)):
+                group.start_soon(
+                    functools.partial(
+                        file.write_from, buffer, PIECE, file_offset=at, buffer_offset=at
+                    )
+                )
+
+    with BUFFERS[kind](SIZE) as buffer:
+        buffer.pwrite(data, 0)
+        run(main)
+        assert_same(drive.read(SIZE), data, "the drive")
+        assert_same(buffer.pread(SIZE, 0), data, "the buffer")
+
+
+@pytest.fixture
+def card():
+    made = Card()
+    yield made
+    made.close()
+
+
+@everything
+def test_a_transfer_waits_for_a_device_and_the_loop_goes_on(run, drive, card):
+    data = pattern(PIECE, 5)
+    drive.write(data)
+
+    async def main():
+        turns = 0
+        with dmabuf.from_fd(card.fd) as buffer:
+            fence = card.job("write")
+            with card.ending(fence):
+                async with await aio.open(drive.disk) as file, anyio.create_task_group() as group:
+
+                    async def transfer():
+                        await file.read_into(buffer, PIECE)
+                        assert not card.fences
+                        group.cancel_scope.cancel()
+
+                    group.start_soon(transfer)
+                    while True:
+                        turns += 1
+                        await anyio.sleep(0.005)
+            assert_same(buffer.pread(PIECE, 0), data, "the buffer")
+        return turns
+
+    assert run(main) > 1
+
+
+@everything
+def test_a_device_that_is_never_done(run, drive, card):
+    async def main():
+        with dmabuf.from_fd(card.fd) as buffer:
+            before = buffer.pread(PIECE, 0)
+            fence = card.job("write")
+            begun = time.monotonic()
+            async with await aio.open(drive.disk) as file:
+                with pytest.raises(TimeoutError):
+                    await aio.wait(buffer, "read", timeout=0.05)
+                with pytest.raises(TimeoutError):
+                    await file.read_into(buffer, PIECE, timeout=0.05)
+                with anyio.move_on_after(0.05) as scope:
+                    await file.read_into(buffer, PIECE)
+                assert scope.cancelled_caught
+            assert time.monotonic() - begun < PATIENCE
+            card.done(fence)
+            assert_same(buffer.pread(PIECE, 0), before, "the buffer")
+
+    run(main)
