@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import anyio
+import anyio.lowlevel
 
 from dmabuf import fence
 from dmabuf.steps import Fences, Ready
@@ -40,8 +42,14 @@ def kind_of_event() -> Callable[[], Any]:
 async def readable(fd: int, access: Literal["read", "write"]) -> None:
     """Wait until a descriptor can be read (or written).
 
-    By a duplicate, since a loop has one waiter for a descriptor, and others may wait for it too.
+    By a duplicate, since a loop has one waiter for a descriptor, and others may wait for it too. A
+    device without poll, like /dev/zero, is always ready, and epoll(7) refuses it with EPERM.
     """
+    now = select.poll()
+    now.register(fd, select.POLLIN if access == "read" else select.POLLOUT)
+    if now.poll(0):
+        await anyio.lowlevel.checkpoint()
+        return
     mine = os.dup(fd)
     try:
         await (anyio.wait_readable if access == "read" else anyio.wait_writable)(mine)

@@ -288,6 +288,22 @@ def test_a_growing_write_that_fails_cuts_the_file_back(run, tmp_path, buf, monke
     run(main)
 
 
+def test_devices_that_epoll_refuses(run, buf):
+    async def main():
+        async with await aio.open("/dev/zero") as file:
+            assert (await file.read_into(buf, 5000, buffer_offset=3)).nbytes == 5000
+            assert buf.pread(5006, 0) == poison(3) + bytes(5000) + poison(5006)[5003:]
+            with anyio.fail_after(30), anyio.move_on_after(0.02) as scope:
+                while True:
+                    await file.read_into(buf)
+            assert scope.cancelled_caught
+        async with await aio.open("/dev/null", "r+") as file:
+            assert (await file.read_into(buf)).nbytes == 0
+            assert (await file.write_from(buf)).nbytes == SIZE
+
+    run(main)
+
+
 def test_two_loops_in_two_threads(path):
     """Each has an engine of its own, and neither's file is the other's to use."""
     engines, files, failures = [], [], []
