@@ -12,18 +12,19 @@ from tests.guards import needs
 REQUESTS = 64
 
 TRANSFER = """
-import os, sys
+import array, os, sys
 import dmabuf
 path, route, direction = sys.argv[1:]
+segments = array.array("Q", [n for at in range({requests}) for n in (at * 4096, at * 4096, 4096)])
 size = {requests} * 4096
-engine = dmabuf.Engine(block_size=4096, backend="uring")
+engine = dmabuf.Engine(block_size=4096, backend="io_uring")
 with engine, dmabuf.allocate(size, exporter="udmabuf") as buffer:
     with dmabuf.open(path, "r+", engine=engine) as file:
-        transfer = file.read_into if direction == "read" else file.write_from
+        transfer = file.read_segments if direction == "read" else file.write_segments
         for _ in range(2):  # the first maps, registers and is compared
-            transfer(buffer, size, route=route)
+            transfer(buffer, segments, route=route)
         os.access("/begin", os.F_OK)
-        done = transfer(buffer, size, route=route)
+        done = transfer(buffer, segments, route=route)
         os.access("/end", os.F_OK)
 print(done.route.value, done.requests)
 """
