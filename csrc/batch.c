@@ -730,29 +730,32 @@ void dmb_batch_stop(struct dmb_batch *batch)
 	dmb_turn_hurry(batch->ring, &batch->turn);
 }
 
-int dmb_batch_start_lone(struct dmb_ring *ring, int direction, int fd, uint64_t address,
-			 uint64_t size, uint64_t offset, uint32_t align, uint64_t tag,
+int dmb_batch_start_lone(struct dmb_ring *ring, const struct dmb_lane *lane, uint64_t offset,
+			 uint64_t start, uint64_t size, int fence, uint64_t tag,
 			 struct dmb_batch **ret)
 {
-	const uint64_t segment[3] = {offset, 0, size};
+	const uint64_t segment[3] = {offset, start, size};
 	const struct dmb_job job = {
-		.fd = fd,
+		.fd = lane->fd,
 		.file_slot = -1,
 		.edge_fd = -1,
-		.offset_align = align,
+		.offset_align = lane->unit,
 		.memory_align = 1,
-		.page = align,
+		.page = lane->unit,
 		.file_size = offset + size,
-		.base = address,
-		.size = size,
-		.direction = direction,
+		.base = lane->base,
+		.size = lane->size,
+		.direction = lane->direction,
 		.route = DMB_DIRECT,
 		.depth = 1,
-		.block = (uint32_t)dmb_align_up(size, align),
+		.block = (uint32_t)size,
 	};
 	struct dmb_batch *batch;
-	int rc = dmb_batch_create(ring, &job, segment, 1, &batch);
+	int rc;
 
+	if (!dmb_lane_takes(lane, offset, start, size, fence))
+		return 1;
+	rc = dmb_batch_create(ring, &job, segment, 1, &batch);
 	if (rc)
 		return rc;
 	batch->own_job = job;

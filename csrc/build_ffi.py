@@ -17,6 +17,7 @@ SOURCES = (
     "batch.c",
     "loop.c",
     "split.c",
+    "lane.c",
     "stage.c",
     "sys.c",
     "nvme.c",

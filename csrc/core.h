@@ -78,6 +78,31 @@ enum dmb_route {
 	DMB_NATIVE = 4,	  /* O_DIRECT through dma-bufs registered with the ring, one a slot */
 };
 
+/*
+ * A lane is what is known of one open file and one buffer that lets a lone small request go between
+ * them with no more thought: by one pread(2) or pwrite(2), for which a ring gains nothing.
+ */
+struct dmb_lane {
+	int32_t fd;	       /* with O_DIRECT */
+	int32_t direction;     /* enum dmb_direction */
+	uint32_t unit;	       /* of file offsets and sizes, a power of two */
+	uint32_t memory_align; /* of memory addresses, a power of two */
+	uint64_t most;	       /* bytes of a request */
+	uint64_t base;	       /* address of the buffer's first byte */
+	uint64_t size;	       /* of the buffer, in bytes */
+	uint64_t file_size;    /* of a device; 0 for a file, which is asked each time */
+	const int32_t *slabs;  /* dma-bufs whose fences are looked at; NULL for none */
+	uint64_t slab_size;    /* bytes of each but the last */
+};
+/*
+ * Move `size` bytes between the file's `offset` and the buffer's `start`. 1 where all of it was
+ * moved; 0 where the lane does not take it (an edge, the end of the file, a fence that has not
+ * signalled, an error, a short count): the long way finds out which. Nothing is waited for but
+ * the device.
+ */
+int dmb_lane_move(const struct dmb_lane *lane, uint64_t offset, uint64_t start, uint64_t size,
+		  int fence);
+
 struct dmb_job {
 	/* the file */
 	int32_t fd;	   /* O_DIRECT for DMB_DIRECT and DMB_STAGED, without for DMB_BUFFERED */
@@ -167,20 +192,14 @@ int dmb_ring_poll(struct dmb_ring *ring, uint64_t *tags, uint32_t capacity, uint
 void dmb_batch_start(struct dmb_batch *batch, uint64_t tag);
 /* Submit nothing more and cancel what can be cancelled; dmb_ring_poll tells when it is done. */
 void dmb_batch_stop(struct dmb_batch *batch);
-/*
- * A batch of one request, made and started: offset, size and address are multiples of `align`, and
- * the file does not end before it. No slots, no staging, no edges.
- */
-int dmb_batch_start_lone(struct dmb_ring *ring, int direction, int fd, uint64_t address,
-			 uint64_t size, uint64_t offset, uint32_t align, uint64_t tag,
+/* A batch of one request, made and started; 0, 1 where the lane does not take it, or -errno. */
+int dmb_batch_start_lone(struct dmb_ring *ring, const struct dmb_lane *lane, uint64_t offset,
+			 uint64_t start, uint64_t size, int fence, uint64_t tag,
 			 struct dmb_batch **ret);
 /* The bytes that a batch moved without a gap once it is done; 0 before. */
 uint64_t dmb_batch_nbytes(const struct dmb_batch *batch);
 /* The same, and the batch is destroyed. */
 uint64_t dmb_batch_end(struct dmb_batch *batch);
-
-/* One pread(2) or pwrite(2): the way a lone small request is made. Returns a count or -errno. */
-int64_t dmb_lone(int direction, int fd, uint64_t address, uint64_t size, uint64_t offset);
 
 /* What an NVMe status means, with or without its bits above the code: errno, and in words. */
 int dmb_nvme_errno(uint32_t status, int direction);

@@ -133,6 +133,12 @@ int dmb_emulate_register(struct dmb_emulated *emulated, unsigned slot, int dmabu
 /* The address that a native request of the slot means, or -errno. */
 int dmb_emulate_address(struct dmb_emulated *emulated, const struct dmb_io *io, uint8_t **ret);
 
+/* One pread(2) or pwrite(2). Returns a count or -errno. */
+int64_t dmb_lone(int direction, int fd, uint64_t address, uint64_t size, uint64_t offset);
+/* Whether a lane moves such a request: see dmb_lane_move. */
+bool dmb_lane_takes(const struct dmb_lane *lane, uint64_t offset, uint64_t start, uint64_t size,
+		    bool fence);
+
 /* The NVMe command of a request that has a nsid; its length is not 0. */
 void dmb_nvme_command(const struct dmb_io *io, struct dmb_nvme_cmd *ret);
 /* A count or -errno from a command's answer: 0, a status, or -errno. Sets the request's status. */

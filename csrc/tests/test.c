@@ -180,6 +180,20 @@ void file_check(const struct file *file)
 	free(bytes);
 }
 
+struct dmb_lane make_lane(const struct file *file, const struct memory *memory, int direction)
+{
+	return (struct dmb_lane){
+		.fd = file->direct,
+		.direction = direction,
+		.unit = direction == DMB_READ ? file->offset_align : PAGE,
+		.memory_align = file->memory_align,
+		.most = 1 << 20,
+		.base = (uintptr_t)memory->bytes,
+		.size = memory->size,
+		.slab_size = memory->size,
+	};
+}
+
 struct dmb_job make_job(const struct file *file, const struct memory *memory, int direction,
 			int route)
 {

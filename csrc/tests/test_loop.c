@@ -114,6 +114,7 @@ static void lone(struct dmb_ring *ring, int fd)
 	uint64_t tags[LONE];
 	struct memory memory;
 	uint32_t count = 0;
+	struct dmb_lane lane;
 	struct file file;
 	int blocks;
 
@@ -122,11 +123,11 @@ static void lone(struct dmb_ring *ring, int fd)
 	blocks = FILE_SIZE / PAGE;
 	memory_map(&memory, LONE * PAGE);
 	memset(memory.bytes, POISON, memory.size);
+	lane = make_lane(&file, &memory, DMB_READ);
 	for (int i = 0; i < LONE; i++)
-		CHECK_EQUAL(dmb_batch_start_lone(ring, DMB_READ, file.direct,
-						 (uintptr_t)memory.bytes + (uint64_t)i * PAGE, PAGE,
-						 (uint64_t)(i % blocks) * PAGE, file.offset_align,
-						 (uint64_t)i, &batches[i]),
+		CHECK_EQUAL(dmb_batch_start_lone(ring, &lane, (uint64_t)(i % blocks) * PAGE,
+						 (uint64_t)i * PAGE, PAGE, 1, (uint64_t)i,
+						 &batches[i]),
 			    0);
 	CHECK_EQUAL(ring->in_flight, 0); /* nothing is submitted before the poll */
 	CHECK_EQUAL(dmb_ring_poll(ring, tags, LONE, &count), 0);

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dmabuf._ffi import lib
+from dmabuf._waits import Wake
 
 
 class Flight:
@@ -19,7 +20,7 @@ class Flight:
         self.landed = False
         self.closed = False  # it was stopped, since its File or engine closes
         self.keep: Any = None  # memory that the core reads meanwhile
-        self.wake: Any = None  # an event that is made when the task waits
+        self.wake: Wake | None = None  # made when the task waits
 
     def stop(self) -> None:
         """Have it land soon."""

@@ -25,13 +25,19 @@ from typing import Any
 import anyio
 from anyio.lowlevel import RunVar, cancel_shielded_checkpoint
 
+from dmabuf import _process
 from dmabuf._ffi import failure, ffi, lib
 from dmabuf._flight import BatchFlight, CallFlight, Flight
-from dmabuf._waits import kind_of_event
+from dmabuf._waits import Wake, kind_of_wake
+from dmabuf.buffer import Buffer
 from dmabuf.engine import Engine, Job, Outcome, create_batch, outcome_of
 from dmabuf.errors import ClosedError
+from dmabuf.lone import Lane
+from dmabuf.lone import lane as lane_of
 from dmabuf.ring import Ring
+from dmabuf.route import Direction
 from dmabuf.sizes import round_up
+from dmabuf.target import Target
 
 log = logging.getLogger("dmabuf")
 
@@ -63,7 +69,7 @@ class LoopEngine(Engine):
         self._count = ffi.new("uint32_t *")
         self._batch = ffi.new("struct dmb_batch **")
         self._guard: AsyncGenerator[None, None] | None = None
-        self._new_wake = kind_of_event()
+        self._new_wake = kind_of_wake()
         self.ring = self._rings[0]
         self._eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
@@ -89,11 +95,12 @@ class LoopEngine(Engine):
         if self._closed or self._eventfd < 0:
             return
         self._closed = True
-        if self._pid == os.getpid():
+        if self._pid == _process.pid:
             for flight in list(self._flights.values()):
                 flight.closed = True
                 flight.drain()
-                self._wake(flight)
+                if flight.wake is not None:
+                    self._wake(flight.wake)
             if self._threads is not None:
                 self._threads.shutdown()
         super().close()
@@ -151,18 +158,50 @@ class LoopEngine(Engine):
             lib.dmb_batch_destroy(batch[0])
 
     async def lone(
-        self, write: bool, fd: int, address: int, size: int, offset: int, align: int, owner: object
-    ) -> int:
-        """One request; the bytes it moved, fewer than `size` where something was wrong."""
-        self.check_usable()
+        self,
+        owner: Any,
+        target: Target,
+        buffer: Buffer,
+        direction: Direction,
+        size: int,
+        offset: int | None,
+        start: int,
+        fence: bool,
+    ) -> Lane | None:
+        """Move a range by a lane, which is returned; None as from lone.move."""
+        if buffer.__class__ is not Buffer:
+            return None
         flight = BatchFlight(owner)
+        try:
+            target.lone.add(flight)
+            buffer._lone.add(flight)
+            if target._closed or buffer._closed or buffer._closing:
+                return None
+            self.check_usable()
+            lane = lane_of(target, buffer, direction)
+            if lane is None or (direction == "write" and target.growth.running):
+                return None
+            moved = await self._fly_alone(flight, lane.core, offset or 0, start, size, fence)
+            return lane if moved == size else None
+        finally:
+            buffer._lone.discard(flight)
+            target.lone.discard(flight)
+            if target._closed:
+                target.left()
+                owner._left()
+
+    async def _fly_alone(
+        self, flight: BatchFlight, core: Any, offset: int, start: int, size: int, fence: bool
+    ) -> int:
+        """The bytes that one request moved; 0 where the lane does not take it."""
         self._last_tag = tag = self._last_tag + 1
-        rc = lib.dmb_batch_start_lone(
-            self.ring.handle, write, fd, address, size, offset, align, tag, self._batch
-        )
-        if rc:
+        handle, batch = self.ring.handle, self._batch
+        try:
+            if lib.dmb_batch_start_lone(handle, core, offset, start, size, fence, tag, batch):
+                return 0
+        except (TypeError, OverflowError):  # no numbers of bytes
             return 0
-        batch = flight.batch = self._batch[0]
+        flight.batch = made = batch[0]
         nbytes = 0
         try:
             self._flights[tag] = flight
@@ -171,8 +210,8 @@ class LoopEngine(Engine):
                 raise ClosedError("the file was closed while the transfer ran")
         finally:
             self._flights.pop(tag, None)
-            nbytes = int(lib.dmb_batch_end(batch))
-        return nbytes
+            nbytes = lib.dmb_batch_end(made)
+        return int(nbytes)
 
     def _shape(self, job: Job) -> tuple[int, int]:
         """Requests in flight and bytes of each: no more memory for staging than it can use."""
@@ -222,7 +261,7 @@ class LoopEngine(Engine):
                     await self._drive(flight)
                 else:
                     flight.wake = wake = self._new_wake()
-                    await wake.wait()
+                    await wake
         except BaseException as caught:
             if isinstance(caught, GeneratorExit):  # thrown away: there is no loop to wait in
                 self._abandon(flight)
@@ -243,7 +282,7 @@ class LoopEngine(Engine):
                     await self._drive(flight)
                 else:
                     flight.wake = wake = self._new_wake()
-                    await wake.wait()
+                    await wake
             except GeneratorExit:
                 self._abandon(flight)
                 raise
@@ -288,7 +327,8 @@ class LoopEngine(Engine):
         for flight in self._flights.values():
             if not flight.landed:
                 self._heir = flight
-                self._wake(flight)
+                if flight.wake is not None:
+                    self._wake(flight.wake)
                 break
 
     def _poll(self) -> None:
@@ -324,14 +364,14 @@ class LoopEngine(Engine):
         flight.landed = True
         if flight is self._driver and not self._driving:
             self._nudge()
-        self._wake(flight)
-
-    def _wake(self, flight: Flight) -> None:
         if flight.wake is not None:
-            try:
-                flight.wake.set()
-            except Exception:  # its loop has ended, and there is nobody to wake
-                log.debug("a transfer landed after its event loop had ended", exc_info=True)
+            self._wake(flight.wake)
+
+    def _wake(self, wake: Wake) -> None:
+        try:
+            wake.set()
+        except Exception:  # its loop has ended, and there is nobody to wake
+            log.debug("a transfer landed after its event loop had ended", exc_info=True)
 
     def stop(self, owner: object) -> None:
         """Stop the flights of an owner; they land soon."""
@@ -362,7 +402,7 @@ _engines: RunVar[LoopEngine] = RunVar("dmabuf.aio engine")
 async def loop_engine() -> LoopEngine:
     """The engine of the running event loop, made on first use."""
     engine = _engines.get(None)
-    if engine is None or engine.closed or engine._pid != os.getpid():
+    if engine is None or engine.closed or engine._pid != _process.pid:
         engine = LoopEngine()
         _engines.set(engine)
         await engine.stay()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import select
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Generator, Sequence
+from functools import partial
+from typing import Any, Literal, Protocol
 
 import anyio
 import anyio.lowlevel
@@ -15,28 +16,48 @@ from dmabuf import fence
 from dmabuf.steps import Fences, Ready
 
 
-class _Wake:
-    """As anyio.Event on asyncio, for one waiter and at a third of the cost."""
-
-    __slots__ = ("_future",)
-
-    def __init__(self) -> None:
-        self._future = sys.modules["asyncio"].get_running_loop().create_future()
+class Wake(Protocol):
+    """An event for one task, which awaits it."""
 
     def set(self) -> None:
-        if not self._future.done():
-            self._future.set_result(None)
+        """Wake the task, now or when it comes to wait."""
 
-    def wait(self) -> Any:
-        return self._future
+    def __await__(self) -> Generator[Any, Any, Any]: ...
 
 
-def kind_of_event() -> Callable[[], Any]:
-    """What makes the running loop's events, each for one waiter."""
+class _Event:
+    """Any event as a Wake."""
+
+    __slots__ = ("_event", "set")
+
+    def __init__(self, kind: Callable[[], Any]) -> None:
+        self._event = kind()
+        self.set = self._event.set
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        return self._event.wait().__await__()  # type: ignore[no-any-return]
+
+
+def kind_of_wake() -> Callable[[], Wake]:
+    """What makes the running loop's."""
     backend = type(anyio.Event()).__module__.rpartition("_")[2]
     if backend == "asyncio":
-        return _Wake
-    return sys.modules["trio"].Event if backend == "trio" else anyio.Event
+        return _by_future()
+    return partial(_Event, sys.modules["trio"].Event if backend == "trio" else anyio.Event)
+
+
+def _by_future() -> Callable[[], Wake]:
+    """As anyio.Event on asyncio, at a third of the cost."""
+    asyncio = sys.modules["asyncio"]
+
+    class FutureWake(asyncio.Future):  # type: ignore[name-defined,misc]
+        __slots__ = ()
+
+        def set(self) -> None:
+            if not self.done():
+                self.set_result(None)
+
+    return partial(FutureWake, loop=asyncio.get_running_loop())
 
 
 async def readable(fd: int, access: Literal["read", "write"]) -> None:

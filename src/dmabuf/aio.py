@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from dmabuf import _process, lone, transfer
 from dmabuf import file as sync
-from dmabuf import transfer
 from dmabuf.audit import Audit
 from dmabuf.buffer import Buffer
 from dmabuf.engine import Job, Transfer
@@ -126,7 +126,7 @@ class File:
         The transfers raise ClosedError. Can be called again; being cancelled does not shorten it.
         """
         target = self._target
-        if target.pid != os.getpid() or self._file.closed:
+        if target.pid != _process.pid or self._file.closed:
             self._file.close()
             return
         target._closed = True  # nothing new begins; transfers that run keep the descriptors
@@ -135,7 +135,7 @@ class File:
         for scope in list(self._scopes):
             scope.cancel()
         try:
-            while self._running:
+            while self._running or target.lone:
                 try:
                     with anyio.CancelScope(shield=True):
                         self._idle = anyio.Event()
@@ -167,12 +167,16 @@ class File:
     ) -> Transfer:
         """Read from the file into the buffer; as `dmabuf.File.read_into`."""
         begun = time.perf_counter()
-        if transfer.may_be_alone(require, route, prefer, audit) and timeout is None:
-            found = self._lone("read", buffer, size, file_offset, buffer_offset, fence)
-            if found is not None:
-                lone, no_native = found
-                if await lone == size:  # else the long way says why
-                    return transfer.lone_record("read", size, route, no_native, begun, _ALONE)
+        if (
+            isinstance(size, int)
+            and timeout is None
+            and lone.permitted(require, route, prefer, audit)
+        ):
+            lane = await self._engine.lone(
+                self, self._target, buffer, "read", size, file_offset, buffer_offset, fence
+            )
+            if lane is not None:
+                return lane.record(size, route, begun, _ALONE)
         ranges = self._file._range("read", buffer, size, file_offset, buffer_offset)
         order = Order("read", buffer, ranges, require, route, prefer, False, timeout, fence, audit)
         with self._holding(buffer):
@@ -195,12 +199,17 @@ class File:
     ) -> Transfer:
         """Write from the buffer to the file; as `dmabuf.File.write_from`."""
         begun = time.perf_counter()
-        if transfer.may_be_alone(require, route, prefer, audit) and timeout is None and not sync:
-            found = self._lone("write", buffer, size, file_offset, buffer_offset, fence)
-            if found is not None:
-                lone, no_native = found
-                if await lone == size:  # else the long way says why
-                    return transfer.lone_record("write", size, route, no_native, begun, _ALONE)
+        if (
+            isinstance(size, int)
+            and timeout is None
+            and not sync
+            and lone.permitted(require, route, prefer, audit)
+        ):
+            lane = await self._engine.lone(
+                self, self._target, buffer, "write", size, file_offset, buffer_offset, fence
+            )
+            if lane is not None:
+                return lane.record(size, route, begun, _ALONE)
         ranges = self._file._range("write", buffer, size, file_offset, buffer_offset)
         order = Order("write", buffer, ranges, require, route, prefer, sync, timeout, fence, audit)
         with self._holding(buffer):
@@ -253,54 +262,9 @@ class File:
             )
             return await self._carry(order, begun)
 
-    def _lone(
-        self,
-        direction: Direction,
-        buffer: Buffer,
-        size: int | str | None,
-        offset: int | None,
-        start: int,
-        fence: bool,
-    ) -> tuple[Coroutine[Any, Any, int], str] | None:
-        """One small aligned request, to be awaited, and why not native; None for another."""
-        offset = 0 if offset is None else offset
-        if type(size) is not int or type(offset) is not int or type(start) is not int:
-            return None
-        if type(buffer) is not Buffer or buffer._closed:
-            return None
-        if offset < 0 or start < 0 or start + size > buffer._size:
-            return None
-        target, write = self._target, direction == "write"
-        if target._closed:
-            return None  # the long way says so
-        if not (target.writable if write else target.readable and buffer._descriptor_writable):
-            return None
-        found = transfer.lone(target, buffer, write, offset, start, size)
-        if found is None:
-            return None
-        fd, address, align, no_native = found
-        if fence and buffer._is_dmabuf and transfer.still_fenced(buffer, start, size, write):
-            return None
-        return self._run_lone(buffer, write, fd, address, size, offset, align), no_native
-
-    async def _run_lone(
-        self, buffer: Buffer, write: bool, fd: int, address: int, size: int, offset: int, align: int
-    ) -> int:
-        self._target.acquire()
-        try:
-            buffer._acquire()
-            try:
-                self._running += 1
-                return await self._engine.lone(write, fd, address, size, offset, align, self)
-            finally:
-                buffer._release()
-                self._left()
-        finally:
-            self._target.release()
-
     def _left(self) -> None:
-        self._running -= 1
-        if not self._running and self._idle is not None:
+        """A transfer has ended: tell `aclose` where it was the last."""
+        if self._idle is not None and not self._running and not self._target.lone:
             self._idle.set()
 
     @contextmanager
@@ -310,6 +274,7 @@ class File:
             try:
                 yield
             finally:
+                self._running -= 1
                 self._left()
 
     async def _carry(self, order: Order, begun: float) -> Transfer:

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import itertools
 import mmap
 import os
 import threading
@@ -88,6 +89,8 @@ class Buffer(RawFile):
         self._cached_address: int | None = None
         self._forget_other_threads()
         _alive.add(self)
+        self._number = next(_numbers)
+        self._closing = False
         self._closed = False
 
     def _forget_other_threads(self) -> None:
@@ -95,6 +98,7 @@ class Buffer(RawFile):
         # thread will release a lock, and the pages that the parent's rings pin are not ours.
         self._lock = threading.RLock()
         self._users = 0
+        self._lone: set[object] = set()  # requests of lone.py under way, each by a token of its own
         self._maps = 0
         self._on_close_callbacks = []
 
@@ -401,13 +405,17 @@ class Buffer(RawFile):
         with self._lock:
             if self._closed:
                 return
-            if self._users:
-                raise BusyError(f"cannot close {self!r}: a transfer is running")
-            if self._maps:
-                raise BufferError("cannot close exported pointers exist")
-            if self._memory is not None:
-                self._memory.close()  # BufferError while a view exists
-            self._closed = True
+            self._closing = True  # from here on a lone request takes the lock, as others do
+            try:
+                if self._users or self._lone:
+                    raise BusyError(f"cannot close {self!r}: a transfer is running")
+                if self._maps:
+                    raise BufferError("cannot close exported pointers exist")
+                if self._memory is not None:
+                    self._memory.close()  # BufferError while a view exists
+                self._closed = True
+            finally:
+                self._closing = False
         self._dispose()
 
     def _dispose(self) -> None:
@@ -429,6 +437,7 @@ class Buffer(RawFile):
         self._dispose()
 
 
+_numbers = itertools.count()  # an id() may come again
 _alive: "weakref.WeakSet[Buffer]" = weakref.WeakSet()
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from dmabuf import span, transfer
+from dmabuf import lone, span, transfer
 from dmabuf.audit import Audit
 from dmabuf.buffer import Buffer
 from dmabuf.engine import Engine, Transfer
@@ -171,6 +171,17 @@ class File:
             ValueError: a range outside the buffer or the largest file offset, or a closed file.
         """
         begun = time.perf_counter()
+        target = self._target
+        if (
+            isinstance(size, int)
+            and timeout is None
+            and lone.permitted(require, route, prefer, audit)
+        ):
+            done = lone.move(
+                target, buffer, "read", size, file_offset, buffer_offset, fence, route, begun
+            )
+            if done is not None:
+                return done
         ranges = self._range("read", buffer, size, file_offset, buffer_offset)
         order = Order(
             "read",
@@ -183,8 +194,8 @@ class File:
             fence=fence,
             audit=audit,
         )
-        with _holding(self._target, buffer):
-            return transfer.carry_out(self._target, order, begun)
+        with _holding(target, buffer):
+            return transfer.carry_out(target, order, begun)
 
     def write_from(
         self,
@@ -235,10 +246,22 @@ class File:
             ValueError: a range outside the buffer or the largest file offset, or a closed file.
         """
         begun = time.perf_counter()
+        target = self._target
+        if (
+            isinstance(size, int)
+            and timeout is None
+            and not sync
+            and lone.permitted(require, route, prefer, audit)
+        ):
+            done = lone.move(
+                target, buffer, "write", size, file_offset, buffer_offset, fence, route, begun
+            )
+            if done is not None:
+                return done
         ranges = self._range("write", buffer, size, file_offset, buffer_offset)
         order = Order("write", buffer, ranges, require, route, prefer, sync, timeout, fence, audit)
-        with _holding(self._target, buffer):
-            return transfer.carry_out(self._target, order, begun)
+        with _holding(target, buffer):
+            return transfer.carry_out(target, order, begun)
 
     def read_segments(
         self,

@@ -8,6 +8,7 @@ import os
 import threading
 import weakref
 
+from dmabuf import _process
 from dmabuf._ffi import failure, ffi, lib
 from dmabuf.buffer import Buffer
 
@@ -31,7 +32,7 @@ class Ring:
         if rc:
             raise failure(-rc, "setting up io_uring" if backend == 0 else "starting threads")
         self.handle = handle[0]
-        self.pid = os.getpid()
+        self.pid = _process.pid
         self.lock = threading.Lock()
         self._owner = owner
         self._unpin: list[int] = []
@@ -162,7 +163,7 @@ class Ring:
 
     def close(self) -> None:
         """Tear it down; nothing may be running on it."""
-        if self.pid != os.getpid():
+        if self.pid != _process.pid:
             # A fork's copy has the ring's memory, none of its threads, and perhaps a lock that
             # one of those held: leave it be.
             self.handle = None

@@ -13,14 +13,18 @@ import os
 import stat
 import threading
 from dataclasses import replace
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from dmabuf import audit, facts, nvme
+from dmabuf import _process, audit, facts, nvme
 from dmabuf.buffer import Buffer
 from dmabuf.engine import Engine, Job, default_engine
 from dmabuf.errors import ClosedError, os_error
 from dmabuf.growth import Growth
 from dmabuf.ring import why_not_native
+
+if TYPE_CHECKING:
+    from dmabuf.lone import Lane
 
 log = logging.getLogger("dmabuf")
 
@@ -45,10 +49,12 @@ class Target:
         self.readable = mode in ("r", "r+")
         self.writable = mode != "r"
         self.engine = engine
-        self.pid = os.getpid()
+        self.pid = _process.pid
         self.growth = Growth()
         self._closed = False
         self._users = 0
+        self.lone: set[object] = set()  # lone requests under way, each by a token of its own
+        self.lanes: dict[tuple[int, str], Lane] = {}  # by buffer and direction: see lone.py
         self._lock = threading.RLock()  # the collector may close a File at any allocation
         self._direct: facts.Direct | None = None
         self._no_native: WeakKeyDictionary[Buffer, str] = WeakKeyDictionary()
@@ -165,7 +171,7 @@ class Target:
         """Raise ClosedError once it is closed, and in a fork's child."""
         if self._closed:
             raise ClosedError(f"the file is closed: {self.path}")
-        if self.pid != os.getpid():
+        if self.pid != _process.pid:
             raise ClosedError(
                 f"{self.path} was opened by process {self.pid}, which forked: open it again here"
             )
@@ -186,27 +192,32 @@ class Target:
         """Let go; the last user of a Target that was closed meanwhile closes its descriptors."""
         with self._lock:
             self._users -= 1
-            if self._closed and not self._users:
+            self.left()
+
+    def left(self) -> None:
+        """Close the descriptors if it was closed, and this was the last that used them."""
+        with self._lock:
+            if self._closed and not self._users and not self.lone:
                 self._close()
 
     def close(self) -> None:
         """Close both descriptors, once no transfer uses them; their registrations go too."""
-        if self.pid != os.getpid():  # a fork's child: nobody will release its copy of the lock
+        if self.pid != _process.pid:  # a fork's child: nobody will release its copy of the lock
             self._closed = True
             self._close()
             return
         with self._lock:
             self._closed = True
-            if not self._users:
-                self._close()
+            self.left()
 
     def _close(self) -> None:
+        self.lanes.clear()
         fd, self.fd = self.fd, -1
         direct, self._direct = self._direct, None
         for one in (fd, direct.fd if direct else -1):
             if one < 0:
                 continue
-            if self.pid == os.getpid():
+            if self.pid == _process.pid:
                 self.engine.forget_file(one)
             os.close(one)
 
@@ -275,6 +286,7 @@ class Target:
         """O_DIRECT was tried and is not to be had, for the sentence's reason."""
         log.info("%s: %s", self.path, refusal)
         self._direct = replace(self.direct(), refusal=refusal)
+        self.lanes.clear()
 
     def learn_from(self, error: int) -> bool:
         """Whether the errno of a first O_DIRECT request taught something worth another try."""
@@ -287,6 +299,7 @@ class Target:
             )
             log.info("%s: alignment of %s was refused: trying %s", self.path, direct, coarse)
             self._direct = replace(direct, alignment=coarse)
+            self.lanes.clear()
         else:
             name = errno.errorcode[error]
             self.rule_out_direct(f"the filesystem refused an aligned O_DIRECT request ({name})")

@@ -11,18 +11,17 @@ import errno
 import time
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 from dmabuf import audit, facts, fence, nvme, stream
-from dmabuf._ffi import failure, lib
+from dmabuf._ffi import failure
 from dmabuf.buffer import Buffer
 from dmabuf.engine import NOT_AUDITED, NOTHING, Job, Outcome, Transfer
 from dmabuf.errors import IntegrityError, RouteUnavailable, ShortReadError, os_error
 from dmabuf.reference import open_reference
 from dmabuf.route import (
     ALLOWED,
-    WHY_CHOSEN,
     Direction,
     Plan,
     Prefer,
@@ -35,9 +34,6 @@ from dmabuf.span import Span
 from dmabuf.steps import Blocking, Fences, Steps, here
 from dmabuf.target import Target
 
-_WHY_DIRECT = {"read": WHY_CHOSEN["read", Route.DIRECT], "write": WHY_CHOSEN["write", Route.DIRECT]}
-_LONE_BYTES = 1 << 20
-"""One aligned request of at most so many bytes goes by pread or pwrite: a ring gains nothing."""
 _MOSTLY_CACHED = 0.9
 """The part of a range that has to be in the page cache for prefer="fastest" to take it there."""
 
@@ -207,85 +203,7 @@ def carry_out(target: Target, order: Order, begun: float) -> Transfer:
     check_audit(target, order)
     if target.stream is not None:
         return here(carry_stream(target, order, begun), target.engine)
-    transfer = _lone(target, order, begun)
-    if transfer is None:
-        return here(carry(target, order, begun), target.engine)
-    if order.sync:
-        target.flush()
-        transfer = replace(transfer, seconds=time.perf_counter() - begun)
-    return transfer
-
-
-def may_be_alone(
-    require: Require, route: Route | str | None, prefer: Prefer, asked: audit.Audit
-) -> bool:
-    """Whether what is asked for permits a lone request."""
-    if asked not in ("first", "off"):
-        return False
-    return prefer == "zero-copy" and route in (None, Route.DIRECT) and require in ALLOWED
-
-
-def lone(
-    target: Target, buffer: Buffer, write: bool, offset: int, start: int, size: int
-) -> tuple[int, int, int, str] | None:
-    """How to move one small aligned range in one request, with no more thought than it takes.
-
-    The descriptor, the address, the unit of the file, and why it is not native. None where the
-    range is anything else.
-    """
-    if not 0 < size <= _LONE_BYTES:
-        return None
-    direct = target.direct_if_proven()
-    if direct is None or buffer._pin_refusal is not None:
-        return None
-    address = buffer._cached_address or buffer._address
-    if address is None:
-        return None
-    address += start
-    unit = max(direct.alignment.offset, facts.PAGE) if write else direct.alignment.offset
-    if offset % unit or size % unit or address % direct.alignment.memory:
-        return None
-    if offset + size > target.size() // unit * unit or (write and target.growth.running):
-        return None
-    no_native = target.no_native(buffer)
-    return None if no_native is None else (direct.fd, address, unit, no_native)
-
-
-def lone_record(
-    direction: Direction,
-    size: int,
-    route: Route | str | None,
-    no_native: str,
-    begun: float,
-    registration: str = "no ring was used: one small request",
-) -> Transfer:
-    """The record of a lone request that moved all of its `size` bytes."""
-    rejected = {} if route else _not_native(no_native).copy()
-    seconds = time.perf_counter() - begun
-    reason = _WHY_DIRECT[direction]
-    return Transfer(size, Route.DIRECT, reason, rejected, False, registration, seconds, 1, 0, 0)
-
-
-@cache
-def _not_native(why: str) -> dict[Route, str]:
-    return {Route.NATIVE: why}
-
-
-def _lone(target: Target, order: Order, begun: float) -> Transfer | None:
-    """One small aligned request, by pread or pwrite; None where it is another, or falls short."""
-    span, write = order.span, order.direction == "write"
-    if span.count != 1 or not may_be_alone(order.require, order.route, order.prefer, order.audit):
-        return None
-    size, offset = span.nbytes, span.file_start
-    found = lone(target, order.buffer, write, offset, span.buffer_start, size)
-    if found is None:
-        return None
-    fd, address, _, no_native = found
-    if order.fence and order.buffer._is_dmabuf:
-        here(_fences(target, order, begun), target.engine)
-    if lib.dmb_lone(write, fd, address, size, offset) != size:
-        return None  # the long way says why
-    return lone_record(order.direction, size, order.route, no_native, begun)
+    return here(carry(target, order, begun), target.engine)
 
 
 def carry(target: Target, order: Order, begun: float) -> Steps[Transfer]:
@@ -504,11 +422,6 @@ def _run_audited(target: Target, order: Order, chosen: Plan) -> Steps[tuple[Outc
 
 
 # -- fences
-
-
-def still_fenced(buffer: Buffer, start: int, size: int, write: bool) -> bool:
-    """Whether a device uses the range, by its fences, so that one would have to wait."""
-    return bool(fence.pending(buffer._touched(start, size), "read" if write else "write"))
 
 
 def _fences(target: Target, order: Order, begun: float) -> Steps[None]:

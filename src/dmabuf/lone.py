@@ -1,0 +1,133 @@
+"""Lone small requests: one aligned range of a known file and buffer, in one pread or pwrite.
+
+Most of a small request's time would go into the thought that a large one is worth. So what is
+known of a file and a buffer after the first transfers is kept as a *lane*, which the core checks
+a request against before it moves it. What a lane does not take (edges, the end of the file, a fence
+that has not signalled, an error) goes the long way, which finds out why.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from dmabuf import _process, audit, facts
+from dmabuf._ffi import ffi, lib
+from dmabuf.buffer import Buffer
+from dmabuf.engine import Transfer, lone_transfer
+from dmabuf.route import ALLOWED, WHY_CHOSEN, Direction, Prefer, Require, Route
+from dmabuf.target import Target
+
+BYTES = 1 << 20
+"""A request of at most so many bytes: for a larger one a ring is worth its cost."""
+LANES = 64
+"""A file remembers so many lanes."""
+_ALONE = "no ring was used: one small request"
+
+
+def permitted(
+    require: Require, route: Route | str | None, prefer: Prefer, asked: audit.Audit
+) -> bool:
+    """Whether what is asked for permits a lone request."""
+    if route is not None and route != Route.DIRECT:
+        return False
+    return prefer == "zero-copy" and asked in ("first", "off") and require in ALLOWED
+
+
+class Lane:
+    """The core's lane, and what the records of its transfers say."""
+
+    __slots__ = ("_reason", "_rejected", "core", "slabs")
+
+    def __init__(self, core: Any, slabs: Any, reason: str, no_native: str) -> None:
+        self.core = core
+        self.slabs = slabs  # which the core reads
+        self._reason = reason
+        self._rejected = {Route.NATIVE: no_native}
+
+    def record(
+        self, size: int, route: Route | str | None, begun: float, registration: str = _ALONE
+    ) -> Transfer:
+        """The record of a request that moved all of its `size` bytes."""
+        rejected = {} if route else self._rejected.copy()
+        seconds = time.perf_counter() - begun
+        return lone_transfer(size, self._reason, rejected, registration, seconds)
+
+
+def lane(target: Target, buffer: Buffer, direction: Direction) -> Lane | None:
+    """The lane between a file and a buffer, made where there may be one; the caller holds both."""
+    lanes = target.lanes
+    found = lanes.get((buffer._number, direction))
+    if found is None:
+        found = _make(target, buffer, direction)
+        if found is not None:
+            if len(lanes) >= LANES:  # of buffers that are gone, most likely
+                lanes.clear()
+            lanes[buffer._number, direction] = found
+    return found
+
+
+def _make(target: Target, buffer: Buffer, direction: Direction) -> Lane | None:
+    direct, write = target.direct_if_proven(), direction == "write"
+    if direct is None or buffer._pin_refusal is not None or buffer._address is None:
+        return None
+    if not (target.writable if write else target.readable and buffer._descriptor_writable):
+        return None
+    no_native = target.no_native(buffer)
+    if no_native is None:
+        return None
+    slabs = [slab.fd for slab in buffer.slabs] if buffer.is_dmabuf else []
+    kept = ffi.new("int32_t[]", slabs) if slabs else ffi.NULL
+    align = direct.alignment
+    core = ffi.new(
+        "struct dmb_lane *",
+        {
+            "fd": direct.fd,
+            "direction": lib.DMB_WRITE if write else lib.DMB_READ,
+            "unit": max(align.offset, facts.PAGE) if write else align.offset,
+            "memory_align": align.memory,
+            "most": BYTES,
+            "base": buffer._address,
+            "size": buffer.size,
+            "file_size": 0 if target.kind == "file" else target.size(),
+            "slabs": kept,
+            "slab_size": buffer.slabs[0].size,
+        },
+    )
+    return Lane(core, kept, WHY_CHOSEN[direction, Route.DIRECT], no_native)
+
+
+def move(
+    target: Target,
+    buffer: Buffer,
+    direction: Direction,
+    size: int,
+    offset: int | None,
+    start: int,
+    fence: bool,
+    route: Route | str | None,
+    begun: float,
+) -> Transfer | None:
+    """Move a range by a lane; None where it has to go the long way, and nothing was moved."""
+    if buffer.__class__ is not Buffer:
+        return None
+    token = object()
+    try:
+        target.lone.add(token)
+        buffer._lone.add(token)
+        if target._closed or buffer._closed or buffer._closing or target.pid != _process.pid:
+            return None
+        found = lane(target, buffer, direction)
+        if found is None or (direction == "write" and target.growth.running):
+            return None
+        try:
+            if not lib.dmb_lane_move(found.core, offset or 0, start, size, fence):
+                return None
+        except (TypeError, OverflowError):  # no numbers of bytes: the long way says so
+            return None
+    finally:
+        buffer._lone.discard(token)
+        target.lone.discard(token)
+        if target._closed:
+            target.left()
+    return found.record(size, route, begun)
