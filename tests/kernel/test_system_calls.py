@@ -16,7 +16,7 @@ import os, sys
 import dmabuf
 path, route, direction = sys.argv[1:]
 size = {requests} * 4096
-engine = dmabuf.Engine(block_size=4096, backend="uring")
+engine = dmabuf.Engine(block_size=4096, backend="io_uring")
 with engine, dmabuf.allocate(size, exporter="udmabuf") as buffer:
     with dmabuf.open(path, "r+", engine=engine) as file:
         transfer = file.read_into if direction == "read" else file.write_from
