@@ -349,10 +349,10 @@ class Engine:
         error = self._rings[0].native(job.buffer, job.fd).fill(job.buffer, *job.slots_touched)
         return why_not_native(error) if error else None
 
-    def forget_native(self, buffer: Buffer, fd: int) -> None:
-        """Drop what is registered of a dma-buf for a file, so that it is registered anew."""
+    def renew_native(self, buffer: Buffer, fd: int) -> None:
+        """Register anew what is registered of a dma-buf for a file."""
         for ring in self._rings:
-            ring.native(buffer, fd).clear()
+            ring.native(buffer, fd).renew(buffer)
 
     def run(self, job: Job) -> Outcome:
         """Run a job to its end.

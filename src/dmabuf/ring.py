@@ -99,6 +99,15 @@ class Ring:
             self._free_buffers.append(slot)
             return rc
 
+    def renew_dmabuf_slot(self, slot: int, dmabuf: int, target: int) -> int:
+        """Register a dma-buf anew in the slot that it has; 0 or -errno.
+
+        In one step: requests of other jobs name the slot meanwhile, and it may not become empty, or
+        another's.
+        """
+        with self._tables:
+            return int(lib.dmb_ring_register_dmabuf(self.handle, slot, dmabuf, target))
+
     def give_dmabuf_slot(self, slot: int) -> None:
         """Clear a dma-buf's slot; where only the ring's owner may, it does so at its next job."""
         with self._tables:
@@ -196,6 +205,13 @@ class NativeRegistration:
                     return -slot
                 self.slots[index] = slot
         return 0
+
+    def renew(self, buffer: Buffer) -> None:
+        """Register anew what is registered; what is refused stays, and its requests say so."""
+        for slab, slot in zip(buffer.slabs, self.slots, strict=True):
+            if slot >= 0:
+                rc = self._ring.renew_dmabuf_slot(slot, slab.fd, self._fd)
+                log.info("registered slot %d anew: %s", slot, os.strerror(-rc))
 
     def clear(self) -> None:
         """Give the slots back."""

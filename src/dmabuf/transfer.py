@@ -319,7 +319,7 @@ def _carry(target: Target, order: Order, begun: float) -> Steps[Transfer]:
         if chosen.route is Route.NATIVE and outcome.error == errno.ENOENT and not was_reset:
             # The controller was reset, and the registration went with it: once, make it again.
             was_reset = True
-            target.engine.forget_native(order.buffer, target.direct().fd)
+            target.engine.renew_native(order.buffer, target.direct().fd)
         elif not outcome.error or not _learn(target, order, chosen, outcome):
             break
     if outcome.error:
