@@ -158,9 +158,11 @@ class Ring:
     def forget_file(self, fd: int) -> None:
         """Take a descriptor out of the tables, before it is closed."""
         with self._tables:
-            for by_file in list(self._natives.values()):
+            for buffer, by_file in list(self._natives.items()):
                 if fd in by_file:
-                    by_file.pop(fd).clear()
+                    gone = by_file.pop(fd)
+                    gone.clear()
+                    buffer._not_on_close(gone.clear)
             slot = self._files.pop(fd, None)
             if slot is not None:
                 self._forgotten.append(slot)
@@ -180,6 +182,11 @@ class Ring:
             handle, self.handle = self.handle, None
             if handle is not None:
                 lib.dmb_ring_destroy(handle)
+            for buffer, registration in list(self._buffers.items()):
+                buffer._not_on_close(registration.clear)
+            for buffer, by_file in list(self._natives.items()):
+                for native in by_file.values():
+                    buffer._not_on_close(native.clear)
 
     def __del__(self) -> None:
         if getattr(self, "handle", None) is not None:

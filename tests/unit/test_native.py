@@ -303,3 +303,22 @@ def test_a_reset_leaves_every_slab_its_slot(path, far, engine):
             assert file.read_into(far).route is Route.NATIVE
         assert not resets[0] and list(slots) == before
     assert content(far) == path.read_bytes()[: far.size]
+
+
+def test_files_that_were_closed_leave_nothing_with_a_buffer(path, buf, engine):
+    for _ in range(20):
+        with dmabuf.open(path, engine=engine) as file:
+            assert file.read_into(buf).route is Route.NATIVE
+        assert len(buf._on_close_callbacks) <= 1
+    assert not buf._on_close_callbacks
+
+
+def test_engines_that_were_closed_leave_nothing_with_a_buffer(path, buf):
+    for _ in range(3):
+        with Emulating(backend="threads") as engine, dmabuf.Engine(block_size=4096) as other:
+            file, again = dmabuf.open(path, engine=engine), dmabuf.open(path, engine=other)
+            file.read_into(buf)
+            again.read_into(buf, 256 * 1024)
+        assert not buf._on_close_callbacks
+        file.close()
+        again.close()
