@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 import weakref
+from typing import NamedTuple
 
 from dmabuf._ffi import failure, ffi, lib
 from dmabuf.buffer import Buffer
@@ -86,6 +87,11 @@ class Ring:
             if fd not in by_file:
                 by_file[fd] = NativeRegistration(self, buffer, fd)
             return by_file[fd]
+
+    @property
+    def free_buffer_slots(self) -> int:
+        """How many slots are neither filled nor still to be cleared by the owner."""
+        return len(self._free_buffers)
 
     def take_dmabuf_slot(self, dmabuf: int, target: int) -> int:
         """Register a dma-buf for an open file in a free slot; the slot, or -errno."""
@@ -193,6 +199,13 @@ class Ring:
             self.close()
 
 
+class Refusal(NamedTuple):
+    """Why a dma-buf was not registered."""
+
+    errno: int
+    why: str
+
+
 class NativeRegistration:
     """The slots of one dma-buf's slabs for one open file: filled when a job touches them."""
 
@@ -203,15 +216,18 @@ class NativeRegistration:
         self._fd = fd
         buffer._on_close(self.clear)
 
-    def fill(self, buffer: Buffer, first: int, last: int) -> int:
-        """Register the slabs first..last; 0, or the errno of the first that was refused."""
-        for index in range(first, last + 1):
-            if self.slots[index] < 0:
-                slot = self._ring.take_dmabuf_slot(buffer.slabs[index].fd, self._fd)
-                if slot < 0:
-                    return -slot
-                self.slots[index] = slot
-        return 0
+    def fill(self, buffer: Buffer, first: int, last: int) -> Refusal | None:
+        """Register the slabs first..last; None, or the errno and why one was refused."""
+        missing = [index for index in range(first, last + 1) if self.slots[index] < 0]
+        free = self._ring.free_buffer_slots
+        if len(missing) > free:
+            return Refusal(errno.ENOSPC, _table_is_full(len(missing), free))
+        for index in missing:
+            slot = self._ring.take_dmabuf_slot(buffer.slabs[index].fd, self._fd)
+            if slot < 0:
+                return Refusal(-slot, why_not_native(-slot))
+            self.slots[index] = slot
+        return None
 
     def renew(self, buffer: Buffer) -> None:
         """Register anew what is registered; what is refused stays, and its requests say so."""
@@ -302,6 +318,13 @@ def no_native_kernel(number: int) -> str:
             'extended update): it takes one with the series "Add dmabuf read/write via io_uring"'
         )
     return f"dma-bufs cannot be registered with this engine: {os.strerror(number)}"
+
+
+def _table_is_full(wanted: int, free: int) -> str:
+    return (
+        f"the transfer touches {wanted} more slabs, and {free} slots are free of the "
+        f"{lib.DMB_BUFFER_SLOTS} of a ring's table: close other buffers, or have larger slabs"
+    )
 
 
 def why_not_native(number: int) -> str:

@@ -322,3 +322,22 @@ def test_engines_that_were_closed_leave_nothing_with_a_buffer(path, buf):
         assert not buf._on_close_callbacks
         file.close()
         again.close()
+
+
+def test_more_slabs_than_the_table_has_slots(path, engine):
+    """Nothing is registered then, and what was missing may be there the next time."""
+    ring, count = engine._rings[0], 6
+    slabs = [Slab(memory(PAGE), PAGE * i, PAGE) for i in range(count)]
+    many = Buffer(slabs, None, exporter="far", reason="a test", map_refusal="not by the CPU")
+    kept, ring._free_buffers = ring._free_buffers, ring._free_buffers[: count - 1]
+    with many, dmabuf.open(path, engine=engine) as file:
+        free = list(ring._free_buffers)
+        with pytest.raises(dmabuf.RouteUnavailable, match="6 more slabs, and 5 slots are free"):
+            file.read_into(many)
+        assert ring._free_buffers == free
+        assert file.read_into(many, (count - 1) * PAGE).route is Route.NATIVE
+        with pytest.raises(dmabuf.RouteUnavailable, match="close other buffers"):
+            file.read_into(many)
+        ring._free_buffers.append(kept[-1])
+        assert file.read_into(many).route is Route.NATIVE
+        assert content(many) == path.read_bytes()[: many.size]
