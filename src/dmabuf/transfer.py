@@ -36,6 +36,17 @@ from dmabuf.steps import Blocking, Fences, Steps, here
 from dmabuf.target import Target
 
 _WHY_DIRECT = {"read": WHY_CHOSEN["read", Route.DIRECT], "write": WHY_CHOSEN["write", Route.DIRECT]}
+_WHY_NATIVE_FAILED = {
+    errno.ENOENT: (
+        "the device does not know the dma-buf any more (ENOENT), not even after it was registered "
+        "again: the device was removed, or its controller goes on being reset"
+    ),
+    errno.EAGAIN: (
+        "its exporter went on moving the dma-buf (EAGAIN), until there was no use in asking again: "
+        "something else wants the memory that it lies in"
+    ),
+}
+"""What errors mean that only the native route has."""
 _LONE_BYTES = 1 << 20
 """One aligned request of at most so many bytes goes by pread or pwrite: a ring gains nothing."""
 _MOSTLY_CACHED = 0.9
@@ -323,7 +334,7 @@ def _carry(target: Target, order: Order, begun: float) -> Steps[Transfer]:
         elif not outcome.error or not _learn(target, order, chosen, outcome):
             break
     if outcome.error:
-        raise _failure(target, order, outcome)
+        raise _failure(target, order, chosen, outcome)
     if outcome.short_segment >= 0 and order.span.count != 1:
         text = f"{target.path} ends inside segment {outcome.short_segment}"
         raise ShortReadError(text, outcome.short_segment, outcome.nbytes)
@@ -390,16 +401,19 @@ def _judge(
     return route, reason
 
 
-def _failure(target: Target, order: Order, outcome: Outcome) -> OSError:
+def _failure(target: Target, order: Order, chosen: Plan, outcome: Outcome) -> OSError:
     verb = "reading" if order.direction == "read" else "writing"
     text = (
         f"{verb} {order.span.nbytes} bytes from file offset {order.span.file_start} on failed at "
         f"file offset {outcome.error_offset}, after {outcome.nbytes} whole bytes"
     )
+    why = _WHY_NATIVE_FAILED.get(outcome.error)
     if outcome.nvme_status:
         error = os_error(
             outcome.error, f"{text}: {nvme.status_text(outcome.nvme_status)}", target.path
         )
+    elif chosen.route is Route.NATIVE and outcome.failed_straight and why:
+        error = os_error(outcome.error, f"{text}: {why}", target.path)
     else:
         error = failure(outcome.error, text, target.path)
     _telling(error, outcome.nbytes)
