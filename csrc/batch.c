@@ -210,6 +210,8 @@ static int issue(struct dmb_batch *batch, struct dmb_io *io)
 	int rc;
 
 	dmb_shape(batch->job, batch->segments, io, batch->phase == EDGES);
+	if (io->native && io->buffer_slot < 0)
+		return -EFAULT; /* nothing registered: its offset would be taken for an address */
 	io->heavy = batch->ring->eventfd >= 0 && batch->job->route == DMB_BUFFERED &&
 		    io->length >= HEAVY_BYTES;
 	if (io->staged) {

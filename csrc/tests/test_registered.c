@@ -95,6 +95,32 @@ static void wrong_slot(struct dmb_ring *ring)
 	clear_slots(ring);
 }
 
+/* Without a slot an offset into a dma-buf must not be taken for an address. */
+static void no_slot(struct dmb_ring *ring)
+{
+	const uint64_t segment[3] = {0, (uintptr_t)memory.bytes, SLOT};
+	int32_t none = -1;
+
+	for (int direction = DMB_READ; direction <= DMB_WRITE; direction++) {
+		struct dmb_job job = make_job(&file, &memory, direction, DMB_NATIVE);
+		struct dmb_result result;
+
+		context("no slot", (unsigned)direction);
+		random_bytes(memory.bytes, memory.size);
+		memset(memory.bytes, POISON, SLOT);
+		job.base = 0;
+		job.size = UINT64_MAX;
+		job.slots = &none;
+		job.slot_size = 1ULL << 62;
+		result = transfer(ring, &job, segment, 1);
+		CHECK_EQUAL(result.error, EFAULT);
+		CHECK_EQUAL(result.nbytes, 0);
+		for (unsigned i = 0; i < SLOT; i++)
+			CHECK_EQUAL(memory.bytes[i], POISON);
+		file_check(&file);
+	}
+}
+
 /* Cleared while requests are in flight: those finish, later ones fail cleanly. */
 static void clearing(struct dmb_ring *ring)
 {
@@ -192,6 +218,7 @@ static void test(struct dmb_ring *ring)
 	memory_map(&memory, MEMORY);
 	transfers(ring);
 	wrong_slot(ring);
+	no_slot(ring);
 	clearing(ring);
 	table(ring);
 	if (!(info.setup_flags & IORING_SETUP_SINGLE_ISSUER))

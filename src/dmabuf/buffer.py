@@ -389,6 +389,11 @@ class Buffer(RawFile):
             self._check_open()
             self._on_close_callbacks.append(callback)
 
+    def _not_on_close(self, callback: Callable[[], object]) -> None:
+        """Take back what `_on_close` was asked for, if it has not happened."""
+        with self._lock, suppress(ValueError):
+            self._on_close_callbacks.remove(callback)
+
     # The end.
 
     @property

@@ -24,7 +24,7 @@ from dmabuf._ffi import failure, ffi, lib
 from dmabuf.buffer import Buffer
 from dmabuf.errors import ClosedError
 from dmabuf.nvme import Namespace
-from dmabuf.ring import SLOT_SIZE, Ring, why_no_uring, why_not_native
+from dmabuf.ring import SLOT_SIZE, Refusal, Ring, why_no_uring
 from dmabuf.route import Route
 from dmabuf.sizes import as_int, parse_size, round_up
 
@@ -366,19 +366,23 @@ class Engine:
         self.check_usable()
         return self._rings[0].native_refusal()
 
-    def native_refusal(self, job: Job) -> str | None:
+    def native_refusal(self, job: Job) -> Refusal | None:
         """Why the native route cannot take a job; None where it can.
 
-        Found by doing: the dma-buf is registered for the file, and stays so for the job.
+        Found by doing: the dma-buf is registered for the file, and stays so for the job, whichever
+        of the rings runs it.
         """
         self.check_usable()
-        error = self._rings[0].native(job.buffer, job.fd).fill(job.buffer, *job.slots_touched)
-        return why_not_native(error) if error else None
-
-    def forget_native(self, buffer: Buffer, fd: int) -> None:
-        """Drop what is registered of a dma-buf for a file, so that it is registered anew."""
         for ring in self._rings:
-            ring.native(buffer, fd).clear()
+            refusal = ring.native(job.buffer, job.fd).fill(job.buffer, *job.slots_touched)
+            if refusal is not None:
+                return refusal
+        return None
+
+    def renew_native(self, buffer: Buffer, fd: int) -> None:
+        """Register anew what is registered of a dma-buf for a file."""
+        for ring in self._rings:
+            ring.native(buffer, fd).renew(buffer)
 
     def run(self, job: Job) -> Outcome:
         """Run a job to its end.
@@ -398,8 +402,8 @@ def _register(ring: Ring, job: Job, block: int) -> tuple[Any, bool, str]:
     """The slots to use for a job's buffer, whether they cover it, and why or why not."""
     if job.route is Route.NATIVE:
         native = ring.native(job.buffer, job.fd)
-        error = native.fill(job.buffer, *job.slots_touched)
-        return native.slots, not error, why_not_native(error) if error else "as a dma-buf"
+        refusal = native.fill(job.buffer, *job.slots_touched)
+        return native.slots, refusal is None, refusal.why if refusal else "as a dma-buf"
     if ring.refused:
         return ffi.NULL, False, f"this engine registers nothing: {ring.refused}"
     if job.route is not Route.DIRECT:

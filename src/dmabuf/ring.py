@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 import weakref
+from typing import NamedTuple
 
 from dmabuf import _process
 from dmabuf._ffi import failure, ffi, lib
@@ -88,6 +89,11 @@ class Ring:
                 by_file[fd] = NativeRegistration(self, buffer, fd)
             return by_file[fd]
 
+    @property
+    def free_buffer_slots(self) -> int:
+        """How many slots are neither filled nor still to be cleared by the owner."""
+        return len(self._free_buffers)
+
     def take_dmabuf_slot(self, dmabuf: int, target: int) -> int:
         """Register a dma-buf for an open file in a free slot; the slot, or -errno."""
         with self._tables:
@@ -99,6 +105,15 @@ class Ring:
                 return slot
             self._free_buffers.append(slot)
             return rc
+
+    def renew_dmabuf_slot(self, slot: int, dmabuf: int, target: int) -> int:
+        """Register a dma-buf anew in the slot that it has; 0 or -errno.
+
+        In one step: requests of other jobs name the slot meanwhile, and it may not become empty, or
+        another's.
+        """
+        with self._tables:
+            return int(lib.dmb_ring_register_dmabuf(self.handle, slot, dmabuf, target))
 
     def give_dmabuf_slot(self, slot: int) -> None:
         """Clear a dma-buf's slot; where only the ring's owner may, it does so at its next job."""
@@ -150,9 +165,11 @@ class Ring:
     def forget_file(self, fd: int) -> None:
         """Take a descriptor out of the tables, before it is closed."""
         with self._tables:
-            for by_file in list(self._natives.values()):
+            for buffer, by_file in list(self._natives.items()):
                 if fd in by_file:
-                    by_file.pop(fd).clear()
+                    gone = by_file.pop(fd)
+                    gone.clear()
+                    buffer._not_on_close(gone.clear)
             slot = self._files.pop(fd, None)
             if slot is not None:
                 self._forgotten.append(slot)
@@ -172,10 +189,22 @@ class Ring:
             handle, self.handle = self.handle, None
             if handle is not None:
                 lib.dmb_ring_destroy(handle)
+            for buffer, registration in list(self._buffers.items()):
+                buffer._not_on_close(registration.clear)
+            for buffer, by_file in list(self._natives.items()):
+                for native in by_file.values():
+                    buffer._not_on_close(native.clear)
 
     def __del__(self) -> None:
         if getattr(self, "handle", None) is not None:
             self.close()
+
+
+class Refusal(NamedTuple):
+    """Why a dma-buf was not registered."""
+
+    errno: int
+    why: str
 
 
 class NativeRegistration:
@@ -188,15 +217,25 @@ class NativeRegistration:
         self._fd = fd
         buffer._on_close(self.clear)
 
-    def fill(self, buffer: Buffer, first: int, last: int) -> int:
-        """Register the slabs first..last; 0, or the errno of the first that was refused."""
-        for index in range(first, last + 1):
-            if self.slots[index] < 0:
-                slot = self._ring.take_dmabuf_slot(buffer.slabs[index].fd, self._fd)
-                if slot < 0:
-                    return -slot
-                self.slots[index] = slot
-        return 0
+    def fill(self, buffer: Buffer, first: int, last: int) -> Refusal | None:
+        """Register the slabs first..last; None, or the errno and why one was refused."""
+        missing = [index for index in range(first, last + 1) if self.slots[index] < 0]
+        free = self._ring.free_buffer_slots
+        if len(missing) > free:
+            return Refusal(errno.ENOSPC, _table_is_full(len(missing), free))
+        for index in missing:
+            slot = self._ring.take_dmabuf_slot(buffer.slabs[index].fd, self._fd)
+            if slot < 0:
+                return Refusal(-slot, why_not_native(-slot))
+            self.slots[index] = slot
+        return None
+
+    def renew(self, buffer: Buffer) -> None:
+        """Register anew what is registered; what is refused stays, and its requests say so."""
+        for slab, slot in zip(buffer.slabs, self.slots, strict=True):
+            if slot >= 0:
+                rc = self._ring.renew_dmabuf_slot(slot, slab.fd, self._fd)
+                log.info("registered slot %d anew: %s", slot, os.strerror(-rc))
 
     def clear(self) -> None:
         """Give the slots back."""
@@ -280,6 +319,13 @@ def no_native_kernel(number: int) -> str:
             'extended update): it takes one with the series "Add dmabuf read/write via io_uring"'
         )
     return f"dma-bufs cannot be registered with this engine: {os.strerror(number)}"
+
+
+def _table_is_full(wanted: int, free: int) -> str:
+    return (
+        f"the transfer touches {wanted} more slabs, and {free} slots are free of the "
+        f"{lib.DMB_BUFFER_SLOTS} of a ring's table: close other buffers, or have larger slabs"
+    )
 
 
 def why_not_native(number: int) -> str:

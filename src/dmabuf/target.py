@@ -266,9 +266,11 @@ class Target:
         if known is not None:
             return known
         refused = self.engine.native_refusal(job)
-        if refused is not None:
-            self._no_native[job.buffer] = refused
-        return refused
+        if refused is None:
+            return None
+        if refused.errno != errno.ENOSPC:  # slots come free
+            self._no_native[job.buffer] = refused.why
+        return refused.why
 
     def learn_about_native(self, buffer: Buffer, error: int) -> bool:
         """Whether the errno of a native request rules the route out for a buffer.

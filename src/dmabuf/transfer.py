@@ -34,6 +34,17 @@ from dmabuf.span import Span
 from dmabuf.steps import Blocking, Fences, Steps, here
 from dmabuf.target import Target
 
+_WHY_NATIVE_FAILED = {
+    errno.ENOENT: (
+        "the device does not know the dma-buf any more (ENOENT), not even after it was registered "
+        "again: the device was removed, or its controller goes on being reset"
+    ),
+    errno.EAGAIN: (
+        "its exporter went on moving the dma-buf (EAGAIN), until there was no use in asking again: "
+        "something else wants the memory that it lies in"
+    ),
+}
+"""What errors mean that only the native route has."""
 _MOSTLY_CACHED = 0.9
 """The part of a range that has to be in the page cache for prefer="fastest" to take it there."""
 
@@ -237,11 +248,11 @@ def _carry(target: Target, order: Order, begun: float) -> Steps[Transfer]:
         if chosen.route is Route.NATIVE and outcome.error == errno.ENOENT and not was_reset:
             # The controller was reset, and the registration went with it: once, make it again.
             was_reset = True
-            target.engine.forget_native(order.buffer, target.direct().fd)
+            target.engine.renew_native(order.buffer, target.direct().fd)
         elif not outcome.error or not _learn(target, order, chosen, outcome):
             break
     if outcome.error:
-        raise _failure(target, order, outcome)
+        raise _failure(target, order, chosen, outcome)
     if outcome.short_segment >= 0 and order.span.count != 1:
         text = f"{target.path} ends inside segment {outcome.short_segment}"
         raise ShortReadError(text, outcome.short_segment, outcome.nbytes)
@@ -308,16 +319,19 @@ def _judge(
     return route, reason
 
 
-def _failure(target: Target, order: Order, outcome: Outcome) -> OSError:
+def _failure(target: Target, order: Order, chosen: Plan, outcome: Outcome) -> OSError:
     verb = "reading" if order.direction == "read" else "writing"
     text = (
         f"{verb} {order.span.nbytes} bytes from file offset {order.span.file_start} on failed at "
         f"file offset {outcome.error_offset}, after {outcome.nbytes} whole bytes"
     )
+    why = _WHY_NATIVE_FAILED.get(outcome.error)
     if outcome.nvme_status:
         error = os_error(
             outcome.error, f"{text}: {nvme.status_text(outcome.nvme_status)}", target.path
         )
+    elif chosen.route is Route.NATIVE and outcome.failed_straight and why:
+        error = os_error(outcome.error, f"{text}: {why}", target.path)
     else:
         error = failure(outcome.error, text, target.path)
     _telling(error, outcome.nbytes)

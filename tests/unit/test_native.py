@@ -139,19 +139,19 @@ def test_a_storm_of_eagain_without_end(path, buf, engine):
     with (
         dmabuf.open(path, engine=engine) as file,
         Filter(engine, answer),
-        pytest.raises(BlockingIOError) as caught,
+        pytest.raises(BlockingIOError, match="exporter went on moving the dma-buf") as caught,
     ):
         file.read_into(buf)
     assert caught.value.nbytes == 0
 
 
 def test_a_controller_reset_is_registered_again_once(path, buf, engine):
-    registered = []
-    take = Ring.take_dmabuf_slot
+    renewed = []
+    renew = Ring.renew_dmabuf_slot
 
-    def taking(ring, *fds):
-        registered.append(fds)
-        return take(ring, *fds)
+    def renewing(ring, *slot):
+        renewed.append(slot)
+        return renew(ring, *slot)
 
     resets = [1]
 
@@ -162,14 +162,14 @@ def test_a_controller_reset_is_registered_again_once(path, buf, engine):
         return completion.result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Ring, "take_dmabuf_slot", taking)
+        patch.setattr(Ring, "renew_dmabuf_slot", renewing)
         with dmabuf.open(path, engine=engine) as file, Filter(engine, answer):
             assert file.read_into(buf).route is Route.NATIVE
-            assert len(registered) == 2
+            assert len(renewed) == 1
             resets[0] = 1
             buf.pwrite(poison(SIZE), 0)
             assert file.read_into(buf).nbytes == SIZE
-            assert len(registered) == 3
+            assert len(renewed) == 2
     assert content(buf) == path.read_bytes()
 
 
@@ -178,7 +178,7 @@ def test_a_device_that_is_gone(path, buf, engine):
         return -errno.ENOENT if completion.straight else completion.result
 
     with dmabuf.open(path, engine=engine) as file, Filter(engine, answer):
-        with pytest.raises(FileNotFoundError) as caught:
+        with pytest.raises(FileNotFoundError, match="the device was removed, or") as caught:
             file.read_into(buf)
         assert caught.value.filename == str(path)
         buf.pwrite(poison(SIZE), 0)
@@ -281,3 +281,63 @@ def test_a_read_only_dma_buf_is_not_written(path, engine):
             file.read_into(buf, 4096)
         assert file.write_from(buf, 4096).route is Route.NATIVE
     assert path.read_bytes()[:4096] == bytes(4096)
+
+
+def test_a_reset_leaves_every_slab_its_slot(path, far, engine):
+    """Other transfers have requests on their way that name it."""
+    resets = [1]
+
+    def answer(completion):
+        if completion.straight and resets[0]:
+            resets[0] -= 1
+            return -errno.ENOENT
+        return completion.result
+
+    with dmabuf.open(path, engine=engine) as file:
+        file.read_into(far)
+        slots = engine._rings[0].native(far, file._target.direct().fd).slots
+        before = list(slots)
+        for slab in far.slabs:
+            os.pwrite(slab.fd, poison(slab.size), 0)
+        with Filter(engine, answer):
+            assert file.read_into(far).route is Route.NATIVE
+        assert not resets[0] and list(slots) == before
+    assert content(far) == path.read_bytes()[: far.size]
+
+
+def test_files_that_were_closed_leave_nothing_with_a_buffer(path, buf, engine):
+    for _ in range(20):
+        with dmabuf.open(path, engine=engine) as file:
+            assert file.read_into(buf).route is Route.NATIVE
+        assert len(buf._on_close_callbacks) <= 1
+    assert not buf._on_close_callbacks
+
+
+def test_engines_that_were_closed_leave_nothing_with_a_buffer(path, buf):
+    for _ in range(3):
+        with Emulating(backend="threads") as engine, dmabuf.Engine(block_size=4096) as other:
+            file, again = dmabuf.open(path, engine=engine), dmabuf.open(path, engine=other)
+            file.read_into(buf)
+            again.read_into(buf, 256 * 1024)
+        assert not buf._on_close_callbacks
+        file.close()
+        again.close()
+
+
+def test_more_slabs_than_the_table_has_slots(path, engine):
+    """Nothing is registered then, and what was missing may be there the next time."""
+    ring, count = engine._rings[0], 6
+    slabs = [Slab(memory(PAGE), PAGE * i, PAGE) for i in range(count)]
+    many = Buffer(slabs, None, exporter="far", reason="a test", map_refusal="not by the CPU")
+    kept, ring._free_buffers = ring._free_buffers, ring._free_buffers[: count - 1]
+    with many, dmabuf.open(path, engine=engine) as file:
+        free = list(ring._free_buffers)
+        with pytest.raises(dmabuf.RouteUnavailable, match="6 more slabs, and 5 slots are free"):
+            file.read_into(many)
+        assert ring._free_buffers == free
+        assert file.read_into(many, (count - 1) * PAGE).route is Route.NATIVE
+        with pytest.raises(dmabuf.RouteUnavailable, match="close other buffers"):
+            file.read_into(many)
+        ring._free_buffers.append(kept[-1])
+        assert file.read_into(many).route is Route.NATIVE
+        assert content(many) == path.read_bytes()[: many.size]
