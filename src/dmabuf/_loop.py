@@ -177,11 +177,30 @@ class LoopEngine(Engine):
             buffer._lone.add(flight)
             if target._closed or buffer._closed or buffer._closing:
                 return None
-            self.check_usable()
+            if self._closed or self._pid != _process.pid:
+                self.check_usable()  # says which
             lane = lane_of(target, buffer, direction)
             if lane is None or (direction == "write" and target.growth.running):
                 return None
-            moved = await self._fly_alone(flight, lane.core, offset or 0, start, size, fence)
+            self._last_tag = tag = self._last_tag + 1
+            core, handle, batch = lane.core, self.ring.handle, self._batch
+            try:
+                if lib.dmb_batch_start_lone(
+                    handle, core, offset or 0, start, size, fence, tag, batch
+                ):
+                    return None
+            except (TypeError, OverflowError):  # no numbers of bytes
+                return None
+            flight.batch = made = batch[0]
+            moved = 0
+            try:
+                self._flights[tag] = flight
+                await self.landing(flight)
+                if flight.closed:
+                    raise ClosedError("the file was closed while the transfer ran")
+            finally:
+                self._flights.pop(tag, None)
+                moved = lib.dmb_batch_end(made)
             return lane if moved == size else None
         finally:
             buffer._lone.discard(flight)
@@ -189,29 +208,6 @@ class LoopEngine(Engine):
             if target._closed:
                 target.left()
                 owner._left()
-
-    async def _fly_alone(
-        self, flight: BatchFlight, core: Any, offset: int, start: int, size: int, fence: bool
-    ) -> int:
-        """The bytes that one request moved; 0 where the lane does not take it."""
-        self._last_tag = tag = self._last_tag + 1
-        handle, batch = self.ring.handle, self._batch
-        try:
-            if lib.dmb_batch_start_lone(handle, core, offset, start, size, fence, tag, batch):
-                return 0
-        except (TypeError, OverflowError):  # no numbers of bytes
-            return 0
-        flight.batch = made = batch[0]
-        nbytes = 0
-        try:
-            self._flights[tag] = flight
-            await self.landing(flight)
-            if flight.closed:
-                raise ClosedError("the file was closed while the transfer ran")
-        finally:
-            self._flights.pop(tag, None)
-            nbytes = lib.dmb_batch_end(made)
-        return int(nbytes)
 
     def _shape(self, job: Job) -> tuple[int, int]:
         """Requests in flight and bytes of each: no more memory for staging than it can use."""
