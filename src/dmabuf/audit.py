@@ -229,7 +229,7 @@ class Check:
         verb = "written" if self._write else "read"
         text = (
             f"the kernel said that the bytes were {verb}, and {findings.wrong} of the {compared} "
-            f"that were compared with plain pread are wrong, the first at file offset {offset} "
+            f"that were compared are wrong, the first at file offset {offset} "
             f"({findings.kind}): {findings}"
         )
         error = IntegrityError(text, self._path, offset=offset, counts=findings.counts)

@@ -27,12 +27,13 @@ from pathlib import Path
 from dmabuf import _uapi
 from dmabuf._ffi import ffi, lib
 from dmabuf.errors import os_error
+from dmabuf.reference import BLOCK, Reference
 
 SYSFS = Path("/sys")
 
 _IDENTIFY = 6  # admin opcode; cdw10 says of what
 _OF_NAMESPACE, _OF_CONTROLLER = 0, 1
-_FLUSH = 0  # I/O opcode
+_FLUSH, _READ = 0, 2  # I/O opcodes
 _ANSWER = 4096  # bytes of what Identify answers
 _MOST_BLOCKS = 1 << 16  # of one command
 _UNKNOWN_LIMIT = 128 << 10
@@ -112,11 +113,16 @@ def request_limit(block: int, sectors_kib: int | None, segments: int | None) -> 
 # -- commands
 
 
-def _command(fd: int, request: int, opcode: int, nsid: int, answer: object, cdw10: int) -> None:
-    """Run a command by ioctl(2); OSError where the kernel or the device refuses it."""
+def _command(
+    fd: int, request: int, opcode: int, nsid: int, answer: object, size: int, *cdw10: int
+) -> None:
+    """Run a command by ioctl(2); OSError where the kernel or the device refuses it.
+
+    `answer` is what `size` bytes of its data go to; `cdw10` its dwords from the tenth on.
+    """
     address = int(ffi.cast("uintptr_t", answer)) if answer else 0
-    size = _ANSWER if answer else 0
-    fields = (opcode, 0, 0, nsid, 0, 0, 0, address, 0, size, cdw10, *(0,) * 7)
+    dwords = cdw10 + (0,) * (8 - len(cdw10))
+    fields = (opcode, 0, 0, nsid, 0, 0, 0, address, 0, size, *dwords)
     status = _uapi.ioctl(fd, request, bytearray(_uapi.NVME_CMD_STRUCT.pack(*fields)))
     if status:
         raise OSError(lib.dmb_nvme_errno(status, lib.DMB_WRITE), status_text(status))
@@ -124,7 +130,7 @@ def _command(fd: int, request: int, opcode: int, nsid: int, answer: object, cdw1
 
 def _identify(fd: int, nsid: int, what: int) -> bytes:
     answer = ffi.new("uint8_t[]", _ANSWER)
-    _command(fd, _uapi.NVME_IOCTL_ADMIN_CMD, _IDENTIFY, nsid, answer, what)
+    _command(fd, _uapi.NVME_IOCTL_ADMIN_CMD, _IDENTIFY, nsid, answer, _ANSWER, what)
     return bytes(ffi.buffer(answer))
 
 
@@ -135,6 +141,49 @@ def flush(fd: int, namespace: Namespace, path: str) -> None:
     except OSError as error:
         text = f"flushing to the medium failed: {error.strerror}"
         raise os_error(error.errno or errno.EIO, text, path) from error
+
+
+class NamespaceReference(Reference):
+    """A namespace's bytes by Read commands of their own, by ioctl(2): no ring, no dma-buf.
+
+    A character device has no pread(2). The descriptor stays the caller's.
+    """
+
+    def __init__(self, fd: int, namespace: Namespace) -> None:
+        super().__init__(fd, -1, None, namespace.block)
+        self._namespace = namespace
+
+    @property
+    def how(self) -> str:
+        """Where the bytes come from, as the end of a sentence."""
+        return "by NVMe Read commands of their own"
+
+    def read(self, offset: int, size: int) -> bytes:
+        """At most BLOCK bytes; fewer where the namespace ends before."""
+        if size > BLOCK:
+            raise ValueError(f"{size} bytes at once: at most {BLOCK}")
+        block = self._namespace.block
+        start = offset // block * block
+        end = min(-(-(offset + size) // block) * block, self._namespace.size)
+        with ffi.from_buffer(self._memory) as memory:
+            for at in range(start, end, self._namespace.limit):
+                self._read_blocks(memory + (at - start), at, min(self._namespace.limit, end - at))
+        return bytes(self._view[offset - start : min(end - start, offset - start + size)])
+
+    def _read_blocks(self, memory: object, offset: int, size: int) -> None:
+        block, nsid = self._namespace.block, self._namespace.nsid
+        lba = offset // block
+        where = lba & 0xFFFFFFFF, lba >> 32, size // block - 1
+        try:
+            _command(self._fd, _uapi.NVME_IOCTL_IO_CMD, _READ, nsid, memory, size, *where)
+        except OSError as error:
+            text = f"reading {size} bytes at {offset} to compare with failed: {error.strerror}"
+            raise OSError(error.errno, text) from error
+
+    def close(self) -> None:
+        """Give its memory back."""
+        self._view.release()
+        self._memory.close()
 
 
 # -- devices

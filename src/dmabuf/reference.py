@@ -2,6 +2,7 @@
 
 Past the page cache where that can be had, so that it is the medium that answers. The memory is
 anonymous and the kernel's ordinary machinery fills it: no dma-buf, no registered buffer, no ring.
+nvme.NamespaceReference is the same for what has no pread(2).
 """
 
 from __future__ import annotations
@@ -22,12 +23,17 @@ class Reference:
     Not thread-safe: it has one block of memory.
     """
 
-    def __init__(self, fd: int, uncached: int, why_cached: str | None) -> None:
-        """Made by `open_reference`: `uncached` is -1 where `why_cached` says why."""
+    def __init__(
+        self, fd: int, uncached: int, why_cached: str | None, unit: int = mmap.PAGESIZE
+    ) -> None:
+        """Made by `open_reference`: `uncached` is -1 where `why_cached` says why.
+
+        `unit` is what a range is widened to a multiple of.
+        """
         self._fd = fd
         self._uncached = uncached
         self.why_cached = why_cached
-        self._memory = mmap.mmap(-1, BLOCK + 2 * mmap.PAGESIZE)
+        self._memory = mmap.mmap(-1, BLOCK + 2 * unit)
         self._view = memoryview(self._memory)
 
     @property

@@ -12,6 +12,8 @@ import logging
 import os
 import stat
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -21,6 +23,7 @@ from dmabuf.buffer import Buffer
 from dmabuf.engine import Engine, Job, default_engine
 from dmabuf.errors import ClosedError, os_error
 from dmabuf.growth import Growth
+from dmabuf.reference import Reference, open_reference
 from dmabuf.ring import why_not_native
 
 if TYPE_CHECKING:
@@ -150,6 +153,23 @@ class Target:
         if self._device is None:
             self._device = audit.device_of(self.fd)
         return self._device
+
+    @contextmanager
+    def reference(self) -> Iterator[Reference]:
+        """Its bytes by a path that is known to be good, whatever mode it was opened with.
+
+        Raises:
+            OSError: this user may not read it.
+        """
+        if self.namespace is None:
+            with open_reference(self.fd, self.direct().refusal) as reference:
+                yield reference
+            return
+        reference = nvme.NamespaceReference(self.fd, self.namespace)
+        try:
+            yield reference
+        finally:
+            reference.close()
 
     def check_write(self, offset: int, size: int) -> None:
         """Raise OSError(EINVAL) where a write of the range can never be, whatever the buffer."""

@@ -19,7 +19,6 @@ from dmabuf._ffi import failure
 from dmabuf.buffer import Buffer
 from dmabuf.engine import NOT_AUDITED, NOTHING, Job, Outcome, Transfer
 from dmabuf.errors import IntegrityError, RouteUnavailable, ShortReadError, os_error
-from dmabuf.reference import open_reference
 from dmabuf.route import (
     ALLOWED,
     Direction,
@@ -399,9 +398,7 @@ def _run_audited(target: Target, order: Order, chosen: Plan) -> Steps[tuple[Outc
     span, write = order.span, order.direction == "write"
     with ExitStack() as stack:
         try:
-            reference = stack.enter_context(
-                open_reference(target.fd, target.direct().refusal),
-            )
+            reference = stack.enter_context(target.reference())
         except OSError as error:
             text = f"the file may not be opened again to read it ({error.strerror})"
             if always:

@@ -1,6 +1,7 @@
 """NVMe passthrough by /dev/ngXnY: every byte against the block device by O_DIRECT."""
 
 import errno
+import json
 import os
 import random
 from array import array
@@ -13,6 +14,7 @@ from dmabuf import Engine, Route, _uapi
 from tests.kernel.conftest import BUFFERS, PINNED
 from tests.kernel.nvme_drive import everything
 from tests.support import Filter, assert_same, pattern, poison
+from tests.unit.command import dmabuf as command
 
 AREA = 1 << 20
 SIZE = 96 << 10
@@ -289,6 +291,62 @@ def test_a_bad_block_is_found(drive, engine):
             file.read_into(buffer, SIZE)
         assert (caught.value.errno, caught.value.nbytes) == (errno.EIO, bad)
         assert_same(buffer.pread(bad, 0), data[:bad], "what lies before it")
+
+
+class Wrong(dmabuf.Engine):
+    """Changes the last byte of what its jobs moved, behind the back of whoever asked for them."""
+
+    drive = None
+
+    def run(self, job):
+        outcome = super().run(job)
+        offset, at, size = job.segments[0:3]
+        if self.drive is None:
+            return outcome
+        if job.write:
+            end = (offset + size) // self.drive.block * self.drive.block
+            block = self.drive.read(self.drive.block, end - self.drive.block)
+            self.drive.write(block[:-1] + bytes([block[-1] ^ 1]), end - self.drive.block)
+        else:
+            last = job.buffer.pread(1, at + size - 1)
+            job.buffer.pwrite(bytes([last[0] ^ 1]), at + size - 1)
+        return outcome
+
+
+@everything
+def test_audit(drive, buf):
+    """By Read commands of their own: a character device has no pread."""
+    drive.write(data := pattern(AREA, 18))
+    end = drive.size
+    with Wrong() as engine, dmabuf.open(drive.node, "r+", engine=engine) as file:
+        for offset, at, size in ((0, 0, SIZE), (513, 17, 70001), (end - 5000, 0, 5000)):
+            done = file.read_into(buf, size, file_offset=offset, buffer_offset=at, audit="always")
+            assert done.audited.endswith("compared, read by NVMe Read commands of their own")
+            if offset < AREA:
+                assert_same(buf.pread(size, at), data[offset : offset + size], "the buffer")
+        buf.pwrite(data[:SIZE], 0)
+        done = file.write_from(buf, SIZE, file_offset=AREA, audit="always")
+        assert (
+            done.audited == "every byte of 96 KiB compared, read by NVMe Read commands of their own"
+        )
+        engine.drive = drive
+        for verb in (file.read_into, file.write_from):
+            with pytest.raises(dmabuf.IntegrityError) as caught:
+                verb(buf, SIZE, file_offset=AREA, audit="always")
+            assert (caught.value.offset, caught.value.filename) == (AREA + SIZE - 1, drive.node)
+
+
+@everything
+def test_verify(drive, capsys):
+    ended = command(capsys, "verify", "--rounds", 1, "--seed", 1, "--json", drive.node)
+    assert (ended.status, ended.err) == (0, "")
+    told = json.loads(ended.out)
+    assert told["ok"] and told["reference"] == "by NVMe Read commands of their own"
+    assert {row["route"] for row in told["results"] if row["transfers"]} == {"direct", "staged"}
+    before = drive.read(AREA)
+    ended = command(capsys, "verify", "--destroy", "--region", "0+1MiB", drive.node)
+    assert ended.status == 1 and ended.err.strip().endswith(f"name {drive.disk}")
+    assert_same(drive.read(AREA), before, "the namespace")
 
 
 @everything

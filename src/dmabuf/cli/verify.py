@@ -16,7 +16,6 @@ from dmabuf.cli import _output, _progress
 from dmabuf.compare import Mismatch
 from dmabuf.errors import RouteUnavailable
 from dmabuf.file import File
-from dmabuf.reference import open_reference
 from dmabuf.route import Route
 from dmabuf.sizes import OFFSET_MAX, parse_size
 from dmabuf.verify import Report, Tally, Verifier
@@ -66,7 +65,9 @@ def add_to(app: typer.Typer) -> None:
 
 
 def _command(
-    target: Annotated[str, typer.Argument(metavar="TARGET", help="A file or block device.")],
+    target: Annotated[
+        str, typer.Argument(metavar="TARGET", help="A file, block device or NVMe namespace.")
+    ],
     region: Annotated[
         str | None,
         typer.Option(metavar="OFFSET+SIZE", help="What of TARGET to overwrite, as 1GiB+64MiB."),
@@ -148,7 +149,7 @@ def run(options: Options) -> Report:
     with File(options.target, "r+" if options.destroy else "r") as file:
         start, size = _bounds(options, file)
         with (
-            open_reference(file.fileno(), file._target.direct().refusal) as reference,
+            file._target.reference() as reference,
             _progress.display(options.progress) as shown,
             _writing(file if options.destroy else None) as put,
         ):
@@ -177,6 +178,14 @@ def _bounds(options: Options, file: File) -> tuple[int, int]:
     if size is None:
         text = f"{file._target.stream} cannot be read twice: name a file or block device"
         raise OSError(errno.ESPIPE, text, options.target)
+    namespace = file._target.namespace
+    if namespace is not None and options.destroy:
+        text = (
+            "an NVMe character device takes writes of whole blocks only, and here sizes of all "
+            "kinds are tested: "
+            + (f"name /dev/{namespace.disk}" if namespace.disk else "leave --destroy out")
+        )
+        raise OSError(errno.EOPNOTSUPP, text, options.target)
     if options.region is None:
         if not size:
             raise OSError(errno.EINVAL, "is empty: there is nothing to read", options.target)
@@ -243,7 +252,7 @@ def _say(options: Options, report: Report) -> None:
     if options.region:
         what = f"reads and writes, {options.region[1]} bytes from {options.region[0]} overwritten"
     _output.say(f"{options.target}: {what}; exporter {report.exporter}; seed {report.seed}")
-    _output.say(f"compared with plain pread {report.reference}\n")
+    _output.say(f"compared with what is read {report.reference}\n")
     head = ("", "route", "transfers", "compared", *Mismatch)
     _row(head, head)
     for tally in report.tallies:
