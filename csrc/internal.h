@@ -124,14 +124,14 @@ int dmb_threads_init(struct dmb_ring *ring);
 
 /*
  * DMB_RING_EMULATE_NATIVE, so that tests have the route on kernels without it: dma-bufs are mapped,
- * and the answers are those that the kernel gives (docs/native.md).
+ * and the answers are those that the kernel with the series gives.
  */
 int dmb_emulate_create(struct dmb_emulated **ret);
 void dmb_emulate_destroy(struct dmb_emulated *emulated);
 int dmb_emulate_register(struct dmb_emulated *emulated, unsigned slot, int dmabuf_fd,
 			 int target_fd);
-/* The address that a native request of the slot means, or -errno. */
-int dmb_emulate_address(struct dmb_emulated *emulated, const struct dmb_io *io, uint8_t **ret);
+/* A native request: a count or -errno. */
+int32_t dmb_emulate_execute(const struct dmb_emulated *emulated, const struct dmb_io *io);
 
 /* One pread(2) or pwrite(2). Returns a count or -errno. */
 int64_t dmb_lone(int direction, int fd, uint64_t address, uint64_t size, uint64_t offset);

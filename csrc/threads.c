@@ -75,8 +75,6 @@ int64_t dmb_lone(int direction, int fd, uint64_t address, uint64_t size, uint64_
 
 static void execute(struct dmb_ring *ring, struct dmb_io *io)
 {
-	uint8_t *address = io->address;
-
 	if (io->flush) {
 		io->result = sync_file_range(io->fd, (off_t)io->offset, io->length, DMB_FLUSH_FLAGS)
 				     ? -errno
@@ -87,10 +85,12 @@ static void execute(struct dmb_ring *ring, struct dmb_io *io)
 		io->result = dmb_nvme_execute(io);
 		return;
 	}
-	io->result = io->native ? dmb_emulate_address(ring->emulated, io, &address) : 0;
-	if (!io->result)
-		io->result = (int32_t)dmb_lone(io->direction, io->fd, (uint64_t)(uintptr_t)address,
-					       io->length, io->offset);
+	if (io->native)
+		io->result = dmb_emulate_execute(ring->emulated, io);
+	else
+		io->result =
+			(int32_t)dmb_lone(io->direction, io->fd, (uint64_t)(uintptr_t)io->address,
+					  io->length, io->offset);
 }
 
 /* The first of the completed signals for all of them. Called with the lock, or without workers. */

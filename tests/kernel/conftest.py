@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import dmabuf
+from dmabuf.engine import default_engine
 from tests.guards import needs, vgem_node
 from tests.kernel.nvme_drive import drive
 from tests.kernel.test_exporters import drm, heap_fd
@@ -70,6 +71,19 @@ PINNED = ("udmabuf", "udmabuf of huge pages", "memfd")
 """The buffers that `direct` works with."""
 
 
+def native(buffer: dmabuf.Buffer, engine: dmabuf.Engine | None = None) -> bool:
+    """Whether transfers between the buffer and an NVMe drive's block device go native."""
+    return buffer.is_dmabuf and (engine or default_engine()).no_native() is None
+
+
+@contextlib.contextmanager
+def without_native(file: dmabuf.File, buffer: dmabuf.Buffer) -> Iterator[None]:
+    """As if the kernel could not, for what is tested of the next routes."""
+    file._target._no_native[buffer] = "left out of this test"
+    yield
+    del file._target._no_native[buffer]
+
+
 @contextlib.contextmanager
 def null_blk(name: str, size: int, **settings: object) -> Iterator[str]:
     """A null_blk device with memory behind it; its path. `settings` are configfs attributes."""
@@ -105,4 +119,15 @@ def scsi() -> Iterator[str]:
     pytest.fail("scsi_debug made no disk")
 
 
-__all__ = ["BUFFERS", "PINNED", "drive", "heap_read_only", "needs", "null_blk", "scsi", "vgem"]
+__all__ = [
+    "BUFFERS",
+    "PINNED",
+    "drive",
+    "heap_read_only",
+    "native",
+    "needs",
+    "null_blk",
+    "scsi",
+    "vgem",
+    "without_native",
+]

@@ -7,7 +7,7 @@ import pytest
 import dmabuf
 from dmabuf import Engine, Route
 from tests.guards import needs
-from tests.kernel.conftest import BUFFERS, PINNED, null_blk
+from tests.kernel.conftest import BUFFERS, PINNED, native, null_blk, without_native
 from tests.kernel.test_exporters import through_dmabuf
 from tests.support import (
     assert_same,
@@ -58,7 +58,7 @@ def best(buffer):
     return "direct" if buffer.kind in PINNED else "staged"
 
 
-def check(path, buffer, engine, rounds=5):
+def check(path, buffer, engine, rounds=5, best=best):
     routes = ALL if buffer.kind in PINNED else ALL[1:]
     rounds = rounds if buffer.size == LIMIT else 2  # all of a huge page is compared each time
     chosen = exercise(path, buffer, engine, routes=routes, limit=LIMIT, rounds=rounds)
@@ -66,7 +66,10 @@ def check(path, buffer, engine, rounds=5):
     if buffer.kind not in PINNED:
         assert "direct" not in chosen
         with dmabuf.open(path) as file:
-            with pytest.raises(dmabuf.RouteUnavailable, match="no pages to pin") as caught:
+            with (
+                without_native(file, buffer),
+                pytest.raises(dmabuf.RouteUnavailable, match="no pages to pin") as caught,
+            ):
                 file.read_into(buffer, 4096, require="zero-copy")
             assert 'allocate with exporter="udmabuf"' in str(caught.value)
     if buffer.is_dmabuf:
@@ -81,7 +84,7 @@ def test_nvme(drive, buf, engine):
     with dmabuf.open(path) as file:
         block = 512 if drive.endswith("0") else 4096
         assert file._target.direct().alignment.offset == block
-    check(path, buf, engine)
+    check(path, buf, engine, best=lambda buf: "native" if native(buf, engine) else best(buf))
 
 
 @everything
@@ -161,8 +164,9 @@ def test_two_drives_at_once(buf):
     fill(fd, pattern(size, 9))
     drop_cache(fd)
     with dmabuf.open(one) as source, dmabuf.open(other, "r+") as sink:
-        assert source.read_into(buf, size).route == best(buf)
-        assert sink.write_from(buf, size, sync=True).route == best(buf)
+        route = "native" if native(buf) else best(buf)
+        assert source.read_into(buf, size).route == route
+        assert sink.write_from(buf, size, sync=True).route == route
     os.close(fd)
     fd = os.open(other, os.O_RDONLY)
     assert_same(os.pread(fd, size, 0), pattern(size, 9), "the other drive")
