@@ -1,0 +1,78 @@
+"""What of a file is in the page cache: dropped before a run, and seen before and after it."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import time
+
+from dmabuf import facts
+from dmabuf._mapping import address_of
+from dmabuf.errors import os_error
+
+_PATIENCE = 5.0
+"""Seconds to try: what is being read ahead is locked until it has arrived."""
+_SHORTLY = 0.1
+"""Seconds to try where only as few pages are left as may stay."""
+_TOLERATED = 0.01
+"""The part of a range that may stay: of a mounted device, the pages of its filesystem's tables."""
+
+
+class PageCache:
+    """The pages of one range of a file, page-aligned at its start."""
+
+    def __init__(self, fd: int, start: int, size: int, path: str) -> None:
+        self._fd = fd
+        self._range = start, size
+        self._path = path
+        self.stays: str | None = None
+        """Why nothing of the file can be out of the page cache, where that is so."""
+
+    def pages(self) -> int:
+        """How many are in the page cache now: by cachestat(2), before Linux 6.5 by mincore(2)."""
+        pages = facts.cached_pages(self._fd, *self._range)
+        return mincore(self._fd, *self._range) if pages is None else pages
+
+    def drop(self, *, dirty: bool) -> int:
+        """Have none of them in the page cache; returns how many are left all the same.
+
+        Args:
+            dirty: whether some may have to be written back first.
+
+        Raises:
+            OSError: EBUSY, more than a hundredth stayed.
+        """
+        if dirty:
+            os.fdatasync(self._fd)
+        begun = time.monotonic()
+        while True:
+            os.posix_fadvise(self._fd, *self._range, os.POSIX_FADV_DONTNEED)
+            left = self.pages()
+            waited = time.monotonic() - begun
+            few = left * facts.PAGE <= self._range[1] * _TOLERATED
+            if not left or self.stays or (few and waited > _SHORTLY):
+                return left
+            if waited > _PATIENCE:
+                text = (
+                    f"{left} pages of it stay in the page cache, so that no read of it is a cold "
+                    "one: another program maps, reads or writes it meanwhile"
+                )
+                raise os_error(errno.EBUSY, text, self._path)
+            time.sleep(0.001)
+
+
+def mincore(fd: int, start: int, size: int) -> int:
+    """How many pages of a range are in the page cache, by mincore(2).
+
+    It tells the truth to those who may write the file, and "all" to everyone else (mm/mincore.c).
+    """
+    with mmap.mmap(fd, size, prot=mmap.PROT_READ, offset=start) as memory:
+        pages = bytearray(-(-size // mmap.PAGESIZE))
+        vector = (ctypes.c_char * len(pages)).from_buffer(pages)
+        call = ctypes.CDLL(None, use_errno=True).mincore
+        rc = call(ctypes.c_void_p(address_of(memory)), ctypes.c_size_t(size), vector)
+        if rc:
+            raise os_error(ctypes.get_errno(), "mincore(2) of the file failed")
+        return sum(page & 1 for page in pages)
