@@ -38,6 +38,8 @@ class PageCache:
     def drop(self, *, dirty: bool) -> int:
         """Have none of them in the page cache; returns how many are left all the same.
 
+        The whole file is dropped: a large folio that reaches beyond the range would stay.
+
         Args:
             dirty: whether some may have to be written back first.
 
@@ -48,7 +50,7 @@ class PageCache:
             os.fdatasync(self._fd)
         begun = time.monotonic()
         while True:
-            os.posix_fadvise(self._fd, *self._range, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
             left = self.pages()
             waited = time.monotonic() - begun
             few = left * facts.PAGE <= self._range[1] * _TOLERATED

@@ -32,6 +32,10 @@ _COLOURS = {
     "mmap": "#B5B5B5",
 }
 _MARKS = {"p50": "o", "p99": "D", "p99.9": "s", "p100": "|"}
+_LATENCY = (
+    "latency of one call: \N{BLACK CIRCLE} p50  \N{BLACK DIAMOND} p99  "
+    "\N{BLACK SQUARE} p99.9  | p100"
+)
 _FURTHEST = -1.0  # what is later than this is told by its figure alone
 _INK, _FAINT = "#222222", "#DDDDDD"
 
@@ -75,9 +79,9 @@ def draw(result: Result, file: Any, image: str) -> None:
         figure.text(
             0.012,
             1 - 0.12 / figure.get_figheight(),
-            "\n".join(textwrap.wrap(_title(result), 112)),
+            "\n".join(textwrap.wrap(_title(result), 125)),
             va="top",
-            fontsize=11.5,
+            fontsize=11,
             fontweight="bold",
         )
         figure.text(
@@ -94,15 +98,6 @@ def draw(result: Result, file: Any, image: str) -> None:
             _throughput(speed, group)
             _sooner(sooner, group)
             _latency(latency, group)
-        axes[0][2].legend(
-            *_legend(),
-            loc="lower right",
-            bbox_to_anchor=(1, 1.0),
-            ncols=4,
-            frameon=False,
-            handletextpad=0.1,
-            columnspacing=0.9,
-        )
         metadata = {"Date": None} if image == "svg" else {}
         figure.savefig(file, format=image, dpi=110, metadata=metadata)
 
@@ -119,7 +114,7 @@ def _subtitle(result: Result) -> str:
     return (
         f"{result.target}{where}{device}; buffer: {result.exporter}; {machine['cpus']} x "
         f"{machine['cpu']}, Linux {machine['kernel']}, dmabuf {machine['dmabuf']}; medians of "
-        f"{result.measured.rounds} rounds"
+        f"{result.measured.rounds} rounds; x32 is 32 requests in flight"
     )
 
 
@@ -174,17 +169,18 @@ def _sooner(axes: Axes, group: Group) -> None:
         else:
             axes.plot([_FURTHEST], [place], "<", color=colour, markersize=6, clip_on=False)
         axes.text(
-            1.02,
+            1.14,
             place,
             f"{100 * median:.0f}%",
             va="center",
+            ha="right",
             fontsize=8,
             transform=axes.get_yaxis_transform(),
         )
 
 
 def _latency(axes: Axes, group: Group) -> None:
-    places = _prepare(axes, group, "latency of one call")
+    places = _prepare(axes, group, _LATENCY)
     axes.set_yticks([])
     axes.set_xscale("log")
     seen: set[str] = set()
@@ -201,6 +197,7 @@ def _latency(axes: Axes, group: Group) -> None:
             axes.plot([value], [place], _MARKS[name], color=colour, markersize=_size(name))
     axes.xaxis.set_major_formatter(lambda value, _: _microseconds(value))
     axes.xaxis.set_minor_formatter(lambda value, _: "")
+    axes.tick_params(which="minor", length=0)
 
 
 def _size(name: str) -> float:
@@ -212,13 +209,3 @@ def _microseconds(value: float) -> str:
         if value >= scale:
             return f"{value / scale:g} {unit}"
     return f"{value:g} µs"
-
-
-def _legend() -> tuple[list[Any], list[str]]:
-    from matplotlib.lines import Line2D
-
-    marks = [
-        Line2D([], [], color="#444444", marker=mark, linestyle="", markersize=_size(name))
-        for name, mark in _MARKS.items()
-    ]
-    return marks, list(_MARKS)

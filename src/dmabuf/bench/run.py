@@ -24,7 +24,7 @@ from dmabuf.engine import Engine
 from dmabuf.errors import IntegrityError, RouteUnavailable
 from dmabuf.file import File
 from dmabuf.reference import BLOCK, Reference, open_reference
-from dmabuf.route import Direction
+from dmabuf.route import Direction, Route
 from dmabuf.verify import Patterns
 
 _PILOT_SECONDS = 0.04
@@ -101,6 +101,7 @@ class Bench:
         Raises:
             OSError: what the kernel refused; IntegrityError where a way moved the wrong bytes.
         """
+        self._cache.drop(dirty=True)
         with ExitStack() as stack:
             plans = self._plans(stack)
             blind = self._try_each(plans)
@@ -131,6 +132,7 @@ class Bench:
                     ways, refused = by_route(place, direction, block, engines[depth, block])
                     self._enter(stack, plan, ways, depth)
                     plan.group.refused |= refused
+                plan.entries.sort(key=lambda entry: list(Route).index(Route(entry.row.way)))
                 usual, refused = today(place, direction, block)
                 self._enter(stack, plan, usual, 1)
                 plan.group.refused |= refused

@@ -21,7 +21,7 @@ from dmabuf.bench.ways import Place
 from dmabuf.cli import _bench_page, _bench_table, _output, _progress, _region
 from dmabuf.cli._path import filesystem
 from dmabuf.cli._replace import Replacement
-from dmabuf.facts import PAGE
+from dmabuf.facts import PAGE, kind_of
 from dmabuf.file import File
 from dmabuf.sizes import format_size, parse_size
 
@@ -95,7 +95,7 @@ def add_to(app: typer.Typer) -> None:
 
 def _command(
     target: Annotated[
-        str | None, typer.Argument(metavar="[TARGET]", help="A file or block device.")
+        str | None, typer.Argument(metavar="TARGET", help="A file or block device.")
     ] = None,
     folder: Annotated[
         str | None,
@@ -116,8 +116,12 @@ def _command(
         str, typer.Option(metavar="SIZE,...", help="Bytes of a request.")
     ] = "4KiB,1MiB",
     depth: Annotated[
-        str, typer.Option(metavar="N,...", help="Requests in flight, of our routes.")
-    ] = "1,32",
+        str | None,
+        typer.Option(
+            metavar="N,...",
+            help="Requests in flight, of our routes. [default: 1,32; with --quick 32]",
+        ),
+    ] = None,
     exporter: Annotated[
         str,
         typer.Option(metavar="NAME", help="What makes the buffer: auto, udmabuf, memfd, a heap."),
@@ -126,7 +130,7 @@ def _command(
         bool, typer.Option("--random", help="Blocks in random order. [default: one by one]")
     ] = False,
     quick: Annotated[
-        bool, typer.Option("--quick", help="3 rounds and 13 seconds: an answer within 20.")
+        bool, typer.Option("--quick", help="3 rounds and 12 seconds: an answer within 20.")
     ] = False,
     rounds: Annotated[
         int | None, typer.Option(metavar="N", min=1, max=1000, help="Runs a way. [default: 5]")
@@ -172,11 +176,11 @@ def _command(
         overwritten,
         nbytes,
         tuple(sorted(set(blocks))),
-        _depths(depth),
+        _depths(depth or ("32" if quick else "1,32")),
         exporter,
         shuffled,
         rounds or (3 if quick else 5),
-        seconds or (13 if quick else 55),
+        seconds or (12 if quick else 55),
         random.randrange(1 << 32) if seed is None else seed,
         plot,
         json,
@@ -301,7 +305,15 @@ def _opened(options: Options) -> Iterator[File]:
             scratch.check_space(fd, options.size, options.folder)
             yield stack.enter_context(File(fd, "r+"))
         else:
+            _check_kind(options.target)  # before opening it: a FIFO would wait for a writer
             yield stack.enter_context(File(options.target, "r+" if options.region else "r"))
+
+
+def _check_kind(target: str) -> None:
+    kind = kind_of(os.stat(target).st_mode)
+    if kind not in (None, "file", "block device"):
+        text = f"a {kind} has no page cache to compare with: name a file or block device"
+        raise OSError(errno.ESPIPE, text, target)
 
 
 def _range(options: Options, file: File) -> tuple[int, int]:
@@ -313,10 +325,7 @@ def _range(options: Options, file: File) -> tuple[int, int]:
             raise OSError(errno.EINVAL, text, options.name)
     if options.target is None:
         return 0, options.size // max(options.blocks) * max(options.blocks)
-    size = file.size
-    if size is None or file.kind == "NVMe character device":
-        text = f"a {file.kind} has no page cache to compare with: name a file or block device"
-        raise OSError(errno.ESPIPE, text, options.target)
+    size = file.size or 0
     start, length = options.region or (0, min(size, options.size))
     if start + length > size:
         text = f"the region ends at {start + length}, and the target at {size}"
