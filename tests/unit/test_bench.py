@@ -226,7 +226,8 @@ def test_every_way_once_a_round(path, monkeypatch):
                 through = row.way in ("buffered", "copy", "mmap")
                 assert sample.after == (SIZE // PAGE if through else 0), (group.title, row.label)
         assert set(group.latencies) == {row.way for row in group.rows}
-        assert all(len(calls) == 3 * SIZE // group.block for calls in group.latencies.values())
+        most = 3 * SIZE // group.block
+        assert all(3 <= len(calls) <= most for calls in group.latencies.values())
 
 
 def test_the_seed_repeats_the_order(path):

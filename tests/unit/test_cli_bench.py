@@ -180,36 +180,35 @@ def test_a_route_that_lies_cannot_win(target, native, capsys, monkeypatch, fault
 # -- charts
 
 
-@pytest.mark.parametrize("suffix", ["png", "svg", "html"])
-def test_charts(folder, capsys, suffix):
+# Each in a process of its own: matplotlib keeps its fonts open.
+
+
+@pytest.mark.parametrize("suffix", ["PNG", "html"])
+def test_charts(folder, suffix):
     pytest.importorskip("matplotlib", reason="pip install 'dmabuf[plot]'")
-    plot = folder / f"chart.{suffix.upper()}"
+    plot = folder / f"chart.{suffix}"
     plot.write_bytes(b"an older one")
-    ended = dmabuf(capsys, "bench", *SMALL, "--dir", folder, "--plot", plot)
+    ended = finish(start("bench", *SMALL, "--dir", folder, "--plot", plot))
     assert (ended.status, ended.err) == (0, "")
     assert os.listdir(folder) == [plot.name]
-    content = plot.read_bytes()
-    if suffix == "png":
-        assert content.startswith(b"\x89PNG")
+    if suffix == "PNG":
+        assert plot.read_bytes().startswith(b"\x89PNG")
         return
-    if suffix == "svg":
-        assert ElementTree.fromstring(content).tag.endswith("svg")
-        return
-    text = content.decode()
+    text = plot.read_text()
     assert text.startswith("<!DOCTYPE html>") and text.count("<svg") == 1
     assert text.count("<table>") == 8 and "<caption>write, blocks of 64 KiB, one call" in text
     assert "no native: the buffer is a memfd" in text and "src=" not in text
-    assert ended.out.splitlines()[-1] in text.replace("&#x27;", "'")
+    assert ended.out.splitlines()[-1] in text
 
 
-def test_charts_of_little(tmp_path, capsys):
+def test_charts_of_little(tmp_path):
     """On tmpfs, and one round: fewer ways, and no percentiles."""
     pytest.importorskip("matplotlib", reason="pip install 'dmabuf[plot]'")
     plot = tmp_path / "chart.svg"
     one = ("--rounds", 1, "--size", "64KiB", "--block", "64KiB", "--depth", 2)
-    ended = dmabuf(capsys, "bench", *one, "--dir", "/dev/shm", "--plot", plot)
+    ended = finish(start("bench", *one, "--dir", "/dev/shm", "--plot", plot))
     assert (ended.status, ended.err) == (0, "")
-    assert plot.stat().st_size > 5000
+    assert ElementTree.fromstring(plot.read_bytes()).tag.endswith("svg")
 
 
 def test_without_matplotlib(target, tmp_path, capsys, monkeypatch):
