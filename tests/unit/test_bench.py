@@ -65,7 +65,8 @@ def test_reading(path, name):
         for at in (5, 0, 15, 7):
             expected[at * BLOCK : (at + 1) * BLOCK] = content[START + at * BLOCK :][:BLOCK]
         assert_same(place.buffer.pread(place.buffer.size, 0), bytes(expected), "after run")
-        one.one(START + 9 * BLOCK, 2 * BLOCK)
+        with one.single() as move:
+            move(START + 9 * BLOCK, 2 * BLOCK)
         expected[2 * BLOCK : 3 * BLOCK] = content[START + 9 * BLOCK :][:BLOCK]
         assert_same(place.buffer.pread(place.buffer.size, 0), bytes(expected), "after one")
 
@@ -84,7 +85,8 @@ def test_writing(path, name):
         if name in ("copy", "buffered"):
             assert cached(place.file.fileno()) == 0, "run flushes, so that all can be dropped"
         assert_same(path.read_bytes(), bytes(expected), "after run")
-        one.one(START + 9 * BLOCK, 2 * BLOCK)
+        with one.single() as move:
+            move(START + 9 * BLOCK, 2 * BLOCK)
         where = START + 9 * BLOCK
         expected[where : where + BLOCK] = content[2 * BLOCK : 3 * BLOCK]
         assert_same(path.read_bytes(), bytes(expected), "after one")

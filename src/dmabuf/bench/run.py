@@ -292,16 +292,18 @@ class Bench:
         most = self._share * _LATENCY_PART / len(ways)
         for name in self._lot.sample(sorted(ways), len(ways)):
             latencies = group.latencies.setdefault(name, array("d"))
-            with self._cold(group, ways[name]):
-                _time_calls(ways[name], segments, latencies, most)
+            with self._cold(group, ways[name]), ways[name].single() as one:
+                _time_calls(one, segments, latencies, most)
 
 
-def _time_calls(way: Way, segments: array[int], latencies: array[float], most: float) -> None:
+def _time_calls(
+    one: Callable[[int, int], None], segments: array[int], latencies: array[float], most: float
+) -> None:
     """At least one call, and no more after `most` seconds."""
     end = time.perf_counter() + most
     for i in range(0, len(segments), 3):
         begun = time.perf_counter()
-        way.one(segments[i], segments[i + 1])
+        one(segments[i], segments[i + 1])
         now = time.perf_counter()
         latencies.append(now - begun)
         if now > end:

@@ -1,8 +1,8 @@
 """The ways of moving bytes between a file and a Buffer: our routes, and how people do it today.
 
 Each moves the same blocks to or from the same Buffer. `run` moves many, and returns when the last
-is there; of a write, when all of it is on the medium (fdatasync). `one` moves a single block, for
-its latency, and flushes nothing.
+is there; of a write, when all of it is on the medium (fdatasync). `single` is for the latency of
+one block.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ import mmap
 import os
 from abc import ABC, abstractmethod
 from array import array
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from dmabuf.buffer import Buffer
 from dmabuf.engine import Engine
@@ -74,8 +77,8 @@ class Way(ABC):
         """
 
     @abstractmethod
-    def one(self, offset: int, at: int) -> None:
-        """Move one block between a file offset and a buffer offset."""
+    def single(self) -> AbstractContextManager[Callable[[int, int], None]]:
+        """What moves one block between a file offset and a buffer offset, flushing nothing."""
 
     @abstractmethod
     def close(self) -> None:
@@ -120,17 +123,16 @@ class ByRoute(Way):
             raise RouteUnavailable(record.rejected.get(route, record.reason), self._place.path)
         self.registered = record.registered
 
-    def one(self, offset: int, at: int) -> None:
+    @contextmanager
+    def single(self) -> Iterator[Callable[[int, int], None]]:
         """By `read_into` or `write_from`."""
         move = self._file.write_from if self._write else self._file.read_into
-        move(
-            self._place.buffer,
-            self._block,
-            file_offset=offset,
-            buffer_offset=at,
-            route=self._route,
-            audit="off",
-        )
+        buffer, block, route = self._place.buffer, self._block, self._route
+
+        def one(offset: int, at: int) -> None:
+            move(buffer, block, file_offset=offset, buffer_offset=at, route=route, audit="off")
+
+        yield one
 
     def close(self) -> None:
         """Close its File."""
@@ -149,10 +151,11 @@ class _Today(Way):
         if self._write:
             self._flush()
 
-    def one(self, offset: int, at: int) -> None:
-        """With the bracket."""
-        with self._place.buffer.map("r" if self._write else "w", at, self._block) as view:
-            (self._put if self._write else self._get)(view, offset, 0)
+    @contextmanager
+    def single(self) -> Iterator[Callable[[int, int], None]]:
+        """Inside a bracket that is held open: the copy and the system call alone."""
+        with self._place.buffer.map("r" if self._write else "w") as view:
+            yield partial(self._put if self._write else self._get, view)
 
     @abstractmethod
     def _get(self, view: memoryview, offset: int, at: int) -> None: ...

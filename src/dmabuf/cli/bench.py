@@ -41,8 +41,9 @@ is on the medium (fdatasync). A warm-up compares every byte, so that a broken wa
 
 In each round each way runs once, in random order; figures are medians, and "sooner" is 1 - t/t_copy
 of the runs of the same round, with its lowest and highest. A latency is the time of one call that
-moves one block, from Python to Python, nothing else in flight; of a write without the flush. CPU
-seconds are those of the process, the kernel's and io_uring's workers in it.
+moves one block, from Python to Python, nothing else in flight; of a write without the flush; of the
+ways of today with the buffer mapped before. CPU seconds are those of the process, the kernel's and
+io_uring's workers in it. "cached" is what a run left in the page cache, of its bytes.
 """
 
 _EXAMPLES = """\
