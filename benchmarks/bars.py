@@ -260,8 +260,8 @@ def bars() -> list[Bar]:
             functools.partial(faster_than, "direct", "staged"), "GB/s", 1e9),
         Bar("import", "disk", "import dmabuf, less a bare interpreter", 40, import_cost,
             "ms", at_least=False),
-        Bar("register", "disk", "times memory is registered, 1,000 transfers of 1 MiB", 1, registrations,
-            "of transfers", at_least=False, pairs=1),
+        Bar("register", "disk", "times memory is registered, 1,000 transfers of 1 MiB", 1,
+            registrations, "of transfers", at_least=False, pairs=1),
     ]  # fmt: skip
     for target in ("disk", "zram"):
         for route in ("direct", "staged"):
