@@ -13,6 +13,7 @@ The bars against other loaders are in beside_peers.py.
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import functools
@@ -111,7 +112,9 @@ def loop() -> str:
     if compiler is None:
         raise SkippedError("no C compiler: apt-get install gcc liburing-dev")
     source = Path(__file__).with_name("loop.c")
-    program = tempfile.mkdtemp(prefix="dmabuf-bench-") + "/loop"
+    folder = tempfile.mkdtemp(prefix="dmabuf-bench-")
+    atexit.register(shutil.rmtree, folder)
+    program = f"{folder}/loop"
     try:
         run_process([compiler, "-O2", "-o", program, str(source), "-luring"])
     except FailedError as error:
@@ -125,7 +128,7 @@ def beside_loop(measure: Measure, path: str) -> Sample:
     with huge_pages(needed):
         numbers = (measure.depth, measure.window, measure.total, int(measure.huge_pages))
         command = [loop(), path, *map(str, numbers)]
-        theirs = run_process(command, stdin=measure.segments(GIB).tobytes())
+        theirs = run_process(command, stdin=measure.segments().tobytes())
         return Sample.ratio(run_ours(path, measure).speed, float(theirs.output))
 
 

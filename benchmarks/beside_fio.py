@@ -40,11 +40,11 @@ def run_fio(target: str, measure: Measure, direct: bool) -> Run:
     command = [
         "fio", "--name=beside", f"--filename={target}", f"--rw={kind}", f"--bs={measure.block}",
         f"--iodepth={measure.depth}", "--ioengine=io_uring", "--fixedbufs=1", "--registerfiles=1",
-        f"--direct={int(direct)}", f"--size={GIB}", f"--io_size={total}",
+        f"--direct={int(direct)}", f"--size={measure.span}", f"--io_size={total}",
         "--norandommap=1", "--randrepeat=1", "--thread=1", "--output-format=json",
         "--invalidate=0", "--fallocate=none", "--allow_mounted_write=1",
     ]  # fmt: skip
-    process = run(command)
+    process = run(command + ["--readonly"] * (not measure.write))
     report = json.loads(process.output[process.output.index("{") :])
     job: dict[str, Any] = report["jobs"][0]["write" if measure.write else "read"]
     return Run(job["bw_bytes"], process)

@@ -16,7 +16,10 @@ from common import GIB, MIB, Process, run
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """What both sides do: `total` bytes in requests of `block`, `depth` of them in flight."""
+    """What both sides do: `total` bytes in requests of `block`, `depth` of them in flight.
+
+    They are within the first `span` bytes of the target, in `footprint` bytes of memory.
+    """
 
     name: str
     write: bool
@@ -25,6 +28,7 @@ class Measure:
     depth: int
     total: int
     footprint: int = 0
+    span: int = GIB
     huge_pages: bool = False
 
     @property
@@ -36,9 +40,9 @@ class Measure:
         """The same, moving next to nothing: what a process costs before its first byte."""
         return dataclasses.replace(self, total=0)
 
-    def segments(self, size: int) -> array[int]:
-        """One round of requests over a target of `size` bytes."""
-        count = min(size, GIB) // self.block
+    def segments(self) -> array[int]:
+        """One round of requests."""
+        count = self.span // self.block
         places = range(count)
         order = random.Random(1).choices(places, k=count) if self.rand else places
         slots = self.window // self.block
@@ -74,7 +78,7 @@ def worker(target: str, measure: Measure) -> None:
             buffer.pwrite(random.Random(2).randbytes(min(buffer.size, 64 * MIB)), 0)
         with dmabuf.open(target, "r+", force=True, engine=engine) as file:
             move = file.write_segments if measure.write else file.read_segments
-            segments = measure.segments(file.size or 0)
+            segments = measure.segments()
             # The first touch and the pinning, as fio's set-up.
             transfer = move(buffer, segments[: 3 * 64])
             done, seconds = 0, 0.0
