@@ -384,6 +384,8 @@ class LoopEngine(Engine):
         try:
             yield
         finally:
+            # These know the loop, whose variables know us: neither would ever go.
+            self._guard, self._new_wake = None, anyio.Event
             self.close()
 
     async def stay(self) -> None:
