@@ -59,6 +59,8 @@ class Target:
         self._direct: facts.Direct | None = None
         self._no_native: WeakKeyDictionary[Buffer, str] = WeakKeyDictionary()
         self._cache_watched = False
+        self.no_slots: str | None = None
+        """Why memory that is less aligned than the file's blocks is not registered."""
         self._device: str | None = None
         if isinstance(path, bool):
             raise TypeError("a path or a descriptor is needed, not bool")
@@ -289,6 +291,14 @@ class Target:
         log.info("%s: %s", self.path, refusal)
         self._direct = replace(self.direct(), refusal=refusal)
         self.lanes.clear()
+
+    def learn_about_slots(self) -> None:
+        """Registered memory was refused, and may be taken unregistered."""
+        self.no_slots = (
+            "this kernel refuses registered memory that is less aligned than the file's blocks "
+            "(EINVAL), and takes it unregistered"
+        )
+        log.info("%s: %s", self.path, self.no_slots)
 
     def learn_from(self, error: int) -> bool:
         """Whether the errno of a first O_DIRECT request taught something worth another try."""
