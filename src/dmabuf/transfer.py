@@ -385,6 +385,12 @@ def check_audit(target: Target, order: Order) -> None:
         )
         raise os_error(errno.ESPIPE, text, target.path)
     obstacle = _obstacle(order)
+    if target.namespace is not None:
+        where = target.namespace.disk and f", /dev/{target.namespace.disk}"
+        obstacle = (
+            "no pread(2) reads an NVMe character device: use the namespace's block device"
+            f"{where or ''}"
+        )
     if obstacle is not None and order.span.nbytes:
         raise RouteUnavailable(f"audit='always' is not to be had: {obstacle}", target.path)
 

@@ -41,6 +41,18 @@ def test_a_mounted_namespace_is_not_written(drive, tmp_path):
 
 
 @everything
+@pytest.mark.parametrize("verb", ["read_into", "write_from"])
+def test_there_is_nothing_to_audit_with(drive, verb):
+    drive.write(data := pattern(SIZE, 2))
+    with dmabuf.open(drive.node, "r+") as file, dmabuf.allocate(SIZE) as buffer:
+        with pytest.raises(dmabuf.RouteUnavailable, match=f"block device, {drive.disk}"):
+            getattr(file, verb)(buffer, audit="always")
+        assert buffer.pread(SIZE, 0) == bytes(SIZE)
+        assert_same(drive.read(SIZE), data, "the namespace")
+        assert "not audited" in file.read_into(buffer, audit="first").audited
+
+
+@everything
 def test_a_controller(drive):
     controller = drive.disk.removesuffix("n1")
     assert stat.S_ISCHR(os.stat(controller).st_mode)
