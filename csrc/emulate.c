@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /* The native route without a kernel that has it: a table of mapped dma-bufs, for tests. */
 #include <errno.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -8,78 +9,115 @@
 
 #include "internal.h"
 
-struct mapped {
+/* Like the kernel's node of a slot: a request in flight keeps it when the slot gets another. */
+struct dmb_mapped {
 	uint8_t *memory;
 	size_t size;
 	dev_t device; /* of the target */
 	ino_t inode;
+	unsigned users; /* the slot, and requests */
 };
 
 struct dmb_emulated {
-	struct mapped slots[DMB_BUFFER_SLOTS];
+	pthread_mutex_t lock;
+	struct dmb_mapped *slots[DMB_BUFFER_SLOTS];
 };
 
 int dmb_emulate_create(struct dmb_emulated **ret)
 {
 	*ret = calloc(1, sizeof(**ret));
+	if (*ret)
+		pthread_mutex_init(&(*ret)->lock, NULL);
 	return *ret ? 0 : -ENOMEM;
 }
 
-static void clear(struct mapped *mapped)
+void dmb_emulate_put(struct dmb_emulated *emulated, struct dmb_mapped *mapped)
 {
-	if (mapped->memory)
-		munmap(mapped->memory, mapped->size);
-	*mapped = (struct mapped){0};
+	bool last;
+
+	if (!mapped)
+		return;
+	pthread_mutex_lock(&emulated->lock);
+	last = !--mapped->users;
+	pthread_mutex_unlock(&emulated->lock);
+	if (!last)
+		return;
+	munmap(mapped->memory, mapped->size);
+	free(mapped);
 }
 
 void dmb_emulate_destroy(struct dmb_emulated *emulated)
 {
-	for (unsigned slot = 0; emulated && slot < DMB_BUFFER_SLOTS; slot++)
-		clear(&emulated->slots[slot]);
+	if (!emulated)
+		return;
+	for (unsigned slot = 0; slot < DMB_BUFFER_SLOTS; slot++)
+		dmb_emulate_put(emulated, emulated->slots[slot]);
+	pthread_mutex_destroy(&emulated->lock);
 	free(emulated);
+}
+
+static int map(int dmabuf_fd, int target_fd, struct dmb_mapped **ret)
+{
+	struct dmb_mapped *mapped;
+	struct stat target;
+	void *memory;
+	off_t size;
+
+	size = lseek(dmabuf_fd, 0, SEEK_END);
+	if (size < 0 || fstat(target_fd, &target))
+		return -errno;
+	memory = mmap(NULL, (size_t)size, PROT_READ | PROT_WRITE, MAP_SHARED, dmabuf_fd, 0);
+	if (memory == MAP_FAILED)
+		return -errno;
+	mapped = malloc(sizeof(*mapped));
+	if (!mapped) {
+		munmap(memory, (size_t)size);
+		return -ENOMEM;
+	}
+	*mapped = (struct dmb_mapped){memory, (size_t)size, target.st_dev, target.st_ino, 1};
+	*ret = mapped;
+	return 0;
 }
 
 int dmb_emulate_register(struct dmb_emulated *emulated, unsigned slot, int dmabuf_fd, int target_fd)
 {
-	struct mapped *mapped;
-	struct stat target;
-	off_t size;
+	struct dmb_mapped *mapped = NULL, *before;
+	int rc;
 
 	if (!emulated)
 		return -EOPNOTSUPP;
-	mapped = &emulated->slots[slot];
-	clear(mapped);
-	if (dmabuf_fd < 0)
-		return 0;
-	size = lseek(dmabuf_fd, 0, SEEK_END);
-	if (size < 0 || fstat(target_fd, &target))
-		return -errno;
-	mapped->memory = mmap(NULL, (size_t)size, PROT_READ | PROT_WRITE, MAP_SHARED, dmabuf_fd, 0);
-	if (mapped->memory == MAP_FAILED) {
-		mapped->memory = NULL;
-		return -errno;
-	}
-	mapped->size = (size_t)size;
-	mapped->device = target.st_dev;
-	mapped->inode = target.st_ino;
+	rc = dmabuf_fd < 0 ? 0 : map(dmabuf_fd, target_fd, &mapped);
+	if (rc)
+		return rc;
+	pthread_mutex_lock(&emulated->lock);
+	before = emulated->slots[slot];
+	emulated->slots[slot] = mapped;
+	pthread_mutex_unlock(&emulated->lock);
+	dmb_emulate_put(emulated, before);
 	return 0;
 }
 
-int dmb_emulate_address(struct dmb_emulated *emulated, const struct dmb_io *io, uint8_t **ret)
+int dmb_emulate_take(struct dmb_emulated *emulated, const struct dmb_io *io, uint8_t **address,
+		     struct dmb_mapped **ret)
 {
 	uint64_t offset = (uintptr_t)io->address;
-	const struct mapped *mapped;
+	struct dmb_mapped *mapped;
 	struct stat target;
 
 	if (!emulated || io->buffer_slot < 0)
 		return -EFAULT;
-	mapped = &emulated->slots[io->buffer_slot];
-	if (!mapped->memory || offset > mapped->size || io->length > mapped->size - offset)
-		return -EFAULT;
 	if (fstat(io->fd, &target))
 		return -errno;
+	pthread_mutex_lock(&emulated->lock);
+	mapped = emulated->slots[io->buffer_slot];
+	if (mapped)
+		mapped->users++;
+	pthread_mutex_unlock(&emulated->lock);
+	*ret = mapped;
+	if (!mapped || offset > mapped->size || io->length > mapped->size - offset)
+		return -EFAULT;
 	if (target.st_dev != mapped->device || target.st_ino != mapped->inode)
 		return -EBADF;
-	*ret = mapped->memory + offset;
+	*address = mapped->memory + offset;
 	return 0;
 }

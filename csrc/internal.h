@@ -11,6 +11,7 @@
 #include "core.h"
 
 struct dmb_nvme_cmd;
+struct dmb_mapped;
 
 /* Of sync_file_range(2): all that is dirty, written out when it returns. */
 #define DMB_FLUSH_FLAGS                                                                            \
@@ -130,8 +131,10 @@ int dmb_emulate_create(struct dmb_emulated **ret);
 void dmb_emulate_destroy(struct dmb_emulated *emulated);
 int dmb_emulate_register(struct dmb_emulated *emulated, unsigned slot, int dmabuf_fd,
 			 int target_fd);
-/* The address that a native request of the slot means, or -errno. */
-int dmb_emulate_address(struct dmb_emulated *emulated, const struct dmb_io *io, uint8_t **ret);
+/* The address that a native request of the slot means, or -errno; *ret, or NULL, is to be put. */
+int dmb_emulate_take(struct dmb_emulated *emulated, const struct dmb_io *io, uint8_t **address,
+		     struct dmb_mapped **ret);
+void dmb_emulate_put(struct dmb_emulated *emulated, struct dmb_mapped *mapped);
 
 /* One pread(2) or pwrite(2). Returns a count or -errno. */
 int64_t dmb_lone(int direction, int fd, uint64_t address, uint64_t size, uint64_t offset);

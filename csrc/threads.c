@@ -75,6 +75,7 @@ int64_t dmb_lone(int direction, int fd, uint64_t address, uint64_t size, uint64_
 
 static void execute(struct dmb_ring *ring, struct dmb_io *io)
 {
+	struct dmb_mapped *mapped = NULL;
 	uint8_t *address = io->address;
 
 	if (io->flush) {
@@ -87,10 +88,11 @@ static void execute(struct dmb_ring *ring, struct dmb_io *io)
 		io->result = dmb_nvme_execute(io);
 		return;
 	}
-	io->result = io->native ? dmb_emulate_address(ring->emulated, io, &address) : 0;
+	io->result = io->native ? dmb_emulate_take(ring->emulated, io, &address, &mapped) : 0;
 	if (!io->result)
 		io->result = (int32_t)dmb_lone(io->direction, io->fd, (uint64_t)(uintptr_t)address,
 					       io->length, io->offset);
+	dmb_emulate_put(ring->emulated, mapped);
 }
 
 /* The first of the completed signals for all of them. Called with the lock, or without workers. */
