@@ -1,6 +1,7 @@
 """A disk that fills, and bad blocks, in the middle of large transfers and copies side by side."""
 
 import errno
+import functools
 import os
 import subprocess
 from pathlib import Path
@@ -13,12 +14,15 @@ from dmabuf import aio
 from tests.guards import needs
 from tests.kernel.conftest import null_blk
 from tests.kernel.test_cli import small
-from tests.support import assert_same, drop_cache, fill, pattern, poison, together, whole
+from tests.support import assert_same, drop_cache, fill, poison, together, whole
+from tests.support import pattern as slow_pattern
 from tests.unit.command import finish, start
 
 MIB = 1 << 20
-PART = 8 * MIB
+PART = 2 * MIB
 WORKERS = 8
+
+pattern = functools.cache(slow_pattern)
 
 everything = needs("udmabuf", "io_uring", "ext4", "null_blk")
 
@@ -153,7 +157,7 @@ def test_copies_and_cp(filesystem, sized, tmp_path):
 
 # -- bad blocks
 
-BAD = {2: 3 * MIB + 512 * 5, 5: 6 * MIB + 512 * 77}
+BAD = {2: MIB - 512 * 95, 5: MIB + 512 * 77}
 """By worker: where in its part a block is bad."""
 
 
