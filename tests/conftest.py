@@ -1,9 +1,10 @@
 """Hypothesis is deterministic, and the suite leaves the process as it found it."""
 
+import functools
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -46,11 +47,19 @@ def nothing_leaks() -> Iterator[None]:
 
 
 def _threads() -> list[threading.Thread]:
-    """Those that someone has to end: trio's workers end by themselves when idle for some time."""
-    return [thread for thread in threading.enumerate() if not thread.daemon]
+    """All but trio's workers, which end by themselves when they were idle for some time."""
+    return [one for one in threading.enumerate() if not one.name.startswith("Trio thread")]
 
 
 @pytest.fixture(autouse=True)
 def no_pair_is_known() -> None:
     """Each test is the first to use its exporter with its device."""
     PAIRS.forget()
+
+
+@pytest.fixture(params=["asyncio", "trio"])
+def run(request: pytest.FixtureRequest) -> Callable[..., object]:
+    """Runs a coroutine function, on each kind of event loop."""
+    import anyio
+
+    return functools.partial(anyio.run, backend=request.param)

@@ -32,7 +32,7 @@ from dmabuf._waits import Wake, kind_of_wake
 from dmabuf.buffer import Buffer
 from dmabuf.engine import Engine, Job, Outcome, create_batch, outcome_of
 from dmabuf.errors import ClosedError
-from dmabuf.lone import Lane
+from dmabuf.lone import Lane, leave
 from dmabuf.lone import lane as lane_of
 from dmabuf.ring import Ring
 from dmabuf.route import Direction
@@ -175,12 +175,8 @@ class LoopEngine(Engine):
         try:
             target.lone.add(flight)
             buffer._lone.add(flight)
-            if target._closed or buffer._closed or buffer._closing:
-                return None
-            if self._closed or self._pid != _process.pid:
-                self.check_usable()  # says which
-            lane = lane_of(target, buffer, direction)
-            if lane is None or (direction == "write" and target.growth.running):
+            lane = lane_of(target, buffer, direction, size, offset, start)
+            if lane is None or self._closed:
                 return None
             self._last_tag = tag = self._last_tag + 1
             core, handle, batch = lane.core, self.ring.handle, self._batch
@@ -189,7 +185,7 @@ class LoopEngine(Engine):
                     handle, core, offset or 0, start, size, fence, tag, batch
                 ):
                     return None
-            except (TypeError, OverflowError):  # no numbers of bytes
+            except (TypeError, OverflowError):  # as in lone.move
                 return None
             flight.batch = made = batch[0]
             moved = 0
@@ -203,10 +199,8 @@ class LoopEngine(Engine):
                 moved = lib.dmb_batch_end(made)
             return lane if moved == size else None
         finally:
-            buffer._lone.discard(flight)
-            target.lone.discard(flight)
+            leave(target, buffer, flight)
             if target._closed:
-                target.left()
                 owner._left()
 
     def _shape(self, job: Job) -> tuple[int, int]:

@@ -54,8 +54,25 @@ class Lane:
         return lone_transfer(size, self._reason, rejected, registration, seconds)
 
 
-def lane(target: Target, buffer: Buffer, direction: Direction) -> Lane | None:
-    """The lane between a file and a buffer, made where there may be one; the caller holds both."""
+def lane(
+    target: Target,
+    buffer: Buffer,
+    direction: Direction,
+    size: object,
+    offset: object,
+    start: object,
+) -> Lane | None:
+    """The lane for a request, made where there may be one; None where it goes the long way.
+
+    The caller's token is in `target.lone` and `buffer._lone`, so nothing is closed from here on.
+    Numbers other than plain ints are left to the long way, which knows which of them to refuse.
+    """
+    if not (type(size) is type(start) is int and (offset is None or type(offset) is int)):
+        return None
+    if target._closed or buffer._closed or buffer._closing or target.pid != _process.pid:
+        return None
+    if direction == "write" and target.growth.running:
+        return None
     lanes = target.lanes
     found = lanes.get((buffer._number, direction))
     if found is None:
@@ -65,6 +82,14 @@ def lane(target: Target, buffer: Buffer, direction: Direction) -> Lane | None:
                 lanes.clear()
             lanes[buffer._number, direction] = found
     return found
+
+
+def leave(target: Target, buffer: Buffer, token: object) -> None:
+    """Take a request's token back; the last one of a file that was closed closes it."""
+    buffer._lone.discard(token)
+    target.lone.discard(token)
+    if target._closed and target.pid == _process.pid:  # a fork's child may have its lock for ever
+        target.left()
 
 
 def _make(target: Target, buffer: Buffer, direction: Direction) -> Lane | None:
@@ -115,19 +140,14 @@ def move(
     try:
         target.lone.add(token)
         buffer._lone.add(token)
-        if target._closed or buffer._closed or buffer._closing or target.pid != _process.pid:
-            return None
-        found = lane(target, buffer, direction)
-        if found is None or (direction == "write" and target.growth.running):
+        found = lane(target, buffer, direction, size, offset, start)
+        if found is None:
             return None
         try:
             if not lib.dmb_lane_move(found.core, offset or 0, start, size, fence):
                 return None
-        except (TypeError, OverflowError):  # no numbers of bytes: the long way says so
+        except (TypeError, OverflowError):  # a negative number, or no truth: the long way says so
             return None
     finally:
-        buffer._lone.discard(token)
-        target.lone.discard(token)
-        if target._closed:
-            target.left()
+        leave(target, buffer, token)
     return found.record(size, route, begun)

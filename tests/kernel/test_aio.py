@@ -17,11 +17,6 @@ SIZE = 96 << 10
 PIECE = 4096
 
 
-@pytest.fixture(params=["asyncio", "trio"])
-def run(request):
-    return functools.partial(anyio.run, backend=request.param)
-
-
 @pytest.fixture(params=["disk", "node"])
 def target(request, drive):
     return getattr(drive, request.param)

@@ -34,9 +34,9 @@ def system_calls(folder, route, direction):
     """The names of the system calls that one transfer of REQUESTS requests makes."""
     trace = folder / f"{route}-{direction}"
     done = subprocess.run(
-        ["strace", "-f", "-qq", "-o", trace, sys.executable, "-c",
+        ["strace", "--kill-on-exit", "-f", "-qq", "-o", trace, sys.executable, "-c",
          TRANSFER.format(requests=REQUESTS), os.environ["DMABUF_TEST_NVME0"], route, direction],
-        check=True, capture_output=True, text=True, timeout=60,
+        check=True, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.stdout.split() == [route, str(REQUESTS)]
     lines = [line.split(maxsplit=1)[1] for line in trace.read_text().splitlines()]
@@ -46,6 +46,7 @@ def system_calls(folder, route, direction):
 
 
 @needs("nvme", "udmabuf", "io_uring")
+@pytest.mark.timeout(500)
 @pytest.mark.parametrize("direction", ["read", "write"])
 def test_native_takes_no_more_than_direct(tmp_path, direction):
     direct = system_calls(tmp_path, "direct", direction)

@@ -21,11 +21,6 @@ SIZE = 1 << 20
 PAGE = 4096
 
 
-@pytest.fixture(params=["asyncio", "trio"])
-def run(request):
-    return functools.partial(anyio.run, backend=request.param)
-
-
 @pytest.fixture(params=["auto", "threads"])
 def backend(request, monkeypatch):
     if request.param == "threads":

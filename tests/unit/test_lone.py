@@ -1,13 +1,17 @@
 """Lone small requests: what they take, what they leave, and that nothing is closed under them."""
 
+import dataclasses
 import os
+import signal
 import threading
+from decimal import Decimal
 
 import pytest
 
 import dmabuf
-from dmabuf import ClosedError, Route, lone
+from dmabuf import ClosedError, Route, aio, lone
 from dmabuf._ffi import lib
+from tests import forking
 from tests.support import assert_same, drop_cache, pattern, poison
 
 SIZE = 1 << 20
@@ -55,9 +59,7 @@ def test_reads_and_writes(file, buf, path, long_way):
     assert not long_way
     assert (record.nbytes, record.route, record.requests) == (PAGE, Route.DIRECT, 1)
     assert record.rejected == file.plan(buf, size=PAGE).rejected
-    assert record == eval(repr(record).replace("<Route.DIRECT: 'direct'>", "Route.DIRECT")
-                          .replace("<Route.NATIVE: 'native'>", "Route.NATIVE"),
-                          {"Transfer": dmabuf.Transfer, "Route": Route})  # fmt: skip
+    assert dataclasses.replace(record) == record  # as made the ordinary way, every field
     with pytest.raises(AttributeError):
         record.nbytes = 0
     data = path.read_bytes()
@@ -111,9 +113,54 @@ def test_bad_input_is_refused_as_ever(file, buf, arguments):
     size, how = arguments
     with pytest.raises(ValueError):
         file.read_into(buf, size, **how)
-    with pytest.raises(TypeError):
-        file.read_into(buf, PAGE, file_offset=0.5)
     assert_same(buf.pread(SIZE, 0), poison(SIZE), "the buffer")
+
+
+@pytest.mark.parametrize("where", ["file_offset", "buffer_offset"])
+@pytest.mark.parametrize("number", [0.0, 0.5, "", b"", [], False, True, Decimal("4096.5")])
+def test_what_is_no_number_of_bytes(run, file, buf, path, where, number):
+    async def main():
+        async with await aio.open(path, "r+") as other:
+            drop_cache(other.fileno())
+            await other.read_into(buf, 64 << 10)
+            buf.pwrite(poison(SIZE), 0)
+            for verb in (other.read_into, other.write_from):
+                with pytest.raises(TypeError, match=where):
+                    await verb(buf, PAGE, **{where: number})
+
+    before = path.read_bytes()
+    for verb in (file.read_into, file.write_from):
+        with pytest.raises(TypeError, match=where):
+            verb(buf, PAGE, **{where: number})
+    run(main)
+    assert_same(buf.pread(SIZE, 0), poison(SIZE), "the buffer")
+    assert_same(path.read_bytes(), before, "the file")
+
+
+def test_a_child_of_a_fork_does_not_wait_for_its_parents_threads(file, buf):
+    held, done = threading.Event(), threading.Event()
+
+    def hold():
+        with file._target._lock:
+            held.set()
+            assert done.wait(60)
+
+    def child():
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(10)
+        with pytest.raises(ClosedError):
+            file.read_into(buf, PAGE)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert held.wait(30)
+    file._target._closed = True
+    try:
+        forking.in_child(child)
+    finally:
+        file._target._closed = False
+        done.set()
+        thread.join(30)
 
 
 def test_what_may_not_be_written(path, buf):
