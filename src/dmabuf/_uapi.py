@@ -69,6 +69,11 @@ MEMORY_FILESYSTEMS = {
     0x958458F6: "hugetlbfs",
 }
 
+HONEST_ABOUT_DIRECT_IO = {
+    0xEF53: "ext4",
+    0x58465342: "xfs",
+}
+
 _SYNC = struct.Struct("=Q")
 
 

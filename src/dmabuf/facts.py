@@ -40,6 +40,8 @@ class Direct:
     fd: int
     alignment: Alignment
     refusal: str | None
+    proven: bool = False
+    """Whether it is known, and not only said, that requests go past the page cache."""
 
 
 def kind_of(mode: int) -> Kind | None:
@@ -96,6 +98,7 @@ def open_direct(fd: int, kind: Kind, writable: bool, readable: bool) -> Direct:
         )
         return Direct(-1, none, text)
     alignment = Alignment(*answer) if stated == 0 and answer[0] and answer[1] else None
+    proven = kind != "file" or (alignment is not None and _keeps_its_word(fd))
     if alignment is None:
         alignment = _tried_alignment(direct, readable, size_of(direct, kind))
     if alignment is None:
@@ -104,7 +107,16 @@ def open_direct(fd: int, kind: Kind, writable: bool, readable: bool) -> Direct:
         return Direct(-1, none, text)
     if _on_zram(direct, kind):
         alignment = replace(alignment, memory=max(alignment.memory, PAGE))
-    return Direct(direct, alignment, None)
+    return Direct(direct, alignment, None, proven)
+
+
+def _keeps_its_word(fd: int) -> bool:
+    """Whether the filesystem does O_DIRECT where statx(2) says that it does.
+
+    What answers in ext4 (ext4_dio_alignment) and xfs (xfs_report_dioalign) looks at the same flags
+    of the file as the I/O does.
+    """
+    return lib.dmb_statfs_type(fd) in _uapi.HONEST_ABOUT_DIRECT_IO
 
 
 def _on_zram(fd: int, kind: Kind) -> bool:

@@ -260,9 +260,9 @@ class Target:
             return self._direct
 
     def direct_if_proven(self) -> facts.Direct | None:
-        """O_DIRECT, once it was seen to be what it says; else None."""
+        """O_DIRECT, once it is known or was seen to be what it says; else None."""
         direct = self._direct
-        if direct is None or direct.refusal or not (self._cache_watched or self.kind != "file"):
+        if direct is None or direct.refusal or not (direct.proven or self._cache_watched):
             return None
         if self.namespace is not None:
             return None  # takes commands, and neither pread nor pwrite

@@ -29,6 +29,14 @@ def test_filesystems(filesystem, buf, engine):
     path.unlink()
 
 
+def test_statx_is_believed_here(filesystem):
+    """Lanes need not see first that the page cache stays as it is."""
+    path = filesystem / "warm"
+    path.write_bytes(pattern(LIMIT, 1))
+    with dmabuf.open(path) as file:
+        assert file._target.direct().proven
+
+
 @everything
 @pytest.mark.parametrize("route", [None, *ALL])
 def test_a_file_that_grows(filesystem, buf, engine, route):

@@ -16,6 +16,7 @@ from tests.guards import needs
 from tests.support import (
     PAGE,
     assert_same,
+    cached,
     drop_cache,
     exercise,
     fill,
@@ -134,6 +135,31 @@ def test_filesystems(tmp_path, buf, engine, kind, options, block):
             assert_same(grown.read_bytes(), expected, f"{transfer}")
 
 
+@needs("ext4", "xfs")
+@pytest.mark.parametrize(("kind", "options", "block"), FILESYSTEMS)
+def test_files_that_are_in_the_page_cache_have_lanes(tmp_path, buf, kind, options, block):
+    """Nothing need be seen to leave the cache alone where statx(2) is known to be right."""
+    size = (320 if kind == "xfs" else 16) << 20
+    with (
+        loop_device(tmp_path / "image", size, block) as device,
+        mounted(device, kind, tmp_path / "mount", *options) as folder,
+    ):
+        path = folder / "file"
+        path.write_bytes(pattern(LIMIT, 1))
+        with dmabuf.open(path, "r+") as file:
+            assert cached(file.fileno()) == LIMIT // PAGE
+            file.read_into(buf, PAGE)
+            file.write_from(buf, PAGE, file_offset=PAGE, buffer_offset=0)
+            lanes = file._target.lanes
+            file.read_into(buf, PAGE, file_offset=2 * PAGE, buffer_offset=2 * PAGE)
+            file.write_from(buf, PAGE, file_offset=PAGE, buffer_offset=2 * PAGE)
+            assert {direction for _, direction in lanes} == {"read", "write"}
+        page = pattern(LIMIT, 1)[2 * PAGE : 3 * PAGE]
+        assert_same(buf.pread(PAGE, 2 * PAGE), page, "the buffer")
+        expected = pattern(LIMIT, 1)[:PAGE] + page + pattern(LIMIT, 1)[2 * PAGE :]
+        assert_same(path.read_bytes(), expected, "the file")
+
+
 @needs("ext4")
 @pytest.mark.parametrize("route", [None, *ALL])
 def test_a_full_disk(tmp_path, route):
@@ -222,4 +248,5 @@ def test_ext4_that_journals_data_is_not_called_direct(tmp_path, buf):
             assert first.route is Route.BUFFERED
             assert "O_DIRECT" in first.rejected.get(Route.DIRECT, first.reason)
             assert "O_DIRECT" in file.plan(buf).rejected[Route.DIRECT]
+            assert file._target.direct_if_proven() is None
         assert_same(buf.pread(LIMIT, 0), pattern(LIMIT, 1), "the buffer")
