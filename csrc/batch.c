@@ -760,6 +760,7 @@ int dmb_batch_start_lone(struct dmb_ring *ring, const struct dmb_lane *lane, uin
 	rc = dmb_batch_create(ring, &job, segment, 1, &batch);
 	if (rc)
 		return rc;
+	batch->turn.own = true;
 	batch->own_job = job;
 	memcpy(batch->own_segment, segment, sizeof(segment));
 	batch->job = &batch->own_job;
@@ -799,12 +800,4 @@ void dmb_batch_destroy(struct dmb_batch *batch)
 	leave_stage(batch);
 	free(batch->ios);
 	free(batch);
-}
-
-uint64_t dmb_batch_end(struct dmb_batch *batch)
-{
-	uint64_t nbytes = dmb_batch_nbytes(batch);
-
-	dmb_batch_destroy(batch);
-	return nbytes;
 }

@@ -184,22 +184,27 @@ void dmb_batch_destroy(struct dmb_batch *batch); /* drains */
  * A batch that was started makes its requests at dmb_ring_poll, no more of all batches together
  * than the ring's depth, and the batches take turns. The eventfd (-1 for none) is signalled when
  * dmb_ring_poll has something to do. That submits what there is in one system call, takes what has
- * completed, and adds the tags of batches that are done to tags[*ret], counting *ret up to
- * `capacity`; where it gets there, call it again. Reads *ret, so an interrupted caller loses none.
+ * completed, and adds the batches that are done to done[*ret], counting *ret up to `capacity`;
+ * where it gets there, call it again. Reads *ret, so an interrupted caller loses none.
  */
+struct dmb_done {
+	uint64_t tag;
+	uint64_t nbytes; /* moved without a gap */
+};
 int dmb_ring_set_eventfd(struct dmb_ring *ring, int fd);
-int dmb_ring_poll(struct dmb_ring *ring, uint64_t *tags, uint32_t capacity, uint32_t *ret);
+int dmb_ring_poll(struct dmb_ring *ring, struct dmb_done *done, uint32_t capacity, uint32_t *ret);
 void dmb_batch_start(struct dmb_batch *batch, uint64_t tag);
 /* Submit nothing more and cancel what can be cancelled; dmb_ring_poll tells when it is done. */
 void dmb_batch_stop(struct dmb_batch *batch);
-/* A batch of one request, made and started; 0, 1 where the lane does not take it, or -errno. */
+/*
+ * A batch of one request, made and started; 0, 1 where the lane does not take it, or -errno. It is
+ * destroyed when dmb_ring_poll tells that it is done.
+ */
 int dmb_batch_start_lone(struct dmb_ring *ring, const struct dmb_lane *lane, uint64_t offset,
 			 uint64_t start, uint64_t size, int fence, uint64_t tag,
 			 struct dmb_batch **ret);
 /* The bytes that a batch moved without a gap once it is done; 0 before. */
 uint64_t dmb_batch_nbytes(const struct dmb_batch *batch);
-/* The same, and the batch is destroyed. */
-uint64_t dmb_batch_end(struct dmb_batch *batch);
 
 /* What an NVMe status means, with or without its bits above the code: errno, and in words. */
 int dmb_nvme_errno(uint32_t status, int direction);

@@ -23,6 +23,7 @@ struct dmb_turn {
 	struct dmb_batch *batch;
 	uint64_t tag;
 	bool started;
+	bool own; /* the batch is destroyed once it is told that it is done */
 };
 
 struct dmb_turns {

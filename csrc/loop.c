@@ -88,17 +88,19 @@ static void take_turns(struct dmb_ring *ring)
 			  turn->next ? (uint32_t)dmb_min(room(ring), SHARE) : room(ring));
 }
 
-static void tell(struct dmb_ring *ring, uint64_t *tags, uint32_t capacity, uint32_t *ret)
+static void tell(struct dmb_ring *ring, struct dmb_done *done, uint32_t capacity, uint32_t *ret)
 {
 	struct dmb_turn *turn;
 
 	while (*ret < capacity && (turn = ring->done.first)) {
-		tags[(*ret)++] = turn->tag;
+		done[(*ret)++] = (struct dmb_done){turn->tag, dmb_batch_nbytes(turn->batch)};
 		dmb_turn_leave(turn);
+		if (turn->own)
+			dmb_batch_destroy(turn->batch);
 	}
 }
 
-int dmb_ring_poll(struct dmb_ring *ring, uint64_t *tags, uint32_t capacity, uint32_t *ret)
+int dmb_ring_poll(struct dmb_ring *ring, struct dmb_done *done, uint32_t capacity, uint32_t *ret)
 {
 	bool more = true;
 	int rc = 0;
@@ -115,7 +117,7 @@ int dmb_ring_poll(struct dmb_ring *ring, uint64_t *tags, uint32_t capacity, uint
 	take_turns(ring);
 	if ((more || ring->issued) && ring->eventfd >= 0)
 		eventfd_write(ring->eventfd, 1); /* not all was done: come again */
-	tell(ring, tags, capacity, ret);
+	tell(ring, done, capacity, ret);
 	return rc;
 }
 

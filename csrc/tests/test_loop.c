@@ -57,38 +57,45 @@ static void end(struct one *one)
 	file_close(&one->file);
 }
 
+static void end_told(struct one *ones, const struct dmb_done *done)
+{
+	CHECK_EQUAL(done->nbytes, dmb_batch_nbytes(ones[done->tag].batch));
+	end(&ones[done->tag]);
+}
+
 /* What the loop does: wait until there is something to see, and see it. */
-static void turn(struct dmb_ring *ring, int fd, uint64_t *tags, uint32_t capacity, uint32_t *count)
+static void turn(struct dmb_ring *ring, int fd, struct dmb_done *done, uint32_t capacity,
+		 uint32_t *count)
 {
 	struct pollfd ready = {.fd = fd, .events = POLLIN};
 	eventfd_t value;
 
 	CHECK_EQUAL(poll(&ready, 1, 10000), 1); /* or it was never signalled */
 	CHECK_EQUAL(eventfd_read(fd, &value), 0);
-	CHECK_EQUAL(dmb_ring_poll(ring, tags, capacity, count), 0);
+	CHECK_EQUAL(dmb_ring_poll(ring, done, capacity, count), 0);
 	CHECK(ring->in_flight <= (ring->info.depth ? ring->info.depth : 1));
 }
 
 static void together(struct dmb_ring *ring, int fd, bool stopping)
 {
 	struct one ones[BATCHES];
-	uint64_t tags[7];
+	struct dmb_done done[7];
 	uint32_t count = 0;
 
 	for (int i = 0; i < BATCHES; i++)
 		if (!begin(ring, &ones[i], (uint64_t)i))
 			return;
-	CHECK_EQUAL(dmb_ring_poll(ring, tags, 7, &count), 0);
+	CHECK_EQUAL(dmb_ring_poll(ring, done, 7, &count), 0);
 	for (int left = BATCHES; left;) {
 		struct one *victim = &ones[random_below(BATCHES)];
 
 		while (count == 7) { /* as many as were asked for: there may be more */
 			for (; count; left--)
-				end(&ones[tags[--count]]);
-			CHECK_EQUAL(dmb_ring_poll(ring, tags, 7, &count), 0);
+				end_told(ones, &done[--count]);
+			CHECK_EQUAL(dmb_ring_poll(ring, done, 7, &count), 0);
 		}
 		for (; count; left--)
-			end(&ones[tags[--count]]);
+			end_told(ones, &done[--count]);
 		if (stopping && victim->batch && !random_below(4)) {
 			victim->stopped = true;
 			if (random_below(2)) {
@@ -101,7 +108,7 @@ static void together(struct dmb_ring *ring, int fd, bool stopping)
 			eventfd_write(fd, 1);
 		}
 		if (left)
-			turn(ring, fd, tags, 7, &count);
+			turn(ring, fd, done, 7, &count);
 	}
 	CHECK_EQUAL(ring->in_flight, 0);
 	CHECK(!ring->touched.first && !ring->waiting.first && !ring->done.first);
@@ -110,12 +117,13 @@ static void together(struct dmb_ring *ring, int fd, bool stopping)
 /* Far more than the ring has room for, submitted by as few system calls as there are rounds. */
 static void lone(struct dmb_ring *ring, int fd)
 {
-	struct dmb_batch *batches[LONE];
-	uint64_t tags[LONE];
+	struct dmb_batch *batch;
+	struct dmb_done done[LONE];
 	struct memory memory;
 	uint32_t count = 0;
 	struct dmb_lane lane;
 	struct file file;
+	uint64_t tags = 0;
 	int blocks;
 
 	if (!file_open(&file, FILE_SIZE))
@@ -126,18 +134,19 @@ static void lone(struct dmb_ring *ring, int fd)
 	lane = make_lane(&file, &memory, DMB_READ);
 	for (int i = 0; i < LONE; i++)
 		CHECK_EQUAL(dmb_batch_start_lone(ring, &lane, (uint64_t)(i % blocks) * PAGE,
-						 (uint64_t)i * PAGE, PAGE, 1, (uint64_t)i,
-						 &batches[i]),
+						 (uint64_t)i * PAGE, PAGE, 1, (uint64_t)i, &batch),
 			    0);
 	CHECK_EQUAL(ring->in_flight, 0); /* nothing is submitted before the poll */
-	CHECK_EQUAL(dmb_ring_poll(ring, tags, LONE, &count), 0);
+	CHECK_EQUAL(dmb_ring_poll(ring, done, LONE, &count), 0);
 	while (count < LONE)
-		turn(ring, fd, tags, LONE, &count);
+		turn(ring, fd, done, LONE, &count);
 	for (int i = 0; i < LONE; i++) {
-		CHECK_EQUAL(dmb_batch_end(batches[tags[i]]), PAGE);
+		CHECK_EQUAL(done[i].nbytes, PAGE);
+		tags += done[i].tag;
 		CHECK(!memcmp(memory.bytes + (uint64_t)i * PAGE,
 			      file.bytes + (uint64_t)(i % blocks) * PAGE, PAGE));
 	}
+	CHECK_EQUAL(tags, LONE * (LONE - 1) / 2); /* each is told of once */
 	memory_unmap(&memory);
 	file_close(&file);
 }

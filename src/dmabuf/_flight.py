@@ -13,14 +13,21 @@ from dmabuf._waits import Wake
 class Flight:
     """Something under way that may not be left before it has landed."""
 
-    __slots__ = ("closed", "keep", "landed", "owner", "wake")
+    tag = 0
+    """Its number in its engine."""
+    landed = False
+    closed = False
+    """It was stopped, since its File or engine closes."""
+    nbytes = 0
+    keep: Any = None
+    """What is to outlive it."""
+    trouble: OSError | None = None
+    """Why its ring could not be driven."""
+    wake: Wake | None = None
+    """Made when its task waits."""
 
-    def __init__(self, owner: object) -> None:
+    def __init__(self, owner: Any) -> None:
         self.owner = owner
-        self.landed = False
-        self.closed = False  # it was stopped, since its File or engine closes
-        self.keep: Any = None  # memory that the core reads meanwhile
-        self.wake: Wake | None = None  # made when the task waits
 
     def stop(self) -> None:
         """Have it land soon."""
@@ -33,9 +40,7 @@ class Flight:
 class BatchFlight(Flight):
     """A batch of the core."""
 
-    __slots__ = ("batch",)
-
-    batch: Any
+    batch: Any = None
 
     def stop(self) -> None:
         """Cancel what can be cancelled."""
@@ -47,10 +52,24 @@ class BatchFlight(Flight):
         self.landed = True
 
 
+class LoneFlight(BatchFlight):
+    """One small request by a lane, whose batch the core destroys when it tells of its landing."""
+
+    def stop(self) -> None:
+        """Cancel it if it can be."""
+        if not self.landed:
+            lib.dmb_batch_stop(self.batch)
+
+    def drain(self) -> None:
+        """In calls of the core that nothing comes between to forget it."""
+        if not self.landed:
+            lib.dmb_batch_drain(self.batch)
+            self.landed = True
+            lib.dmb_batch_destroy(self.batch)
+
+
 class CallFlight(Flight):
     """A call in a thread, which goes on to its end unless there is a `stop` to tell it."""
-
-    __slots__ = ("_over", "_stop", "error")
 
     def __init__(self, owner: object, stop: Callable[[], object] | None) -> None:
         super().__init__(owner)

@@ -1,9 +1,8 @@
 """The engine of an event loop: one ring, whose completions wake the loop through an eventfd.
 
 A transfer under way is a *flight*: a batch in the core, or a call in a thread where the kernel has
-nothing to wait on. Its task waits for it here, and of all tasks that wait one is the *driver*:
-anyio lets a descriptor have one waiter, so the driver waits for the eventfd, and hands over to
-another when its own flight has landed. With IORING_SETUP_DEFER_TASKRUN the eventfd tells that there
+nothing to wait on. Its task waits for it here, while the loop watches the eventfd and calls the
+engine, which sees to what has landed. With IORING_SETUP_DEFER_TASKRUN the eventfd tells that there
 is work to be done, and completions appear when they are asked for: dmb_ring_poll does both.
 
 A flight is never left. What ends the wait for it (a cancelled scope or task, KeyboardInterrupt)
@@ -17,18 +16,18 @@ from __future__ import annotations
 import logging
 import os
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
 import anyio
-from anyio.lowlevel import RunVar, cancel_shielded_checkpoint
+from anyio.lowlevel import RunVar
 
 from dmabuf import _process
 from dmabuf._ffi import failure, ffi, lib
-from dmabuf._flight import BatchFlight, CallFlight, Flight
-from dmabuf._waits import Wake, kind_of_wake
+from dmabuf._flight import BatchFlight, CallFlight, Flight, LoneFlight
+from dmabuf._waits import Wake, call_soon, kind_of_wake, watch
 from dmabuf.buffer import Buffer
 from dmabuf.engine import Engine, Job, Outcome, create_batch, outcome_of
 from dmabuf.errors import ClosedError
@@ -47,7 +46,7 @@ _DEPTH = 32
 """Requests in flight of one transfer."""
 _WORKERS = 8
 """Threads for what would stop the loop: fallocate(2), fdatasync(2)."""
-_TAGS = 1024
+_DONE = 1024
 """Flights that land in one go."""
 
 
@@ -59,21 +58,22 @@ class LoopEngine(Engine):
         super().__init__(queue_depth=queue_depth, backend=backend)
         self._flights: dict[int, Flight] = {}
         self._last_tag = 0
-        self._driver: Flight | None = None
-        self._heir: Flight | None = None
-        self._driving = False
         self._poll_pending = False
         self._from_threads: deque[int] = deque()
         self._threads: ThreadPoolExecutor | None = None
-        self._tags = ffi.new("uint64_t[]", _TAGS)
+        self._done = ffi.new("struct dmb_done[]", _DONE)
+        self._numbers = memoryview(ffi.buffer(self._done)).cast("Q")
         self._count = ffi.new("uint32_t *")
         self._batch = ffi.new("struct dmb_batch **")
         self._guard: AsyncGenerator[None, None] | None = None
-        self._new_wake = kind_of_wake()
+        self._new_wake, self._set_wake = kind_of_wake()
+        self._soon = call_soon()
+        self._unwatch: Callable[[], object] | None = None
         self.ring = self._rings[0]
         self._eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
             self._adopt(self.ring)
+            self._unwatch = watch(self._eventfd, self._awake)
         except BaseException:
             self.close()
             raise
@@ -104,21 +104,14 @@ class LoopEngine(Engine):
             if self._threads is not None:
                 self._threads.shutdown()
         super().close()
-        if self._driver is None:
-            self._close_eventfd()
-        else:
-            self._nudge()  # and the driver, whose loop watches it, closes it
-
-    def _close_eventfd(self) -> None:
+        if self._unwatch is not None:
+            self._unwatch()
         eventfd, self._eventfd = self._eventfd, -1
         os.close(eventfd)
 
     def __del__(self) -> None:
         if getattr(self, "_eventfd", -1) >= 0:
-            self._driver = None
             self.close()
-            if self._eventfd >= 0:  # closed before, and its driver never left
-                self._close_eventfd()
 
     def run(self, job: Job) -> Outcome:
         """Refused: it would wait in the loop."""
@@ -128,9 +121,9 @@ class LoopEngine(Engine):
 
     def _take_off(self, flight: Flight) -> int:
         """Its tag; the caller begins what lands with it."""
-        self._last_tag += 1
-        self._flights[self._last_tag] = flight
-        return self._last_tag
+        self._last_tag = flight.tag = tag = self._last_tag + 1
+        self._flights[tag] = flight
+        return tag
 
     async def fly(self, job: Job, owner: object) -> Outcome:
         """Run a job to its end. As Engine.run, an interruption is in the outcome."""
@@ -157,9 +150,9 @@ class LoopEngine(Engine):
             self._flights.pop(tag, None)
             lib.dmb_batch_destroy(batch[0])
 
-    async def lone(
+    def take_off_alone(
         self,
-        owner: Any,
+        flight: LoneFlight,
         target: Target,
         buffer: Buffer,
         direction: Direction,
@@ -168,40 +161,42 @@ class LoopEngine(Engine):
         start: int,
         fence: bool,
     ) -> Lane | None:
-        """Move a range by a lane, which is returned; None as from lone.move."""
-        if buffer.__class__ is not Buffer:
+        """Begin to move a range by a lane, which is returned; None as from lone.move.
+
+        Whatever it returns or raises, `leave_alone` is called in the end.
+        """
+        if self._closed:
             return None
-        flight = BatchFlight(owner)
+        target.lone.add(flight)
+        buffer._lone.add(flight)
+        lane = lane_of(target, buffer, direction, size, offset, start)
+        if lane is None:
+            return None
+        self._last_tag = flight.tag = tag = self._last_tag + 1
+        self._flights[tag] = flight
+        batch, handle = self._batch, self.ring.handle
+        batch[0] = ffi.NULL
         try:
-            target.lone.add(flight)
-            buffer._lone.add(flight)
-            lane = lane_of(target, buffer, direction, size, offset, start)
-            if lane is None or self._closed:
+            if lib.dmb_batch_start_lone(
+                handle, lane.core, offset or 0, start, size, fence, tag, batch
+            ):
                 return None
-            self._last_tag = tag = self._last_tag + 1
-            core, handle, batch = lane.core, self.ring.handle, self._batch
-            try:
-                if lib.dmb_batch_start_lone(
-                    handle, core, offset or 0, start, size, fence, tag, batch
-                ):
-                    return None
-            except (TypeError, OverflowError):  # as in lone.move
-                return None
-            flight.batch = made = batch[0]
-            moved = 0
-            try:
-                self._flights[tag] = flight
-                await self.landing(flight)
-                if flight.closed:
-                    raise ClosedError("the file was closed while the transfer ran")
-            finally:
-                self._flights.pop(tag, None)
-                moved = lib.dmb_batch_end(made)
-            return lane if moved == size else None
-        finally:
-            leave(target, buffer, flight)
-            if target._closed:
-                owner._left()
+        except (TypeError, OverflowError):  # as in lone.move
+            return None
+        flight.batch = batch[0]
+        return lane
+
+    def leave_alone(self, flight: LoneFlight, target: Target, buffer: Buffer) -> None:
+        """End what `take_off_alone` may have begun: it has landed, or was not taken."""
+        if not flight.landed:
+            self._flights.pop(flight.tag, None)
+            if flight.tag == self._last_tag and flight.batch is None and self._batch[0]:
+                flight.batch = self._batch[0]  # interrupted just after the core had begun it
+            if flight.batch is not None:
+                flight.drain()
+        leave(target, buffer, flight)
+        if target._closed:
+            flight.owner._left()
 
     def _shape(self, job: Job) -> tuple[int, int]:
         """Requests in flight and bytes of each: no more memory for staging than it can use."""
@@ -245,34 +240,28 @@ class LoopEngine(Engine):
         """Return when it has landed; an interruption meanwhile is raised then."""
         try:
             if not self._poll_pending:
-                await self._submit()
+                self._poll_pending = True
+                self._soon(self._submit)
             while not flight.landed:
-                if self._driver is None:
-                    await self._drive(flight)
-                else:
-                    flight.wake = wake = self._new_wake()
-                    await wake
-        except BaseException as caught:
-            if isinstance(caught, GeneratorExit):  # thrown away: there is no loop to wait in
-                self._abandon(flight)
-                raise
+                if flight.trouble is not None:
+                    raise flight.trouble
+                flight.wake = wake = self._new_wake()
+                await wake
+        except GeneratorExit:  # thrown away: there is no loop to wait in
+            self._abandon(flight)
+            raise
+        except BaseException:
             flight.stop()
             with anyio.CancelScope(shield=True):
                 await self._wait_out(flight)
             raise
-        finally:
-            if flight is self._heir:  # it landed before it could take over
-                self._hand_over()
 
     async def _wait_out(self, flight: Flight) -> None:
         while not flight.landed:
             try:
-                self._nudge()  # has the driver submit the cancellation
-                if self._driver is None:
-                    await self._drive(flight)
-                else:
-                    flight.wake = wake = self._new_wake()
-                    await wake
+                self._nudge()  # has the loop submit the cancellation
+                flight.wake = wake = self._new_wake()
+                await wake
             except GeneratorExit:
                 self._abandon(flight)
                 raise
@@ -281,45 +270,19 @@ class LoopEngine(Engine):
 
     def _abandon(self, flight: Flight) -> None:
         flight.drain()
-        if not self._closed:
-            self._nudge()  # others may have landed with it
+        self._flights.pop(flight.tag, None)
+        self._nudge()  # others may have landed with it
 
-    async def _submit(self) -> None:
-        """Whatever else starts before this task's next turn is submitted with it."""
-        self._poll_pending = True
-        try:
-            await cancel_shielded_checkpoint()
-        finally:
-            self._poll_pending = False
-            self._poll()
+    def _submit(self) -> None:
+        """What starts before the loop comes by is submitted in one go."""
+        self._poll_pending = False
+        self._poll()
 
-    async def _drive(self, flight: Flight) -> None:
-        self._driver, self._heir = flight, None
-        try:
-            while not flight.landed:
-                await anyio.wait_readable(self._eventfd)
-                with suppress(BlockingIOError):
-                    os.eventfd_read(self._eventfd)
-                self._driving = True
-                try:
-                    self._poll()
-                finally:
-                    self._driving = False
-        finally:
-            self._driver = None
-            if self._closed:
-                self._close_eventfd()
-            self._hand_over()
-
-    def _hand_over(self) -> None:
-        """Wake a task to be the next driver; where it has landed by then, it hands over itself."""
-        self._heir = None
-        for flight in self._flights.values():
-            if not flight.landed:
-                self._heir = flight
-                if flight.wake is not None:
-                    self._wake(flight.wake)
-                break
+    def _awake(self) -> None:
+        """The loop saw the eventfd."""
+        with suppress(BlockingIOError):
+            os.eventfd_read(self._eventfd)
+        self._poll()
 
     def _poll(self) -> None:
         """Submit what was started since, and see to what has landed. Does not wait."""
@@ -328,10 +291,10 @@ class LoopEngine(Engine):
             try:
                 rc, more = 0, False
                 for ring in self._all_rings() if self._passthrough else self._rings:
-                    rc = lib.dmb_ring_poll(ring.handle, self._tags, _TAGS, self._count) or rc
+                    rc = lib.dmb_ring_poll(ring.handle, self._done, _DONE, self._count) or rc
                     more = self._see_to_landed() or more
                 if rc:
-                    raise failure(-rc, "driving io_uring")
+                    self._tell(failure(-rc, "driving io_uring"))
                 if not more:
                     break
             except KeyboardInterrupt as caught:  # nobody's landing may be forgotten
@@ -340,28 +303,40 @@ class LoopEngine(Engine):
             raise interruption
 
     def _see_to_landed(self) -> bool:
-        count, flights = self._count[0], self._flights
         while self._from_threads:
-            self._land(flights.get(self._from_threads.popleft()))
-        for tag in ffi.unpack(self._tags, count) if count else ():
-            self._land(flights.get(tag))
-        self._count[0] = 0
-        return bool(count == _TAGS)
+            self._land((self._from_threads[0], 0))
+            self._from_threads.popleft()
+        count = self._count[0]
+        if count:
+            self._land(self._numbers[: 2 * count].tolist())
+            self._count[0] = 0
+        return bool(count == _DONE)
 
-    def _land(self, flight: Flight | None) -> None:
-        if flight is None:
-            return  # its task is gone
-        flight.landed = True
-        if flight is self._driver and not self._driving:
-            self._nudge()
-        if flight.wake is not None:
-            self._wake(flight.wake)
+    def _land(self, numbers: Iterable[int]) -> None:
+        """Flights by their tags, each followed by the bytes that it moved; again does no harm."""
+        flights, set_wake, each = self._flights, self._set_wake, iter(numbers)
+        for tag, nbytes in zip(each, each, strict=True):
+            flight = flights.get(tag)
+            if flight is None:
+                continue  # its task is gone
+            flight.nbytes = nbytes
+            flight.landed = True
+            if flight.wake is not None:
+                set_wake(flight.wake)
+            del flights[tag]
+
+    def _tell(self, trouble: OSError) -> None:
+        """All that wait: the ring cannot be driven. Each tries to be stopped."""
+        for flight in self._flights.values():
+            flight.trouble = trouble
+            if flight.wake is not None:
+                self._set_wake(flight.wake)
 
     def _wake(self, wake: Wake) -> None:
         try:
-            wake.set()
+            self._set_wake(wake)
         except Exception:  # its loop has ended, and there is nobody to wake
-            log.debug("a transfer landed after its event loop had ended", exc_info=True)
+            log.debug("a transfer was stopped after its event loop had ended", exc_info=True)
 
     def stop(self, owner: object) -> None:
         """Stop the flights of an owner; they land soon."""

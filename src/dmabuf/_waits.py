@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import select
 import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Sequence
+from contextlib import suppress
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import anyio
 import anyio.lowlevel
@@ -15,49 +16,93 @@ import anyio.lowlevel
 from dmabuf import fence
 from dmabuf.steps import Fences, Ready
 
+if TYPE_CHECKING:
+    import asyncio
 
-class Wake(Protocol):
-    """An event for one task, which awaits it."""
+Wake = Awaitable[object]
+"""What one task awaits until it is woken."""
+
+
+class _TrioWake:
+    """As a trio.Event that one task waits for, at half of the cost."""
+
+    __slots__ = ("_is_set", "_lowlevel", "_task")
+
+    def __init__(self) -> None:
+        self._lowlevel = sys.modules["trio"].lowlevel
+        self._task: Any = None
+        self._is_set = False
 
     def set(self) -> None:
-        """Wake the task, now or when it comes to wait."""
-
-    def __await__(self) -> Generator[Any, Any, Any]: ...
-
-
-class _Event:
-    """Any event as a Wake."""
-
-    __slots__ = ("_event", "set")
-
-    def __init__(self, kind: Callable[[], Any]) -> None:
-        self._event = kind()
-        self.set = self._event.set
+        self._is_set = True
+        task, self._task = self._task, None
+        if task is not None:
+            self._lowlevel.reschedule(task)
 
     def __await__(self) -> Generator[Any, Any, Any]:
-        return self._event.wait().__await__()  # type: ignore[no-any-return]
+        if self._is_set:
+            return self._lowlevel.checkpoint().__await__()  # type: ignore[no-any-return]
+        self._task = self._lowlevel.current_task()
+        return self._lowlevel.wait_task_rescheduled(self._abort).__await__()  # type: ignore[no-any-return]
+
+    def _abort(self, _: object) -> Any:
+        self._task = None
+        return self._lowlevel.Abort.SUCCEEDED
 
 
-def kind_of_wake() -> Callable[[], Wake]:
-    """What makes the running loop's."""
-    backend = type(anyio.Event()).__module__.rpartition("_")[2]
-    if backend == "asyncio":
-        return _by_future()
-    return partial(_Event, sys.modules["trio"].Event if backend == "trio" else anyio.Event)
+def _asyncio_loop() -> asyncio.AbstractEventLoop | None:
+    """The running loop, where it is one of asyncio's."""
+    if not type(anyio.Event()).__module__.endswith("asyncio"):
+        return None
+    return sys.modules["asyncio"].get_running_loop()  # type: ignore[no-any-return]
 
 
-def _by_future() -> Callable[[], Wake]:
-    """As anyio.Event on asyncio, at a third of the cost."""
-    asyncio = sys.modules["asyncio"]
+def _set_future(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
-    class FutureWake(asyncio.Future):  # type: ignore[name-defined,misc]
-        __slots__ = ()
 
-        def set(self) -> None:
-            if not self.done():
-                self.set_result(None)
+def kind_of_wake() -> tuple[Callable[[], Any], Callable[[Any], None]]:
+    """What makes a Wake of the running loop, and what sets one, now or before it is awaited."""
+    if loop := _asyncio_loop():
+        # A future is an anyio.Event on asyncio at a third of the cost.
+        return loop.create_future, _set_future
+    return _TrioWake, _TrioWake.set
 
-    return partial(FutureWake, loop=asyncio.get_running_loop())
+
+def call_soon() -> Callable[[Callable[[], None]], object]:
+    """What has the running loop make a call once those tasks had their turn that are ready now."""
+    if loop := _asyncio_loop():
+        return loop.call_soon
+    return sys.modules["trio"].lowlevel.current_trio_token().run_sync_soon  # type: ignore[no-any-return]
+
+
+def watch(fd: int, call: Callable[[], None]) -> Callable[[], object]:
+    """Have the running loop make a call whenever a descriptor can be read.
+
+    Ends with the loop, or by the function that is returned, before the descriptor is closed.
+    """
+    if loop := _asyncio_loop():
+        loop.add_reader(fd, call)
+        return partial(loop.remove_reader, fd)
+    return _watch_by_a_system_task(fd, call)
+
+
+def _watch_by_a_system_task(fd: int, call: Callable[[], None]) -> Callable[[], object]:
+    lowlevel = sys.modules["trio"].lowlevel
+
+    async def watcher() -> None:
+        with suppress(sys.modules["trio"].ClosedResourceError):
+            while True:
+                await lowlevel.wait_readable(fd)
+                call()
+
+    def stop() -> None:
+        with suppress(RuntimeError):  # the loop has ended, and the watcher with it
+            lowlevel.notify_closing(fd)
+
+    lowlevel.spawn_system_task(watcher)
+    return stop
 
 
 async def readable(fd: int, access: Literal["read", "write"]) -> None:

@@ -35,6 +35,7 @@ try:
     import anyio
 
     from dmabuf._copying import copy
+    from dmabuf._flight import LoneFlight
     from dmabuf._loop import LoopEngine, loop_engine
     from dmabuf._waits import until, until_unfenced
 except ImportError as error:
@@ -44,6 +45,7 @@ __all__ = ["File", "copy", "open", "wait"]
 
 T = TypeVar("T")
 
+_CLOSED = "the file was closed while the transfer ran"
 _ALONE = "one small request: nothing to register it for"
 
 
@@ -169,13 +171,22 @@ class File:
         begun = time.perf_counter()
         if (
             isinstance(size, int)
+            and buffer.__class__ is Buffer
             and timeout is None
             and lone.permitted(require, route, prefer, audit)
         ):
-            lane = await self._engine.lone(
-                self, self._target, buffer, "read", size, file_offset, buffer_offset, fence
-            )
-            if lane is not None:
+            flight = LoneFlight(self)
+            try:
+                lane = self._engine.take_off_alone(
+                    flight, self._target, buffer, "read", size, file_offset, buffer_offset, fence
+                )
+                if lane is not None:
+                    await self._engine.landing(flight)
+                    if flight.closed:
+                        raise ClosedError(_CLOSED)
+            finally:
+                self._engine.leave_alone(flight, self._target, buffer)
+            if lane is not None and flight.nbytes == size:
                 return lane.record(size, route, begun, _ALONE)
         ranges = self._file._range("read", buffer, size, file_offset, buffer_offset)
         order = Order("read", buffer, ranges, require, route, prefer, False, timeout, fence, audit)
@@ -201,14 +212,23 @@ class File:
         begun = time.perf_counter()
         if (
             isinstance(size, int)
+            and buffer.__class__ is Buffer
             and timeout is None
             and not sync
             and lone.permitted(require, route, prefer, audit)
         ):
-            lane = await self._engine.lone(
-                self, self._target, buffer, "write", size, file_offset, buffer_offset, fence
-            )
-            if lane is not None:
+            flight = LoneFlight(self)
+            try:
+                lane = self._engine.take_off_alone(
+                    flight, self._target, buffer, "write", size, file_offset, buffer_offset, fence
+                )
+                if lane is not None:
+                    await self._engine.landing(flight)
+                    if flight.closed:
+                        raise ClosedError(_CLOSED)
+            finally:
+                self._engine.leave_alone(flight, self._target, buffer)
+            if lane is not None and flight.nbytes == size:
                 return lane.record(size, route, begun, _ALONE)
         ranges = self._file._range("write", buffer, size, file_offset, buffer_offset)
         order = Order("write", buffer, ranges, require, route, prefer, sync, timeout, fence, audit)

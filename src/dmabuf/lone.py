@@ -71,6 +71,8 @@ def lane(
         return None
     if target._closed or buffer._closed or buffer._closing or target.pid != _process.pid:
         return None
+    if not target.engine.is_usable():
+        return None
     if direction == "write" and target.growth.running:
         return None
     lanes = target.lanes

@@ -11,7 +11,7 @@ import anyio
 import pytest
 
 import dmabuf
-from dmabuf import Engine, _loop, _waits, aio, fence
+from dmabuf import Engine, _loop, _waits, aio, fence, lone
 from dmabuf._ffi import lib
 from tests import forking
 from tests.resources import held
@@ -246,7 +246,7 @@ def test_what_starts_in_one_tick_is_submitted_together(run, path, buf, monkeypat
             async with anyio.create_task_group() as group:
                 for _ in range(100):
                     group.start_soon(functools.partial(file.read_into, buf, PAGE))
-            assert polls[0] == 100
+            assert next(filter(None, polls)) == 100
 
     run(main)
 
@@ -411,6 +411,7 @@ def fenced(buf, monkeypatch):
     )
     monkeypatch.setattr(_waits, "readable", functools.partial(_as_reader, _waits.readable))
     monkeypatch.setattr(type(buf), "_cpu_access", lambda *_: _Nothing())
+    monkeypatch.setattr(lone, "_make", lambda *_: None)  # the core asks the dma-buf itself
     yield signal
     os.close(signal)
 

@@ -5,6 +5,7 @@ not completed as far as the loop can tell, and its memory is not to be touched.
 """
 
 import asyncio
+import errno
 import functools
 import gc
 import logging
@@ -20,7 +21,7 @@ from dmabuf import BusyError, ClosedError, Engine, _flight, _loop, aio
 from dmabuf._ffi import lib
 from tests.support import assert_same, pattern, poison
 
-SIZE = 1 << 20
+SIZE = 2 << 20  # more than a lane takes
 PAGE = 4096
 
 
@@ -53,12 +54,13 @@ class Slow:
 
     def __init__(self, real):
         self._real, self.held, self.stopped, self.drained = real, False, 0, 0
+        self.rc = 0
 
     def __getattr__(self, name):
         return getattr(self._real, name)
 
     def dmb_ring_poll(self, *arguments):
-        return 0 if self.held else self._real.dmb_ring_poll(*arguments)
+        return self.rc if self.held else self._real.dmb_ring_poll(*arguments)
 
     def dmb_batch_stop(self, batch):
         self.stopped += 1
@@ -221,32 +223,34 @@ def test_cancelled_at_any_moment_the_memory_is_left_alone(run, backend, path, se
     run(main)
 
 
-def test_an_heir_that_lands_first_hands_over(run, path, buf, device):
-    """The driver leaves, the task it woke has landed before its turn: a third one has to drive."""
+def test_a_ring_that_cannot_be_driven(run, path, buf, device):
+    """All that wait are told, and none leaves before its memory is let go of."""
 
     async def main():
         async with await aio.open(path) as file:
             await file.read_into(buf, PAGE)
-            engine, heirs, device.held = file._engine, [], True
-            with anyio.fail_after(5):
-                async with anyio.create_task_group() as group:
-                    for _ in range(3):
-                        group.start_soon(file.read_into, buf, PAGE)
-                    await ticks()
-                    hand_over = engine._hand_over
+            over = []
 
-                    def overtaken():
-                        hand_over()
-                        if not heirs:
-                            heirs.append(engine._heir)
-                            engine._land(engine._heir)
+            async def transfer(size):
+                with pytest.raises(OSError, match="driving io_uring") as caught:
+                    await file.read_into(buf, size)
+                over.append(caught.value.errno)
 
-                    engine._hand_over = overtaken
-                    engine._land(engine._driver)
-                    await ticks()
-                    device.held = False
-                    engine._nudge()
-            assert heirs[0] is not None
+            async with anyio.create_task_group() as group:
+                for size in (PAGE, SIZE, PAGE):
+                    group.start_soon(transfer, size)
+                device.held = True
+                await ticks()
+                device.rc = -errno.EBADR
+                file._engine._nudge()
+                await ticks()
+                assert not over
+                with pytest.raises(BusyError):
+                    buf.close()
+                device.held, device.rc = False, 0
+                file._engine._nudge()
+            assert over == 3 * [errno.EBADR]
+            assert (await file.read_into(buf)).nbytes == SIZE
 
     run(main)
 
@@ -365,18 +369,18 @@ def test_never_awaited_and_thrown_away(run, path, buf, device, size):
             with pytest.warns(RuntimeWarning, match="never awaited"):
                 del never
                 gc.collect()
-            assert not file._engine._flights and buf._users == 0
+            assert not file._engine._flights and buf._users + len(buf._lone) == 0
 
             begun = file.read_into(buf, size)
             begun.send(None)  # up to its first wait
-            assert len(file._engine._flights) == 1 and buf._users == 1
+            assert len(file._engine._flights) == 1 and buf._users + len(buf._lone) == 1
             with pytest.raises(BusyError):
                 buf.close()
             device.held = True
             begun.close()
             device.held = False
             assert device.drained == 1
-            assert not file._engine._flights and buf._users == 0
+            assert not file._engine._flights and buf._users + len(buf._lone) == 0
             assert (await file.read_into(buf)).nbytes == SIZE
         assert_same(buf.pread(SIZE, 0), pattern(SIZE, 1), "the buffer")
 
