@@ -9,8 +9,7 @@ import errno
 import os
 import select
 import time
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from dmabuf import stream
 from dmabuf._ffi import failure, lib
@@ -27,8 +26,7 @@ _SLICE_MS = 100
 """How often a wait returns to Python: a signal just before a system call does not interrupt it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Terms:
+class Terms(NamedTuple):
     """What the caller asked of both transfers."""
 
     require: Require = "any"
@@ -44,8 +42,7 @@ class Terms:
         return choose(question, require=self.require, route=self.route, path=path)
 
 
-@dataclass(frozen=True, slots=True)
-class Memory:
+class Memory(NamedTuple):
     """A Buffer, or a part of one, as either end."""
 
     buffer: Buffer

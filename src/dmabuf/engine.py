@@ -17,7 +17,7 @@ import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from dmabuf import _process
 from dmabuf._ffi import failure, ffi, lib
@@ -96,13 +96,12 @@ def lone_transfer(
     return record  # type: ignore[no-any-return]
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(NamedTuple):
     """An array of segments between one open file and one buffer."""
 
     buffer: Buffer
     segments: Any  # uint64_t[], three for each segment
-    count: int
+    count: int  # type: ignore[assignment] # of segments; hides what tuples count with
     nbytes: int
     buffer_start: int
     buffer_end: int
@@ -166,8 +165,7 @@ class Job:
         return int(lib.dmb_segments_without_middle(self.describe(), self.segments, self.count))
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What became of a job; an error or interruption is a fact here, and the caller's to raise."""
 
     nbytes: int

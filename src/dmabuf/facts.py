@@ -7,8 +7,7 @@ import mmap
 import os
 import stat
 import struct
-from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from dmabuf import _uapi
 from dmabuf._ffi import ffi, lib
@@ -25,16 +24,14 @@ STREAMS: dict[str, str] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Alignment:
+class Alignment(NamedTuple):
     """What O_DIRECT asks of a file's requests, in bytes, each a power of two."""
 
     memory: int
     offset: int
 
 
-@dataclass(frozen=True, slots=True)
-class Direct:
+class Direct(NamedTuple):
     """Whether a file takes O_DIRECT: a descriptor and its alignment, or the reason why not."""
 
     fd: int
@@ -106,7 +103,7 @@ def open_direct(fd: int, kind: Kind, writable: bool, readable: bool) -> Direct:
         text = "the filesystem opened the file with O_DIRECT and refused every aligned read: EINVAL"
         return Direct(-1, none, text)
     if _on_zram(direct, kind):
-        alignment = replace(alignment, memory=max(alignment.memory, PAGE))
+        alignment = alignment._replace(memory=max(alignment.memory, PAGE))
     return Direct(direct, alignment, None, proven)
 
 

@@ -21,8 +21,8 @@ import mmap
 import os
 import stat
 import struct
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from dmabuf import _uapi
 from dmabuf._ffi import ffi, lib
@@ -39,8 +39,7 @@ _MOST_BLOCKS = 1 << 16  # of one command
 _UNKNOWN_LIMIT = 128 << 10
 
 
-@dataclass(frozen=True, slots=True)
-class Format:
+class Format(NamedTuple):
     """What Identify Namespace tells of a namespace."""
 
     blocks: int
@@ -50,8 +49,7 @@ class Format:
     """Bytes of metadata of each block."""
 
 
-@dataclass(frozen=True, slots=True)
-class Namespace:
+class Namespace(NamedTuple):
     """A namespace, as it was when its character device was opened."""
 
     nsid: int

@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from dmabuf.errors import RouteUnavailable
 
@@ -53,8 +53,7 @@ class Plan:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
+class Question(NamedTuple):
     """The facts that decide a route; each refusal is a sentence, or None for no objection."""
 
     direction: Direction

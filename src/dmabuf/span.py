@@ -5,8 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from dmabuf._ffi import failure, ffi, lib
 from dmabuf.buffer import Buffer
@@ -19,13 +18,12 @@ _WANTED = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """Segments, and what they reach from and to; all in bytes."""
 
     segments: Any
     """uint64_t[], three for each segment: file offset, buffer offset, size."""
-    count: int
+    count: int  # type: ignore[assignment] # of segments; hides what tuples count with
     nbytes: int
     file_start: int
     file_end: int

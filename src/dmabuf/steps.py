@@ -11,8 +11,7 @@ import select
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
-from typing import Literal, TypeVar, cast
+from typing import Literal, NamedTuple, TypeVar, cast
 
 from dmabuf import fence
 from dmabuf.engine import Engine, Job, Outcome
@@ -35,8 +34,7 @@ class Stopping(threading.local):
 stopping = Stopping()
 
 
-@dataclass(frozen=True, slots=True)
-class Fences:
+class Fences(NamedTuple):
     """Until devices let dma-bufs be read or written."""
 
     fds: Sequence[int]
@@ -50,8 +48,7 @@ class Fences:
         fence.wait(self.fds, self.access, self.timeout, spent=self.spent, path=self.path)
 
 
-@dataclass(frozen=True, slots=True)
-class Ready:
+class Ready(NamedTuple):
     """Until a stream can be read or written; `deadline` is by time.monotonic, None for never."""
 
     fd: int
@@ -83,8 +80,7 @@ class Ready:
         return os_error(errno.ETIMEDOUT, text, self.path)
 
 
-@dataclass(frozen=True, slots=True)
-class Blocking:
+class Blocking(NamedTuple):
     """A system call that may take long and cannot be waited for by poll."""
 
     call: Callable[[], object]

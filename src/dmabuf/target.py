@@ -14,7 +14,6 @@ import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -307,7 +306,7 @@ class Target:
     def rule_out_direct(self, refusal: str) -> None:
         """O_DIRECT was tried and is not to be had, for the sentence's reason."""
         log.info("%s: %s", self.path, refusal)
-        self._direct = replace(self.direct(), refusal=refusal)
+        self._direct = self.direct()._replace(refusal=refusal)
         self.lanes.clear()
 
     def learn_from(self, error: int) -> bool:
@@ -320,7 +319,7 @@ class Target:
                 max(direct.alignment.memory, facts.PAGE), max(direct.alignment.offset, facts.PAGE)
             )
             log.info("%s: alignment of %s was refused: trying %s", self.path, direct, coarse)
-            self._direct = replace(direct, alignment=coarse)
+            self._direct = direct._replace(alignment=coarse)
             self.lanes.clear()
         else:
             name = errno.errorcode[error]

@@ -10,9 +10,9 @@ from __future__ import annotations
 import errno
 import time
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from dmabuf import audit, facts, fence, nvme, stream
 from dmabuf._ffi import failure
@@ -48,8 +48,7 @@ _MOSTLY_CACHED = 0.9
 """The part of a range that has to be in the page cache for prefer="fastest" to take it there."""
 
 
-@dataclass(frozen=True, slots=True)
-class Order:
+class Order(NamedTuple):
     """What a caller asked for."""
 
     direction: Direction
@@ -83,22 +82,22 @@ def _question(target: Target, order: Order) -> Question:
     buffer = order.buffer
     question = Question(order.direction, stream=target.stream, no_pinning=buffer._pin_refusal)
     if buffer._address is None:
-        question = replace(question, no_mapping=buffer._map_refusal)
+        question = question._replace(no_mapping=buffer._map_refusal)
     if question.stream:
         return question
     if target.namespace is not None:
         _check_whole_blocks(target, order)
         text = "NVMe passthrough goes past the page cache: a passthrough device has none"
-        question = replace(question, no_page_cache=text)
+        question = question._replace(no_page_cache=text)
     direct = target.direct()
     if direct.refusal:
-        return replace(question, no_direct_io=direct.refusal)
+        return question._replace(no_direct_io=direct.refusal)
     if not order.span.nbytes:
-        return replace(question, no_native="nothing is asked for")
+        return question._replace(no_native="nothing is asked for")
     question = _about_native(target, order, question)
     if order.prefer == "fastest" and _is_cached(target, order.span):
         text = "the range is in the page cache, and prefer='fastest' takes it from there"
-        return replace(question, cached=text)
+        return question._replace(cached=text)
     return _about_the_middle(target, order, question)
 
 
@@ -107,7 +106,7 @@ def _check_whole_blocks(target: Target, order: Order) -> None:
     span = order.span
     if order.direction == "read":
         return
-    if not replace(_job(target, order, Route.DIRECT), memory_align=1).with_edges():
+    if not _job(target, order, Route.DIRECT)._replace(memory_align=1).with_edges():
         return
     for i in range(span.count):
         offset, size = span.segments[3 * i], span.segments[3 * i + 2]
@@ -117,29 +116,29 @@ def _check_whole_blocks(target: Target, order: Order) -> None:
 def _about_native(target: Target, order: Order, question: Question) -> Question:
     """Whether the target moves this dma-buf itself; on kernels without, two comparisons."""
     if not order.buffer.is_dmabuf:
-        return replace(question, no_native="the buffer is a memfd, which is no dma-buf")
+        return question._replace(no_native="the buffer is a memfd, which is no dma-buf")
     job = _job(target, order, Route.NATIVE)
     refusal = target.native_refusal(job)
     if refusal is not None:
-        return replace(question, no_native=refusal)
+        return question._replace(no_native=refusal)
     if question.no_mapping and job.with_edges():
         text = (
             f"part of it is no whole block of the file ({job.offset_align} bytes) at a buffer "
             f"offset that the device takes (a multiple of {job.memory_align}), and the CPU cannot "
             "map this dma-buf to move that part"
         )
-        return replace(question, no_native_middle=text)
+        return question._replace(no_native_middle=text)
     all_of_it, some = _missing_middle(job, order.span)
-    return replace(question, no_native_middle=all_of_it, some_without_native_middle=some)
+    return question._replace(no_native_middle=all_of_it, some_without_native_middle=some)
 
 
 def _missing_middle(job: Job, span: Span) -> tuple[str | None, str | None]:
     """Why nothing can go straight, or that some of the segments cannot."""
     # Nothing can go straight from an empty file: that many segments have a size.
-    count = replace(job, write=False, file_size=0).without_middle()
+    count = job._replace(write=False, file_size=0).without_middle()
     without = job.without_middle()
     if without == count:
-        staged = replace(job, route=Route.STAGED).without_middle()
+        staged = job._replace(route=Route.STAGED).without_middle()
         return _why_no_middle(job, span, count, staged), None
     if without:
         return None, f"{without} of the {count} segments have nothing that can go straight"
@@ -154,12 +153,12 @@ def _is_cached(target: Target, span: Span) -> bool:
 def _about_the_middle(target: Target, order: Order, question: Question) -> Question:
     job = _job(target, order, Route.DIRECT)
     all_of_it, some = _missing_middle(job, order.span)
-    question = replace(question, no_middle=all_of_it, some_without_middle=some)
+    question = question._replace(no_middle=all_of_it, some_without_middle=some)
     if all_of_it is None or order.direction == "read":
         return question
-    count = replace(job, write=False, file_size=0).without_middle()
-    staged = replace(job, route=Route.STAGED).without_middle()
-    return replace(question, no_block=all_of_it if staged == count else None)
+    count = job._replace(write=False, file_size=0).without_middle()
+    staged = job._replace(route=Route.STAGED).without_middle()
+    return question._replace(no_block=all_of_it if staged == count else None)
 
 
 def _why_no_middle(job: Job, span: Span, count: int, staged: int) -> str:
@@ -508,5 +507,5 @@ def carry_stream(
         move = stream.reading if read else stream.writing
         left = _left(order, begun)
         done, requests = yield from move(target.fd, view, left, target.path, nowait=nowait)
-    outcome = replace(NOTHING, nbytes=done, copied=done, requests=requests)
+    outcome = NOTHING._replace(nbytes=done, copied=done, requests=requests)
     return _record(chosen, chosen.route, chosen.reason, outcome, begun)

@@ -5,7 +5,6 @@ import json
 import os
 import random
 from array import array
-from dataclasses import replace
 
 import pytest
 
@@ -255,7 +254,7 @@ def test_what_the_device_refuses_is_named(drive, engine):
         dmabuf.allocate(SIZE, exporter="udmabuf") as buffer,
     ):
         namespace, end = file._target.namespace, drive.size
-        file._target.namespace = replace(namespace, size=end + (1 << 30))
+        file._target.namespace = namespace._replace(size=end + (1 << 30))
         drive.write(data := pattern(16384, 14), end - 16384)
         expected = r"failed at file offset .*: LBA out of range \(NVMe status 0x0080\)"
         with pytest.raises(OSError, match=expected) as caught:
