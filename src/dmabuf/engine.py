@@ -12,14 +12,13 @@ drained first, in one C call, and the buffer stays held until then.
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from dmabuf import _process
+from dmabuf import _log, _process
 from dmabuf._ffi import failure, ffi, lib
 from dmabuf.buffer import Buffer
 from dmabuf.errors import ClosedError
@@ -27,8 +26,6 @@ from dmabuf.nvme import Namespace
 from dmabuf.ring import SLOT_SIZE, Refusal, Ring, why_no_uring
 from dmabuf.route import Route
 from dmabuf.sizes import as_int, parse_size, round_up
-
-log = logging.getLogger("dmabuf")
 
 Backend = Literal["auto", "io_uring", "threads"]
 
@@ -263,7 +260,7 @@ class Engine:
             raise failure(-refusal, why_no_uring(-refusal))
         if refusal:
             self.backend_reason = why_no_uring(-refusal)
-            log.info("threads instead of io_uring: %s", self.backend_reason)
+            _log.info("threads instead of io_uring: %s", self.backend_reason)
             return int(lib.DMB_BACKEND_THREADS)
         return int(lib.DMB_BACKEND_URING)
 
@@ -295,7 +292,7 @@ class Engine:
             if error.errno != errno.EINVAL:
                 raise
             reason = "this kernel has no io_uring passthrough (EINVAL): Linux 5.19 has"
-            log.info("NVMe passthrough by ioctl on threads: %s", reason)
+            _log.info("NVMe passthrough by ioctl on threads: %s", reason)
             return self._new_threads(reason)
 
     def _all_rings(self) -> list[Ring]:

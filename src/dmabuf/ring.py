@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import threading
 import weakref
 from typing import NamedTuple
 
-from dmabuf import _process
+from dmabuf import _log, _process
 from dmabuf._ffi import failure, ffi, lib
 from dmabuf.buffer import Buffer
-
-log = logging.getLogger("dmabuf")
 
 SLOT_SIZE = 1 << 30
 """Bytes of a buffer that one registered slot covers: io_uring takes no more."""
@@ -235,7 +232,7 @@ class NativeRegistration:
         for slab, slot in zip(buffer.slabs, self.slots, strict=True):
             if slot >= 0:
                 rc = self._ring.renew_dmabuf_slot(slot, slab.fd, self._fd)
-                log.info("registered slot %d anew: %s", slot, os.strerror(-rc))
+                _log.info("registered slot %d anew: %s", slot, os.strerror(-rc))
 
     def clear(self) -> None:
         """Give the slots back."""
@@ -269,7 +266,7 @@ class Registration:
                 self.slots[index] = slot
             else:
                 self.refused = _why_not_registered(-slot)
-                log.info("not registering %r: %s", buffer, self.refused)
+                _log.info("not registering %r: %s", buffer, self.refused)
 
     def covers(self, first: int, last: int) -> bool:
         """Whether all the slots first..last are filled."""

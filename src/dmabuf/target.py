@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import logging
 import os
 import stat
 import threading
@@ -17,7 +16,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from dmabuf import _process, audit, facts, nvme
+from dmabuf import _log, _process, audit, facts, nvme
 from dmabuf.buffer import Buffer
 from dmabuf.engine import Engine, Job, default_engine
 from dmabuf.errors import ClosedError, os_error
@@ -27,8 +26,6 @@ from dmabuf.ring import why_not_native
 
 if TYPE_CHECKING:
     from dmabuf.lone import Lane
-
-log = logging.getLogger("dmabuf")
 
 FLAGS: dict[str, int] = {
     "r": os.O_RDONLY,
@@ -299,13 +296,13 @@ class Target:
         """
         if error in (errno.ENOMEM, errno.EFAULT, errno.EINVAL, errno.EOPNOTSUPP):
             self._no_native[buffer] = why_not_native(error)
-            log.info("%s: no native route: %s", self.path, self._no_native[buffer])
+            _log.info("%s: no native route: %s", self.path, self._no_native[buffer])
             return True
         return False
 
     def rule_out_direct(self, refusal: str) -> None:
         """O_DIRECT was tried and is not to be had, for the sentence's reason."""
-        log.info("%s: %s", self.path, refusal)
+        _log.info("%s: %s", self.path, refusal)
         self._direct = self.direct()._replace(refusal=refusal)
         self.lanes.clear()
 
@@ -318,7 +315,7 @@ class Target:
             coarse = facts.Alignment(
                 max(direct.alignment.memory, facts.PAGE), max(direct.alignment.offset, facts.PAGE)
             )
-            log.info("%s: alignment of %s was refused: trying %s", self.path, direct, coarse)
+            _log.info("%s: alignment of %s was refused: trying %s", self.path, direct, coarse)
             self._direct = direct._replace(alignment=coarse)
             self.lanes.clear()
         else:
