@@ -7,7 +7,6 @@ import fcntl
 import os
 import stat
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Protocol
 
 from dmabuf import exporters, nvme
@@ -202,7 +201,7 @@ def same_file(one: os.stat_result, other: os.stat_result) -> bool:
     disks = _disk(one), _disk(other)
     if disks[0] is not None and disks[1] is not None:
         places = [_sysfs_place(disk) for disk in disks if disk is not None]
-        return disks[0] == disks[1] or any(a in b.parents for a, b in (places, places[::-1]))
+        return disks[0] == disks[1] or any(a.startswith(f"{b}/") for a, b in (places, places[::-1]))
     if stat.S_IFMT(one.st_mode) != stat.S_IFMT(other.st_mode):
         return False
     whole = stat.S_ISREG(one.st_mode) or stat.S_ISFIFO(one.st_mode)
@@ -216,7 +215,6 @@ def _disk(status: os.stat_result) -> int | None:
     return nvme.disk_number(status) if nvme.is_namespace(status) else None
 
 
-def _sysfs_place(device: int) -> Path:
+def _sysfs_place(device: int) -> str:
     """Where a block device stands in sysfs: a partition stands within its disk."""
-    number = f"{os.major(device)}:{os.minor(device)}"
-    return Path(os.path.realpath(f"/sys/dev/block/{number}"))
+    return os.path.realpath(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}")

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dmabuf import exporters, facts
+from dmabuf import _sysfs, exporters, facts
 from dmabuf._ffi import ffi, lib
 from dmabuf._mapping import address_of
 from dmabuf.exporters import _memory, heap, udmabuf
@@ -304,7 +304,7 @@ def _nofile() -> Answer:
 
 def _available_memory() -> Answer:
     figures = list(_memory._cgroup_figures("/"))
-    table = _memory._table(_memory._read("/", "proc/meminfo"))
+    table = _memory._table(_sysfs.read("/", "proc/meminfo"))
     if "MemAvailable" in table:
         figures.append((table["MemAvailable"], "MemAvailable in /proc/meminfo"))
     if not figures:

@@ -21,15 +21,14 @@ import mmap
 import os
 import stat
 import struct
-from pathlib import Path
 from typing import NamedTuple
 
-from dmabuf import _uapi
+from dmabuf import _sysfs, _uapi
 from dmabuf._ffi import ffi, lib
 from dmabuf.errors import os_error
 from dmabuf.reference import BLOCK, Reference
 
-SYSFS = Path("/sys")
+SYSFS = "/sys"
 
 _IDENTIFY = 6  # admin opcode; cdw10 says of what
 _OF_NAMESPACE, _OF_CONTROLLER = 0, 1
@@ -191,7 +190,7 @@ def _subsystem(device: int) -> str | None:
     """What kind of character device a number is, in the kernel's word."""
     number = f"{os.major(device)}:{os.minor(device)}"
     try:
-        return os.path.basename(os.readlink(SYSFS / "dev/char" / number / "subsystem"))
+        return os.path.basename(os.readlink(os.path.join(SYSFS, "dev/char", number, "subsystem")))
     except OSError:
         return None
 
@@ -220,27 +219,16 @@ def explained(error: OSError, path: str) -> OSError:
 
 def _disk_of(device: int) -> str | None:
     """The name of the block device beside a namespace's character device."""
-    node = SYSFS / "dev/char" / f"{os.major(device)}:{os.minor(device)}"
-    disk = "nvme" + node.resolve().name.removeprefix("ng")
-    return disk if (SYSFS / "class/block" / disk).exists() else None
+    node = os.path.join(SYSFS, "dev/char", f"{os.major(device)}:{os.minor(device)}")
+    disk = "nvme" + os.path.basename(os.path.realpath(node)).removeprefix("ng")
+    return disk if os.path.exists(os.path.join(SYSFS, "class/block", disk)) else None
 
 
 def disk_number(status: os.stat_result) -> int | None:
     """The device number of the block device beside a namespace's character device."""
     disk = _disk_of(status.st_rdev)
-    try:
-        text = (SYSFS / "class/block" / (disk or "-") / "dev").read_text()
-    except OSError:
-        return None
-    major, minor = map(int, text.split(":"))
-    return os.makedev(major, minor)
-
-
-def _number(path: Path) -> int | None:
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):
-        return None
+    text = _sysfs.read(SYSFS, "class/block", disk or "-", "dev")
+    return os.makedev(*map(int, text.split(":"))) if text else None
 
 
 def namespace(fd: int, path: str) -> Namespace | None:
@@ -277,9 +265,10 @@ def namespace(fd: int, path: str) -> Namespace | None:
 
 
 def _with_limits(fd: int, nsid: int, found: Format, disk: str | None) -> Namespace:
-    queue = SYSFS / "class/block" / (disk or "-") / "queue"
-    kib, segments = _number(queue / "max_hw_sectors_kb"), _number(queue / "max_segments")
-    alignment = _number(queue / "dma_alignment")  # a mask; Linux 6.0
+    queue = os.path.join(SYSFS, "class/block", disk or "-", "queue")
+    kib = _sysfs.number(queue, "max_hw_sectors_kb")
+    segments = _sysfs.number(queue, "max_segments")
+    alignment = _sysfs.number(queue, "dma_alignment")  # a mask; Linux 6.0
     if kib is None:
         mdts = parse_mdts(_identify(fd, nsid, _OF_CONTROLLER)) or _UNKNOWN_LIMIT
         kib = min(mdts, _UNKNOWN_LIMIT) >> 10

@@ -10,9 +10,9 @@ their own.
 
 import errno
 import os
-from pathlib import Path
 from typing import NamedTuple
 
+from dmabuf import _sysfs
 from dmabuf.sizes import format_size, parse_size, round_up
 
 
@@ -21,19 +21,6 @@ class HugePages(NamedTuple):
 
     size: int
     free: int
-
-
-def _read(root: str, *path: str) -> str:
-    """A file's text, "" where it does not exist or is not ours to read."""
-    try:
-        return Path(root, *path).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
-def _number(root: str, *path: str) -> int | None:
-    text = _read(root, *path).strip()
-    return int(text) if text.isdecimal() else None
 
 
 def _table(text: str) -> dict[str, int]:
@@ -55,12 +42,12 @@ def check_memory(nbytes: int, node: int | None = None, *, root: str = "/") -> No
     with ``node`` what that NUMA node has free or could free. Swap is not: devices need the pages.
     """
     figures = []
-    available = _table(_read(root, "proc/meminfo")).get("MemAvailable")
+    available = _table(_sysfs.read(root, "proc/meminfo")).get("MemAvailable")
     if available is not None:
         figures.append((available, "MemAvailable in /proc/meminfo"))
     figures.extend(_cgroup_figures(root))
     if node is not None:
-        table = _table(_read(root, f"sys/devices/system/node/node{node}/meminfo"))
+        table = _table(_sysfs.read(root, f"sys/devices/system/node/node{node}/meminfo"))
         if "MemFree" in table:
             reclaimable = ("MemFree", "Active(file)", "Inactive(file)", "SReclaimable")
             figures.append((sum(table.get(key, 0) for key in reclaimable), f"NUMA node {node}"))
@@ -76,7 +63,7 @@ def check_memory(nbytes: int, node: int | None = None, *, root: str = "/") -> No
 def _cgroup_figures(root: str) -> list[tuple[int, str]]:
     """What each memory cgroup over this process leaves to be used."""
     figures = []
-    for line in _read(root, "proc/self/cgroup").splitlines():
+    for line in _sysfs.read(root, "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue
@@ -95,7 +82,7 @@ def _cgroup_figures(root: str) -> list[tuple[int, str]]:
 def _cgroup_mounts(root: str, version: int) -> list[tuple[str, str]]:
     """(mount point, folder of the hierarchy that is mounted there)."""
     mounts = []
-    for line in _read(root, "proc/self/mountinfo").splitlines():
+    for line in _sysfs.read(root, "proc/self/mountinfo").splitlines():
         head, _, tail = line.partition(" - ")
         kind, _, options = tail.split(" ", 2)
         if (version == 2 and kind == "cgroup2") or (
@@ -112,10 +99,10 @@ def _cgroup_free(root: str, folder: str, version: int) -> int | None:
         if version == 2
         else ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
     )
-    most, current = _number(root, folder, limit), _number(root, folder, used)
+    most, current = _sysfs.number(root, folder, limit), _sysfs.number(root, folder, used)
     if most is None or current is None:  # "max", or the root, which has no limit
         return None
-    stat = _table(_read(root, folder, "memory.stat"))
+    stat = _table(_sysfs.read(root, folder, "memory.stat"))
     cache = stat.get(prefix + "active_file", 0) + stat.get(prefix + "inactive_file", 0)
     return max(most - max(current - cache, 0), 0)
 
@@ -128,7 +115,7 @@ def huge_page_size(huge_pages: bool | str | int, *, root: str = "/") -> int | No
     if huge_pages is False or huge_pages is None:
         return None
     sizes = _huge_page_sizes(root)
-    default = _table(_read(root, "proc/meminfo")).get("Hugepagesize")
+    default = _table(_sysfs.read(root, "proc/meminfo")).get("Hugepagesize")
     wanted = default if huge_pages is True else parse_size(huge_pages, "huge_pages")
     if wanted not in sizes:
         have = ", ".join(format_size(size) for size in sizes) or "none (no CONFIG_HUGETLBFS)"
@@ -149,19 +136,19 @@ def check_huge_pages(nbytes: int, page: int, node: int | None = None, *, root: s
     """OSError(ENOMEM) with the fix if fewer huge pages are free than ``nbytes`` take."""
     name = f"hugepages-{page // 1024}kB"
     folder = f"sys/kernel/mm/hugepages/{name}"
-    free = _number(root, folder, "free_hugepages") or 0
-    free -= _number(root, folder, "resv_hugepages") or 0
-    surplus = _number(root, folder, "surplus_hugepages") or 0
-    free += max((_number(root, folder, "nr_overcommit_hugepages") or 0) - surplus, 0)
+    free = _sysfs.number(root, folder, "free_hugepages") or 0
+    free -= _sysfs.number(root, folder, "resv_hugepages") or 0
+    surplus = _sysfs.number(root, folder, "surplus_hugepages") or 0
+    free += max((_sysfs.number(root, folder, "nr_overcommit_hugepages") or 0) - surplus, 0)
     where = ""
     if node is not None:
         on_node = f"sys/devices/system/node/node{node}/hugepages/{name}"
-        free, where = _number(root, on_node, "free_hugepages") or 0, f" on NUMA node {node}"
+        free, where = _sysfs.number(root, on_node, "free_hugepages") or 0, f" on NUMA node {node}"
         folder = on_node
     need = round_up(nbytes, page) // page
     if need <= free:
         return
-    total = (_number(root, folder, "nr_hugepages") or 0) + need - free
+    total = (_sysfs.number(root, folder, "nr_hugepages") or 0) + need - free
     raise OSError(
         errno.ENOMEM,
         f"not tried: {need} huge pages of {format_size(page)} are needed{where} and {free} are "
@@ -171,7 +158,7 @@ def check_huge_pages(nbytes: int, page: int, node: int | None = None, *, root: s
 
 def check_node(node: int, *, root: str = "/") -> None:
     """ValueError unless the NUMA node exists and has memory."""
-    nodes = _node_list(_read(root, "sys/devices/system/node/has_memory"))
+    nodes = _node_list(_sysfs.read(root, "sys/devices/system/node/has_memory"))
     if node not in nodes:
         have = ", ".join(map(str, nodes)) or "none (no CONFIG_NUMA)"
         raise ValueError(f"numa_node={node} has no memory here; the nodes that have: {have}")

@@ -5,10 +5,9 @@ import fcntl
 import mmap
 import os
 import stat
-from pathlib import Path
 from typing import NamedTuple
 
-from dmabuf import _uapi
+from dmabuf import _sysfs, _uapi
 from dmabuf.buffer import Buffer, Slab
 
 FDINFO = "/proc/self/fdinfo"
@@ -62,9 +61,8 @@ def identify(fd: int) -> Identity | None:
     From fdinfo, which names the exporter of a dma-buf and of nothing else (dma_buf_show_fdinfo in
     drivers/dma-buf/dma-buf.c); where /proc is not there, from what the descriptor does.
     """
-    try:
-        text = Path(FDINFO, str(fd)).read_text(encoding="utf-8", errors="replace")
-    except OSError:
+    text = _sysfs.read(FDINFO, str(fd))
+    if not text:
         return Identity("unknown", None) if _behaves_like_dmabuf(fd) else None
     fields: dict[str, str] = {}
     for line in text.splitlines():

@@ -6,9 +6,8 @@ reads into, while devices see the same pages through the dma-buf.
 
 import errno
 import os
-from pathlib import Path
 
-from dmabuf import _uapi
+from dmabuf import _sysfs, _uapi
 from dmabuf.buffer import Buffer, Slab
 from dmabuf.exporters import memfd
 from dmabuf.sizes import format_size
@@ -124,8 +123,5 @@ def _create(device: int, fd: int, offset: int, length: int) -> int:
 
 def _size_limit() -> int | None:
     """The module's limit in bytes, None where it is unreadable or there is none."""
-    try:
-        megabytes = int(Path(SIZE_LIMIT).read_text(encoding="ascii"))
-    except (OSError, ValueError):
-        return None
-    return megabytes << 20 if megabytes > 0 else None
+    megabytes = _sysfs.number(SIZE_LIMIT)
+    return megabytes << 20 if megabytes else None
