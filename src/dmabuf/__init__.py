@@ -10,8 +10,10 @@ what lies on the other side. Every transfer returns a `Transfer`, which tells th
 took and why.
 """
 
-from dmabuf.buffer import Buffer, Slab
-from dmabuf.engine import Engine, Transfer
+import os
+from _thread import RLock  # threading's own, without what importing threading costs
+
+from dmabuf import _ffi as _ffi  # a core that is not built is an ImportError here already
 from dmabuf.errors import (
     BusyError,
     ClosedError,
@@ -19,10 +21,15 @@ from dmabuf.errors import (
     RouteUnavailable,
     ShortReadError,
 )
-from dmabuf.exporters import allocate, from_fd
-from dmabuf.file import File, open  # noqa: A004 - dmabuf.open is the API
-from dmabuf.pipeline import Copy, copy
-from dmabuf.route import Plan, Route
+
+TYPE_CHECKING = False  # typing's own, without what importing typing costs
+if TYPE_CHECKING:
+    from dmabuf.buffer import Buffer, Slab
+    from dmabuf.engine import Engine, Transfer
+    from dmabuf.exporters import allocate, from_fd
+    from dmabuf.file import File, open  # noqa: A004 - dmabuf.open is the API
+    from dmabuf.pipeline import Copy, copy
+    from dmabuf.route import Plan, Route
 
 __all__ = [
     "Buffer",
@@ -43,3 +50,41 @@ __all__ = [
     "from_fd",
     "open",
 ]
+
+if not TYPE_CHECKING:
+    _HOMES = {
+        "Buffer": "buffer",
+        "Copy": "pipeline",
+        "Engine": "engine",
+        "File": "file",
+        "Plan": "route",
+        "Route": "route",
+        "Slab": "buffer",
+        "Transfer": "engine",
+        "allocate": "exporters",
+        "copy": "pipeline",
+        "from_fd": "exporters",
+        "open": "file",
+    }
+
+    # A fork waits for a name that another thread is loading: its child could never load it.
+    _loading = RLock()
+    os.register_at_fork(
+        before=_loading.acquire,
+        after_in_parent=_loading.release,
+        after_in_child=_loading.release,
+    )
+
+    def __getattr__(name):
+        """A public name, loaded when it is first asked for (PEP 562)."""
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        with _loading:
+            from importlib import import_module
+
+            value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+
+    def __dir__():
+        return sorted({*globals(), *__all__})

@@ -17,10 +17,15 @@ of our own exists only for what an errno cannot say, and each inherits the neare
 All of them can be pickled, so they cross process pools.
 """
 
+from __future__ import annotations
+
 import errno
 import os
-from collections.abc import Mapping
-from typing import Any
+
+TYPE_CHECKING = False  # typing's own: `import dmabuf` comes here, and is to stay quick
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
 
 __all__ = ["BusyError", "ClosedError", "IntegrityError", "RouteUnavailable", "ShortReadError"]
 
