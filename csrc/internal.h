@@ -132,7 +132,7 @@ void dmb_emulate_destroy(struct dmb_emulated *emulated);
 int dmb_emulate_register(struct dmb_emulated *emulated, unsigned slot, int dmabuf_fd,
 			 int target_fd);
 /* A native request: a count or -errno. */
-int32_t dmb_emulate_execute(const struct dmb_emulated *emulated, const struct dmb_io *io);
+int32_t dmb_emulate_execute(struct dmb_emulated *emulated, const struct dmb_io *io);
 
 /* One pread(2) or pwrite(2). Returns a count or -errno. */
 int64_t dmb_lone(int direction, int fd, uint64_t address, uint64_t size, uint64_t offset);

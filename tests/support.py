@@ -6,6 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -217,6 +218,27 @@ class Filter:
         for ring in self._engine._all_rings():
             if ring.handle is not None:
                 lib.dmb_ring_set_filter(ring.handle, ffi.NULL, ffi.NULL)
+
+
+def together(function: Callable[[int], object], count: int = 8) -> None:
+    """Run function(0), function(1) ..., all at once; the first exception is raised."""
+    start = threading.Barrier(count)
+    failures: list[BaseException] = []
+
+    def run(number: int) -> None:
+        try:
+            start.wait()
+            function(number)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=run, args=[number]) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
 
 
 def in_child(source: str, *arguments: object, timeout: float = 60) -> str:

@@ -7,6 +7,8 @@ kernel's own answers are injected where completions are seen, by the core's filt
 import errno
 import mmap
 import os
+import random
+import threading
 
 import pytest
 
@@ -15,7 +17,7 @@ from dmabuf import Route, _uapi
 from dmabuf._ffi import lib
 from dmabuf.buffer import Buffer, Slab
 from dmabuf.ring import Ring
-from tests.support import PAGE, Filter, exercise, pattern, poison
+from tests.support import PAGE, Filter, assert_same, exercise, pattern, poison, together
 from tests.unit.fake_kernel import FakeKernel
 
 SIZE = 300 * 1024
@@ -171,6 +173,52 @@ def test_a_controller_reset_is_registered_again_once(path, buf, engine):
             assert file.read_into(buf).nbytes == SIZE
             assert len(renewed) == 2
     assert content(buf) == path.read_bytes()
+
+
+def test_a_reset_under_many_threads(path):
+    """Who registers again takes no slot from the others, whose requests go on with it."""
+
+    class Shared(Emulating):
+        def __init__(self):
+            self._owner = None
+            self._setup(4, 4096, "threads", most_rings=2)
+
+    dice, guard = random.Random(9), threading.Lock()
+    resets = [0]
+
+    def answer(completion):
+        with guard:
+            if completion.straight and resets[0] < 100 and dice.random() < 0.05:
+                resets[0] += 1
+                return -errno.ENOENT
+        return completion.result
+
+    part, data = 36 * 1024, path.read_bytes()
+
+    def read(number):
+        at, done = number * part, 0
+        while done < 50:
+            os.pwrite(fd, poison(part), at)
+            try:
+                transfer = file.read_into(buf, part, file_offset=at, buffer_offset=at)
+            except FileNotFoundError:  # twice in one transfer
+                continue
+            assert transfer.route is Route.NATIVE
+            assert_same(os.pread(fd, part, at), data[at : at + part], "a part")
+            done += 1
+
+    fd = memory(SIZE)
+    with (
+        Shared() as engine,
+        Buffer([Slab(fd, 0, SIZE)], mmap.mmap(fd, SIZE), exporter="fake", reason="a test") as buf,
+        dmabuf.open(path, engine=engine) as file,
+    ):
+        file.read_into(buf)
+        with engine._growing:
+            engine._rings.append(engine._new_ring())
+        with Filter(engine, answer):
+            together(read)
+    assert resets[0] == 100
 
 
 def test_a_device_that_is_gone(path, buf, engine):

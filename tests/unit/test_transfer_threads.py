@@ -1,35 +1,13 @@
 """Many threads on one File and one Buffer, in ranges that do not overlap."""
 
-import threading
-
 import pytest
 
 import dmabuf
-from tests.support import assert_same, pattern, poison
+from tests.support import assert_same, pattern, poison, together
 
 THREADS = 8
 PART = (256 << 10) + 1000
 SIZE = THREADS * PART
-
-
-def together(function):
-    """Run function(0..7), all at once; the first exception is raised."""
-    start, failures = threading.Barrier(THREADS), []
-
-    def run(number):
-        try:
-            start.wait()
-            function(number)
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=run, args=[number]) for number in range(THREADS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
 
 
 @pytest.fixture
