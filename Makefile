@@ -35,7 +35,7 @@ types: $(VENV)/ready
 	$(BIN)/mypy --strict -p lab
 
 c-tests: $(VENV)/ready
-	$(MAKE) -C csrc test
+	$(MAKE) -C csrc test tsan
 
 unit: $(VENV)/ready
 	$(BIN)/python -m pytest tests/unit
