@@ -131,13 +131,9 @@ def _identify(fd: int, nsid: int, what: int) -> bytes:
     return bytes(ffi.buffer(answer))
 
 
-def flush(fd: int, namespace: Namespace, path: str) -> None:
+def flush(fd: int, namespace: Namespace) -> None:
     """Return when everything written is on the medium: an NVMe Flush."""
-    try:
-        _command(fd, _uapi.NVME_IOCTL_IO_CMD, _FLUSH, namespace.nsid, None, 0)
-    except OSError as error:
-        text = f"flushing to the medium failed: {error.strerror}"
-        raise os_error(error.errno or errno.EIO, text, path) from error
+    _command(fd, _uapi.NVME_IOCTL_IO_CMD, _FLUSH, namespace.nsid, None, 0)
 
 
 class NamespaceReference(Reference):

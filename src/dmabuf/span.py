@@ -51,6 +51,15 @@ class Span(NamedTuple):
             nbytes -= size
         return reached
 
+    def file_offset(self, nbytes: int) -> int:
+        """Where in the file the byte after the first `nbytes` of the segments lies."""
+        for i in range(self.count):
+            offset, size = self.segments[3 * i], self.segments[3 * i + 2]
+            if nbytes < size:
+                return int(offset + nbytes)
+            nbytes -= size
+        return self.file_end
+
 
 def single(buffer: Buffer, file_offset: int, buffer_offset: int, size: int) -> Span:
     """One range.

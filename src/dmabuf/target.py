@@ -34,6 +34,8 @@ FLAGS: dict[str, int] = {
     "x": os.O_WRONLY | os.O_CREAT | os.O_EXCL,
 }
 
+GONE = "the device was pulled, or its driver let go of it: open it again when it is back"
+
 
 class Target:
     """An open file. Its facts may be learnt from any thread: each is replaced whole."""
@@ -59,6 +61,7 @@ class Target:
         self._no_native: WeakKeyDictionary[Buffer, str] = WeakKeyDictionary()
         self._cache_watched = False
         self._device: str | None = None
+        self._had_bytes = False
         if isinstance(path, bool):
             raise TypeError("a path or a descriptor is needed, not bool")
         if isinstance(path, int):
@@ -70,6 +73,7 @@ class Target:
             self._check_flags()
             self._without_o_direct()
             self._check_claim(force)
+            self._had_bytes = self.kind == "block device" and self.size() > 0
             if mode == "w" and self.kind == "file" and not isinstance(path, int):
                 os.ftruncate(self.fd, 0)
         except BaseException:
@@ -139,10 +143,33 @@ class Target:
         return facts.STREAMS.get(self.kind)
 
     def size(self) -> int:
-        """Where the file or device ends now, in bytes; not for streams."""
+        """Where the file or device ends now, in bytes; not for streams.
+
+        Raises:
+            OSError: ENODEV, a block device that was taken away. The kernel calls its size 0 then,
+                and reads end as at the end of a file.
+        """
         if self.namespace is not None:
             return self.namespace.size
-        return facts.size_of(self.fd, self.kind)
+        size = facts.size_of(self.fd, self.kind)
+        if not size and self._had_bytes:
+            error = os_error(errno.ENODEV, GONE, self.path)
+            error.nbytes = 0  # type: ignore[attr-defined]
+            raise error
+        return size
+
+    def gone(self) -> bool:
+        """Whether it is a block device that was taken away, as a whole disk or a partition of it.
+
+        A disk has no size any more; a partition keeps its own, and sysfs lists it no longer.
+        """
+        if not self._had_bytes:
+            return False
+        number = os.fstat(self.fd).st_rdev
+        listed = f"/sys/dev/block/{os.major(number)}:{os.minor(number)}"
+        return not facts.size_of(self.fd, self.kind) or (
+            os.path.isdir("/sys/dev/block") and not os.path.exists(listed)
+        )
 
     def device(self) -> str:
         """Which device its bytes lie on: what an audit of the native route speaks of."""
@@ -174,14 +201,20 @@ class Target:
 
     def flush(self) -> None:
         """Return when what was written is on the medium."""
-        if self.namespace is not None:
-            nvme.flush(self.fd, self.namespace, self.path)
-            return
+        number, why = 0, ""
         try:
-            os.fdatasync(self.fd)
+            if self.namespace is not None:
+                nvme.flush(self.fd, self.namespace)
+            else:
+                os.fdatasync(self.fd)
         except OSError as error:
-            text = f"flushing to the medium failed: {error.strerror}"
-            raise os_error(error.errno or errno.EIO, text, self.path) from error
+            number, why = error.errno or errno.EIO, error.strerror or ""
+        if number == errno.ENODEV or self.gone():  # flushing what is left, nothing, succeeds
+            number, why = errno.ENODEV, GONE
+        if number:
+            failed = os_error(number, f"flushing to the medium failed: {why}", self.path)
+            failed.nbytes = 0  # type: ignore[attr-defined] # nobody knows which are there
+            raise failed
 
     def check_open(self) -> None:
         """Raise ClosedError once it is closed, and in a fork's child."""

@@ -31,7 +31,7 @@ from dmabuf.route import (
 )
 from dmabuf.span import Span
 from dmabuf.steps import Blocking, Fences, Steps, here
-from dmabuf.target import Target
+from dmabuf.target import GONE, Target
 
 _WHY_NATIVE_FAILED = {
     errno.ENOENT: (
@@ -243,6 +243,7 @@ def _carry(target: Target, order: Order, begun: float) -> Steps[Transfer]:
         outcome, audited = yield from _run_audited(target, order, chosen)
         if outcome.interruption is not None:
             raise _telling(outcome.interruption, outcome.nbytes)
+        _check_there(target, order, chosen, outcome)
         if chosen.route is Route.NATIVE and outcome.error == errno.ENOENT and not was_reset:
             # The controller was reset, and the registration went with it: once, make it again.
             was_reset = True
@@ -282,6 +283,18 @@ def _run(target: Target, order: Order, chosen: Plan) -> Steps[Outcome]:
     return outcome
 
 
+def _check_there(target: Target, order: Order, chosen: Plan, outcome: Outcome) -> None:
+    """Raise ENODEV where the device is gone: the kernel says EIO, ENOSPC, or that the file ends."""
+    if target.namespace is not None:
+        gone = outcome.error == errno.ENODEV and not outcome.nvme_status
+    else:
+        gone = (bool(outcome.error) or outcome.short_segment >= 0) and target.gone()
+    if gone:
+        if not outcome.error:
+            outcome = replace(outcome, error_offset=order.span.file_offset(outcome.nbytes))
+        raise _failure(target, order, chosen, replace(outcome, error=errno.ENODEV), GONE)
+
+
 def _learn(target: Target, order: Order, chosen: Plan, outcome: Outcome) -> bool:
     """Whether an error says that the route cannot be had here, rather than that I/O failed."""
     if chosen.route is Route.BUFFERED:
@@ -317,18 +330,20 @@ def _judge(
     return route, reason
 
 
-def _failure(target: Target, order: Order, chosen: Plan, outcome: Outcome) -> OSError:
+def _failure(
+    target: Target, order: Order, chosen: Plan, outcome: Outcome, gone: str | None = None
+) -> OSError:
     verb = "reading" if order.direction == "read" else "writing"
     text = (
         f"{verb} {order.span.nbytes} bytes from file offset {order.span.file_start} on failed at "
         f"file offset {outcome.error_offset}, after {outcome.nbytes} whole bytes"
     )
-    why = _WHY_NATIVE_FAILED.get(outcome.error)
+    why = gone
     if outcome.nvme_status:
-        error = os_error(
-            outcome.error, f"{text}: {nvme.status_text(outcome.nvme_status)}", target.path
-        )
-    elif chosen.route is Route.NATIVE and outcome.failed_straight and why:
+        why = nvme.status_text(outcome.nvme_status)
+    elif why is None and chosen.route is Route.NATIVE and outcome.failed_straight:
+        why = _WHY_NATIVE_FAILED.get(outcome.error)
+    if why is not None:
         error = os_error(outcome.error, f"{text}: {why}", target.path)
     else:
         error = failure(outcome.error, text, target.path)
