@@ -19,6 +19,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import re
 import stat
 import struct
 from typing import NamedTuple
@@ -214,10 +215,20 @@ def explained(error: OSError, path: str) -> OSError:
 
 
 def _disk_of(device: int) -> str | None:
-    """The name of the block device beside a namespace's character device."""
-    node = os.path.join(SYSFS, "dev/char", f"{os.major(device)}:{os.minor(device)}")
-    disk = "nvme" + os.path.basename(os.path.realpath(node)).removeprefix("ng")
-    return disk if os.path.exists(os.path.join(SYSFS, "class/block", disk)) else None
+    """The name of the block device beside a namespace's character device.
+
+    They need not be called alike: with native multipath the disk has the subsystem's number and the
+    node the controller's, and so ng2n1 may be nvme0n1, and nvme2n1 another drive. What they share
+    is the place in sysfs and the namespace's number there.
+    """
+    number = f"{os.major(device)}:{os.minor(device)}"
+    folder, node = os.path.split(os.path.realpath(os.path.join(SYSFS, "dev/char", number)))
+    disks = re.compile(r"nvme\d+n" + node.rpartition("n")[2])  # no path, as nvme0c1n1 is
+    try:
+        found = [name for name in os.listdir(folder) if disks.fullmatch(name)]
+    except OSError:
+        return None
+    return found[0] if found else None
 
 
 def disk_number(status: os.stat_result) -> int | None:

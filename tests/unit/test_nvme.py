@@ -119,12 +119,13 @@ class Device:
         link.unlink(missing_ok=True)
         link.symlink_to(self.root / "class" / subsystem)
 
-    def disk(self, **queue):
-        folder = self.root / "class/block/nvme0n1/queue"
+    def disk(self, name="nvme0n1", **queue):
+        (self.root / "devices/nvme0" / name).mkdir()
+        folder = self.root / "class/block" / name / "queue"
         folder.mkdir(parents=True)
         (folder.parent / "dev").write_text("259:77\n")
-        for name, value in queue.items():
-            (folder / name).write_text(f"{value}\n")
+        for key, value in queue.items():
+            (folder / key).write_text(f"{value}\n")
 
     def ioctl(self, _fd, request, argument):
         if request == _uapi.NVME_IOCTL_ID:
@@ -164,6 +165,17 @@ def test_a_namespace(device, buf):
         assert "passthrough" in file.plan(buf, buffer_offset=4).rejected[Route.NATIVE] or (
             not buf.is_dmabuf
         )
+
+
+def test_the_disk_is_the_one_beside_it_whatever_its_name(device):
+    """With native multipath numbers differ, and another drive has the one that fits."""
+    (device.root / "class/block/nvme0n1").mkdir(parents=True)
+    for name in ("nvme7n2", "nvme7c0n1", "nvme0"):
+        (device.root / "devices/nvme0" / name).mkdir()
+    device.disk("nvme7n1", max_hw_sectors_kb=64)
+    with dmabuf.open(NODE) as file:
+        namespace = file._target.namespace
+    assert (namespace.disk, namespace.limit) == ("nvme7n1", 64 << 10)
 
 
 def test_without_sysfs_of_the_queue_the_controller_is_asked(device):
