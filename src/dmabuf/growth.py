@@ -55,7 +55,10 @@ class Growth:
         except BaseException as error:
             with self._lock:
                 self._finish(me, reached(getattr(error, "nbytes", 0)))
-                self._cut(fd)
+                try:
+                    self._cut(fd)
+                except OSError as refused:  # of a filesystem whose device is gone: no news
+                    error.add_note(f"the file could not be cut back: {refused.strerror}")
             raise
         with self._lock:
             self._finish(me, end)

@@ -424,6 +424,23 @@ def test_a_file_that_somebody_else_made_longer_is_not_cut(tmp_path, engine, buf)
     assert path.read_bytes()[SIZE:] == b"theirs"
 
 
+def test_a_file_that_cannot_be_cut_back_hides_no_error(tmp_path, engine, buf, monkeypatch):
+    """As on a filesystem whose device is gone."""
+
+    def refusing(_fd, _size):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with (
+        dmabuf.open(tmp_path / "file", "w", engine=engine) as file,
+        Filter(engine, _fails_at(errno.ENOSPC, 5 * PAGE, SIZE)),
+        pytest.raises(OSError) as caught,
+    ):
+        monkeypatch.setattr(os, "ftruncate", refusing)
+        file.write_segments(buf, _pages(12))
+    assert (caught.value.errno, caught.value.nbytes) == (errno.ENOSPC, 5 * PAGE)
+    assert caught.value.__notes__ == ["the file could not be cut back: Input/output error"]
+
+
 def test_a_write_far_past_the_end_that_fails_leaves_the_size(tmp_path, engine, buf):
     path = tmp_path / "file"
     path.write_bytes(b"old")
