@@ -1,5 +1,6 @@
 """`dmabuf` as a program: standard input and output, signals, and what others see meanwhile."""
 
+import errno
 import os
 import resource
 import signal
@@ -116,7 +117,7 @@ def test_signals_in_the_middle(number: signal.Signals, there: bool, tmp_path: Pa
     if there:
         target.write_bytes(b"old")
     copy = Midway(tmp_path, target)
-    assert len(copy.temporary) == 1
+    assert not copy.temporary, "the file that is written has no name"
     copy.process.send_signal(number)
     ended = finish(copy.process)
     copy.writer.close()
@@ -135,6 +136,29 @@ def test_killed_in_the_middle(tmp_path: Path) -> None:
     finish(copy.process)
     copy.writer.close()
     assert target.read_bytes() == b"old"
+    assert sorted(os.listdir(tmp_path)) == ["fifo", "t"]
+
+
+def test_a_filesystem_without_nameless_files(tmp_path: Path, monkeypatch, capsys) -> None:
+    """The file has a hidden name from the start, which an error or signal takes away again."""
+    opened = os.open
+
+    def refusing(path, flags, *rest, **how):
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        return opened(path, flags, *rest, **how)
+
+    monkeypatch.setattr(os, "open", refusing)
+    (tmp_path / "s").write_bytes(DATA)
+    for _ in range(2):
+        assert dmabuf(capsys, "cp", tmp_path / "s", tmp_path / "t").status == 0
+        assert_same((tmp_path / "t").read_bytes(), DATA, "the target")
+        assert sorted(os.listdir(tmp_path)) == ["s", "t"]
+    ended = dmabuf(
+        capsys, "cp", "--require", "zero-copy", "--route", "staged", tmp_path / "s", tmp_path / "t"
+    )
+    assert ended.status == 1
+    assert sorted(os.listdir(tmp_path)) == ["s", "t"]
 
 
 def test_an_ignored_hangup_stays_ignored(tmp_path: Path) -> None:
