@@ -125,6 +125,7 @@ def test_o_direct_that_goes_through_the_cache_is_called_buffered(cold, buf, monk
             real(target, offset, size)
 
         monkeypatch.setattr(transfer.Target, "saw_cache", after_a_read_through_the_cache)
+        monkeypatch.setattr(transfer.Target, "_passes_by", lambda *_: False)
         plan = file.plan(buf)
         assert plan.route is Route.DIRECT
         first = file.read_into(buf)
@@ -146,12 +147,29 @@ def test_and_what_was_required_says_so_after_the_first(cold, buf, monkeypatch):
         "saw_cache",
         lambda target, offset, size: (os.pread(fd, SIZE, 0), real(target, offset, size)),
     )
+    monkeypatch.setattr(transfer.Target, "_passes_by", lambda *_: False)
     with dmabuf.open(path, "r+") as file:
         with pytest.raises(dmabuf.RouteUnavailable, match="the bytes have moved") as caught:
             file.write_from(buf, require="zero-copy", file_offset=SIZE)
         assert caught.value.nbytes == SIZE
         assert file.size == 2 * SIZE  # what has moved stays
     assert_same(path.read_bytes()[SIZE:], poison(SIZE), "the file")
+
+
+def test_pages_that_somebody_else_had_read_do_not_count(cold, buf, monkeypatch):
+    """A neighbour's buffered read, with what the kernel reads ahead of it."""
+    path, fd = cold
+    real = transfer.Target.saw_cache
+    monkeypatch.setattr(
+        transfer.Target,
+        "saw_cache",
+        lambda target, offset, size: (os.pread(fd, SIZE, 0), real(target, offset, size)),
+    )
+    with dmabuf.open(path) as file:
+        assert file.read_into(buf).route is Route.DIRECT
+        assert file.plan(buf).route is Route.DIRECT
+    with dmabuf.open(path, "w") as file:
+        assert file.write_from(buf).route is Route.DIRECT
 
 
 def test_kernels_without_cachestat_are_believed(cold, buf, monkeypatch):
