@@ -1,0 +1,179 @@
+"""Threads and processes on one Buffer and one file at once: every byte is compared."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import anyio
+import pytest
+
+import dmabuf
+from dmabuf import aio
+from tests import forking
+from tests.support import assert_same, drop_cache, pattern, poison, together
+
+WORKERS = 4
+PART = (512 << 10) + 1000
+SIZE = WORKERS * PART
+ROUNDS = 4
+ROUTES = (None, "staged", "buffered", "direct")
+
+
+@pytest.fixture
+def buf():
+    with dmabuf.allocate(SIZE, exporter="memfd") as buffer:
+        buffer.pwrite(poison(SIZE), 0)
+        yield buffer
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(pattern(SIZE, 71))
+    with path.open("rb") as file:
+        drop_cache(file.fileno())
+    return path
+
+
+def work(file, buffer, number):
+    """Bring a part in, change it in the buffer, write it out; each round by another route.
+
+    Neighbours' parts meet within pages and blocks.
+    """
+    at = number * PART
+    where = {"file_offset": at, "buffer_offset": at}
+    for round_ in range(ROUNDS):
+        route = ROUTES[(number + round_) % len(ROUTES)]
+        before = pattern(SIZE, 71)[at : at + PART] if not round_ else content(number, round_ - 1)
+        buffer.pwrite(poison(PART), at)
+        assert file.read_into(buffer, PART, route=route, **where).nbytes == PART
+        assert_same(buffer.pread(PART, at), before, f"round {round_} of {number}: read")
+        buffer.pwrite(content(number, round_), at)
+        assert file.write_from(buffer, PART, route=route, **where).nbytes == PART
+
+
+def content(number, round_):
+    return pattern(PART, 100 * number + round_)
+
+
+def check(path, buffer):
+    last = b"".join(content(number, ROUNDS - 1) for number in range(WORKERS))
+    with path.open("rb") as file:
+        drop_cache(file.fileno())
+        assert_same(file.read(), last, "the medium")
+    assert_same(buffer.pread(SIZE, 0), last, "the buffer")
+
+
+def test_threads(path, buf):
+    with dmabuf.open(path, "r+") as file:
+        together(lambda number: work(file, buf, number), WORKERS)
+    check(path, buf)
+
+
+def test_threads_and_event_loops(path, buf):
+    """Half of the workers in two loops, of their own threads; File and engine are a loop's own."""
+
+    async def flying(number):
+        at = number * PART
+        where = {"file_offset": at, "buffer_offset": at}
+        async with await aio.open(path, "r+") as file:
+            for round_ in range(ROUNDS):
+                route = ROUTES[(number + round_) % len(ROUTES)]
+                buf.pwrite(poison(PART), at)
+                await file.read_into(buf, PART, route=route, **where)
+                before = (
+                    content(number, round_ - 1) if round_ else pattern(SIZE, 71)[at : at + PART]
+                )
+                assert_same(buf.pread(PART, at), before, f"round {round_} of {number}: read")
+                buf.pwrite(content(number, round_), at)
+                await file.write_from(buf, PART, route=route, **where)
+
+    def run(number):
+        if number < WORKERS // 2:
+            work(shared, buf, number)
+        else:
+            anyio.run(flying, number, backend=("asyncio", "trio")[number % 2])
+
+    with dmabuf.open(path, "r+") as shared:
+        together(run, WORKERS)
+    check(path, buf)
+
+
+def test_tasks_of_one_loop(path, buf):
+    """On one aio.File, each with a part; they pass each other at every await."""
+
+    async def one(file, number):
+        at = number * PART
+        where = {"file_offset": at, "buffer_offset": at}
+        for round_ in range(ROUNDS):
+            buf.pwrite(content(number, round_), at)
+            await file.write_from(buf, PART, route=ROUTES[(number + round_) % 4], **where)
+            buf.pwrite(poison(PART), at)
+            await file.read_into(buf, PART, route=ROUTES[(number * 3 + round_) % 4], **where)
+            assert_same(buf.pread(PART, at), content(number, round_), f"part {number}")
+
+    async def main():
+        async with await aio.open(path, "r+") as file, anyio.create_task_group() as group:
+            for number in range(WORKERS):
+                group.start_soon(one, file, number)
+
+    anyio.run(main)
+    check(path, buf)
+
+
+def test_forked_processes(path, buf):
+    """Children of a process whose threads are at work; they open the file, and share the buffer."""
+
+    def in_child(number):
+        def child():
+            with dmabuf.open(path, "r+") as own:
+                work(own, buf, number)
+
+        forking.in_child(child)
+
+    with dmabuf.open(path, "r+") as file:
+
+        def run(number):
+            work(file, buf, number) if number % 2 else in_child(number)
+
+        together(run, WORKERS)
+    check(path, buf)
+
+
+_OTHER = """
+import mmap, os, sys
+import dmabuf
+from dmabuf.buffer import Buffer, Slab
+from tests.unit.test_together import work
+
+memory, path, number = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+with dmabuf.open(path, "r+") as file:
+    size = os.fstat(memory).st_size
+    with Buffer([Slab(memory, 0, size)], mmap.mmap(memory, size), exporter="memfd",
+                reason="handed over", is_dmabuf=False) as buffer:
+        work(file, buffer, number)
+"""
+
+
+def test_programs_that_were_handed_the_memory(path):
+    """fork and exec: each maps the memory anew, and has rings and files of its own."""
+    pages = -(-SIZE // 4096) * 4096
+    memory = os.memfd_create("shared", os.MFD_CLOEXEC)
+    os.ftruncate(memory, pages)
+    root = Path(__file__).parents[2]
+    programs = [
+        subprocess.Popen(
+            [sys.executable, "-c", _OTHER, str(memory), str(path), str(number)],
+            pass_fds=[memory],
+            cwd=root,
+        )
+        for number in range(WORKERS)
+    ]
+    assert [program.wait(90) for program in programs] == [0] * WORKERS
+    last = b"".join(content(number, ROUNDS - 1) for number in range(WORKERS))
+    assert_same(os.pread(memory, SIZE, 0), last, "the memory")
+    os.close(memory)
+    with path.open("rb") as file:
+        drop_cache(file.fileno())
+        assert_same(file.read(), last, "the medium")
