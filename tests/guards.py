@@ -100,6 +100,14 @@ def _nvme() -> str | None:
     return _device(path, "DMABUF_TEST_NVME0 names it")
 
 
+def _unplug() -> str | None:
+    if os.environ.get("DMABUF_TEST_UNPLUG") != "1":
+        return (
+            "DMABUF_TEST_UNPLUG=1 permits to pull the drive of DMABUF_TEST_NVME0; lab/run sets it"
+        )
+    return _nvme()
+
+
 def _module(name: str, shows: str) -> str | None:
     """None where a kernel module's files are there; loads it where that is required."""
     if not os.path.exists(shows) and required(name):
@@ -158,6 +166,7 @@ _GUARDS: dict[str, Callable[[], str | None]] = {
     "hugepages": _hugepages,
     "io_uring": _io_uring,
     "nvme": _nvme,
+    "unplug": _unplug,
     "root": _root,
     "loop": _loop,
     "zram": _zram,
