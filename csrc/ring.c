@@ -152,7 +152,10 @@ static const struct dmb_backend_ops uring_ops = {
 static int uring_setup(struct io_uring *uring, unsigned entries, unsigned flags)
 {
 	const unsigned shared[] = {IORING_SETUP_COOP_TASKRUN, 0};
-	const unsigned owned[] = {IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN,
+	/* TASKRUN_FLAG: the kernel does 20 pieces of work when asked, and this tells that more is
+	   left. The eventfd does not: uring_reap asks again for as long as it is set. */
+	const unsigned owned[] = {IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN |
+					  IORING_SETUP_TASKRUN_FLAG,
 				  IORING_SETUP_COOP_TASKRUN, 0};
 	const unsigned *tries = flags & DMB_RING_SINGLE_ISSUER ? owned : shared;
 	const unsigned wide =

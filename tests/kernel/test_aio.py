@@ -8,10 +8,11 @@ import pytest
 
 import dmabuf
 from dmabuf import aio
-from tests.kernel.conftest import BUFFERS
+from tests.guards import needs
+from tests.kernel.conftest import BUFFERS, null_blk
 from tests.kernel.nvme_drive import everything
 from tests.kernel.test_fence import PATIENCE, Card
-from tests.support import assert_same, pattern, poison
+from tests.support import assert_same, pattern, poison, whole
 
 SIZE = 96 << 10
 PIECE = 4096
@@ -119,3 +120,32 @@ def test_a_device_that_is_never_done(run, drive, card):
             assert_same(buffer.pread(PIECE, 0), before, "the buffer")
 
     run(main)
+
+
+@needs("udmabuf", "io_uring", "null_blk")
+@pytest.mark.parametrize("verb", ["write_from", "read_into"])
+def test_more_requests_than_the_kernel_looks_at_in_one_go(verb):
+    """To a device that blocks, so that the kernel's workers issue all of them again."""
+    part = 8 << 20
+    size = 8 * part
+
+    async def main():
+        async with await aio.open(path, "r+") as file, anyio.create_task_group() as group:
+            move = getattr(file, verb)
+            for at in range(0, size, part):
+                group.start_soon(
+                    functools.partial(
+                        move, buffer, part, file_offset=at, buffer_offset=at, route="direct"
+                    )
+                )
+
+    with (
+        null_blk("dmabuf-many", size, blocksize=512) as path,
+        dmabuf.allocate(size, exporter="udmabuf") as buffer,
+    ):
+        buffer.pwrite(poison(size), 0)
+        anyio.run(main)
+        with open(path, "rb", buffering=0) as disk:
+            assert buffer.pread(size, 0) == (
+                whole(disk.fileno()) if verb == "write_from" else bytes(size)
+            )
