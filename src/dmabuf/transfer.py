@@ -291,8 +291,8 @@ def _check_there(target: Target, order: Order, chosen: Plan, outcome: Outcome) -
         gone = (bool(outcome.error) or outcome.short_segment >= 0) and target.gone()
     if gone:
         if not outcome.error:
-            outcome = replace(outcome, error_offset=order.span.file_offset(outcome.nbytes))
-        raise _failure(target, order, chosen, replace(outcome, error=errno.ENODEV), GONE)
+            outcome = outcome._replace(error_offset=order.span.file_offset(outcome.nbytes))
+        raise _failure(target, order, chosen, outcome._replace(error=errno.ENODEV), GONE)
 
 
 def _learn(target: Target, order: Order, chosen: Plan, outcome: Outcome) -> bool:
