@@ -353,6 +353,9 @@ class LoopEngine(Engine):
         try:
             yield
         finally:
+            # Both know the loop, whose variables know us: nothing of the three would ever go.
+            self._guard = None
+            del self._new_wake
             self.close()
 
     async def stay(self) -> None:

@@ -6,6 +6,7 @@ import functools
 import gc
 import os
 import threading
+import weakref
 
 import anyio
 import pytest
@@ -470,3 +471,17 @@ def test_waiting_for_what_has_no_fences(run, buf):
             await aio.wait(buf, "read", -1)
 
     run(main)
+
+
+def test_an_event_loop_that_ended_leaves_nothing_of_its_engine(run, path, buf):
+    engines = []
+
+    async def main():
+        async with await aio.open(path) as file:
+            await file.read_into(buf)
+            engines.append(weakref.ref(file._engine))
+
+    for _ in range(2):
+        run(main)
+    gc.collect()
+    assert [engine() for engine in engines] == [None, None]
