@@ -36,6 +36,16 @@ def piece(left: int | None, block: int) -> int:
     return left if left <= block else block - last
 
 
+def pieces_to_plan(total: int | None, block: int) -> list[int]:
+    """The sizes whose routes tell those of all pieces: the first and the last; none of nothing."""
+    if total is None:
+        return [block]
+    left = total if total <= 3 * block else total % block + 2 * block  # whole ones until then
+    while left > (last := piece(left, block)):
+        left -= last
+    return sorted({piece(total, block), left} - {0})
+
+
 class Filled(NamedTuple):
     """A buffer with `size` bytes of the source, whether they are the last, and what came after."""
 

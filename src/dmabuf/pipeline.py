@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from dmabuf import exporters
-from dmabuf._ahead import Ahead, InTurn, piece
+from dmabuf._ahead import Ahead, InTurn, piece, pieces_to_plan
 from dmabuf._ends import Appender, Memory, Sink, Source, Terms
 from dmabuf._leg import Leg
 from dmabuf._opening import End, check_distinct, open_sink, open_source
@@ -112,7 +112,8 @@ def copy(
     Raises:
         OSError: what the kernel refused; EINVAL where source and target are the same file, device
             or memory, before anything is touched; ENOSPC where the target is too small.
-        RouteUnavailable: a side has no permitted route; the target is as it was.
+        RouteUnavailable: a side has no permitted route; the target is as it was, unless a stream
+            ended in a last piece that has none.
         ShortReadError: the source shrank meanwhile.
         ValueError: a size or offset that cannot be, or a source without an end and no `size`.
     """
@@ -273,8 +274,8 @@ def _prepared(
     sink: Sink | Appender, buffer: Buffer, total: int | None, block: int
 ) -> Iterator[_Written]:
     """The target readied for `total` bytes, and after all cut to what has come."""
-    if total != 0:
-        sink.plan(buffer, piece(total, block))
+    for size in pieces_to_plan(total, block):
+        sink.plan(buffer, size)
     written, start = _Written(sink), sink.offset
     sink.prepare(total)
     try:
@@ -309,8 +310,8 @@ def _through_pool(
     meter: _Meter,
 ) -> int:
     block = pool[0].size
-    if total != 0:
-        source.plan(pool[0], piece(total, block))
+    for size in pieces_to_plan(total, block):
+        source.plan(pool[0], size)
     ahead = len(pool) > 1 and source.any_thread
     fill = (Ahead if ahead else InTurn)(source, pool, most, whole=sink.in_order is None)
     with _prepared(sink, pool[0], total, block) as written, fill:

@@ -134,6 +134,21 @@ def test_a_route_that_is_not_to_be_had_touches_nothing(source: Path, tmp_path: P
     assert (tmp_path / "t").read_bytes() == b"old"
 
 
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("size", [BLOCK + 1, 4 * BLOCK + 1, SIZE - 1])
+def test_a_last_piece_without_a_route_is_refused_before_the_first(
+    size: int, blocks: int, source: Path, tmp_path: Path
+) -> None:
+    """A few bytes hold no whole block, and so small blocks leave nothing to make them more."""
+    (tmp_path / "t").write_bytes(b"old")
+    how = {"size": size, "block_size": 4096, "blocks": blocks}
+    with pytest.raises(dmabuf.RouteUnavailable, match="nothing of it is a whole page"):
+        copy(source, tmp_path / "t", require="uncached", **how)
+    assert (tmp_path / "t").read_bytes() == b"old"
+    assert copy(source, tmp_path / "t", **how).nbytes == size
+    assert_same((tmp_path / "t").read_bytes(), DATA[:size], "the copy")
+
+
 def test_more_than_a_buffer_holds(source: Path) -> None:
     with dmabuf.allocate(BLOCK) as buffer:
         with pytest.raises(OSError, match="do not fit") as caught:
