@@ -112,6 +112,7 @@ class Job(NamedTuple):
     route: Route
     path: str
     namespace: Namespace | None = None  # where fd is an NVMe character device
+    no_slots: str | None = None  # why its pages are not to be registered, where they could be
 
     @property
     def address(self) -> int:
@@ -156,6 +157,13 @@ class Job(NamedTuple):
     def with_edges(self) -> int:
         """How many of the segments have bytes that the CPU has to move."""
         return int(lib.dmb_segments_with_edges(self.describe(), self.segments, self.count))
+
+    def off_the_block(self) -> bool:
+        """Whether some of the memory is less aligned than the file's blocks."""
+        if self.memory_align >= self.offset_align:
+            return False
+        strict = self._replace(memory_align=self.offset_align)
+        return strict.without_middle() > self.without_middle()
 
     def without_middle(self) -> int:
         """How many of the segments have nothing that could go by the route."""
@@ -405,6 +413,8 @@ def _register(ring: Ring, job: Job, block: int) -> tuple[Any, bool, str]:
         return native.slots, refusal is None, refusal.why if refusal else "as a dma-buf"
     if ring.refused:
         return ffi.NULL, False, f"this engine registers nothing: {ring.refused}"
+    if job.no_slots:
+        return ffi.NULL, False, job.no_slots
     if job.route is not Route.DIRECT:
         return ffi.NULL, False, f"the {job.route} route gains nothing from it"
     registration = ring.registration(job.buffer)

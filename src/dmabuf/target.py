@@ -60,6 +60,8 @@ class Target:
         self._direct: facts.Direct | None = None
         self._no_native: WeakKeyDictionary[Buffer, str] = WeakKeyDictionary()
         self._cache_watched = False
+        self.no_slots: str | None = None
+        """Why memory that is less aligned than the file's blocks is not registered."""
         self._device: str | None = None
         self._had_bytes = False
         if isinstance(path, bool):
@@ -338,6 +340,14 @@ class Target:
         _log.info("%s: %s", self.path, refusal)
         self._direct = self.direct()._replace(refusal=refusal)
         self.lanes.clear()
+
+    def learn_about_slots(self) -> None:
+        """Registered memory was refused, and may be taken unregistered."""
+        self.no_slots = (
+            "this kernel refuses registered memory that is less aligned than the file's blocks "
+            "(EINVAL), and takes it unregistered"
+        )
+        _log.info("%s: %s", self.path, self.no_slots)
 
     def learn_from(self, error: int) -> bool:
         """Whether the errno of a first O_DIRECT request taught something worth another try."""

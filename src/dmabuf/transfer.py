@@ -183,7 +183,7 @@ def _why_no_middle(job: Job, span: Span, count: int, staged: int) -> str:
 
 def _job(target: Target, order: Order, route: Route) -> Job:
     direct, span = target.direct(), order.span
-    return Job(
+    job = Job(
         buffer=order.buffer,
         segments=span.segments,
         count=span.count,
@@ -201,6 +201,9 @@ def _job(target: Target, order: Order, route: Route) -> Job:
         path=target.path,
         namespace=target.namespace,
     )
+    if route is Route.DIRECT and target.no_slots and job.off_the_block():
+        return job._replace(no_slots=target.no_slots)
+    return job
 
 
 # -- running
@@ -309,6 +312,14 @@ def _learn(target: Target, order: Order, chosen: Plan, outcome: Outcome) -> bool
         return True
     if order.direction == "read" and outcome.error_offset >= target.size():
         return False  # past the end: says nothing about the file
+    registered = outcome.registered and target.namespace is None
+    if (
+        outcome.error == errno.EINVAL
+        and registered
+        and _job(target, order, chosen.route).off_the_block()
+    ):
+        target.learn_about_slots()
+        return True
     return target.learn_from(outcome.error)
 
 
