@@ -79,6 +79,22 @@ def _vgem() -> str | None:
     return None if vgem_node() else "no vgem device node (modprobe vgem; lab/run has it)"
 
 
+def vivid_node() -> str | None:
+    """The device node of vivid's camera, None where there is none."""
+    for link in sorted(Path("/sys/class/video4linux").glob("video*")):
+        node = Path("/dev", link.name)
+        if "vivid" in (link / "name").read_text() and os.access(node, os.R_OK | os.W_OK):
+            return str(node)
+    return None
+
+
+def _vivid() -> str | None:
+    if vivid_node() is None and required("vivid"):
+        subprocess.run(["modprobe", "vivid", *_PARAMETERS["vivid"]], check=False)
+    fix = f"modprobe vivid {' '.join(_PARAMETERS['vivid'])}; lab/run has it"
+    return None if vivid_node() else f"no camera by vivid ({fix})"
+
+
 def _hugepages() -> str | None:
     path = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
     free = int(path.read_text()) if path.exists() else 0
@@ -119,6 +135,7 @@ def _module(name: str, shows: str) -> str | None:
 _PARAMETERS = {
     "null_blk": ["nr_devices=0"],
     "scsi_debug": ["dev_size_mb=32", "sector_size=512"],
+    "vivid": ["n_devs=1", "node_types=0x1", "num_inputs=1", "input_types=0x0"],
 }
 
 
@@ -163,6 +180,7 @@ _GUARDS: dict[str, Callable[[], str | None]] = {
     "udmabuf": _udmabuf,
     "dma_heap": _dma_heap,
     "vgem": _vgem,
+    "vivid": _vivid,
     "hugepages": _hugepages,
     "io_uring": _io_uring,
     "nvme": _nvme,

@@ -209,6 +209,7 @@ def _setup(name: str, taken: int, whose: str) -> Answer:
 
 def _exporters() -> Iterator[Answer]:
     yield _allocated("udmabuf", _udmabuf_limits, "chosen by auto; zero-copy")
+    yield from _udmabuf_huge_pages()
     names = heap.names()
     for name in names:
         yield _allocated(name, lambda: "", "a dma-heap, staged to: by its name only", "dma-heap ")
@@ -239,6 +240,15 @@ def _udmabuf_limits() -> str:
             path = Path(os.path.dirname(udmabuf.SIZE_LIMIT), name)
             told.append(path.read_text(encoding="ascii").strip() + unit)
     return f"at most {', '.join(told)}" if told else ""
+
+
+def _udmabuf_huge_pages() -> Iterator[Answer]:
+    name = "udmabuf of huge pages"
+    with suppress(OSError):  # there is no udmabuf at all, and the answer before says why
+        if udmabuf.maps_large_pages():
+            yield Answer(name, True, "importers see the right bytes, by DMA and by the CPU")
+        else:
+            yield Answer(name, False, udmabuf.NO_HUGE_PAGES, udmabuf.NO_HUGE_PAGES_FIX)
 
 
 def _huge_pages() -> Iterator[Answer]:

@@ -1,6 +1,7 @@
 """The buffers and devices that only a whole kernel has, and no dma-buf left when the tests end."""
 
 import contextlib
+import mmap
 import os
 import subprocess
 import time
@@ -10,7 +11,9 @@ from pathlib import Path
 import pytest
 
 import dmabuf
+from dmabuf import _uapi
 from dmabuf.engine import default_engine
+from dmabuf.exporters import memfd, udmabuf
 from tests.guards import needs, vgem_node
 from tests.kernel.nvme_drive import drive
 from tests.kernel.test_exporters import drm, heap_fd
@@ -58,16 +61,42 @@ def heap_read_only(size: int) -> dmabuf.Buffer:
         os.close(fd)
 
 
+@contextlib.contextmanager
+def bare_udmabuf(offset: int, size: int, **how: object) -> Iterator[tuple[int, mmap.mmap]]:
+    """A udmabuf as another program may make it, and the mapping of its memfd of 4 MiB at least."""
+    device = udmabuf.open_device()
+    fd, memory, _ = memfd.make_memory(4 << 20, name=None, numa_node=None, **how)
+    made = _uapi.udmabuf_create(device, fd, offset, size)
+    try:
+        with memory:
+            yield made, memory
+    finally:
+        for descriptor in (made, fd, device):
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def others_huge_pages(size: int) -> Iterator[dmabuf.Buffer]:
+    """A udmabuf of huge pages that another program made, on any kernel."""
+    with bare_udmabuf(0, size, huge_pages="2MiB") as (fd, _), dmabuf.from_fd(fd) as buffer:
+        yield buffer
+
+
+def huge_pages(size: int) -> dmabuf.Buffer:
+    """A udmabuf of huge pages, or a memfd of them where the kernel's udmabuf maps those wrongly."""
+    buffer = dmabuf.allocate(size, huge_pages="2MiB")
+    assert buffer.exporter == ("udmabuf" if udmabuf.maps_large_pages() else "memfd")
+    return buffer
+
+
 BUFFERS = {
     "udmabuf": lambda size: dmabuf.allocate(size, exporter="udmabuf"),
-    "udmabuf of huge pages": lambda size: dmabuf.allocate(
-        size, exporter="udmabuf", huge_pages="2MiB"
-    ),
+    "huge pages": huge_pages,
     "memfd": lambda size: dmabuf.allocate(size, exporter="memfd"),
     "dma-heap": lambda size: dmabuf.allocate(size, exporter="system"),
     "vgem": vgem,
 }
-PINNED = ("udmabuf", "udmabuf of huge pages", "memfd")
+PINNED = ("udmabuf", "huge pages", "memfd")
 """The buffers that `direct` works with."""
 
 
@@ -122,11 +151,13 @@ def scsi() -> Iterator[str]:
 __all__ = [
     "BUFFERS",
     "PINNED",
+    "bare_udmabuf",
     "drive",
     "heap_read_only",
     "native",
     "needs",
     "null_blk",
+    "others_huge_pages",
     "scsi",
     "vgem",
     "without_native",

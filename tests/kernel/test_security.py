@@ -13,20 +13,25 @@ from dmabuf import _uapi
 from dmabuf.engine import default_engine
 from dmabuf.exporters import from_fd, udmabuf
 from tests.guards import needs
-from tests.kernel.conftest import BUFFERS, heap_read_only
+from tests.kernel.conftest import BUFFERS, heap_read_only, others_huge_pages, vgem
 from tests.kernel.test_exporters import fdinfo, through_dmabuf
 from tests.support import pattern
 from tests.unit.test_security import punch
 
 SIZE = 64 * 1024
-KINDS = ["udmabuf", "udmabuf of huge pages", "dma-heap", "vgem"]
+KINDS = {
+    "udmabuf": BUFFERS["udmabuf"],
+    "udmabuf of huge pages": others_huge_pages,
+    "dma-heap": BUFFERS["dma-heap"],
+    "vgem": vgem,
+}
 everything = needs("udmabuf", "dma_heap", "vgem", "hugepages")
 
 
 @everything
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_holder_cannot_resize_or_read_it_as_a_file(kind):
-    with BUFFERS[kind](SIZE) as buf:
+    with KINDS[kind](SIZE) as buf:
         fd = buf.fileno()
         for change in (
             lambda: os.ftruncate(fd, 4096),
@@ -43,7 +48,7 @@ def test_a_holder_cannot_resize_or_read_it_as_a_file(kind):
 @everything
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_begins_as_zeros(kind):
-    with BUFFERS[kind](SIZE) as buf:
+    with KINDS[kind](SIZE) as buf:
         assert buf.pread(buf.size, 0) == bytes(buf.size)
         buf.pwrite(pattern(buf.size, 3), 0)  # which the next one does not see
 
@@ -51,7 +56,7 @@ def test_memory_begins_as_zeros(kind):
 @everything
 @pytest.mark.parametrize("kind", KINDS)
 def test_closing_the_buffer_takes_nothing_away_from_a_duplicate(kind):
-    with BUFFERS[kind](SIZE) as buf:
+    with KINDS[kind](SIZE) as buf:
         buf.pwrite(pattern(SIZE, 4), 0)
         kept = os.dup(buf.fileno())
     with from_fd(kept) as again:
@@ -109,7 +114,7 @@ def test_a_read_only_dma_buf_is_not_written(route):
 @everything
 @pytest.mark.parametrize("kind", KINDS)
 def test_anyone_with_the_descriptor_relabels_it_for_everyone(kind):
-    with BUFFERS[kind](SIZE) as buf:
+    with KINDS[kind](SIZE) as buf:
         exporter = fdinfo(buf.fileno())["exp_name"]
         with from_fd(buf.fileno(), name="a label"):
             assert fdinfo(buf.fileno())["name"] == "a label"

@@ -20,6 +20,7 @@ def kernel(monkeypatch, tmp_path):
     monkeypatch.setattr(_uapi, "ioctl", fake.ioctl)
     monkeypatch.setattr(udmabuf, "DEVICE", os.devnull)
     monkeypatch.setattr(udmabuf, "SIZE_LIMIT", str(tmp_path / "absent"))
+    monkeypatch.setattr(udmabuf, "maps_large_pages", lambda: True)
     return fake
 
 

@@ -204,6 +204,7 @@ class SlabMachine(BufferMachine):
         patch.setattr(_uapi, "ioctl", self.kernel.ioctl)
         patch.setattr(udmabuf, "DEVICE", os.devnull)
         patch.setattr(udmabuf, "SIZE_LIMIT", "/nonexistent")
+        patch.setattr(udmabuf, "maps_large_pages", lambda: True)
 
     @invariant()
     def every_start_has_its_end(self):

@@ -16,6 +16,8 @@ from tests.unit.fake_kernel import FakeKernel
 
 PAGE = mmap.PAGESIZE
 MIB = 1 << 20
+PROBE = udmabuf.maps_large_pages
+HAS_THP = Path("/sys/kernel/mm/transparent_hugepage").is_dir()
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +37,7 @@ def kernel(monkeypatch, tmp_path):
     monkeypatch.setattr(_uapi, "ioctl", fake.ioctl)
     monkeypatch.setattr(udmabuf, "DEVICE", os.devnull)
     monkeypatch.setattr(udmabuf, "SIZE_LIMIT", str(tmp_path / "size_limit_mb"))
+    monkeypatch.setattr(udmabuf, "maps_large_pages", lambda: True)
     monkeypatch.setattr(heap, "FOLDER", str(tmp_path / "heaps"))
     return fake
 
@@ -198,6 +201,54 @@ def test_a_missing_udmabuf_says_what_to_do(no_exporters):
     with pytest.raises(FileNotFoundError, match="CONFIG_UDMABUF") as error:
         allocate(1, exporter="udmabuf")
     assert error.value.filename == str(no_exporters / "udmabuf")
+
+
+@pytest.mark.parametrize("faults", [0, 63, 64, 70])
+def test_the_probe_of_large_pages_counts_faults(kernel, monkeypatch, faults):
+    """One fault for each of its 64 pages means that udmabuf maps large pages wrongly."""
+    counts = iter([1000, 1000 + faults])
+    usage = type("Usage", (), {"ru_minflt": property(lambda _: next(counts))})
+    monkeypatch.setattr(udmabuf.resource, "getrusage", lambda _who: usage())
+    monkeypatch.setattr(udmabuf, "maps_large_pages", PROBE)
+    PROBE.cache_clear()
+    assert udmabuf.maps_large_pages() == (faults < 64)
+    assert udmabuf.maps_large_pages() == (faults < 64), "it asks once"
+    PROBE.cache_clear()
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM])
+def test_a_probe_that_could_not_be_made_is_made_again(kernel, monkeypatch, number):
+    monkeypatch.setattr(udmabuf, "maps_large_pages", PROBE)
+    PROBE.cache_clear()
+    kernel.creates_left, kernel.create_error = 0, number
+    with pytest.raises(OSError) as error:
+        allocate(1, exporter="udmabuf")
+    assert error.value.errno == number
+    kernel.creates_left = -1
+    with allocate(1, exporter="udmabuf"):
+        pass
+    PROBE.cache_clear()
+
+
+def test_huge_pages_that_importers_would_see_wrong(kernel, monkeypatch):
+    monkeypatch.setattr(udmabuf, "maps_large_pages", lambda: False)
+    monkeypatch.setattr(_memory, "huge_page_size", lambda wanted, **_: 2 * MIB if wanted else None)
+    monkeypatch.setattr(memfd, "make_memory", Lib(make=None))  # not called
+    with pytest.raises(OSError, match="may see wrong bytes") as error:
+        allocate(1, exporter="udmabuf", huge_pages=True)
+    assert (error.value.errno, error.value.filename) == (errno.EOPNOTSUPP, udmabuf.DEVICE)
+    assert 'exporter="memfd"' in error.value.strerror
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_transparent_huge_pages_are_kept_out_where_they_would_be_wrong(kernel, monkeypatch, right):
+    monkeypatch.setattr(udmabuf, "maps_large_pages", lambda: right)
+    for exporter in ("udmabuf", "memfd"):
+        with allocate(MIB, exporter=exporter) as buf:
+            smaps = Path("/proc/self/smaps").read_text()
+            flags = smaps[smaps.index(f"{buf._address:x}-") :].partition("VmFlags:")[2]
+            kept_out = exporter == "udmabuf" and not right and HAS_THP
+            assert ("nh" in flags.partition("\n")[0].split()) == kept_out
 
 
 # auto

@@ -44,9 +44,17 @@ def allocate(
 
 
 def make_memory(
-    size: int, *, name: str | None, huge_pages: bool | str | int, numa_node: int | None
+    size: int,
+    *,
+    name: str | None,
+    huge_pages: bool | str | int,
+    numa_node: int | None,
+    transparent: bool = True,
 ) -> tuple[int, mmap.mmap, int]:
     """A sealed memfd of at least ``size`` bytes, its populated mapping, and its page size.
+
+    Without ``transparent`` it gets no large pages that were not asked for (transparent huge pages,
+    where /sys/kernel/mm/transparent_hugepage/shmem_enabled gives shared memory those).
 
     Refused before trying, with OSError(ENOMEM) and the figures, if it is more than there is.
     """
@@ -65,6 +73,8 @@ def make_memory(
         fcntl.fcntl(fd, _uapi.F_ADD_SEALS, _SEALS)
         memory = _map(fd, size, huge)
         try:
+            if not transparent and not huge:
+                _refuse_large_pages(memory)
             _place(memory, numa_node)
         except BaseException:
             memory.close()
@@ -94,6 +104,14 @@ def _map(fd: int, size: int, huge: int | None) -> mmap.mmap:
         pages = f" in huge pages of {format_size(huge)}" if huge else ""
         why = f"mapping {format_size(size)} of shared memory{pages}: {error.strerror}"
         raise OSError(error.errno, why) from None
+
+
+def _refuse_large_pages(memory: mmap.mmap) -> None:
+    try:
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a kernel that has none at all
+            raise
 
 
 def _place(memory: mmap.mmap, node: int | None) -> None:

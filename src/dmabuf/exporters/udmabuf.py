@@ -2,14 +2,26 @@
 
 The memfd is mapped in one piece, and its pages can be pinned: that is what the ``direct`` route
 reads into, while devices see the same pages through the dma-buf.
+
+Large pages are another matter where an importer maps the dma-buf into the kernel (vmap: V4L2's
+drivers that move bytes by CPU, DRM's that keep a shadow of what they display). Linux 6.11 and 6.12
+then map the first 4 KiB of a large page in the place of each of its parts, so a camera's frame ends
+up in one page 169 times over, and in memory outside the dma-buf if that begins within a large page.
+The mappings of the memfd and of the dma-buf are right. The patch that put it right, in 6.13, came
+in a series ("udmabuf bug fix and some improvements", September 2024) whose first patch has the
+first fault in a dma-buf's mapping fill all of it, and that is seen without an importer: see
+:func:`maps_large_pages`, and docs/kernels.md for what was observed.
 """
 
 import errno
+import functools
+import mmap
 import os
+import resource
 
 from dmabuf import _sysfs, _uapi
 from dmabuf.buffer import Buffer, Slab
-from dmabuf.exporters import memfd
+from dmabuf.exporters import _memory, memfd
 from dmabuf.sizes import format_size
 
 DEVICE = "/dev/udmabuf"
@@ -17,6 +29,15 @@ SIZE_LIMIT = "/sys/module/udmabuf/parameters/size_limit_mb"
 
 # Registering a dma-buf above this with io_uring fails on some kernels.
 _LARGEST_SLAB = 1 << 30
+
+_PROBE_PAGES = 64
+
+NO_HUGE_PAGES = (
+    "importers that map a udmabuf of huge pages into the kernel (cameras by V4L2, for one) may "
+    "see wrong bytes: this kernel does not fill the udmabuf's mapping at the first fault, as it "
+    "does since that was put right"
+)
+NO_HUGE_PAGES_FIX = 'ordinary pages, or exporter="memfd" where no device imports the buffer'
 
 _MISSING = "no such device (a kernel with CONFIG_UDMABUF has it; if as a module, modprobe udmabuf)"
 _FIXES = {
@@ -36,6 +57,42 @@ def open_device() -> int:
         raise OSError(error.errno, _FIXES.get(error.errno or 0, error.strerror), DEVICE) from None
 
 
+@functools.cache
+def maps_large_pages() -> bool:
+    """Whether importers that map a udmabuf into the kernel see the right bytes of large pages.
+
+    Told by how many faults it takes to read ordinary pages through a udmabuf's own mapping: one for
+    all of them, or one each where the fault is. A kernel that had one patch of the series and not
+    the other would be misjudged.
+
+    Raises OSError as :func:`allocate` does.
+    """
+    size = _PROBE_PAGES * mmap.PAGESIZE
+    device = open_device()
+    try:
+        fd, memory, _ = memfd.make_memory(size, name=None, huge_pages=False, numa_node=None)
+        memory.close()
+        try:
+            dmabuf = _create(device, fd, 0, size)
+        finally:
+            os.close(fd)
+    finally:
+        os.close(device)
+    try:
+        with mmap.mmap(dmabuf, size, mmap.MAP_SHARED, mmap.PROT_READ) as mapping:
+            before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+            mapping[:: mmap.PAGESIZE]
+            return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before < _PROBE_PAGES
+    finally:
+        os.close(dmabuf)
+
+
+def check_huge_pages() -> None:
+    """OSError(EOPNOTSUPP) where devices may see the wrong bytes of a udmabuf of huge pages."""
+    if not maps_large_pages():
+        raise OSError(errno.EOPNOTSUPP, f"{NO_HUGE_PAGES} ({NO_HUGE_PAGES_FIX})", DEVICE)
+
+
 def allocate(
     size: int,
     *,
@@ -47,8 +104,14 @@ def allocate(
     """A Buffer of consecutive udmabufs over one memfd. See :func:`dmabuf.allocate`."""
     device = open_device()
     try:
+        if _memory.huge_page_size(huge_pages):
+            check_huge_pages()
         fd, memory, page = memfd.make_memory(
-            size, name=name, huge_pages=huge_pages, numa_node=numa_node
+            size,
+            name=name,
+            huge_pages=huge_pages,
+            numa_node=numa_node,
+            transparent=maps_large_pages(),
         )
         try:
             slabs, why = _make_slabs(device, fd, len(memory), page, name)
