@@ -46,7 +46,8 @@ def test_what_it_is(drive):
         namespace = file._target.namespace
         assert (namespace.nsid, namespace.block) == (1, drive.block)
         assert namespace.disk == os.path.basename(drive.disk)
-        assert namespace.limit == 512 << 10 and namespace.memory_align == 4
+        assert namespace.limit in (508 << 10, 512 << 10)  # the former on Linux 6.12
+        assert namespace.memory_align == 4
         for direction in ("read", "write"):
             assert file.plan(buffer, direction, require="zero-copy").route is Route.DIRECT
             with pytest.raises(dmabuf.RouteUnavailable, match="has none"):
@@ -162,8 +163,11 @@ def test_requests_are_split_at_the_limit(drive, backend):
             file.read_into(buffer, 4096)  # so that there is a ring to look at
             with Filter(engine, lambda completion: completion.result) as filter_:
                 done = file.read_into(buffer, size, buffer_offset=at, require="zero-copy")
-            assert {length for _, length, _ in filter_.seen} == {512 << 10}
-            assert done.requests == 8
+            lengths = sorted((length for _, length, _ in filter_.seen), reverse=True)
+            limit = file._target.namespace.limit
+            whole, rest = divmod(size, limit)
+            assert lengths == [limit] * whole + [rest] * bool(rest)
+            assert done.requests == len(lengths)
             assert_same(buffer.pread(size, at), data, "the buffer")
             drive.write(bytes(size))
             file.write_from(buffer, size, buffer_offset=at, require="zero-copy")
