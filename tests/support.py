@@ -1,6 +1,7 @@
 """What the tests of transfers share: poison, references by os.pread, and devices to test on."""
 
 import contextlib
+import gc
 import os
 import random
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import dmabuf
 from dmabuf._ffi import ffi, lib
+from dmabuf.ring import Ring
 
 PAGE = os.sysconf("SC_PAGESIZE")
 
@@ -268,7 +270,8 @@ def let_go(release: Callable[[], object]) -> None:
     """Take a device away, once the kernel has let go of it too.
 
     A worker of io_uring posts a completion first and drops its reference to the file after, so a
-    device may be busy for a moment when the last descriptor has been closed.
+    device may be busy for a moment when the last descriptor has been closed. An engine of this
+    thread's own has to come by for that: on Linux 6.12 it was seen to be put off until then.
     """
     for _ in range(200):
         try:
@@ -277,6 +280,9 @@ def let_go(release: Callable[[], object]) -> None:
             if "busy" not in str(error):
                 raise
             time.sleep(0.01)
+            for ring in gc.get_objects():
+                if isinstance(ring, Ring) and ring.handle and ring._owner == threading.get_ident():
+                    lib.dmb_ring_settle(ring.handle)
         else:
             return
     release()
