@@ -1,5 +1,5 @@
-# Two commands for users: `make demo` and `make test`. The rest are the parts of `make test`.
-.PHONY: demo test check lint types c-tests unit lab-tests clean
+# Two commands for users: `make demo` and `make test`. Most of the rest are the parts of `make test`.
+.PHONY: demo test test-stable soak check lint types c-tests unit lab-tests clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -14,6 +14,17 @@ test: lint types c-tests unit lab-tests
 	@echo "make test: all of it passed"
 
 check: lint types c-tests unit
+
+# Not parts of make test: the lab's tests on Debian stable's kernel, and the long soak.
+test-stable: $(VENV)/ready
+	tools/install-system-packages $$(lab/run --apt-packages)
+	lab/run --kernel stable -- python3 -m pytest tests/kernel
+
+TRANSFERS := 100000
+soak: $(VENV)/ready
+	$(BIN)/python -m tests.soak --count $(TRANSFERS)
+	tools/install-system-packages $$(lab/run --apt-packages)
+	lab/run --timeout 14400 -- python3 -m tests.soak --count $(TRANSFERS)
 
 # What the system must bring; asks apt only for what is missing.
 $(VENV)/ready: pyproject.toml setup.py csrc/core.h $(wildcard csrc/*.c csrc/*.h csrc/build_ffi.py)

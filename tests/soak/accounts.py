@@ -1,0 +1,137 @@
+"""What a process holds of the kernel's and of Python's memory, as figures to compare."""
+
+import ctypes
+import gc
+import os
+import re
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.guards import required
+from tests.resources import held
+
+BUFINFO = Path("/sys/kernel/debug/dma_buf/bufinfo")
+MOST = {"blocks": 200, "allocated_kb": 2 << 10, "resident_kb": 16 << 10}
+"""By how much those that vary may grow, however many the transfers."""
+_FIXED = (
+    "descriptors",
+    "mappings",
+    "threads",
+    "pinned_kb",
+    "locked_kb",
+    "registered",
+    "dma_bufs",
+    "huge_pages",
+)
+
+
+@dataclass(frozen=True)
+class Account:
+    """The first eight come back exactly; the rest may vary a little, see `MOST`."""
+
+    descriptors: tuple[str, ...]
+    mappings: tuple[str, ...]
+    threads: int
+    pinned_kb: int
+    """What io_uring has pinned for this process (VmPin)."""
+    locked_kb: int
+    registered: int
+    """Buffers and files in the tables of this process's rings, by their fdinfo."""
+    dma_bufs: str
+    """Of the whole machine, in the lab; others' come and go elsewhere."""
+    huge_pages: str
+    """Free ones of the whole machine, in the lab."""
+    blocks: int
+    """Of memory that Python's objects take, by its allocator."""
+    allocated_kb: int
+    """By malloc(3), in all its arenas: the core's, and what Python has of it."""
+    resident_kb: int
+
+    @classmethod
+    def take(cls) -> "Account":
+        """Look now; once what a worker lets go of a moment later has gone."""
+        descriptors, mappings = held()
+        # The interpreter's cache of attributes keeps their names, and is filled by chance.
+        getattr(sys, "_clear_internal_caches", sys._clear_type_cache)()
+        gc.collect()
+        status = _table(Path("/proc/self/status"))
+        return cls(
+            tuple(descriptors),
+            tuple(mappings),
+            threading.active_count(),
+            status.get("VmPin", 0),
+            status.get("VmLck", 0),
+            sum(map(_registered, os.listdir("/proc/self/fdinfo"))),
+            *_of_the_machine(),
+            sys.getallocatedblocks(),
+            _allocated_kb(),
+            _table(Path("/proc/self/smaps_rollup"))["Rss"],  # VmRSS is told by rough counters
+        )
+
+    def settled(self, patience: float = 2.0) -> "Account":
+        """The account now, or as soon as it is this one in all that comes back exactly."""
+        end = time.monotonic() + patience
+        while (now := Account.take()).differences(self) and time.monotonic() < end:
+            time.sleep(0.02)
+        return now
+
+    def differences(self, before: "Account") -> list[str]:
+        """What came back differently, as sentences."""
+        pairs = ((name, getattr(before, name), getattr(self, name)) for name in _FIXED)
+        return [f"{name}: {was} before, {now} after" for name, was, now in pairs if was != now]
+
+    def growth(self, before: "Account") -> dict[str, int]:
+        """How much more there is of what may vary."""
+        return {name: getattr(self, name) - getattr(before, name) for name in MOST}
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.descriptors)} descriptors, {len(self.mappings)} shared mappings, "
+            f"{self.threads} thread(s), {self.pinned_kb} kB pinned, {self.locked_kb} kB locked, "
+            f"{self.registered} registered, dma-bufs: {self.dma_bufs}, free huge pages: "
+            f"{self.huge_pages}, {self.blocks} Python blocks, {self.allocated_kb} kB by malloc, "
+            f"{self.resident_kb} kB resident"
+        )
+
+
+def _of_the_machine() -> tuple[str, str]:
+    """What debugfs says of all dma-bufs, and how many huge pages are free."""
+    if not required("hugepages"):
+        return "not looked at", "not looked at"
+    free = Path("/proc/meminfo").read_text().split("HugePages_Free:")[-1].split()[0]
+    return BUFINFO.read_text().splitlines()[-1], free
+
+
+def _table(path: Path) -> dict[str, int]:
+    rows = (line.split() for line in path.read_text().splitlines())
+    return {row[0].rstrip(":"): int(row[1]) for row in rows if row[-1] == "kB"}
+
+
+def _allocated_kb() -> int:
+    """What malloc has given away and not got back, after giving free pages back to the kernel."""
+    libc = ctypes.CDLL(None)
+    libc.fdopen.restype = ctypes.c_void_p
+    libc.malloc_trim(0)
+    with tempfile.TemporaryFile() as file:
+        stream = ctypes.c_void_p(libc.fdopen(os.dup(file.fileno()), b"w"))
+        libc.malloc_info(0, stream)
+        libc.fclose(stream)
+        file.seek(0)
+        told = file.read().decode().rpartition("</heap>")[2]
+    sizes = {kind: int(size) for kind, size in re.findall(r'type="(\w+)"[^>]* size="(\d+)"', told)}
+    free = sizes["fast"] + sizes["rest"]
+    return (sizes["current"] + sizes["mmap"] - free) >> 10
+
+
+def _registered(fd: str) -> int:
+    """Entries of a ring's tables; 0 for anything that is no ring."""
+    try:
+        text = Path("/proc/self/fdinfo", fd).read_text()
+    except OSError:  # the listing's own
+        return 0
+    entries = text.partition("UserFiles:")[2].partition("PollList:")[0]
+    return len(re.findall(r"^ +\d+: (?!<none>)", entries, re.MULTILINE))
