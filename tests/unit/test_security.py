@@ -3,19 +3,23 @@
 import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 import dmabuf
-from dmabuf import _uapi
+from dmabuf import _uapi, audit
 from dmabuf.exporters import foreign
+from dmabuf.target import FLAGS
 from tests import forking
 from tests.guards import needs
 from tests.support import in_child, loop_device, mounted, pattern
+from tests.unit import command
 from tests.unit.fake_kernel import FakeKernel
 from tests.unit.lying import Lying, dma_buf
 
@@ -82,6 +86,19 @@ def test_a_hole_makes_zeros_for_every_holder(buf):
     assert buf.pread(4096, 0) == pattern(SIZE, 2)[:4096]
 
 
+def test_a_mapping_that_is_removed_is_a_hole_too(buf):
+    buf.pwrite(pattern(SIZE, 2), 0)
+    with mmap.mmap(buf.fileno(), SIZE) as memory:
+        memory.madvise(mmap.MADV_REMOVE, 4096, 4096)
+    assert buf.pread(8192, 0) == pattern(SIZE, 2)[:4096] + bytes(4096)
+
+
+def test_another_process_of_the_user_reaches_a_memfd(buf):
+    source = "import os, sys; os.pwrite(os.open(sys.argv[1], os.O_RDWR), b'reached', 0)"
+    in_child(source, f"/proc/{os.getpid()}/fd/{buf.fileno()}")
+    assert buf.pread(7, 0) == b"reached"
+
+
 def test_memory_begins_as_zeros(buf):
     assert buf.pread(SIZE, 0) == bytes(SIZE)
 
@@ -140,6 +157,53 @@ def test_a_handed_in_descriptor_stays_as_it_was(path, buf):
         assert os.lseek(fd, 0, os.SEEK_CUR) == 100
     finally:
         os.close(fd)
+
+
+@pytest.mark.parametrize("mode", ["r", "w", "r+"])
+def test_the_second_descriptor_has_the_same_access(path, mode):
+    def access(fd):
+        return fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+
+    with dmabuf.open(path, mode) as file:
+        direct = file._target.direct().fd
+        assert direct != file.fileno()
+        assert access(direct) == access(file.fileno()) == FLAGS[mode] & os.O_ACCMODE
+
+
+def test_an_audit_opens_the_file_for_reading_while_it_compares(path, buf, monkeypatch):
+    def readable():
+        links = [Path(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
+        mine = [int(link.name) for link in links if os.path.realpath(link) == str(path)]
+        return [fd for fd in mine if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_WRONLY]
+
+    compare, seen = audit.Check.compare, []
+
+    def comparing(check, nbytes):
+        seen.extend(readable())
+        return compare(check, nbytes)
+
+    monkeypatch.setattr(audit.Check, "compare", comparing)
+    with dmabuf.open(path, "w") as file:
+        assert "every byte" in file.write_from(buf, audit="always").audited
+        assert seen and not any(os.get_inheritable(fd) for fd in readable())
+        assert not readable()
+
+
+def test_a_symbolic_link_is_followed(path, buf, tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    buf.pwrite(b"through the link", 0)
+    with dmabuf.open(link, "w") as file:
+        file.write_from(buf, 16)
+    assert path.read_bytes() == b"through the link" and link.is_symlink()
+
+
+def test_cp_puts_a_new_file_under_the_name(path, tmp_path, capsys):
+    target, other = tmp_path / "target", tmp_path / "other"
+    target.write_bytes(b"old")
+    os.link(target, other)
+    assert command.dmabuf(capsys, "cp", path, target).status == 0
+    assert target.read_bytes() == path.read_bytes() and other.read_bytes() == b"old"
 
 
 # -- access modes, sizes and labels are the kernel's word
@@ -209,6 +273,20 @@ def test_closing_either_side_clears_native_registrations(path, monkeypatch, side
         one.close()
 
 
+def test_another_thread_s_close_clears_them_at_the_owner_s_next_job(path, buf, monkeypatch):
+    monkeypatch.setattr(_uapi, "ioctl", FakeKernel().ioctl)
+    before = registered()
+    with Lying(backend="threads") as engine, dmabuf.open(path, engine=engine) as file:
+        shared = dma_buf(SIZE, mapped=False)
+        assert file.read_into(shared).route is dmabuf.Route.NATIVE
+        thread = threading.Thread(target=shared.close)
+        thread.start()
+        thread.join()
+        assert registered() == before + 1
+        file.read_into(buf)
+        assert registered() == before
+
+
 # -- what writing could destroy
 
 
@@ -223,41 +301,6 @@ def test_a_mounted_device_is_not_written(tmp_path, buf):
         assert caught.value.errno == errno.EBUSY
         dmabuf.open(device).close()
         dmabuf.open(device, "r+", force=True).close()
-
-
-# -- sandboxes
-
-_SANDBOXED = """
-import ctypes, errno, struct, sys
-program = b"".join(struct.pack("=HBBI", *step) for step in (
-    (0x20, 0, 0, 0),                            # load the system call's number
-    (0x15, 0, 1, 425),                          # io_uring_setup?
-    (0x06, 0, 0, 0x00050000 | errno.EPERM),     # then EPERM
-    (0x06, 0, 0, 0x7FFF0000),                   # else go ahead
-))
-memory = ctypes.create_string_buffer(program)
-header = struct.pack("=H6xQ", len(program) // 8, ctypes.addressof(memory))
-libc = ctypes.CDLL(None, use_errno=True)
-assert libc.prctl(38, 1, 0, 0, 0) == 0          # PR_SET_NO_NEW_PRIVS
-assert libc.prctl(22, 2, header, 0, 0) == 0, ctypes.get_errno()  # PR_SET_SECCOMP
-import dmabuf
-from dmabuf.engine import default_engine
-with dmabuf.allocate("64KiB", exporter="memfd") as buf, dmabuf.open(sys.argv[1]) as file:
-    file.read_into(buf, audit="always")
-    assert buf.pread(65536, 0) == open(sys.argv[1], "rb").read()
-print(default_engine().backend, default_engine().backend_reason)
-try:
-    dmabuf.Engine(backend="io_uring")
-except PermissionError as error:
-    print(error.strerror)
-"""
-
-
-def test_a_sandbox_without_io_uring(path):
-    told = in_child("import warnings; warnings.simplefilter('ignore')\n" + _SANDBOXED, path)
-    backend, refusal = told.splitlines()
-    assert backend.startswith("threads io_uring is refused (EPERM)")
-    assert "seccomp" in refusal
 
 
 def test_a_buffer_that_is_looked_at_is_not_closed(buf):
