@@ -22,6 +22,16 @@ def _choose_backend(self: engine.Engine, backend: str) -> int:
     return int(lib.DMB_BACKEND_THREADS)
 
 
+_new_passthrough_ring = engine.Engine._new_passthrough_ring
+
+
+def _new_ring_of_commands(self: engine.Engine) -> Ring:
+    """NVMe passthrough has no native route, and goes as on any kernel."""
+    if not self._flags:
+        return _new_passthrough_ring(self)
+    return Ring(lib.DMB_BACKEND_URING, self.queue_depth, self._owner, lib.DMB_RING_PASSTHROUGH)
+
+
 def _takes_dmabufs(target: int) -> bool:
     status = os.fstat(target)
     number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
@@ -40,4 +50,5 @@ def _take(self: Ring, dmabuf: int, target: int) -> int:
 def pytest_configure(config: pytest.Config) -> None:
     """Before any engine is made."""
     engine.Engine._choose_backend = _choose_backend  # type: ignore[method-assign]
+    engine.Engine._new_passthrough_ring = _new_ring_of_commands  # type: ignore[method-assign]
     Ring.take_dmabuf_slot = _take  # type: ignore[method-assign]
