@@ -40,6 +40,7 @@ KEPT = 1 << 20
 """Bytes of what a place held before that are kept, to tell stale ones from foreign ones."""
 
 OFF = "not audited: audit='off'"
+NOTHING = "not audited: nothing was moved"
 
 
 def check_keyword(audit: str) -> None:

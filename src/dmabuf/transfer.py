@@ -240,7 +240,8 @@ def _carry(target: Target, order: Order, begun: float) -> Steps[Transfer]:
     while True:
         chosen = plan(target, order)
         if order.span.nbytes == 0 or _starts_past_the_end(target, order):
-            return _record(chosen, chosen.route, chosen.reason, NOTHING, begun)
+            record = _record(chosen, chosen.route, chosen.reason, NOTHING, begun)
+            return replace(record, audited=_not_audited(order, audit.NOTHING))
         yield from _await_fences(target, order, chosen, begun)
         known = target.direct().refusal
         outcome, audited = yield from _run_audited(target, order, chosen)
@@ -407,12 +408,17 @@ def _obstacle(order: Order) -> str | None:
     return audit.obstacle(order.buffer, span.segments, span.count, write, order.fence)
 
 
+def _not_audited(order: Order, why: str = NOT_AUDITED) -> str:
+    """What the record says where nothing was to be compared."""
+    return audit.OFF if order.audit == "off" else why
+
+
 def _run_audited(target: Target, order: Order, chosen: Plan) -> Steps[tuple[Outcome, str]]:
     """Run the plan, and compare where that is due; what the record says of it comes with it."""
     native, always = chosen.route is Route.NATIVE, order.audit == "always"
     if not always and (not native or order.audit == "off"):
         outcome = yield from _run(target, order, chosen)
-        return outcome, audit.OFF if order.audit == "off" else NOT_AUDITED
+        return outcome, _not_audited(order)
     pair = order.buffer.exporter, target.device()
     if not always and audit.PAIRS.shown(*pair, order.direction):
         text = f"not audited: the first {order.direction} of {pair[0]} on this device was"
@@ -534,4 +540,5 @@ def carry_stream(
         left = _left(order, begun)
         done, requests = yield from move(target.fd, view, left, target.path, nowait=nowait)
     outcome = NOTHING._replace(nbytes=done, copied=done, requests=requests)
-    return _record(chosen, chosen.route, chosen.reason, outcome, begun)
+    record = _record(chosen, chosen.route, chosen.reason, outcome, begun)
+    return replace(record, audited=_not_audited(order))

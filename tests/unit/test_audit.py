@@ -96,6 +96,23 @@ def test_another_exporter_is_another_pair_and_another_open_file_is_not(file, pat
         assert "not audited" in again.read_into(same).audited
 
 
+@pytest.mark.parametrize("where", [{"size": 0}, {"size": 4096, "file_offset": 1 << 40}])
+def test_a_read_of_nothing_says_so(file, buf, where):
+    for asked in ("first", "always"):
+        assert file.read_into(buf, **where, audit=asked).audited == audit.NOTHING
+    assert file.read_into(buf, **where, audit="off").audited == audit.OFF
+
+
+def test_a_stream_says_what_was_asked():
+    reader, writer = os.pipe()
+    os.write(writer, b"ab")
+    with dmabuf.allocate(4096, exporter="memfd") as buf, dmabuf.open(reader) as file:
+        assert "only the native route is" in file.read_into(buf, 1).audited
+        assert file.read_into(buf, 1, audit="off").audited == audit.OFF
+    os.close(reader)
+    os.close(writer)
+
+
 def test_off_compares_nothing(file, buf, engine):
     engine.fault = lying.zeros
     transfer = file.read_into(buf, **WHERE, audit="off")
