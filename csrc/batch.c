@@ -75,12 +75,17 @@ struct dmb_batch {
 	struct dmb_result result;
 };
 
-static int64_t now_ms(void)
+static int64_t now_ns(void)
 {
 	struct timespec time;
 
 	clock_gettime(CLOCK_MONOTONIC, &time);
-	return (int64_t)time.tv_sec * 1000 + time.tv_nsec / 1000000;
+	return (int64_t)time.tv_sec * 1000000000 + time.tv_nsec;
+}
+
+static int64_t now_ms(void)
+{
+	return now_ns() / 1000000;
 }
 
 static void nap(long ns)
@@ -328,8 +333,11 @@ static void finish(struct dmb_io *io, int result)
 		return;
 	}
 	io->batch->result.requests++;
-	if (!complete(io->batch, io, result))
-		give_back(io->batch, io);
+	if (complete(io->batch, io, result))
+		return;
+	if (io->batch->job->latencies)
+		io->batch->job->latencies[io->segment] = (uint64_t)(now_ns() - io->began);
+	give_back(io->batch, io);
 }
 
 static bool may_reissue(const struct dmb_io *io, int result)
@@ -424,6 +432,8 @@ static struct dmb_io *take_io(struct dmb_batch *batch, size_t segment, uint64_t 
 	io->position = position;
 	io->left = left;
 	io->reissues = 0;
+	if (batch->job->latencies)
+		io->began = now_ns();
 	return io;
 }
 

@@ -128,6 +128,9 @@ struct dmb_job {
 	   which is offset_align, and so is `page` */
 	uint32_t nsid;
 	uint32_t lba_shift; /* the namespace's block is 1 << lba_shift bytes */
+	/* NULL, or for each segment that has bytes the nanoseconds of its last request, from being
+	   made to being handled: there is one where neither block nor alignments cut the segment */
+	uint64_t *latencies;
 };
 
 struct dmb_result {

@@ -60,7 +60,8 @@ struct dmb_io {
 	uint32_t nsid;	/* as in the job */
 	uint32_t lba_shift;
 
-	bool busy; /* taken by a batch: perhaps in flight */
+	bool busy;     /* taken by a batch: perhaps in flight */
+	int64_t began; /* when, where the job wants latencies */
 	uint32_t reissues;
 	int32_t result;
 	int32_t status; /* the NVMe status behind the result, or 0 */

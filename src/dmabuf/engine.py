@@ -16,7 +16,7 @@ import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 from dmabuf import _log, _process
 from dmabuf._ffi import failure, ffi, lib
@@ -113,6 +113,7 @@ class Job(NamedTuple):
     path: str
     namespace: Namespace | None = None  # where fd is an NVMe character device
     no_slots: str | None = None  # why its pages are not to be registered, where they could be
+    latencies: Any = None  # uint64_t[], one for each segment: see the core's dmb_job
 
     @property
     def address(self) -> int:
@@ -147,6 +148,8 @@ class Job(NamedTuple):
         }
         if self.namespace is not None:
             fields |= {"nsid": self.namespace.nsid, "lba_shift": self.namespace.lba_shift}
+        if self.latencies is not None:
+            fields["latencies"] = self.latencies
         return ffi.new("struct dmb_job *", fields | how)
 
     def block(self, wanted: int) -> int:
@@ -323,7 +326,7 @@ class Engine:
             with ring.lock:
                 ring.close()
 
-    def __enter__(self) -> Engine:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
