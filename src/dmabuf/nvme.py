@@ -205,7 +205,7 @@ def explained(error: OSError, path: str) -> OSError:
         return error
     if error.errno not in (errno.EACCES, errno.EPERM) or not is_namespace(status):
         return error
-    disk = _disk_of(status.st_rdev)
+    disk = disk_of(status.st_rdev)
     text = (
         f"no permission for NVMe passthrough ({error.strerror}): be root, or have the node's mode "
         "or group changed by a udev rule"
@@ -214,7 +214,7 @@ def explained(error: OSError, path: str) -> OSError:
     return os_error(error.errno, text, path)
 
 
-def _disk_of(device: int) -> str | None:
+def disk_of(device: int) -> str | None:
     """The name of the block device beside a namespace's character device.
 
     They need not be called alike: with native multipath the disk has the subsystem's number and the
@@ -233,7 +233,7 @@ def _disk_of(device: int) -> str | None:
 
 def disk_number(status: os.stat_result) -> int | None:
     """The device number of the block device beside a namespace's character device."""
-    disk = _disk_of(status.st_rdev)
+    disk = disk_of(status.st_rdev)
     text = _sysfs.read(SYSFS, "class/block", disk or "-", "dev")
     return os.makedev(*map(int, text.split(":"))) if text else None
 
@@ -268,7 +268,7 @@ def namespace(fd: int, path: str) -> Namespace | None:
         raise os_error(errno.EOPNOTSUPP, text, path)
     if not found.blocks or found.block < 512:
         raise os_error(errno.ENODEV, "the namespace is not active: it has no blocks", path)
-    return _with_limits(fd, nsid, found, _disk_of(status.st_rdev))
+    return _with_limits(fd, nsid, found, disk_of(status.st_rdev))
 
 
 def _with_limits(fd: int, nsid: int, found: Format, disk: str | None) -> Namespace:

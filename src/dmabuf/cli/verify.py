@@ -12,12 +12,11 @@ from typing import Annotated, Any
 
 import typer
 
-from dmabuf.cli import _output, _progress
+from dmabuf.cli import _output, _progress, _region
 from dmabuf.compare import Mismatch
 from dmabuf.errors import RouteUnavailable
 from dmabuf.file import File
 from dmabuf.route import Route
-from dmabuf.sizes import OFFSET_MAX, parse_size
 from dmabuf.verify import Report, Tally, Verifier
 
 _HELP = """\
@@ -96,7 +95,7 @@ def _command(
 ) -> None:
     options = Options(
         target,
-        None if region is None else _region(region),
+        _region.parse(region, destroy=destroy),
         destroy,
         exporter,
         _routes(routes),
@@ -105,30 +104,9 @@ def _command(
         json,
         progress,
     )
-    if destroy != (region is not None):
-        missing = "--region OFFSET+SIZE" if destroy else "--destroy"
-        given = "--destroy" if destroy else "--region"
-        raise typer.BadParameter(
-            f"{given} needs {missing}: nothing is overwritten unless both are given"
-        )
     with _output.orderly():
         if run(options).failed:
             raise typer.Exit(_output.FAILED)
-
-
-def _region(text: str) -> tuple[int, int]:
-    offset, plus, size = text.partition("+")
-    try:
-        if not plus:
-            raise ValueError("the two are joined by a plus")
-        region = parse_size(offset, "offset"), parse_size(size, "size")
-    except ValueError as error:
-        raise typer.BadParameter(
-            f"--region {text}: OFFSET+SIZE, such as 1GiB+64MiB ({error})"
-        ) from None
-    if not region[1] or sum(region) > OFFSET_MAX:
-        raise typer.BadParameter(f"--region {text}: from 1 byte on, up to 2^63-1")
-    return region
 
 
 def _routes(text: str) -> tuple[Route, ...]:
