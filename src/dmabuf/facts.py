@@ -63,7 +63,7 @@ def size_of(fd: int, kind: Kind) -> int:
     return int(struct.unpack("=Q", answer)[0])
 
 
-def _kept_in_memory(fd: int) -> str | None:
+def kept_in_memory(fd: int) -> str | None:
     """The filesystem whose files are the page cache, where this is one."""
     filesystem = lib.dmb_statfs_type(fd)
     return _uapi.MEMORY_FILESYSTEMS.get(filesystem)
@@ -76,7 +76,7 @@ def open_direct(fd: int, kind: Kind, writable: bool, readable: bool) -> Direct:
     statx(2)'s STATX_DIOALIGN (Linux 6.1), and from trying where that is silent.
     """
     none = Alignment(1, 1)
-    memory = kind == "file" and _kept_in_memory(fd)
+    memory = kind == "file" and kept_in_memory(fd)
     if memory:
         text = f"{memory} keeps its files in the page cache: O_DIRECT is accepted and ignored there"
         return Direct(-1, none, text)

@@ -37,10 +37,11 @@ LAYERS: list[set[str]] = [
     {"_copying"},
     {"aio"},
     {"machine", "verify"},
+    {"bench"},
     {"cli"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
-WITHIN = {"exporters", "cli", "_mapping", "_rawfile", "errors", "sizes", "_uapi"}
+WITHIN = {"exporters", "bench", "cli", "_mapping", "_rawfile", "errors", "sizes", "_uapi"}
 EXCEPTIONS = {
     ("_rawfile", "buffer"),  # for a type checker only
     ("target", "lone"),  # likewise

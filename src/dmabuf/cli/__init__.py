@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dmabuf.cli import _output, cp, doctor, verify
+from dmabuf.cli import _output, bench, cp, doctor, verify
 
 __all__ = ["app", "main"]
 
@@ -46,6 +46,7 @@ def _dmabuf(
 cp.add_to(app)
 doctor.add_to(app)
 verify.add_to(app)
+bench.add_to(app)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,1 @@
+"""`dmabuf bench`, the parts that measure: every way into and out of a Buffer, side by side."""
