@@ -44,6 +44,7 @@ lint: $(VENV)/ready
 types: $(VENV)/ready
 	$(BIN)/mypy
 	$(BIN)/mypy --strict -p lab
+	$(BIN)/mypy benchmarks/*.py
 
 c-tests: $(VENV)/ready
 	$(MAKE) -C csrc test tsan

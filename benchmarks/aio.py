@@ -1,32 +1,34 @@
 """Reads of 4 KiB at 256 in flight: `dmabuf.aio` beside `read_segments`, on one target.
 
-    python benchmarks/aio.py [--backend trio] [--count 20000] TARGET
+    python benchmarks/aio.py [--backend trio] [--count 20000] [--json] TARGET
 
 TARGET is a file or block device, which is only read. Prints the machine, then time and processor
 time of each read, and the ratio of the two in the same run: the best of `--rounds`.
 """
 
+from __future__ import annotations
+
 import argparse
 import array
-import os
-import platform
+import dataclasses
+import json
 import random
-import sys
 import time
+from importlib import metadata
 
 import anyio
+from common import PAGE, machine
 
 import dmabuf
 from dmabuf import aio
 
-SIZE = 4096
 
-
+@dataclasses.dataclass
 class Meter:
     """Wall and processor microseconds a read, the best of several rounds."""
 
-    def __init__(self) -> None:
-        self.wall = self.cpu = float("inf")
+    wall: float = float("inf")
+    cpu: float = float("inf")
 
     def add(self, wall: float, cpu: float, count: int) -> None:
         """One round of `count` reads."""
@@ -40,40 +42,51 @@ async def by_aio(path: str, buffer: dmabuf.Buffer, offsets: list[int], flight: i
 
     async def worker(file: aio.File, slots: int) -> None:
         for number, offset in todo:
-            at = number % slots * SIZE
-            await file.read_into(buffer, SIZE, file_offset=offset, buffer_offset=at)
+            at = number % slots * PAGE
+            await file.read_into(buffer, PAGE, file_offset=offset, buffer_offset=at)
 
     async with await aio.open(path) as file, anyio.create_task_group() as group:
-        await file.read_into(buffer, SIZE)  # opens with O_DIRECT, and looks at the page cache
+        await file.read_into(buffer, PAGE)  # opens with O_DIRECT, and looks at the page cache
         for _ in range(flight):
-            group.start_soon(worker, file, buffer.size // SIZE)
+            group.start_soon(worker, file, buffer.size // PAGE)
 
 
 def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("target")
     parser.add_argument("--backend", choices=["asyncio", "trio"], default="asyncio")
     parser.add_argument("--count", type=int, default=20000)
     parser.add_argument("--flight", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", action="store_true", help="only the figures")
     how = parser.parse_args()
-    print(f"{platform.machine()}, {os.cpu_count()} cores, Linux {platform.release()}")
-    print(f"Python {sys.version.split()[0]}, anyio on {how.backend}, {how.target}")
     with dmabuf.Engine(queue_depth=how.flight) as engine:
-        run(how, engine)
+        meters = run(how, engine)
+    if how.json:
+        print(json.dumps({name: dataclasses.asdict(meter) for name, meter in meters.items()}))
+        return
+    packages = ["anyio"] if how.backend == "asyncio" else ["anyio", "trio"]
+    print("\n".join(machine([f"{name} {metadata.version(name)}" for name in packages])))
+    for name, meter in meters.items():
+        print(f"{name:15} {meter.wall:7.1f} us and {meter.cpu:7.1f} us of CPU a read")
+    ratio = meters["aio"].wall / meters["read_segments"].wall
+    print(f"aio on {how.backend} takes {ratio:.2f} times the time of read_segments")
 
 
-def run(how: argparse.Namespace, engine: dmabuf.Engine) -> None:
+def run(how: argparse.Namespace, engine: dmabuf.Engine) -> dict[str, Meter]:
     """Both, in turn, round by round."""
-    buffer = dmabuf.allocate(how.flight * 4 * SIZE, exporter="memfd")
+    buffer = dmabuf.allocate(how.flight * 4 * PAGE, exporter="memfd")
     segments, loop = Meter(), Meter()
     with buffer, dmabuf.open(how.target, engine=engine) as file:
         dice = random.Random(1)
-        offsets = [dice.randrange((file.size or 0) // SIZE) * SIZE for _ in range(how.count)]
-        slots = buffer.size // SIZE
-        triples = [(offset, n % slots * SIZE, SIZE) for n, offset in enumerate(offsets)]
+        offsets = [dice.randrange((file.size or 0) // PAGE) * PAGE for _ in range(how.count)]
+        slots = buffer.size // PAGE
+        triples = [(offset, n % slots * PAGE, PAGE) for n, offset in enumerate(offsets)]
         flat = array.array("Q", [number for triple in triples for number in triple])
+        file.read_segments(buffer, flat[: 3 * how.flight])  # opens, pins, looks at the page cache
         for _ in range(how.rounds):
             cpu, wall = time.process_time(), time.perf_counter()
             file.read_segments(buffer, flat)
@@ -81,9 +94,7 @@ def run(how: argparse.Namespace, engine: dmabuf.Engine) -> None:
             cpu, wall = time.process_time(), time.perf_counter()
             anyio.run(by_aio, how.target, buffer, offsets, how.flight, backend=how.backend)
             loop.add(time.perf_counter() - wall, time.process_time() - cpu, how.count)
-    for name, meter in (("read_segments", segments), ("aio", loop)):
-        print(f"{name:15} {meter.wall:7.1f} us and {meter.cpu:7.1f} us of CPU a read")
-    print(f"aio takes {loop.wall / segments.wall:.2f} times the time of read_segments")
+    return {"read_segments": segments, "aio": loop}
 
 
 if __name__ == "__main__":

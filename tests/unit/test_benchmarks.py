@@ -1,0 +1,126 @@
+"""The benchmarks, as far as they run without what they compare with."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from array import array
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+MIB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def run(script, *arguments):
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / script, *map(str, arguments)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("script", ["aio.py", "beside_fio.py"])
+def test_command_lines_tell_what_they_take(script):
+    assert "usage:" in run(script, "--help")
+
+
+def test_an_unknown_name_is_refused_before_anything_runs():
+    command = [sys.executable, BENCHMARKS / "beside_fio.py", "--only", "disk,floppy"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "floppy: not among disk, tmpfs, zram" in done.stderr
+
+
+def test_the_machine_is_named_with_its_interpreter():
+    import common
+
+    text = "\n".join(common.machine(["fio-3"]))
+    for word in (os.uname().release, sys.version.split()[0], "ns a call", "fio-3", "dmabuf "):
+        assert word in text
+
+
+def test_requests_cover_their_span_and_stay_in_their_memory():
+    import ours
+
+    measure = ours.Measure("x", False, False, MIB, 4, 32 * MIB, span=8 * MIB)
+    segments = measure.segments()
+    assert segments[0::3] == array("Q", range(0, 8 * MIB, MIB))
+    assert segments[1::3] == array("Q", [*range(0, 4 * MIB, MIB)] * 2)
+    assert set(segments[2::3]) == {MIB}
+
+
+def test_our_side_measures_requests(tmp_path):
+    import ours
+
+    target = tmp_path / "target"
+    target.write_bytes(bytes(4 * MIB))
+    measure = ours.Measure("x", False, True, 4096, 8, 8 * MIB, span=4 * MIB)
+    found = ours.run_ours(str(target), measure)
+    assert found.speed > 0
+    assert found.route in ("direct", "buffered")
+    assert found.process.cpu > 0
+    assert MIB < found.process.peak < 1 << 30
+    assert ours.run_ours(str(target), measure.idle()).speed == 0
+
+
+def test_the_last_line_of_a_failure_is_its_reason():
+    import common
+
+    with pytest.raises(common.FailedError, match=r"^ValueError: told$"):
+        common.run([sys.executable, "-c", "raise ValueError('told')"])
+
+
+def test_a_target_is_filled_whole_and_taken_away(tmp_path):
+    import targets
+
+    with targets.Targets(str(tmp_path), 9 * MIB + 512) as found:
+        path = Path(found.path("disk"))
+        assert path.stat().st_size == 9 * MIB + 512
+        assert len(set(path.read_bytes()[-512:])) > 100
+        assert found.path("disk") == str(path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_target_without_room_is_skipped(tmp_path):
+    import common
+    import targets
+
+    with targets.Targets(str(tmp_path), 1 << 60) as found:
+        with pytest.raises(common.SkippedError, match="MiB free"):
+            found.path("disk")
+    assert list(tmp_path.iterdir()) == []
+
+
+STOPPED = """
+import sys
+sys.path.insert(0, {benchmarks!r})
+import common, targets
+common.stop_tidily()
+with targets.Targets({folder!r}, 4096) as found:
+    found.path("disk")
+    common.run(["sh", "-c", "echo $$ > {folder}/pid; exec sleep 600"])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_child_and_takes_targets_away(tmp_path, number):
+    source = STOPPED.format(benchmarks=str(BENCHMARKS), folder=str(tmp_path))
+    process = subprocess.Popen([sys.executable, "-c", source], stderr=subprocess.PIPE, text=True)
+    pid = tmp_path / "pid"
+    while process.poll() is None and not (pid.exists() and pid.read_text()):
+        time.sleep(0.01)
+    process.send_signal(number)
+    errors = process.communicate()[1]
+    assert process.returncode == 128 + number, errors
+    assert errors == f"stopped by {number.name}\n"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["pid"]
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
