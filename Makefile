@@ -39,7 +39,7 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
-	$(BIN)/clang-format --dry-run --Werror csrc/*.[ch] csrc/tests/*.[ch]
+	$(BIN)/clang-format --dry-run --Werror csrc/*.[ch] csrc/tests/*.[ch] benchmarks/*.c
 
 types: $(VENV)/ready
 	$(BIN)/mypy

@@ -81,8 +81,10 @@ def run(how: argparse.Namespace, engine: dmabuf.Engine) -> dict[str, Meter]:
     buffer = dmabuf.allocate(how.flight * 4 * PAGE, exporter="memfd")
     segments, loop = Meter(), Meter()
     with buffer, dmabuf.open(how.target, engine=engine) as file:
+        if not (pages := (file.size or 0) // PAGE):
+            raise SystemExit(f"{how.target} has less than {PAGE} bytes to read")
         dice = random.Random(1)
-        offsets = [dice.randrange((file.size or 0) // PAGE) * PAGE for _ in range(how.count)]
+        offsets = [dice.randrange(pages) * PAGE for _ in range(how.count)]
         slots = buffer.size // PAGE
         triples = [(offset, n % slots * PAGE, PAGE) for n, offset in enumerate(offsets)]
         flat = array.array("Q", [number for triple in triples for number in triple])

@@ -51,8 +51,6 @@ def machine(versions: Sequence[str] = ()) -> list[str]:
 
 def fio_version() -> str:
     """As fio tells it. Raises SkippedError where there is none."""
-    if shutil.which("fio") is None:
-        raise SkippedError("fio is missing: apt-get install fio")
     return run(["fio", "--version"]).output.strip()
 
 
@@ -118,7 +116,12 @@ class Process:
 def run(
     command: Sequence[str], *, stdin: bytes = b"", env: Mapping[str, str] | None = None
 ) -> Process:
-    """Run a command to its end. Raises FailedError with the last line that it wrote."""
+    """Run a command to its end.
+
+    Raises FailedError with the last line that it wrote, SkippedError where it is not installed.
+    """
+    if shutil.which(command[0]) is None:
+        raise SkippedError(f"{command[0]} is not installed")
     env = dict(os.environ if env is None else env)
     env.pop("PYTHONDONTWRITEBYTECODE", None)  # compiling is no part of what is measured
     with (

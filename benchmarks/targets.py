@@ -129,4 +129,11 @@ def huge_pages(needed: int) -> Iterator[None]:
             raise SkippedError(f"no {needed} huge pages to be had: memory is short or in pieces")
         yield
     finally:
-        (folder / "nr_hugepages").write_text(str(total))
+        _let_go(lambda: _set_pages(folder / "nr_hugepages", total))
+
+
+def _set_pages(file: Path, number: int) -> None:
+    # Those in use become surplus, and are gone when a worker of io_uring lets go of them.
+    file.write_text(str(number))
+    if (there := int(file.read_text())) != number:
+        raise FailedError(f"vm.nr_hugepages stays at {there}: it was {number}")

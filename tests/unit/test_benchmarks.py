@@ -1,5 +1,6 @@
 """The benchmarks, as far as they run without what they compare with."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -27,7 +28,7 @@ def run(script, *arguments):
     return done.stdout
 
 
-@pytest.mark.parametrize("script", ["aio.py", "beside_fio.py"])
+@pytest.mark.parametrize("script", ["aio.py", "bars.py", "beside_fio.py"])
 def test_command_lines_tell_what_they_take(script):
     assert "usage:" in run(script, "--help")
 
@@ -37,6 +38,103 @@ def test_an_unknown_name_is_refused_before_anything_runs():
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert "floppy: not among disk, tmpfs, zram" in done.stderr
+
+
+def test_bars_are_listed_and_chosen():
+    everything = run("bars.py", "--list").splitlines()
+    chosen = run("bars.py", "--list", "--only", "lo*,import", "--targets", "zram").splitlines()
+    assert [tuple(line.split()[:2]) for line in chosen] == [
+        ("loop-1m", "zram"), ("loop-1m-huge", "zram"), ("loop-4k", "zram"),
+        ("loop-4k-huge", "zram"), ("lone", "zram"), ("import", "-"),
+    ]  # fmt: skip
+    assert set(chosen) < set(everything)
+
+
+def test_a_bar_that_there_is_not_is_refused():
+    command = [sys.executable, BENCHMARKS / "bars.py", "--only", "import,lonely"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "no bar is called lonely" in done.stderr
+
+
+def test_a_bar_is_met_on_its_own_side():
+    import bars
+    import targets
+
+    nowhere = targets.Targets("/nowhere", 0)
+    bar = bars.Bar("x", "-", "x", 0.95, lambda path, number: (number + 1, 2))
+    assert bar.met(0.95)
+    assert not bar.met(0.94)
+    at_most = dataclasses.replace(bar, at_least=False)
+    assert at_most.met(0.95)
+    assert not at_most.met(0.96)
+    row = bars.measured(bar, nowhere, 3)
+    assert (row["value"], row["spread"], row["met"]) == (1, [0.5, 1.5], True)
+    assert bars.show(row).startswith("met     -     x ")
+    assert "1.00 (0.50 to 1.50)" in bars.show(row)
+    assert not bars.measured(bar, nowhere, 1)["met"]
+    saved = dataclasses.replace(bar, of=bars.saved, pair=lambda path, number: (5, 2))
+    assert bars.measured(saved, nowhere, 1)["value"] == pytest.approx(0.6)
+
+
+def test_what_cannot_be_measured_is_no_failure_and_a_failure_is_no_skip():
+    import bars
+    import common
+    import targets
+
+    def raises(error):
+        def pair(path, number):
+            raise error
+
+        return bars.measured(bars.Bar("x", "disk", "x", 1, pair), targets.Targets("/nowhere", 0), 1)
+
+    skipped = raises(common.SkippedError("no fio"))
+    assert bars.show(skipped).split() == ["skipped", "disk", "x", "no", "fio"]
+    failed = raises(common.FailedError("read: EIO"))
+    assert bars.show(failed).split() == ["failed", "disk", "x", "read:", "EIO"]
+
+
+def test_every_other_pair_has_ours_first():
+    import bar_pairs
+
+    order = []
+    pair = bar_pairs.by_turns(lambda path: order.append(path) or 1, lambda path: 2)
+    paths = iter("abcd")
+    assert [pair(lambda: next(paths), number) for number in range(2)] == [(1, 2)] * 2
+    assert order == ["b", "c"]  # second, then first
+
+
+@pytest.mark.parametrize(
+    "arguments, status",
+    [(["--pairs", "1", "--only", "import"], 1), (["--only", "registered", "--targets", "zram"], 0)],
+)
+def test_the_exit_status_says_whether_bars_are_met(monkeypatch, capsys, arguments, status):
+    import bars
+
+    monkeypatch.setattr(bars, "costs", lambda: [
+        bars.at_most("import", "-", "x", 40, lambda path, number: (50, 0), of=bars.alone),
+        bars.at_most("registered", "disk", "x", 1, lambda path, number: (0, 0)),
+    ])  # fmt: skip
+    monkeypatch.setattr(bars, "stop_tidily", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["bars.py", *arguments])
+    assert bars.main() == status
+    assert f"{status} NOT met" in capsys.readouterr().err
+
+
+def test_the_c_loop_moves_its_requests(tmp_path):
+    import bar_pairs
+    import common
+    import ours
+
+    target = tmp_path / "target"
+    target.write_bytes(bytes(4 * MIB))
+    measure = ours.Measure("x", False, True, 4096, 8, 8 * MIB, footprint=MIB, span=4 * MIB)
+    mine, loop = bar_pairs.beside_loop(measure)(lambda: str(target), 0)
+    assert mine > 0
+    assert loop > 0
+    target.write_bytes(bytes(2 * MIB))  # half of the requests are beyond the end now
+    with pytest.raises(common.FailedError, match="loop: short read"):
+        bar_pairs.beside_loop(measure)(lambda: str(target), 0)
 
 
 def test_the_machine_is_named_with_its_interpreter():

@@ -1,0 +1,129 @@
+"""What bars.py measures in a process of its own: `python benchmarks/bar_workers.py NAME TARGET`.
+
+Each prints JSON: bytes a second, or seconds a request. The cache has been dropped before.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import random
+import sys
+import time
+from array import array
+from collections.abc import Callable
+
+from common import GIB, MIB, PAGE
+
+ROUNDS, READS = 20, 100
+
+
+def lone(target: str) -> dict[str, float]:
+    """4 KiB at a time: read_into, and preadv with O_DIRECT into a mapped buffer, by turns."""
+    import dmabuf
+
+    fd = os.open(target, os.O_RDONLY | os.O_DIRECT)
+    with dmabuf.allocate(MIB) as buffer, dmabuf.open(target) as file, mmap.mmap(-1, MIB) as memory:
+        slots = [memoryview(memory)[at : at + PAGE] for at in range(0, MIB, PAGE)]
+        places = range(0, file.size or 0, PAGE)
+        dice = random.Random(1)
+
+        def ours(offsets: list[int]) -> None:
+            for slot, offset in enumerate(offsets):
+                file.read_into(buffer, PAGE, file_offset=offset, buffer_offset=slot * PAGE)
+
+        def theirs(offsets: list[int]) -> None:
+            for slot, offset in enumerate(offsets):
+                os.preadv(fd, [slots[slot]], offset)
+
+        first = file.read_into(buffer, PAGE)  # shows that O_DIRECT works here: see lone.py
+        assert first.route == "direct", first
+        taken = {"ours": 0.0, "theirs": 0.0}
+        for number in range(ROUNDS):
+            for name, read in (("ours", ours), ("theirs", theirs))[:: number % 2 * 2 - 1]:
+                offsets = dice.choices(places, k=READS)  # a disk's own cache helps neither
+                begun = time.perf_counter()
+                read(offsets)
+                taken[name] += time.perf_counter() - begun
+        slots.clear()
+    os.close(fd)
+    return {name: seconds / ROUNDS / READS for name, seconds in taken.items()}
+
+
+def _whole(target: str, route: str) -> dict[str, float]:
+    import dmabuf
+
+    with dmabuf.allocate(GIB) as buffer:
+        begun = time.perf_counter()
+        with dmabuf.Engine(block_size=MIB) as engine, dmabuf.open(target, engine=engine) as file:
+            transfer = file.read_into(buffer, GIB, route=route)
+        seconds = time.perf_counter() - begun
+        assert transfer.nbytes == GIB, transfer
+        assert transfer.route == route, transfer
+    return {"speed": GIB / seconds}
+
+
+def direct(target: str) -> dict[str, float]:
+    """1 GiB into a prefaulted buffer by the direct route; what opens and pins is timed too."""
+    return _whole(target, "direct")
+
+
+def staged(target: str) -> dict[str, float]:
+    """The same by the staged route."""
+    return _whole(target, "staged")
+
+
+def _copying(target: str, flags: int) -> dict[str, float]:
+    import dmabuf
+
+    # A bounce buffer of a request's size, on pages of its own.
+    with dmabuf.allocate(GIB) as buffer, buffer.map("rw") as view, mmap.mmap(-1, MIB) as bounce:
+        bounce.write(bytes(MIB))
+        with memoryview(bounce) as block:
+            begun = time.perf_counter()
+            fd = os.open(target, os.O_RDONLY | flags)
+            for at in range(0, GIB, MIB):
+                if os.preadv(fd, [block], at) != MIB:
+                    raise OSError(f"{target} ends before {at + MIB}")
+                view[at : at + MIB] = block
+            os.close(fd)
+            return {"speed": GIB / (time.perf_counter() - begun)}
+
+
+def cold_copy(target: str) -> dict[str, float]:
+    """1 GiB by plain reads of 1 MiB through the page cache, each copied into the buffer."""
+    return _copying(target, 0)
+
+
+def serial(target: str) -> dict[str, float]:
+    """The same by O_DIRECT: the blocks of the staged route, nothing overlapped."""
+    return _copying(target, os.O_DIRECT)
+
+
+def thousand(target: str) -> dict[str, float]:
+    """1,000 transfers of 1 MiB between random places of the target and of a 1 GiB buffer.
+
+    Every other one is by read_segments, which takes a ring: one by read_into may do without.
+    """
+    import dmabuf
+
+    dice = random.Random(1)
+    moved = 0
+    with dmabuf.allocate(GIB) as buffer, dmabuf.open(target) as file:
+        for number in range(1000):
+            offset, place = (dice.randrange(GIB // MIB) * MIB for _ in range(2))
+            if number % 2:
+                transfer = file.read_segments(buffer, array("Q", [offset, place, MIB]))
+            else:
+                transfer = file.read_into(buffer, MIB, file_offset=offset, buffer_offset=place)
+            moved += transfer.nbytes
+    return {"moved": moved}
+
+
+WORKERS: dict[str, Callable[[str], dict[str, float]]] = {
+    worker.__name__: worker for worker in (lone, direct, staged, cold_copy, serial, thousand)
+}
+
+if __name__ == "__main__":
+    json.dump(WORKERS[sys.argv[1]](sys.argv[2]), sys.stdout)
