@@ -1,11 +1,12 @@
 # Two commands for users: `make demo` and `make test`. Most of the rest are the parts of `make test`.
-.PHONY: demo test test-stable soak check lint types c-tests unit lab-tests clean
+.PHONY: demo test test-stable soak check lint types c-tests unit lab-tests benchmarks clean
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PEERS := .venv-peers
 
-demo test: export PIP_DISABLE_PIP_VERSION_CHECK := 1
+demo test benchmarks: export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 demo: $(VENV)/ready
 	examples/demo.sh
@@ -56,6 +57,19 @@ lab-tests: $(VENV)/ready
 	tools/install-system-packages $$(lab/run --apt-packages)
 	lab/run -- python3 -m pytest tests/kernel
 
+# Beside other loaders: minutes, 2 GiB of downloads, 5 GiB of disk and (as root) 10 of memory.
+benchmarks: $(PEERS)/ready
+	$(PEERS)/bin/python benchmarks/beside_peers.py
+
+$(PEERS)/ready: benchmarks/requirements.txt benchmarks/requirements-kvikio.txt pyproject.toml
+	tools/install-system-packages gcc g++ libc6-dev liburing-dev libaio-dev python3-dev python3-venv fio strace
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet -c benchmarks/requirements.txt setuptools cffi torch
+	DS_BUILD_OPS=0 $(PEERS)/bin/python -m pip install --quiet --no-build-isolation -r benchmarks/requirements.txt
+	$(PEERS)/bin/python -m pip install --quiet --no-deps -r benchmarks/requirements-kvikio.txt
+	$(PEERS)/bin/python -m pip install --quiet --no-build-isolation --editable '.[test]'
+	touch $@
+
 clean:
-	rm -rf build $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf build $(VENV) $(PEERS) .mypy_cache .pytest_cache .ruff_cache .hypothesis src/*.egg-info
 	find . -name '*.so' -path './src/*' -delete

@@ -13,7 +13,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import report
 from beside_fio import run_fio
+from beside_peers import Loaders
 from common import GIB, FailedError, SkippedError, cached, run
 from ours import Measure, run_ours
 from targets import huge_pages
@@ -142,6 +144,29 @@ def awaited(figure: str, backend: str) -> Pair:
         ]
         answer = json.loads(run([*command, path()]).output)
         return answer["aio"][figure], answer["read_segments"][figure]
+
+    return pair
+
+
+# -- beside other loaders
+
+
+def beside_loaders(loaders: Loaders, place: str) -> Pair:
+    """Bytes a second of the file, ours and the fastest other loader's of the same round."""
+
+    def pair(_path: Cold, number: int) -> tuple[float, float]:
+        ours, theirs = report.sooner(loaders.round(place, number))
+        return loaders.size / ours, loaders.size / theirs
+
+    return pair
+
+
+def cpu_beside_loaders(loaders: Loaders, place: str) -> Pair:
+    """CPU seconds a GiB, ours and the least of those that read through the page cache."""
+
+    def pair(_path: Cold, number: int) -> tuple[float, float]:
+        ours, theirs = report.cheaper(loaders.round(place, number))
+        return ours / (loaders.size / GIB), theirs / (loaders.size / GIB)
 
     return pair
 

@@ -10,7 +10,8 @@ highest, the bar, and the medians of both sides. CPU seconds are by wait4(2), le
 process that does all but the requests; beside_fio.py tells those of whole processes.
 
 As root it makes the zram devices and sets aside the huge pages that it needs, and gives them back
-in the end. What cannot be measured here is skipped, with the reason.
+in the end. What cannot be measured here is skipped, with the reason. The bars beside other loaders
+need those: make .venv-peers/ready, and then .venv-peers/bin/python benchmarks/bars.py.
 
 Exit status: 0 where every bar that was measured is met, 1 where one is not or a measurement failed,
 2 for bad arguments, 128 + N where signal N stopped it.
@@ -33,8 +34,10 @@ from bar_pairs import (
     Pair,
     awaited,
     beside_fio,
+    beside_loaders,
     beside_loop,
     cpu_beside_fio,
+    cpu_beside_loaders,
     import_cost,
     lone,
     pages_left,
@@ -42,6 +45,7 @@ from bar_pairs import (
     speeds,
 )
 from beside_fio import READ, SMALL, WRITE, bar_of
+from beside_peers import Loaders
 from common import (
     GIB,
     MIB,
@@ -55,8 +59,10 @@ from common import (
     stop_tidily,
 )
 from ours import Measure
+from peers import PEERS
 from targets import Targets
 
+LOADERS = ["dmabuf-direct", *(name for name in PEERS if not name.startswith("dmabuf"))]
 NOWHERE = "-"
 """The target of what needs none."""
 GBS, KIOPS, US = ("GB/s", 1e9), ("kIOPS", PAGE * 1e3), ("us", 1e-6)
@@ -142,6 +148,18 @@ def alike() -> list[Bar]:
     return found
 
 
+def loading(loaders: Loaders) -> list[Bar]:
+    """A 2 GiB file, cold, into memory that is there, beside other loaders of model files."""
+    found = []
+    for target, limit, where in (("zram", 1.3, " on ext4"), ("disk", 1, "")):
+        text = f"2 GiB file{where}, direct, by the fastest loader"
+        found.append(Bar("peers", target, text, limit, beside_loaders(loaders, target), GBS))
+    text = "2 GiB file, CPU, by the cheapest buffered loader"
+    pair = cpu_beside_loaders(loaders, "disk")
+    found.append(at_most("peers-cpu", "disk", text, 0.2, pair, ("s/GiB", 1)))
+    return found
+
+
 def costs() -> list[Bar]:
     """What a transfer leaves in the page cache and registers, and what the package costs."""
     found = []
@@ -211,7 +229,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    every = [*beside_others(), *alike(), *costs()]
     parser.add_argument("--only", default="*", metavar="KEYS", help="as --list has them; * is any")
     parser.add_argument("--targets", type=names(Targets.NAMES), default=list(Targets.NAMES),
                         help="of disk,tmpfs,zram")  # fmt: skip
@@ -220,6 +237,8 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--list", action="store_true", help="print the bars and their keys")
     arguments = parser.parse_args()
+    loaders = Loaders(arguments.dir, 2 * GIB, LOADERS)
+    every = [*beside_others(), *loading(loaders), *alike(), *costs()]
     patterns = arguments.only.split(",")
     for pattern in patterns:
         if not fnmatch.filter([bar.key for bar in every], pattern):
@@ -237,7 +256,7 @@ def main() -> int:
     about, rows = header(), []
     if not arguments.json:
         print("\n".join(about), f"\nmedians of {arguments.pairs} pairs; ours | the other")
-    with Targets(arguments.dir, GIB) as targets:
+    with Targets(arguments.dir, GIB) as targets, loaders:
         for bar in chosen:
             rows.append(measured(bar, targets, arguments.pairs))
             if not arguments.json:

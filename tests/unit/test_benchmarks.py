@@ -1,6 +1,7 @@
 """The benchmarks, as far as they run without what they compare with."""
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -28,7 +29,7 @@ def run(script, *arguments):
     return done.stdout
 
 
-@pytest.mark.parametrize("script", ["aio.py", "bars.py", "beside_fio.py"])
+@pytest.mark.parametrize("script", ["aio.py", "bars.py", "beside_fio.py", "beside_peers.py"])
 def test_command_lines_tell_what_they_take(script):
     assert "usage:" in run(script, "--help")
 
@@ -222,3 +223,112 @@ def test_a_signal_ends_the_child_and_takes_targets_away(tmp_path, number):
     assert [entry.name for entry in tmp_path.iterdir()] == ["pid"]
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
+
+
+def test_a_file_of_tensors_is_what_its_digest_says(tmp_path, monkeypatch):
+    import model
+
+    monkeypatch.setattr(model, "TENSOR", 1 << 16)
+    path = tmp_path / "model.safetensors"
+    digest = model.write(str(path), 4 << 16)
+    data = bytearray(path.read_bytes())
+    assert len(data) == model.HEADER + (4 << 16)
+    tensors = model.of_file(memoryview(data))
+    assert list(tensors) == model.names(4 << 16)
+    assert model.digest_of(tensors) == digest
+    data[-1] ^= 1
+    assert model.digest_of(tensors) != digest
+
+
+def test_a_loader_gets_the_bytes(tmp_path, monkeypatch):
+    import model
+
+    monkeypatch.setattr(model, "TENSOR", 1 << 16)
+    path = str(tmp_path / "model.safetensors")
+    digest = model.write(path, 4 << 16)
+    for route in ("direct", "staged", "buffered"):
+        answer = json.loads(run("peers.py", f"dmabuf-{route}", path, "verify"))
+        assert answer["digest"] == digest
+        assert answer["seconds"] > 0
+
+
+def a_round(seconds):
+    return {name: {"seconds": value, "cpu_of_load": 10 * value} for name, value in seconds.items()}
+
+
+def test_ours_is_compared_with_the_fastest_that_loads_and_the_cheapest_that_is_buffered():
+    import common
+    import report
+
+    ours = {"dmabuf-direct": 1.0, "dmabuf-own": 1.5, "dmabuf-buffered": 0.1, "fio": 0.1}
+    others = {"load_file": 0.2, "deepspeed": 2.0, "runai": 3.0, "torch": 4.0}
+    one = a_round(ours | others)
+    assert report.sooner(one) == (1.0, 2.0)
+    assert report.sooner(one, "dmabuf-own") == (1.5, 3.0)
+    assert report.cheaper(one) == (10.0, 2.0)  # load_file's
+    for compare in (report.sooner, report.cheaper):
+        with pytest.raises(common.SkippedError):
+            compare(a_round(ours))
+
+
+def test_the_table_ranks_and_says_what_was_skipped(tmp_path, monkeypatch):
+    import report
+
+    monkeypatch.setattr(report, "chart", lambda *arguments: None)
+
+    def row(name, *seconds):
+        count = len(seconds)
+        return {"name": name, "seconds": seconds, "cpu_of_load": [1.0] * count,
+                "cpu": [2.0] * count, "peak": [MIB] * count, "pages": [0] * count}  # fmt: skip
+
+    rows = [row("load_file-copied", 2.0, 3.0, 2.0), row("dmabuf-direct", 1.0, 1.0, 1.0)]
+    rows.append({"name": "kvikio", "skipped": "RuntimeError: no driver"})
+    report.write(tmp_path, {"size": 1 << 30, "runs": 3, "machine": ["m"], "on": {"zram": rows}})
+    text = (tmp_path / "peers.md").read_text()
+    assert text.index("| dmabuf, direct |") < text.index("| safetensors load_file, copied |")
+    assert "2.00 (2.00 to 3.00) times the speed of the fastest of the others" in text
+    assert "KvikIO, host memory: skipped: RuntimeError: no driver" in text
+
+
+def test_loaders_that_are_not_installed_are_skipped_before_anything_is_written(tmp_path):
+    import beside_peers
+    import common
+
+    with beside_peers.Loaders(str(tmp_path), 1 << 30, beside_peers.EVERY) as loaders:
+        with pytest.raises(common.SkippedError, match=r"make \.venv-peers/ready"):
+            loaders.round("disk", 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rounds_are_measured_once_and_wrong_bytes_are_left_out(tmp_path, monkeypatch):
+    import importlib.util
+
+    import beside_peers
+    import model
+
+    done = []
+
+    def one(name, path, how):
+        done.append((name, Path(path).name, how))
+        answer = dict.fromkeys(beside_peers.KEYS, 1.0)
+        return answer | ({} if how == "load" else {"digest": model.write(path, model.TENSOR)}
+                         if name == "runai" else {"digest": "wrong"})  # fmt: skip
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(model, "TENSOR", 1 << 16)
+    monkeypatch.setattr(beside_peers, "one", one)
+    with beside_peers.Loaders(str(tmp_path), 1 << 16, ["runai", "deepspeed"]) as loaders:
+        assert list(loaders.round("disk", 1)) == ["runai"]
+        assert loaders.round("disk", 0) is loaders.round("disk", 0)
+        rows = loaders.rows("disk")
+    file = "model.safetensors"
+    assert (
+        done
+        == [("runai", file, "verify"), ("deepspeed", file, "verify")]
+        + [("runai", file, "load")] * 2
+    )
+    assert rows[0]["seconds"] == [1.0, 1.0]
+    assert rows[1] == {
+        "name": "deepspeed", "skipped": "what it loaded is not what the file holds",
+    }  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
