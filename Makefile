@@ -55,7 +55,7 @@ unit: $(VENV)/ready
 
 lab-tests: $(VENV)/ready
 	tools/install-system-packages $$(lab/run --apt-packages)
-	lab/run -- python3 -m pytest tests/kernel
+	lab/run --devices all -- python3 -m pytest tests/kernel tests/device
 
 # Beside other loaders: minutes, 2 GiB of downloads, 5 GiB of disk and (as root) 10 of memory.
 benchmarks: $(PEERS)/ready

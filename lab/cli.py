@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from lab import guest, host, packages, prepare, project
+from lab import devices, guest, host, packages, prepare, project
 from lab.cache import Cache
 from lab.host import LabError
 
@@ -29,6 +29,14 @@ def parser() -> argparse.ArgumentParser:
         metavar="KERNEL",
         help=f"the newest of Debian {packages.SUITE}-backports (backports, the default), "
         f"{packages.SUITE}'s own (stable), or the path of a bzImage",
+    )
+    result.add_argument(
+        "--devices",
+        type=devices.names,
+        default=(),
+        metavar="NAMES",
+        help="what else the guest has: all, or with commas between them "
+        + "; ".join(f"{name}, {device.about}" for name, device in devices.DEVICES.items()),
     )
     result.add_argument("--memory", default="3G", metavar="SIZE", help="the guest's (default 3G)")
     result.add_argument(
@@ -86,5 +94,14 @@ def _run(options: argparse.Namespace, command: Sequence[str]) -> int:
         ready = project.prepare(cache, root, CHECKOUT)
     if options.prepare:
         return 0
-    job = guest.Run(command, root, kernel, ready, options.memory, options.timeout, options.out)
+    job = guest.Run(
+        command,
+        root,
+        kernel,
+        ready,
+        options.memory,
+        options.timeout,
+        options.out,
+        tuple(devices.DEVICES[name] for name in options.devices),
+    )
     return guest.run(cache, job)

@@ -17,6 +17,7 @@ from types import FrameType
 
 from lab import host, project
 from lab.cache import Cache
+from lab.devices import Device
 from lab.klog import trouble
 from lab.prepare import Kernel, Root, make_image, make_initrd
 from lab.project import Project
@@ -70,6 +71,7 @@ class Run:
     memory: str
     timeout: float
     out: Path | None = None
+    devices: tuple[Device, ...] = ()
 
 
 class Stopped(BaseException):
@@ -117,6 +119,8 @@ def _lay_out(job: Run, folder: Path, token: str) -> None:
     (lab / "fstab").write_text(FSTAB)
     (lab / "token").write_text(token + "\n")
     (lab / "argv").write_bytes(b"".join(os.fsencode(word) + b"\0" for word in job.command))
+    modules = [module for device in job.devices for module in device.modules]
+    (lab / "modules").write_text("".join(f"{module}\n" for module in modules))
     pairs = environment(os.environb)
     (lab / "env").write_bytes(b"".join(b"%s=%s\0" % pair for pair in pairs.items()))
     make_image(lab, folder / "project", 2 << 30, "project")
@@ -164,7 +168,9 @@ def qemu(job: Run, folder: Path, streams: Mapping[str, int]) -> list[str]:
     argv += ["-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2"]
     argv += ["-m", job.memory, "-no-reboot"]
     argv += ["-kernel", str(job.kernel.image), "-initrd", str(folder / "initrd")]
-    argv += ["-append", " ".join(KERNEL_ARGUMENTS)]
+    words = [word for device in job.devices for word in device.kernel]
+    argv += ["-append", " ".join([*KERNEL_ARGUMENTS, *words])]
+    argv += [word for device in job.devices for word in device.qemu]
 
     argv += ["-chardev", f"file,id=console,path=/dev/fd/{streams['console']}"]
     argv += ["-serial", "chardev:console", "-device", "virtio-serial-pci"]

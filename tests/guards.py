@@ -79,11 +79,14 @@ def _vgem() -> str | None:
     return None if vgem_node() else "no vgem device node (modprobe vgem; lab/run has it)"
 
 
-def vivid_node() -> str | None:
-    """The device node of vivid's camera, None where there is none."""
-    for link in sorted(Path("/sys/class/video4linux").glob("video*")):
-        node = Path("/dev", link.name)
-        if "vivid" in (link / "name").read_text() and os.access(node, os.R_OK | os.W_OK):
+def vivid_node(kind: str = "vid-cap", number: int = 0) -> str | None:
+    """The device node of vivid's `number`th camera, or one beside it; None where there is none.
+
+    `kind` is as vivid names it: "vid-cap", "vid-out", "meta-cap".
+    """
+    for name in Path("/sys/class/video4linux").glob("*/name"):
+        node = Path("/dev", name.parent.name)
+        if name.read_text() == f"vivid-{number:03}-{kind}\n" and os.access(node, os.R_OK | os.W_OK):
             return str(node)
     return None
 
@@ -93,6 +96,11 @@ def _vivid() -> str | None:
         subprocess.run(["modprobe", "vivid", *_PARAMETERS["vivid"]], check=False)
     fix = f"modprobe vivid {' '.join(_PARAMETERS['vivid'])}; lab/run has it"
     return None if vivid_node() else f"no camera by vivid ({fix})"
+
+
+def _cameras() -> str | None:
+    """All of vivid's that the lab has: their numbers and kinds depend on its parameters."""
+    return None if vivid_node("vid-cap", 2) else "no vivid cameras (lab/run --devices vivid)"
 
 
 def _hugepages() -> str | None:
@@ -181,6 +189,7 @@ _GUARDS: dict[str, Callable[[], str | None]] = {
     "dma_heap": _dma_heap,
     "vgem": _vgem,
     "vivid": _vivid,
+    "cameras": _cameras,
     "hugepages": _hugepages,
     "io_uring": _io_uring,
     "nvme": _nvme,

@@ -1,0 +1,44 @@
+"""The devices that `--devices` adds to the guest: what each needs of QEMU and of the kernel.
+
+What the guest's programs and Python need for one stands in packages.py, and is always there.
+"""
+
+import argparse
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Device:
+    """One name of `--devices`."""
+
+    about: str
+    qemu: tuple[str, ...] = ()
+    """Words of QEMU's command line."""
+    kernel: tuple[str, ...] = ()
+    """Words of the kernel's command line."""
+    modules: tuple[str, ...] = ()
+    """What modprobe loads before COMMAND, each with its parameters."""
+
+
+DEVICES = {
+    "vivid": Device(
+        "three cameras by the kernel's vivid: one of a single plane with an output and a metadata "
+        "node beside it, one of several planes, one that takes contiguous memory only",
+        modules=(
+            "vivid n_devs=3 node_types=0x20101,0x1,0x1 multiplanar=1,2,1 allocators=0,0,1 "
+            "num_inputs=1,1,1 input_types=0,0,0 num_outputs=1,0,0 no_error_inj=1",
+        ),
+    ),
+}
+
+
+def names(value: str) -> tuple[str, ...]:
+    """Return the names in a value of `--devices`: "all", or some of them with commas between."""
+    if value == "all":
+        return tuple(DEVICES)
+    wanted = tuple(dict.fromkeys(value.split(",")))
+    for name in wanted:
+        if name not in DEVICES:
+            known = ", ".join(DEVICES)
+            raise argparse.ArgumentTypeError(f"no device {name!r} here: all, or some of {known}")
+    return wanted

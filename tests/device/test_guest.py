@@ -1,0 +1,11 @@
+"""The guest of `lab/run --devices all` has what lab/README.md says."""
+
+from tests.guards import needs, vivid_node
+
+
+@needs("cameras")
+def test_vivid_has_its_nodes() -> None:
+    nodes = {kind: vivid_node(kind) for kind in ("vid-cap", "vid-out", "meta-cap")}
+    nodes |= {f"vid-cap {number}": vivid_node("vid-cap", number) for number in (1, 2)}
+    assert None not in nodes.values()
+    assert len(set(nodes.values())) == len(nodes)
