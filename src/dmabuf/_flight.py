@@ -44,11 +44,13 @@ class BatchFlight(Flight):
 
     def stop(self) -> None:
         """Cancel what can be cancelled."""
-        lib.dmb_batch_stop(self.batch)
+        if self.batch is not None:
+            lib.dmb_batch_stop(self.batch)
 
     def drain(self) -> None:
         """In one call of the core."""
-        lib.dmb_batch_drain(self.batch)
+        if self.batch is not None:
+            lib.dmb_batch_drain(self.batch)
         self.landed = True
 
 

@@ -113,6 +113,11 @@ class LoopEngine(Engine):
         if getattr(self, "_eventfd", -1) >= 0:
             self.close()
 
+    _wrong_thread = (
+        "the file belongs to the event loop it was opened in, which runs in another thread: open "
+        "it there with dmabuf.aio.open"
+    )
+
     def run(self, job: Job) -> Outcome:
         """Refused: it would wait in the loop."""
         raise RuntimeError("this engine belongs to an event loop: await the transfer")
@@ -132,8 +137,8 @@ class LoopEngine(Engine):
         ring.tidy()
         batch, interruption = ffi.new("struct dmb_batch **"), None
         flight, (depth, block) = BatchFlight(owner), self._shape(job)
-        tag = self._take_off(flight)
         try:
+            tag = self._take_off(flight)
             keep, registered, registration = create_batch(ring, job, depth, block, batch)
             flight.keep, flight.batch = (keep, job), batch[0]
             lib.dmb_batch_start(batch[0], tag)
@@ -147,7 +152,7 @@ class LoopEngine(Engine):
                 interruption = ClosedError("the file was closed while the transfer ran")
             return outcome_of(batch[0], registered, registration, interruption)
         finally:
-            self._flights.pop(tag, None)
+            self._flights.pop(flight.tag, None)
             lib.dmb_batch_destroy(batch[0])
 
     def take_off_alone(
@@ -215,12 +220,12 @@ class LoopEngine(Engine):
         if self._threads is None:
             self._threads = ThreadPoolExecutor(_WORKERS, "dmabuf.aio")
         flight = CallFlight(owner, stop)
-        tag = self._take_off(flight)
         try:
+            tag = self._take_off(flight)
             self._threads.submit(self._call, flight, tag, call)
             await self.landing(flight)
         finally:
-            self._flights.pop(tag, None)
+            self._flights.pop(flight.tag, None)
         if flight.error is not None:
             raise flight.error
 

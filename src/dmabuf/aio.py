@@ -126,11 +126,16 @@ class File:
         """Stop its transfers, wait until the devices have let go of their memory, and close it.
 
         The transfers raise ClosedError. Can be called again; being cancelled does not shorten it.
+
+        Raises:
+            RuntimeError: awaited in another thread than its event loop's.
         """
         target = self._target
         if target.pid != _process.pid or self._file.closed:
             self._file.close()
             return
+        if not self._engine.closed:
+            self._engine.check_usable()  # in its own loop's thread
         target._closed = True  # nothing new begins; transfers that run keep the descriptors
         interruption = None
         self._engine.stop(self)
@@ -187,7 +192,7 @@ class File:
             finally:
                 self._engine.leave_alone(flight, self._target, buffer)
             if lane is not None and flight.nbytes == size:
-                return lane.record(size, route, begun, _ALONE)
+                return lane.record(size, route, audit, begun, _ALONE)
         ranges = self._file._range("read", buffer, size, file_offset, buffer_offset)
         order = Order("read", buffer, ranges, require, route, prefer, False, timeout, fence, audit)
         with self._holding(buffer):
@@ -229,7 +234,7 @@ class File:
             finally:
                 self._engine.leave_alone(flight, self._target, buffer)
             if lane is not None and flight.nbytes == size:
-                return lane.record(size, route, begun, _ALONE)
+                return lane.record(size, route, audit, begun, _ALONE)
         ranges = self._file._range("write", buffer, size, file_offset, buffer_offset)
         order = Order("write", buffer, ranges, require, route, prefer, sync, timeout, fence, audit)
         with self._holding(buffer):
@@ -344,6 +349,8 @@ async def wait(buffer: Buffer, direction: Access = "read", timeout: float | None
         TimeoutError: a device still uses it after `timeout` seconds.
         ClosedError, ValueError: as `dmabuf.Buffer.wait`.
     """
+    if not isinstance(buffer, Buffer):
+        raise TypeError(f"a dmabuf.Buffer is needed, not {type(buffer).__name__}")
     check_direction(direction)
     check_timeout(timeout)
     buffer._acquire()

@@ -75,7 +75,12 @@ class _Draft:
 
 
 def lone_transfer(
-    nbytes: int, reason: str, rejected: Mapping[Route, str], registration: str, seconds: float
+    nbytes: int,
+    reason: str,
+    rejected: Mapping[Route, str],
+    registration: str,
+    seconds: float,
+    audited: str,
 ) -> Transfer:
     """The record of one request that moved all of its bytes by the direct route."""
     record: Any = _Draft()
@@ -88,7 +93,7 @@ def lone_transfer(
     record.seconds = seconds
     record.requests = 1
     record.reissues = record.copied = 0
-    record.audited = NOT_AUDITED
+    record.audited = audited
     record.__class__ = Transfer
     return record  # type: ignore[no-any-return]
 
@@ -233,6 +238,10 @@ class Engine:
         ValueError: a depth outside 1..4096, or a block size outside 4 KiB..1 GiB.
     """
 
+    _wrong_thread = (
+        "this engine belongs to the thread that made it: make one there, or use the default "
+        "engine, which serves every thread"
+    )
     _flags = 0  # DMB_RING_EMULATE_NATIVE, where a test wants the native route without its kernel
 
     def __init__(
@@ -345,10 +354,7 @@ class Engine:
                 f"the engine belongs to process {self._pid}, which forked: make one in the child"
             )
         if self._owner not in (None, threading.get_ident()):
-            raise RuntimeError(
-                "this engine belongs to the thread that made it: make one there, or use the "
-                "default engine, which serves every thread"
-            )
+            raise RuntimeError(self._wrong_thread)
 
     def is_usable(self) -> bool:
         """Whether `check_usable` would raise nothing, in a process that did not fork."""

@@ -178,7 +178,7 @@ class File:
             and lone.permitted(require, route, prefer, audit)
         ):
             done = lone.move(
-                target, buffer, "read", size, file_offset, buffer_offset, fence, route, begun
+                target, buffer, "read", size, file_offset, buffer_offset, fence, route, audit, begun
             )
             if done is not None:
                 return done
@@ -254,7 +254,16 @@ class File:
             and lone.permitted(require, route, prefer, audit)
         ):
             done = lone.move(
-                target, buffer, "write", size, file_offset, buffer_offset, fence, route, begun
+                target,
+                buffer,
+                "write",
+                size,
+                file_offset,
+                buffer_offset,
+                fence,
+                route,
+                audit,
+                begun,
             )
             if done is not None:
                 return done

@@ -14,7 +14,7 @@ from typing import Any
 from dmabuf import _process, audit, facts
 from dmabuf._ffi import ffi, lib
 from dmabuf.buffer import Buffer
-from dmabuf.engine import Transfer, lone_transfer
+from dmabuf.engine import NOT_AUDITED, Transfer, lone_transfer
 from dmabuf.route import ALLOWED, WHY_CHOSEN, Direction, Prefer, Require, Route
 from dmabuf.target import Target
 
@@ -46,12 +46,18 @@ class Lane:
         self._rejected = {Route.NATIVE: no_native}
 
     def record(
-        self, size: int, route: Route | str | None, begun: float, registration: str = _ALONE
+        self,
+        size: int,
+        route: Route | str | None,
+        asked: audit.Audit,
+        begun: float,
+        registration: str = _ALONE,
     ) -> Transfer:
         """The record of a request that moved all of its `size` bytes."""
         rejected = {} if route else self._rejected.copy()
         seconds = time.perf_counter() - begun
-        return lone_transfer(size, self._reason, rejected, registration, seconds)
+        audited = NOT_AUDITED if asked == "first" else audit.OFF
+        return lone_transfer(size, self._reason, rejected, registration, seconds, audited)
 
 
 def lane(
@@ -133,6 +139,7 @@ def move(
     start: int,
     fence: bool,
     route: Route | str | None,
+    asked: audit.Audit,
     begun: float,
 ) -> Transfer | None:
     """Move a range by a lane; None where it has to go the long way, and nothing was moved."""
@@ -152,4 +159,4 @@ def move(
             return None
     finally:
         leave(target, buffer, token)
-    return found.record(size, route, begun)
+    return found.record(size, route, asked, begun)

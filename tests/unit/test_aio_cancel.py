@@ -360,6 +360,32 @@ def test_closing_the_engine_waits_for_the_device(run, backend, path, buf, device
 
 
 @pytest.mark.parametrize("size", [PAGE, SIZE])
+def test_the_loop_of_another_thread_is_refused(run, path, buf, device, size):
+    """While its own has a transfer under way: that one goes on, and the file stays open."""
+
+    async def main():
+        async with await aio.open(path) as file:
+            await file.read_into(buf, PAGE)
+            device.held = True
+
+            async def elsewhere():
+                for call in (file.read_into(buf, size), file.write_from(buf, size), file.aclose()):
+                    with pytest.raises((RuntimeError, OSError), match=r"another thread|not open"):
+                        await call
+
+            async with anyio.create_task_group() as group:
+                group.start_soon(file.read_into, buf, size)
+                await ticks()
+                await anyio.to_thread.run_sync(run, elsewhere)
+                assert len(file._engine._flights) == 1 and not file.closed
+                device.held = False
+                file._engine._nudge()
+        assert_same(buf.pread(size, 0), pattern(SIZE, 1)[:size], "the buffer")
+
+    run(main)
+
+
+@pytest.mark.parametrize("size", [PAGE, SIZE])
 def test_never_awaited_and_thrown_away(run, path, buf, device, size):
     async def main():
         async with await aio.open(path) as file:

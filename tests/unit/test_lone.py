@@ -9,8 +9,9 @@ from decimal import Decimal
 import pytest
 
 import dmabuf
-from dmabuf import ClosedError, Route, aio, lone
+from dmabuf import ClosedError, Route, aio, audit, lone
 from dmabuf._ffi import lib
+from dmabuf.engine import NOT_AUDITED
 from tests import forking
 from tests.support import assert_same, drop_cache, pattern, poison
 
@@ -114,6 +115,23 @@ def test_bad_input_is_refused_as_ever(file, buf, arguments):
     with pytest.raises(ValueError):
         file.read_into(buf, size, **how)
     assert_same(buf.pread(SIZE, 0), poison(SIZE), "the buffer")
+
+
+@pytest.mark.parametrize("asked", ["first", "off"])
+def test_the_record_says_why_it_was_not_audited(run, file, buf, path, long_way, asked):
+    texts = {"first": NOT_AUDITED, "off": audit.OFF}
+    assert file.read_into(buf, PAGE, audit=asked).audited == texts[asked]
+
+    async def main():
+        async with await aio.open(path) as other:
+            drop_cache(other.fileno())
+            await other.read_into(buf, 64 << 10)
+            del long_way[:]
+            record = await other.read_into(buf, PAGE, audit=asked)
+            assert record.audited == texts[asked]
+
+    run(main)
+    assert not long_way
 
 
 @pytest.mark.parametrize("where", ["file_offset", "buffer_offset"])
