@@ -358,10 +358,10 @@ class LoopEngine(Engine):
         try:
             yield
         finally:
-            # Both know the loop, whose variables know us: nothing of the three would ever go.
-            self._guard = None
-            del self._new_wake
             self.close()
+            # These know the loop, whose variables know us: nothing of it all would ever go.
+            self._guard = self._unwatch = None
+            del self._new_wake, self._soon
 
     async def stay(self) -> None:
         """Have the loop close the engine when it ends."""
