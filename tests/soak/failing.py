@@ -148,7 +148,7 @@ def _full(soak: "Soak") -> None:
     if not devices:
         return
     target, memory = soak.dice.choice(devices), soak.dice.choice(soak.memories)
-    size = memory.size
+    size = min(memory.size, LIMIT)
     offset = LIMIT - soak.dice.choice([0, 1, size - 1])
     memory.put(data := noise(soak.dice, size), 0)
     with pytest.raises(OSError) as caught:
