@@ -15,14 +15,13 @@ if TYPE_CHECKING:
 PIECE = 16 << 10
 
 
-def at_once(soak: "Soak") -> int:
+def at_once(soak: "Soak", backend: str) -> int:
     """Up to 64 transfers twice, each with a piece of a target and of a memory to itself."""
     memory = max(soak.memories, key=lambda memory: memory.size)
     target = soak.dice.choice(soak.targets)
     if target.grows and len(target.model) < LIMIT:
         target.put(bytes(LIMIT - len(target.model)), len(target.model))
         os.ftruncate(target.fd, LIMIT)
-    backend = soak.dice.choice(["asyncio", "trio"])
     return anyio.run(_at_once, soak, target, memory, backend=backend)
 
 

@@ -8,6 +8,7 @@ import threading
 from array import array
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -365,7 +366,8 @@ KINDS: dict[str, tuple[float, Callable[[Soak], int | None]]] = {
     "in a thread": (1, Soak.in_a_thread),
     "stream": (6, Soak.stream),
     "copy": (4, copy),
-    "aio": (1, at_once),
+    "asyncio": (0.5, partial(at_once, backend="asyncio")),
+    "trio": (0.5, partial(at_once, backend="trio")),
     "refused": (8, refused),
     "failing": (6, failing),
     "by the CPU": (3, Soak.by_the_cpu),
