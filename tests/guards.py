@@ -6,6 +6,7 @@ lets a guard load the kernel module it is about; the lab sets it.
 """
 
 import functools
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -168,6 +169,11 @@ def _program(name: str, package: str) -> str | None:
     return None if shutil.which(name) else f"no {name} (apt install {package})"
 
 
+def _torch() -> str | None:
+    found = importlib.util.find_spec("torch") is not None
+    return None if found else "no module torch (pip install torch; its CPU build is 200 MB)"
+
+
 def _ext4() -> str | None:
     return _loop() or _program("mkfs.ext4", "e2fsprogs")
 
@@ -199,6 +205,7 @@ _GUARDS: dict[str, Callable[[], str | None]] = {
     "zram": _zram,
     "null_blk": _null_blk,
     "scsi_debug": _scsi_debug,
+    "torch": _torch,
     "ext4": _ext4,
     "xfs": _xfs,
     "btrfs": _btrfs,

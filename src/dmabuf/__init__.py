@@ -26,7 +26,7 @@ TYPE_CHECKING = False  # typing's own, without what importing typing costs
 if TYPE_CHECKING:
     from dmabuf.buffer import Buffer, Slab
     from dmabuf.engine import Engine, Transfer
-    from dmabuf.exporters import allocate, from_fd
+    from dmabuf.exporters import allocate, from_dlpack, from_fd
     from dmabuf.file import File, open  # noqa: A004 - dmabuf.open is the API
     from dmabuf.pipeline import Copy, copy
     from dmabuf.route import Plan, Route
@@ -47,6 +47,7 @@ __all__ = [
     "Transfer",
     "allocate",
     "copy",
+    "from_dlpack",
     "from_fd",
     "open",
 ]
@@ -63,6 +64,7 @@ if not TYPE_CHECKING:
         "Transfer": "engine",
         "allocate": "exporters",
         "copy": "pipeline",
+        "from_dlpack": "exporters",
         "from_fd": "exporters",
         "open": "file",
     }

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import NamedTuple, NoReturn, SupportsIndex
 
-from dmabuf import fence
+from dmabuf import arrays, fence
 from dmabuf._mapping import address_of, bracket
 from dmabuf._rawfile import RawFile, Window, parse_mode
-from dmabuf.errors import BusyError
+from dmabuf.errors import BusyError, ClosedError
 from dmabuf.sizes import as_int, format_size
 
 __all__ = ["Buffer", "Slab", "Window"]
@@ -46,7 +46,8 @@ class Buffer(RawFile):
     b"", and truncate() accepts the present size only. Wrap it, or better a window made by
     :meth:`open`, in io.BufferedRandom for many small reads. It offers no buffer protocol, since
     each CPU access to a dma-buf belongs between DMA_BUF_IOCTL_SYNC START and END: the file methods
-    see to that by themselves, and :meth:`map` gives a memoryview within such a bracket.
+    see to that by themselves, :meth:`map` gives a memoryview within such a bracket, and
+    :meth:`asarray` and :meth:`astensor` arrays and tensors that are one each.
 
     Thread-safe: everything but the position, which seek(), tell(), read(), readinto() and write()
     share. pread(), pwrite(), preadv(), pwritev() and map() do not use it, and each window has its
@@ -299,6 +300,11 @@ class Buffer(RawFile):
             with memoryview(self._memory) as whole:
                 return whole[offset : offset + size]
 
+    asarray = arrays.asarray
+    astensor = arrays.astensor
+    __dlpack__ = arrays.dlpack
+    __dlpack_device__ = arrays.dlpack_device
+
     # Fences: see the head of fence.py, and docs/coherency.md.
 
     def wait(self, direction: fence.Access = "read", timeout: float | None = None) -> None:
@@ -440,6 +446,22 @@ class Buffer(RawFile):
         # Views of map() may outlive us: they keep the mapping, and we leave it to them.
         self._closed = True
         self._dispose()
+
+
+def holding(address: int, size: int) -> tuple[Buffer, int] | None:
+    """The buffer whose mapping has these bytes, and where in it; None if there is none."""
+    for buffer in _living():
+        with suppress(ClosedError):
+            start = buffer._address
+            if start is not None and start <= address and address + size <= start + buffer.size:
+                return buffer, address - start
+    return None
+
+
+def _living() -> list[Buffer]:
+    while True:
+        with suppress(RuntimeError):  # another thread made or dropped one meanwhile
+            return list(_alive)
 
 
 _numbers = itertools.count()  # an id() may come again

@@ -1,4 +1,8 @@
-"""What makes Buffers: :func:`allocate` picks an exporter, :func:`from_fd` takes a dma-buf in."""
+"""What makes Buffers, and finds them.
+
+:func:`allocate` picks an exporter, :func:`from_fd` takes a dma-buf in, and :func:`from_dlpack`
+finds the buffer that an array or tensor lies in.
+"""
 
 import errno
 from typing import Protocol
@@ -6,9 +10,10 @@ from typing import Protocol
 from dmabuf import _uapi
 from dmabuf.buffer import Buffer
 from dmabuf.exporters import foreign, heap, memfd, udmabuf
+from dmabuf.exporters.dlpack import from_dlpack
 from dmabuf.sizes import as_int, parse_size
 
-__all__ = ["allocate", "from_fd", "names"]
+__all__ = ["allocate", "from_dlpack", "from_fd", "names"]
 
 # Another exporter would not help with these.
 _FATAL = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
