@@ -273,7 +273,7 @@ def test_a_file_that_may_not_be_written(
     monkeypatch.setattr(os, "access", lambda *_a, **_k: False)  # root may write anything
     ended = dmabuf(capsys, "cp", source, tmp_path / "t")
     assert ended.status == 1
-    assert "may not be written (permission denied): --force" in ended.err
+    assert "may not be written (permission denied): give --force to replace it" in ended.err
     assert (tmp_path / "t").read_bytes() == b"old"
     assert dmabuf(capsys, "cp", "--force", source, tmp_path / "t").status == 0
     assert_same((tmp_path / "t").read_bytes(), DATA, "the target")

@@ -14,13 +14,13 @@ from typing import Annotated
 import typer
 
 from dmabuf import exporters, nvme
+from dmabuf._replace import Replacement
 from dmabuf.bench import about, chart, scratch
 from dmabuf.bench.result import Result, as_json
 from dmabuf.bench.run import Bench, Setting
 from dmabuf.bench.ways import Place
 from dmabuf.cli import _bench_page, _bench_table, _output, _progress, _region
 from dmabuf.cli._path import filesystem
-from dmabuf.cli._replace import Replacement
 from dmabuf.facts import PAGE, kind_of
 from dmabuf.file import File
 from dmabuf.sizes import format_size, parse_size
@@ -237,7 +237,7 @@ def run(options: Options) -> None:
         if options.plot is not None:
             chart.load()
             _check_plot(options.plot, options.target)
-            place = stack.enter_context(Replacement(options.plot, force=False))
+            place = stack.enter_context(Replacement(options.plot, force=False, note=_output.note))
         result = _measure(options, begun)
         if place is not None:
             assert options.plot is not None

@@ -15,8 +15,8 @@ from typing import Annotated, Literal
 import typer
 
 from dmabuf._opening import same_file
+from dmabuf._replace import Replacement
 from dmabuf.cli import _output, _progress, _result, _verify
-from dmabuf.cli._replace import Replacement
 from dmabuf.file import File
 from dmabuf.pipeline import Copy, copy
 from dmabuf.route import ALLOWED, Route
@@ -169,7 +169,9 @@ def run(options: Options) -> None:
         shown = stack.enter_context(_progress.display(options.progress))
         if replaces:
             assert isinstance(target.what, str)
-            place = stack.enter_context(Replacement(target.what, force=options.force))
+            place = stack.enter_context(
+                Replacement(target.what, force=options.force, note=_output.note)
+            )
             with _telling(source, target, place.temporary):
                 record, verified = _copy(options, source, target, place.temporary, shown)
                 place.commit(like, sync=options.sync)

@@ -13,9 +13,9 @@ import errno
 import os
 import secrets
 import stat
+from collections.abc import Callable
 from contextlib import suppress
 
-from dmabuf.cli import _output
 from dmabuf.errors import os_error
 
 _NOT_TAKEN_OVER = frozenset({"security.capability", "security.ima", "security.evm"})
@@ -29,10 +29,11 @@ class Replacement:
     symbolic link stays one, and what it points to is replaced.
     """
 
-    def __init__(self, path: str, *, force: bool) -> None:
+    def __init__(self, path: str, *, force: bool, note: Callable[[str], object]) -> None:
         self.path = os.path.realpath(path) if os.path.islink(path) else path
         self._asked = path
         self._force = force
+        self._note = note
         self._folder = os.path.dirname(self.path) or "."
         self._hidden = os.path.join(self._folder, f".dmabuf-{secrets.token_hex(6)}.tmp")
         self._fd = -1
@@ -72,10 +73,10 @@ class Replacement:
 
     def _check_replaceable(self, old: os.stat_result) -> None:
         if not self._force and not os.access(self.path, os.W_OK, effective_ids=True):
-            text = "may not be written (permission denied): --force replaces it all the same"
+            text = "may not be written (permission denied): pass force=True to replace it"
             raise os_error(errno.EACCES, text, self._asked)
         if old.st_nlink > 1:
-            _output.note(
+            self._note(
                 f"note: {self.path} has {old.st_nlink} names (hard links): this one gets the new "
                 "file, the others keep the old"
             )
@@ -92,7 +93,7 @@ class Replacement:
         except FileNotFoundError:
             pass
         except OSError as error:  # a filesystem that is gone; why is being told already
-            _output.note(f"note: {self._hidden} could not be removed: {error.strerror}")
+            self._note(f"note: {self._hidden} could not be removed: {error.strerror}")
 
     def commit(self, like: os.stat_result | None, *, sync: bool) -> None:
         """Put the file in place.
