@@ -54,6 +54,7 @@ class Buffer(RawFile):
     own. After fork() the child's inherited Buffer works and sees the same memory.
     """
 
+    _closes_unasked = False  # with the last thing made over it, which is no mistake then
     _closed = True  # until __init__ is through: a half-made Buffer has nothing to close
 
     def __init__(
@@ -442,7 +443,8 @@ class Buffer(RawFile):
     def __del__(self) -> None:
         if self._closed:
             return
-        warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+        if not self._closes_unasked:
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
         # Views of map() may outlive us: they keep the mapping, and we leave it to them.
         self._closed = True
         self._dispose()

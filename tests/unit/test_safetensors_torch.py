@@ -1,0 +1,148 @@
+"""Models into a buffer and back, by PyTorch: beside safetensors.torch."""
+
+import gc
+import json
+import warnings
+
+import pytest
+
+from dmabuf import safetensors as models
+from tests.guards import problem_with, required
+from tests.resources import held
+
+if problem_with("torch") and not required("torch"):
+    pytest.skip(f"needs torch: {problem_with('torch')}", allow_module_level=True)
+
+import safetensors.torch
+import torch
+
+DTYPES = "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 uint16 uint32 uint64 bool"
+DTYPES += " complex64 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz"
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind():
+    before = held()
+    yield
+    assert held() == before
+
+
+def a_model():
+    chance = torch.Generator().manual_seed(5)
+    found = {}
+    for number, name in enumerate(DTYPES.split()):
+        dtype = getattr(torch, name)
+        shape = (3, 500 + number)
+        raw = torch.randint(0, 256, (*shape[:1], shape[1] * dtype.itemsize), generator=chance)
+        raw = raw % 2 if name == "bool" else raw
+        found[name] = raw.to(torch.uint8).view(dtype)
+    found["scalar"] = torch.tensor(1.5)
+    found["nothing"] = torch.zeros(3, 0)
+    return found
+
+
+def assert_same(got, expected):
+    assert set(got) == set(expected)
+    for name, value in expected.items():
+        assert got[name].dtype == value.dtype and got[name].shape == value.shape
+        flat = got[name].reshape(-1).view(torch.uint8), value.reshape(-1).view(torch.uint8)
+        assert torch.equal(*flat), name
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(a_model(), path, metadata={"format": "pt"})
+    return path
+
+
+@pytest.mark.parametrize("alignment", [None, 64, 4096])
+def test_load(path, alignment):
+    model = models.load(path, alignment=alignment)
+    assert_same(model, safetensors.torch.load_file(path))
+    for value in model.values():
+        assert value.data_ptr() % (alignment or value.itemsize) == 0
+
+
+def test_load_file_is_theirs_through_a_buffer(path):
+    model = models.load_file(path, torch.device("cpu"))
+    assert type(model) is dict
+    assert_same(model, safetensors.torch.load_file(path))
+    with pytest.raises(ValueError, match=r"on 'cpu'"):
+        models.load_file(path, "cuda")
+    with pytest.raises(ValueError, match=r"on 'cpu'"):
+        models.load_file(path, 0)
+
+
+def test_save_file_is_theirs_to_the_byte(path, tmp_path):
+    models.save_file(a_model(), tmp_path / "ours", metadata={"format": "pt"})
+    assert (tmp_path / "ours").read_bytes() == path.read_bytes()
+
+
+def test_there_and_back_from_the_buffer(path, tmp_path):
+    model = models.load(path)
+    models.save(model, tmp_path / "ours", metadata=model.metadata)
+    assert (tmp_path / "ours").read_bytes() == path.read_bytes()
+    safetensors.torch.save_file(dict(model), tmp_path / "theirs", metadata=model.metadata)
+    assert (tmp_path / "theirs").read_bytes() == path.read_bytes()
+
+
+def test_two_in_a_byte(tmp_path):
+    packed = torch.arange(12, dtype=torch.uint8).reshape(3, 4).view(torch.float4_e2m1fn_x2)
+    models.save({"a": packed}, tmp_path / "ours")
+    safetensors.torch.save_file({"a": packed}, tmp_path / "theirs")
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    model = models.load(tmp_path / "ours")
+    assert model.entries["a"].shape == (3, 8)
+    assert_same(model, {"a": packed})
+
+
+def test_an_odd_number_of_them_and_a_dtype_that_pytorch_lacks(tmp_path):
+    header = {
+        "a": {"dtype": "F4", "shape": [2, 1], "data_offsets": [0, 1]},
+        "b": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [1, 4]},
+    }
+    raw = json.dumps(header).encode()
+    path = tmp_path / "x"
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw + b"abcd")
+    model = models.load(path)
+    with pytest.raises(ValueError, match="two in a byte, and 'a' ends in an odd one"):
+        model["a"]
+    with pytest.raises(TypeError, match=r"has no F6_E2M3: raw\(\) gives the bytes"):
+        model["b"]
+
+
+def test_parameters_views_and_strides(tmp_path):
+    weight = torch.nn.Parameter(torch.arange(12.0).reshape(3, 4))
+    tensors = {
+        "parameter": weight,
+        "turned": weight.detach().t(),
+        "part": weight.detach()[::2, 1:],
+        "conjugate": torch.tensor([1 + 2j, 3 - 1j], dtype=torch.complex64).conj(),
+    }
+    models.save(tensors, tmp_path / "x")
+    found = safetensors.torch.load_file(tmp_path / "x")
+    for name, value in tensors.items():
+        assert torch.equal(found[name], value), name
+
+
+def test_sparse_ones_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"is sparse, which the format has not"):
+        models.save({"a": torch.eye(3).to_sparse()}, tmp_path / "x")
+    with pytest.raises(TypeError, match=r"dtype torch\.complex128, which no safetensors file has"):
+        models.save({"a": torch.zeros(3, dtype=torch.complex128)}, tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_module_keeps_the_buffer_until_it_dies(path):
+    before = held()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        module = torch.nn.Linear(500 + 1, 3, bias=False)
+        module.load_state_dict({"weight": models.load(path)["float32"]}, assign=True)
+        gc.collect()
+        assert held() != before
+        expected = safetensors.torch.load_file(path)["float32"]
+        assert torch.equal(module.weight.view(torch.uint8), expected.view(torch.uint8))
+        del module
+        assert held() == before
