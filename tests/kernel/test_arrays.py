@@ -14,7 +14,7 @@ from tests.kernel.nvme_drive import everything
 from tests.resources import held
 from tests.support import assert_same, pattern
 
-SIZE = 1 << 20
+SIZE = 2 << 20  # a huge page
 
 
 @pytest.fixture(autouse=True)

@@ -272,6 +272,15 @@ def test_it_is_read_only_where_the_buffer_is(buf):
         del array, part
 
 
+def test_the_part_of_a_read_only_array_is_read_only(buf):
+    array = buf.asarray("<u4", 4)
+    array.flags.writeable = False
+    part = dmabuf.from_dlpack(array)
+    assert part.mode == "rb" and part.buffer is buf and buf.writable()
+    with pytest.raises(io.UnsupportedOperation):
+        part.write(b"x")
+
+
 # -- DLPack
 
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import dmabuf
 from dmabuf import safetensors as models
+from dmabuf._replace import Replacement
 from dmabuf._tensor_layout import UNIT
 from dmabuf.file import File
 from tests.resources import held
@@ -455,6 +456,24 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(path, monkeypatch):
         assert error.value.filename == str(path)
         monkeypatch.undo()
         assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
+
+
+def test_it_is_on_the_medium_before_it_takes_the_name(path, monkeypatch):
+    done = []
+    fsync, commit = os.fsync, Replacement.commit
+
+    def flush(fd):
+        done.append(("flushed", os.fstat(fd).st_size if stat.S_ISREG(os.fstat(fd).st_mode) else 0))
+        fsync(fd)
+
+    def place(self, like, *, sync):
+        done.append(("placed", sync))
+        commit(self, like, sync=sync)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(Replacement, "commit", place)
+    models.save({"a": np.arange(3)}, path)
+    assert done == [("flushed", os.path.getsize(path)), ("placed", True), ("flushed", 0)]
 
 
 def test_a_file_that_is_there_is_replaced_and_keeps_its_mode(path, tmp_path):

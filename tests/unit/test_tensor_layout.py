@@ -87,6 +87,13 @@ def test_unaligned_ones_are_shifted_together():
     assert [one.place for one in wanted] == [8, 36, 44, 56]
 
 
+def test_one_with_a_larger_alignment_is_not_shifted_with_one_of_a_smaller():
+    wanted = [Wanted(9, 64, 2), Wanted(73, 64, 64)]
+    segments, end = place(wanted, 137, 2)
+    assert list(segments) == [9, 2, 64, 73, 128, 64] and end == 192
+    assert [one.place for one in wanted] == [2, 128]
+
+
 def test_the_next_file_begins_on_a_page():
     segments, end = place([Wanted(8, 8, 8)], 16, 16)
     assert list(segments) == [0, UNIT, 16] and end == UNIT + 16
