@@ -386,6 +386,14 @@ class Buffer(RawFile):
             self._check_open()
             self._users += 1
 
+    def _lend(self) -> None:
+        """As _acquire, for a device that will write; BusyError while somebody else uses it."""
+        with self._lock:
+            self._check_open()
+            if self._users or self._lone or self._maps:
+                raise BusyError(f"{self!r} is mapped, or a transfer of it runs")
+            self._users += 1
+
     def _release(self) -> None:
         with self._lock:
             self._users -= 1

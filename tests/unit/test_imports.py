@@ -38,13 +38,23 @@ LAYERS: list[set[str]] = [
     {"_flight"},
     {"_loop"},
     {"_copying"},
-    {"aio"},
+    {"aio", "devices"},
     {"machine", "verify"},
     {"bench"},
     {"cli"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
-WITHIN = {"exporters", "bench", "cli", "_mapping", "_rawfile", "errors", "sizes", "_uapi"}
+WITHIN = {
+    "exporters",
+    "devices",
+    "bench",
+    "cli",
+    "_mapping",
+    "_rawfile",
+    "errors",
+    "sizes",
+    "_uapi",
+}
 EXCEPTIONS = {
     ("_rawfile", "buffer"),  # for a type checker only
     ("arrays", "buffer"),  # likewise
