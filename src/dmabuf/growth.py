@@ -50,7 +50,7 @@ class Growth:
                 self._running[me] = end
                 self._longest = max(self._longest, end)
                 if end > size:  # where this fails it may have grown the file all the same (ext4)
-                    _allocate(fd, path, max(size, start), end)
+                    allocate(fd, path, max(size, start), end)
             yield
         except BaseException as error:
             with self._lock:
@@ -73,7 +73,7 @@ class Growth:
             os.ftruncate(fd, wanted)
 
 
-def _allocate(fd: int, path: str, start: int, end: int) -> None:
+def allocate(fd: int, path: str, start: int, end: int) -> None:
     """Growing first: a write that grows the file was seen at half the speed of one that does not.
 
     A filesystem without fallocate(2) gets the length alone.

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dmabuf.cli import _output, bench, cp, doctor, verify
+from dmabuf.cli import _output, bench, cp, doctor, record, verify
 
 __all__ = ["app", "main"]
 
@@ -44,6 +44,7 @@ def _dmabuf(
 
 
 cp.add_to(app)
+record.add_to(app)
 doctor.add_to(app)
 verify.add_to(app)
 bench.add_to(app)

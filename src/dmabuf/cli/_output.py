@@ -121,7 +121,7 @@ def orderly() -> Iterator[None]:
             raise typer.Exit(CLOSED_PIPE) from None
         error(explain(problem))
         raise typer.Exit(FAILED) from None
-    except (ValueError, EOFError, BufferError) as problem:
+    except (ValueError, EOFError, BufferError, ImportError) as problem:
         error(explain(problem))
         raise typer.Exit(FAILED) from None
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import errno
-import fcntl
-import os
 import stat
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -17,6 +14,7 @@ import typer
 from dmabuf._opening import same_file
 from dmabuf._replace import Replacement
 from dmabuf.cli import _output, _progress, _result, _verify
+from dmabuf.cli._ends import End, advance, find_source, find_target, telling
 from dmabuf.file import File
 from dmabuf.pipeline import Copy, copy
 from dmabuf.route import ALLOWED, Route
@@ -134,31 +132,13 @@ def _one_of(option: str, value: str | None, known: list[str]) -> None:
         raise typer.BadParameter(f"{option} {value}: one of {', '.join(known)}")
 
 
-@dataclass(frozen=True, slots=True)
-class _End:
-    """SRC or DST, looked at."""
-
-    what: str | int
-    """The path, or the descriptor of standard input or output."""
-    name: str
-    status: os.stat_result | None
-    """None where there is nothing yet."""
-    offset: int = 0
-
-    @property
-    def again(self) -> bool:
-        """Whether its bytes can be read a second time."""
-        mode = self.status.st_mode if self.status else stat.S_IFREG
-        return stat.S_ISREG(mode) or stat.S_ISBLK(mode)
-
-
 def run(options: Options) -> None:
     """Carry the command out.
 
     Raises:
         OSError, ValueError, EOFError: what went wrong; a regular target is as it was before.
     """
-    source, target = _source(options.source), _target(options.target, options.source)
+    source, target = find_source(options.source), find_target(options.target, options.source)
     _check(options, source, target)
     regular = target.status is None or stat.S_ISREG(target.status.st_mode)
     replaces = regular and isinstance(target.what, str)
@@ -172,78 +152,17 @@ def run(options: Options) -> None:
             place = stack.enter_context(
                 Replacement(target.what, force=options.force, note=_output.note)
             )
-            with _telling(source, target, place.temporary):
+            with telling(source, target, place.temporary):
                 record, verified = _copy(options, source, target, place.temporary, shown)
                 place.commit(like, sync=options.sync)
         else:
-            with _telling(source, target, None):
+            with telling(source, target, None):
                 record, verified = _copy(options, source, target, target.what, shown)
-    _advance(source, target, record.nbytes)
+    advance(source, target, record.nbytes)
     _tell(options, source, target, record, verified)
 
 
-@contextmanager
-def _telling(source: _End, target: _End, temporary: str | None) -> Iterator[None]:
-    """Errors by the names that the user gave, with what became of the target."""
-    try:
-        yield
-    except OSError as error:
-        names = {temporary: target.name} if temporary else {}
-        for end in (source, target):
-            names[f"descriptor {end.what}"] = end.name
-        error.filename = names.get(error.filename, error.filename)
-        moved = getattr(error, "nbytes", None)
-        if temporary:
-            state = "no file was made" if target.status is None else "the old file is as it was"
-            so_far = f"after {moved} whole bytes; " if moved else ""
-            error.strerror = f"{error.strerror} ({so_far}{state})"
-        elif moved is not None:
-            error.strerror = f"{error.strerror} ({moved} whole bytes were copied)"
-        raise
-
-
-def _source(name: str) -> _End:
-    if name == "-":
-        return _standard(0, _output.STDIN, sys.stdin)
-    status = os.stat(name)
-    if stat.S_ISDIR(status.st_mode):
-        raise OSError(errno.EISDIR, "is a directory: name a file in it", name)
-    return _End(name, name, status)
-
-
-def _target(name: str, source: str) -> _End:
-    if name in ("-", "/dev/stdout"):
-        return _standard(1, _output.STDOUT, sys.stdout)
-    try:
-        status = os.stat(name)
-    except FileNotFoundError:
-        if name.endswith("/") or not name:
-            raise
-        return _End(name, name, None)
-    if not stat.S_ISDIR(status.st_mode):
-        return _End(name, name, status)
-    if source == "-":
-        raise OSError(errno.EISDIR, "is a directory, and standard input has no name", name)
-    inside = os.path.join(name, os.path.basename(source))
-    try:
-        status = os.stat(inside)
-    except FileNotFoundError:
-        return _End(inside, inside, None)
-    if stat.S_ISDIR(status.st_mode):
-        raise OSError(errno.EISDIR, "is a directory: nothing was copied over it", inside)
-    return _End(inside, inside, status)
-
-
-def _standard(fd: int, name: str, stream: object) -> _End:
-    """Standard input or output: at its position, where it has one."""
-    if stream is None:
-        raise OSError(errno.EBADF, "is closed", name)
-    status = os.fstat(fd)
-    has_position = stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)
-    return _End(fd, name, status, os.lseek(fd, 0, os.SEEK_CUR) if has_position else 0)
-
-
-def _check(options: Options, source: _End, target: _End) -> None:
+def _check(options: Options, source: End, target: End) -> None:
 
     if source.status and target.status and same_file(source.status, target.status):
         text = f"and {source.name} are the same file: nothing was copied"
@@ -256,7 +175,7 @@ def _check(options: Options, source: _End, target: _End) -> None:
 
 
 def _copy(
-    options: Options, source: _End, target: _End, place: str | int, shown: _progress.Display
+    options: Options, source: End, target: End, place: str | int, shown: _progress.Display
 ) -> tuple[Copy, _verify.Verified | None]:
     record = copy(
         source.what,
@@ -279,8 +198,8 @@ def _copy(
 
 def _verify_copy(
     options: Options,
-    source: _End,
-    target: _End,
+    source: End,
+    target: End,
     place: str | int,
     nbytes: int,
     shown: _progress.Display,
@@ -298,21 +217,10 @@ def _verify_copy(
         )
 
 
-def _advance(source: _End, target: _End, nbytes: int) -> None:
-    """Leave standard input and output where the next program goes on."""
-    for end in (source, target):
-        if isinstance(end.what, int) and end.again and not _appends(end.what):
-            os.lseek(end.what, end.offset + nbytes, os.SEEK_SET)
-
-
-def _appends(fd: int) -> bool:
-    return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_APPEND)
-
-
 def _tell(
     options: Options,
-    source: _End,
-    target: _End,
+    source: End,
+    target: End,
     record: Copy,
     verified: _verify.Verified | None,
 ) -> None:

@@ -322,8 +322,8 @@ class Camera:
         for index in list(self._left):
             with suppress(BusyError):
                 if not fence.pending([b.slabs[0].fd for b in self.buffers[index]], "write"):
-                    self._left.discard(index)
                     self._queue(index)
+                    self._left.discard(index)
 
     # -- the end
 

@@ -1,0 +1,169 @@
+"""A V4L2 driver that imports dma-bufs, behind the seam that every ioctl of the package passes.
+
+Its node is an eventfd that can be read while frames are there, and its dma-bufs are memfds, as
+those of FakeKernel. A frame is taken each time that the test says so.
+"""
+
+import ctypes
+import errno
+import os
+import stat
+from collections.abc import Callable
+
+from linuxpy.video import raw
+
+from tests.unit.fake_kernel import FakeKernel
+
+FORMATS = ("YUYV", "GREY", "NM12")
+SIZES = [(64, 32), (128, 64)]
+
+
+def fail(number: int) -> None:
+    raise OSError(number, os.strerror(number))
+
+
+class FakeCamera(FakeKernel):
+    """`node` is the path that is a camera; `calls_of` counts the ioctls by name."""
+
+    def __init__(self, node: str, multi: bool = False) -> None:
+        super().__init__()
+        self.node, self.multi = node, multi
+        self.caps = raw.Capability.STREAMING | raw.Capability.READWRITE
+        self.caps |= raw.Capability.VIDEO_CAPTURE_MPLANE if multi else raw.Capability.VIDEO_CAPTURE
+        self.fd = -1
+        self.form = ("NM12" if multi else "YUYV", *SIZES[0])
+        self.fps = (1, 30)
+        self.least = 2
+        self.errors: dict[str, int] = {}
+        self.fail_queue_of = -1
+        self.count = 0
+        self.streaming = False
+        self.queued: list[tuple[int, list[int]]] = []
+        self.done: list[tuple[int, int, int, list[int]]] = []
+        self.sequence = 0
+        self.asked: list[str] = []
+        self.on_frame: Callable[[int], object] | None = None
+        """If set, a frame comes whenever one is asked for, and this is told its number before."""
+
+    def open(self, path: str) -> int:
+        assert path == self.node
+        self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        return self.fd
+
+    # What the world does.
+
+    def expose(self, content: bytes | None = None, flags: int = 0) -> None:
+        """A frame: into the next buffer, or lost where there is none."""
+        assert self.streaming
+        number, self.sequence = self.sequence, self.sequence + 1
+        if not self.queued:
+            return
+        index, fds = self.queued.pop(0)
+        sizes = self.sizes()
+        for plane, (fd, size) in enumerate(zip(fds, sizes, strict=True)):
+            data = bytes([(number + plane) % 256]) * size if content is None else content
+            os.pwrite(fd, data, 0)
+            sizes[plane] = len(data)
+        self.done.append((index, number, flags, sizes))
+        os.eventfd_write(self.fd, 1)
+
+    def sizes(self) -> list[int]:
+        name, width, height = self.form
+        pixels = width * height
+        return {"YUYV": [pixels * 2], "GREY": [pixels], "NM12": [pixels, pixels // 2]}[name]
+
+    # What the driver answers.
+
+    def ioctl(self, fd: int, request: int, argument: object) -> object:
+        if fd != self.fd or isinstance(argument, bytes | bytearray):
+            return super().ioctl(fd, request, argument)
+        name = raw.IOC(request).name
+        self.asked.append(name)
+        if number := self.errors.get(name):
+            fail(number)
+        getattr(self, name.lower())(argument)
+        return 0
+
+    def querycap(self, caps: raw.v4l2_capability) -> None:
+        caps.card, caps.driver = b"a fake", b"fake"
+        caps.capabilities = raw.Capability.DEVICE_CAPS | raw.Capability.VIDEO_OUTPUT
+        caps.device_caps = self.caps
+
+    def enum_fmt(self, item: raw.v4l2_fmtdesc) -> None:
+        if item.index >= len(FORMATS):
+            fail(errno.EINVAL)
+        item.pixelformat = int.from_bytes(FORMATS[item.index].encode(), "little")
+
+    def g_fmt(self, what: raw.v4l2_format) -> None:
+        self._tell(what, self.form)
+
+    def try_fmt(self, what: raw.v4l2_format) -> tuple[str, int, int]:
+        pix = what.fmt.pix_mp if self.multi else what.fmt.pix
+        name = pix.pixelformat.to_bytes(4, "little").decode()
+        near = min(SIZES, key=lambda size: abs(size[0] - pix.width) + abs(size[1] - pix.height))
+        self._tell(what, (name, *near))
+        return (name, *near)
+
+    def s_fmt(self, what: raw.v4l2_format) -> None:
+        self.form = self.try_fmt(what)
+
+    def _tell(self, what: raw.v4l2_format, form: tuple[str, int, int]) -> None:
+        pix = what.fmt.pix_mp if self.multi else what.fmt.pix
+        before, self.form = self.form, form
+        sizes, self.form = self.sizes(), before
+        pix.pixelformat = int.from_bytes(form[0].encode(), "little")
+        pix.width, pix.height = form[1:]
+        planes = pix.plane_fmt if self.multi else [pix]
+        if self.multi:
+            pix.num_planes = len(sizes)
+        for plane, size in zip(planes, sizes, strict=False):
+            plane.sizeimage, plane.bytesperline = size, form[1]
+
+    def g_parm(self, what: raw.v4l2_streamparm) -> None:
+        per_frame = what.parm.capture.timeperframe
+        per_frame.numerator, per_frame.denominator = self.fps
+
+    def s_parm(self, what: raw.v4l2_streamparm) -> None:
+        per_frame = what.parm.capture.timeperframe
+        if per_frame.denominator <= 60 * per_frame.numerator:
+            self.fps = (per_frame.numerator, per_frame.denominator)
+        self.g_parm(what)
+
+    def reqbufs(self, what: raw.v4l2_requestbuffers) -> None:
+        assert what.memory == raw.Memory.DMABUF
+        self.count = what.count = what.count and max(what.count, self.least)
+        self.queued.clear()
+
+    def qbuf(self, item: raw.v4l2_buffer) -> None:
+        if item.index == self.fail_queue_of:
+            fail(errno.EFAULT)
+        assert item.index < self.count
+        planes = [item.m.planes[i] for i in range(len(self.sizes()))] if self.multi else [item]
+        for plane, size in zip(planes, self.sizes(), strict=True):
+            assert stat.S_ISREG(os.fstat(plane.m.fd).st_mode) and plane.length >= size
+        self.queued.append((item.index, [plane.m.fd for plane in planes]))
+
+    def dqbuf(self, item: raw.v4l2_buffer) -> None:
+        if not self.done and self.on_frame is not None:
+            self.on_frame(self.sequence)
+            self.expose()
+        if not self.done:
+            fail(errno.EAGAIN)
+        item.index, item.sequence, flags, sizes = self.done.pop(0)
+        item.flags = flags | raw.BufferFlag.TIMESTAMP_MONOTONIC
+        item.timestamp.secs, item.timestamp.usecs = 7, item.sequence
+        planes = [item.m.planes[i] for i in range(len(sizes))] if self.multi else [item]
+        for plane, size in zip(planes, sizes, strict=True):
+            plane.bytesused = size
+        if self.multi:
+            item.length = len(sizes)
+        if not self.done:
+            os.eventfd_read(self.fd)
+
+    def streamon(self, kind: ctypes.c_int) -> None:
+        self.streaming, self.sequence = True, 0
+
+    def streamoff(self, kind: ctypes.c_int) -> None:
+        self.streaming = False
+        self.queued.clear()
+        self.done.clear()

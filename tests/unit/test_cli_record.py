@@ -1,0 +1,248 @@
+"""`dmabuf record` on a fake driver: the bytes, the file beside them, and whole or not at all."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dmabuf import _uapi
+from dmabuf.devices import _v4l2
+from dmabuf.exporters import udmabuf
+from tests.resources import held
+from tests.support import PAGE, assert_same
+from tests.unit.command import dmabuf
+from tests.unit.fake_camera import FakeCamera
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind():
+    before = held()
+    yield
+    assert held() == before
+
+
+@pytest.fixture(params=[False, True], ids=["one plane", "two planes"])
+def multi(request) -> bool:
+    return request.param
+
+
+@pytest.fixture
+def camera(monkeypatch) -> FakeCamera:
+    return make(monkeypatch)
+
+
+def make(monkeypatch, multi: bool = False) -> FakeCamera:
+    fake = FakeCamera("/dev/video7", multi)
+    fake.on_frame = lambda number: None
+    monkeypatch.setattr(_uapi, "ioctl", fake.ioctl)
+    monkeypatch.setattr(_v4l2, "_open", fake.open)
+    monkeypatch.setattr(udmabuf, "DEVICE", os.devnull)
+    return fake
+
+
+def record(capsys: Capture, *arguments: object):
+    return dmabuf(capsys, "record", "/dev/video7", *arguments)
+
+
+def planes(fake: FakeCamera, number: int) -> list[bytes]:
+    return [bytes([number + at]) * size for at, size in enumerate(fake.sizes())]
+
+
+def test_a_file_and_the_one_beside_it(monkeypatch, multi, tmp_path: Path, capsys: Capture) -> None:
+    fake = make(monkeypatch, multi)
+    name = "NM12" if multi else "GREY"
+    out = tmp_path / "out.raw"
+    ended = record(capsys, out, "-n", 5, "--format", name, "--size", "128x64", "--json")
+    assert (ended.status, ended.err) == (0, "")
+    told, beside = json.loads(ended.out), json.loads((tmp_path / "out.raw.json").read_text())
+    assert {key: told[key] for key in beside} == beside
+    assert (beside["fourcc"], beside["width"], beside["height"]) == (name, 128, 64)
+    assert (beside["lost"], beside["clock"], beside["fps"]) == (0, "monotonic", "30")
+    assert [frame["sequence"] for frame in beside["frames"]] == [0, 1, 2, 3, 4]
+    assert told["copied"] == 0 or "direct" not in told["routes"]
+    data, end = out.read_bytes(), 0
+    assert len(data) == beside["size"]
+    for number, frame in enumerate(beside["frames"]):
+        assert frame["timestamp_ns"] == 7_000_000_000 + number * 1000
+        for plane, expected in zip(frame["planes"], planes(fake, number), strict=True):
+            assert plane["offset"] == -(-end // PAGE) * PAGE
+            assert plane["nbytes"] == len(expected)
+            end = plane["offset"] + plane["nbytes"]
+            assert_same(data[plane["offset"] : end], expected, f"a plane of frame {number}")
+    assert end == len(data)
+    assert told["nbytes"] == 5 * sum(fake.sizes())
+    assert sorted(os.listdir(tmp_path)) == ["out.raw", "out.raw.json"]
+
+
+def test_what_people_are_told(camera, tmp_path: Path, capsys: Capture) -> None:
+    camera.on_frame = lambda number: setattr(camera, "sequence", number + (number == 2) * 3)
+    ended = record(capsys, tmp_path / "out.raw", "--frames", 4)
+    assert (ended.status, ended.err) == (0, "")
+    assert ended.out.startswith("4 frames, 16.4 kB in 0.")
+    assert ", 3 lost: 64x32 YUYV, written " in ended.out
+    assert ended.out.count("\n") == 1
+    beside = json.loads((tmp_path / "out.raw.json").read_text())
+    assert [frame["sequence"] for frame in beside["frames"]] == [0, 1, 5, 6]
+    assert [frame["lost_before"] for frame in beside["frames"]] == [0, 0, 3, 0]
+    assert record(capsys, tmp_path / "out.raw", "-q", "-n", 1).out == ""
+
+
+def test_compressed_frames_differ_in_size(camera, tmp_path: Path, capsys: Capture) -> None:
+    exposed = [b"short", b"x" * 4096, b"longer " * 9]
+    expose = camera.expose
+    camera.expose = lambda: expose(exposed[camera.sequence])
+    out = tmp_path / "out.raw"
+    assert record(capsys, out, "-n", 3).status == 0
+    frames = json.loads((tmp_path / "out.raw.json").read_text())["frames"]
+    data = out.read_bytes()
+    for frame, expected in zip(frames, exposed, strict=True):
+        (plane,) = frame["planes"]
+        assert data[plane["offset"] :][: plane["nbytes"]] == expected
+    assert len(data) == 2 * PAGE + len(exposed[2])
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_ctrl_c(there: bool, camera, tmp_path: Path, capsys: Capture) -> None:
+    """With a number of frames it is an abort; without, the end."""
+    out = tmp_path / "out.raw"
+    if there:
+        out.write_bytes(b"old")
+        (tmp_path / "out.raw.json").write_text("older")
+
+    def interrupt(number: int) -> None:
+        if number == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    camera.on_frame = interrupt
+    ended = record(capsys, out, "--frames", 10)
+    assert (ended.status, ended.out, ended.err) == (130, "", "error: stopped by SIGINT\n")
+    assert sorted(os.listdir(tmp_path)) == (["out.raw", "out.raw.json"] if there else [])
+    if there:
+        assert out.read_bytes() == b"old"
+        assert (tmp_path / "out.raw.json").read_text() == "older"
+    ended = record(capsys, out)
+    assert (ended.status, ended.err) == (0, "")
+    assert ended.out.startswith("3 frames, ")
+    assert len(json.loads((tmp_path / "out.raw.json").read_text())["frames"]) == 3
+    assert_same(out.read_bytes(), b"".join(planes(camera, n)[0] for n in range(3)), "the file")
+
+
+def test_ctrl_c_before_the_first_frame(camera, tmp_path: Path, capsys: Capture) -> None:
+    camera.on_frame = lambda _: signal.raise_signal(signal.SIGTERM)
+    ended = record(capsys, tmp_path / "out.raw")
+    assert (ended.status, ended.err) == (143, "error: stopped by SIGTERM\n")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("after", [0, 2])
+def test_a_camera_that_fails_leaves_no_file(
+    after: int, camera, tmp_path: Path, capsys: Capture
+) -> None:
+    camera.on_frame = lambda number: (
+        number == after and camera.errors.update({"DQBUF": errno.ENODEV, "QBUF": errno.ENODEV})
+    )
+    (tmp_path / "out.raw").write_bytes(b"old")
+    ended = record(capsys, tmp_path / "out.raw", "-n", 5)
+    assert (ended.status, ended.out) == (1, "")
+    assert ended.err.startswith("error: /dev/video7: ")
+    assert ended.err.endswith("the device is gone (the old file is as it was)\n")
+    assert os.listdir(tmp_path) == ["out.raw"]
+    assert (tmp_path / "out.raw").read_bytes() == b"old"
+
+
+def test_a_frame_that_never_comes(camera, tmp_path: Path, capsys: Capture) -> None:
+    camera.on_frame = None
+    ended = record(capsys, tmp_path / "out.raw", "-n", 5, "--timeout", "0.02")
+    assert ended.status == 1
+    assert "error: /dev/video7: no frame came within 0.02 s: is there a signal" in ended.err
+    assert "(no file was made)" in ended.err
+    assert os.listdir(tmp_path) == []
+
+
+def test_refusals_touch_nothing(camera, tmp_path: Path, capsys: Capture) -> None:
+    for arguments, status, match in (
+        (["--format", "ABCD"], 1, "error: /dev/video7: has no format 'ABCD': it has YUYV"),
+        (["--size", "100x100"], 1, "the nearest is"),
+        (["--size", "axb"], 2, "--size axb: width and height in pixels"),
+        (["--size", "0x5"], 2, "width and height in pixels"),
+        (["--fps", "1000"], 1, "cannot deliver 1000 frames a second"),
+        (["--require", "magic"], 2, "one of zero-copy"),
+        (["--exporter", "nobody"], 1, "unknown exporter 'nobody'"),
+        (["--exporter", "memfd"], 1, "is a memfd, which is no dma-buf"),
+        (["--buffers", "0"], 2, "--buffers"),
+        (["-n", "0"], 2, "--frames"),
+    ):
+        ended = record(capsys, tmp_path / "out.raw", "-n", 1, *arguments)
+        assert (ended.status, ended.out) == (status, ""), arguments
+        assert match in ended.err
+        assert os.listdir(tmp_path) == []
+    ended = dmabuf(capsys, "record", "/dev/null", tmp_path / "out.raw")
+    assert ended.err.startswith("error: /dev/null: is no video device")
+    ended = record(capsys, tmp_path / "nowhere" / "out.raw", "-n", 1)
+    assert ended.status == 1
+    assert "its directory: No such file" in ended.err
+
+
+def test_without_linuxpy(tmp_path: Path, capsys: Capture, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "linuxpy", None)
+    monkeypatch.setitem(sys.modules, "linuxpy.video", None)
+    ended = dmabuf(capsys, "record", "/dev/video7", tmp_path / "out.raw")
+    assert (ended.status, ended.out) == (1, "")
+    assert ended.err.startswith("error: dmabuf.devices.v4l2 needs linuxpy")
+    assert ended.err.endswith("pip install dmabuf[v4l2]\n")
+
+
+def test_a_full_disk(camera, capsys: Capture, tmp_path: Path) -> None:
+    """Known before the first frame where the frames' size is."""
+    with pytest.MonkeyPatch.context() as patch:
+        refused = OSError(errno.ENOSPC, "growing the file: No space left on device")
+        patch.setattr("dmabuf.growth.allocate", lambda *_: (_ for _ in ()).throw(refused))
+        ended = record(capsys, tmp_path / "out.raw", "-n", 5)
+    assert ended.status == 1
+    assert "No space left on device (no file was made)" in ended.err
+    assert "STREAMON" not in camera.asked
+    assert os.listdir(tmp_path) == []
+    ended = record(capsys, "/dev/full", "-n", 5)
+    assert ended.status == 1
+    assert "error: /dev/full: " in ended.err
+    assert "No space left on device" in ended.err
+
+
+def test_a_pipe_gets_the_frames_one_behind_the_other(monkeypatch, multi, tmp_path, capsys) -> None:
+    fake = make(monkeypatch, multi)
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    with subprocess.Popen(["cat", fifo], stdout=subprocess.PIPE) as reader:
+        ended = record(capsys, fifo, "-n", 3, "--json")
+        data = reader.stdout.read()
+    assert (ended.status, ended.err) == (0, "")
+    assert_same(data, b"".join(part for n in range(3) for part in planes(fake, n)), "the pipe")
+    assert json.loads(ended.out)["routes"] == {"buffered": len(data)}
+    assert os.listdir(tmp_path) == ["fifo"]
+
+
+def test_a_reader_who_leaves(camera, tmp_path: Path, capsys: Capture) -> None:
+    read, write = os.pipe()
+    saved = os.dup(1)
+    os.dup2(write, 1)
+    os.close(write)
+    camera.on_frame = lambda number: os.close(read) if number == 2 else None
+    try:
+        ended = record(capsys, "-")
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+    assert (ended.status, ended.err) == (141, "")
+
+
+def test_zero_copy_or_nothing(camera, tmp_path: Path, capsys: Capture) -> None:
+    ended = record(capsys, "/dev/null", "-n", 1, "--require", "zero-copy")
+    assert ended.status == 1
+    assert "/dev/null" in ended.err
