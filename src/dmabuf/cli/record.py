@@ -18,7 +18,6 @@ import typer
 from dmabuf import growth
 from dmabuf.cli import _output, _progress
 from dmabuf.cli._ends import End, advance, find_target, telling
-from dmabuf.cli._replace import Replacement
 from dmabuf.devices import v4l2
 from dmabuf.file import File
 from dmabuf.route import ALLOWED

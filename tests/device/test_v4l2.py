@@ -1,0 +1,301 @@
+"""Cameras by the kernel's vivid: every byte of every frame, and nothing left after a refusal."""
+
+import errno
+import json
+import os
+import signal
+import stat
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import dmabuf
+from dmabuf.devices import v4l2
+from tests import support
+from tests.device.vivid import (
+    CONTIGUOUS,
+    METADATA,
+    MOVE_RIGHT,
+    MULTI,
+    OUTPUT,
+    SINGLE,
+    WIDTH,
+    Moving,
+    picture,
+    reference,
+)
+from tests.guards import needs
+from tests.kernel.conftest import BUFINFO
+from tests.resources import held
+from tests.support import assert_same, mounted, poison
+from tests.unit.command import dmabuf as command
+from tests.unit.command import finish, start
+
+Capture = pytest.CaptureFixture[str]
+
+SMALL = {"width": 320, "height": 180}
+
+
+def kernel_list() -> str:
+    """How many dma-bufs the kernel has, and bytes."""
+    return BUFINFO.read_text().splitlines()[-1]
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    before = held(), kernel_list()
+    yield
+    for _ in range(50):  # the kernel lets the last reference go a moment later
+        if kernel_list() == before[1]:
+            break
+        time.sleep(0.02)
+    assert (held(), kernel_list()) == before
+
+
+@pytest.fixture(scope="module")
+def moving() -> Moving:
+    return Moving(reference("RGB3", **SMALL), SMALL["width"])
+
+
+def poison_all(camera: v4l2.Camera) -> None:
+    for row in camera.buffers:
+        for buffer in row:
+            buffer.pwrite(poison(buffer.size), 0)
+
+
+def assert_accounted(sequences: list[int], lost: int) -> None:
+    """Every number is a frame's or was lost. Where vivid is late it may give two the same."""
+    assert sequences == sorted(sequences)
+    assert sequences[-1] - sequences[0] + 1 == len(set(sequences)) + lost
+
+
+EXPORTERS = {
+    "udmabuf": {"exporter": "udmabuf"},
+    "huge pages": {"huge_pages": "2MiB"},
+    "dma-heap": {"exporter": "system"},
+    "the driver's own": {"exporter": "driver"},
+}
+
+
+@needs("vivid", "udmabuf", "dma_heap", "hugepages")
+@pytest.mark.parametrize("which", EXPORTERS)
+def test_every_byte_of_a_picture_that_moves(which: str, moving: Moving) -> None:
+    """At the camera's full rate: what it cannot deliver it says."""
+    frames, sequences = [], []
+    with (
+        picture(SINGLE, MOVE_RIGHT),
+        v4l2.capture(SINGLE, format="RGB3", fps=120, **SMALL, **EXPORTERS[which]) as camera,
+    ):
+        assert camera.format.fps == 120
+        poison_all(camera)
+        for frame in camera:
+            with frame:
+                assert frame.clock == "monotonic" and not frame.error
+                frames.append((frame.buffer.pread(frame.nbytes, 0), frame.lost))
+                sequences.append(frame.sequence)
+            if len(frames) == 40:
+                break
+        assert_accounted(sequences, camera.lost)
+    moving.check(frames)
+
+
+@needs("vivid", "udmabuf", "dma_heap")
+@pytest.mark.parametrize("exporter", ["udmabuf", "system", "driver"])
+def test_two_planes_in_a_buffer_each(exporter: str) -> None:
+    expected = reference("NV12", **SMALL)
+    cut = SMALL["width"] * SMALL["height"]
+    with picture(MULTI), v4l2.capture(MULTI, format="NM12", exporter=exporter, **SMALL) as camera:
+        poison_all(camera)
+        for _ in range(6):
+            with next(camera) as frame:
+                one, other = frame.planes
+                assert (one.nbytes, other.nbytes) == (cut, cut // 2)
+                assert_same(one.buffer.pread(one.nbytes, 0), expected[:cut], "luma")
+                assert_same(other.buffer.pread(other.nbytes, 0), expected[cut:], "chroma")
+
+
+@needs("vivid", "udmabuf")
+def test_a_frame_stays_as_it_is_until_it_is_released(moving: Moving) -> None:
+    with (
+        picture(SINGLE, MOVE_RIGHT),
+        v4l2.capture(SINGLE, format="RGB3", fps=60, buffers=3, timeout=1, **SMALL) as camera,
+    ):
+        kept = [next(camera) for _ in camera.buffers]
+        first = [frame.buffer.pread(frame.nbytes, 0) for frame in kept]
+        with pytest.raises(TimeoutError, match="all 3 are held"):
+            next(camera)
+        for frame, before in zip(kept, first, strict=True):
+            assert_same(frame.buffer.pread(frame.nbytes, 0), before, "a frame that is held")
+            frame.release()
+        later = [next(camera), next(camera)]
+        assert later[0].lost > 10, "for a second there was nowhere to put a frame"
+        assert camera.lost == sum(frame.lost for frame in (*kept, *later))
+        for frame in later:
+            moving.turn_of(frame.buffer.pread(frame.nbytes, 0))
+
+
+@needs("vivid", "udmabuf")
+def test_in_an_event_loop(run, moving: Moving) -> None:
+    async def main() -> list[tuple[bytes, int]]:
+        frames = []
+        with v4l2.capture(SINGLE, format="RGB3", fps=60, **SMALL) as camera:
+            async for frame in camera:
+                with frame:
+                    frames.append((frame.buffer.pread(frame.nbytes, 0), frame.lost))
+                if len(frames) == 10:
+                    break
+        return frames
+
+    with picture(SINGLE, MOVE_RIGHT):
+        moving.check(run(main))
+
+
+# -- record
+
+
+@needs("vivid", "udmabuf", "nvme")
+@pytest.mark.parametrize("exporter", ["udmabuf", "huge pages"])
+def test_a_recording(exporter: str, moving: Moving, tmp_path: Path, capsys: Capture) -> None:
+    """To a filesystem on an NVMe drive, and no byte of a frame by the CPU."""
+    how = ["--huge-pages"] if exporter == "huge pages" else []
+    with (
+        picture(SINGLE, MOVE_RIGHT),
+        mounted(os.environ["DMABUF_TEST_NVME1"], "ext4", tmp_path / "mnt") as folder,
+    ):
+        out = folder / "out.raw"
+        ended = command(
+            capsys, "record", SINGLE, out, "-n", 40, "--format", "RGB3", "--size", "320x180",
+            "--fps", 120, "--require", "zero-copy", "--json", "--sync", *how,
+        )  # fmt: skip
+        assert (ended.status, ended.err) == (0, "")
+        told = json.loads(ended.out)
+        assert set(told["routes"]) <= {"direct", "native"}
+        assert told["copied"] == 0
+        assert sorted(os.listdir(folder)) == ["lost+found", "out.raw", "out.raw.json"]
+        data = out.read_bytes()
+        frames = json.loads((folder / "out.raw.json").read_text())["frames"]
+    found = []
+    for frame in frames:
+        (plane,) = frame["planes"]
+        found.append((data[plane["offset"] :][: plane["nbytes"]], frame["lost_before"]))
+    assert len(found) == 40
+    moving.check(found)
+    assert_accounted([frame["sequence"] for frame in frames], told["lost"])
+
+
+@needs("vivid", "udmabuf", "root")
+@pytest.mark.parametrize("frames", [["-n", "100"], []])
+def test_a_full_disk(frames: list[str], tmp_path: Path, capsys: Capture) -> None:
+    folder = tmp_path / "mnt"
+    folder.mkdir()
+    support.run("mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder)
+    try:
+        (folder / "out.raw").write_bytes(b"old")
+        ended = command(
+            capsys, "record", SINGLE, folder / "out.raw", "--format", "RGB3", "--size", "320x180",
+            "--fps", 60, *frames,
+        )  # fmt: skip
+        assert (ended.status, ended.out) == (1, "")
+        assert "No space left on device" in ended.err
+        assert "the old file is as it was" in ended.err
+        assert os.listdir(folder) == ["out.raw"]
+        assert (folder / "out.raw").read_bytes() == b"old"
+    finally:
+        support.run("umount", folder)
+
+
+@needs("vivid", "udmabuf")
+@pytest.mark.parametrize(("frames", "kept"), [([], True), (["-n", "2000"], False)])
+def test_ctrl_c(frames: list[str], kept: bool, tmp_path: Path) -> None:
+    process = start(
+        "record", SINGLE, tmp_path / "out.raw", "--format", "RGB3", "--size", "320x180",
+        "--progress", *frames,
+    )  # fmt: skip
+    line = process.stderr.readline()  # after a second
+    assert line.startswith(b"recording: "), line
+    process.send_signal(signal.SIGINT)
+    ended = finish(process)
+    if kept:
+        assert ended.status == 0
+        told = json.loads((tmp_path / "out.raw.json").read_text())
+        assert told["size"] == (tmp_path / "out.raw").stat().st_size > 0
+        assert ended.out.startswith(f"{len(told['frames'])} frames, ")
+    else:
+        assert ended.status == 130
+        assert ended.err.endswith("error: stopped by SIGINT\n")
+        assert os.listdir(tmp_path) == []
+
+
+@needs("vivid", "udmabuf")
+def test_the_example(tmp_path: Path) -> None:
+    told = support.run("python3", "examples/camera.py", SINGLE, tmp_path / "frames.raw")
+    assert told.endswith("0 bytes copied by the CPU")
+    assert stat.S_ISREG((tmp_path / "frames.raw").stat().st_mode)
+
+
+# -- what is refused
+
+
+@needs("vivid", "udmabuf", "root", "nvme")
+def test_nodes_that_are_no_cameras() -> None:
+    for path, number, match in (
+        ("/dev/null", errno.ENODEV, "is no video device"),
+        (os.environ["DMABUF_TEST_NVME0"], errno.ENODEV, "is no video device"),
+        (OUTPUT, errno.ENODEV, "an output node of 'vivid'"),
+        (METADATA, errno.ENODEV, "a metadata node of 'vivid'"),
+        ("/dev/video99", errno.ENOENT, "No such file"),
+    ):
+        with pytest.raises(OSError, match=match) as caught:
+            v4l2.capture(path)
+        assert (caught.value.errno, caught.value.filename) == (number, path)
+    before = os.stat(SINGLE).st_mode
+    os.chmod(SINGLE, 0o600)
+    os.seteuid(65534)
+    try:
+        with pytest.raises(PermissionError, match="join its group, often video"):
+            v4l2.capture(SINGLE)
+    finally:
+        os.seteuid(0)
+        os.chmod(SINGLE, stat.S_IMODE(before))
+
+
+@needs("vivid", "udmabuf")
+def test_what_the_device_lacks() -> None:
+    for how, match in (
+        ({"format": "ABCD"}, "has no format 'ABCD': it has YUYV, "),
+        ({"width": 650}, "cannot deliver 650x"),
+        ({"fps": 1000}, "cannot deliver 1000 frames a second"),
+    ):
+        with pytest.raises(OSError, match=match) as caught:
+            v4l2.capture(SINGLE, **how)
+        assert caught.value.errno == errno.EINVAL
+
+
+@needs("vivid", "udmabuf", "dma_heap")
+@pytest.mark.parametrize("exporter", ["udmabuf", "system"])
+def test_an_import_that_the_driver_refuses(exporter: str) -> None:
+    """By a device that takes memory in one piece; its own is."""
+    how = {"format": "RGB3", "width": WIDTH, "height": 360}
+    with pytest.raises(OSError, match="the driver refuses to import buffer") as caught:
+        v4l2.capture(CONTIGUOUS, exporter=exporter, buffers=8, **how)
+    assert caught.value.filename == CONTIGUOUS
+    with v4l2.capture(CONTIGUOUS, exporter="driver", **how) as camera, next(camera) as frame:
+        assert frame.nbytes == WIDTH * 360 * 3
+
+
+@needs("vivid", "udmabuf")
+def test_a_buffer_too_small_and_a_camera_in_use() -> None:
+    with (
+        dmabuf.allocate(4096, exporter="udmabuf") as one,
+        dmabuf.allocate(4096, exporter="udmabuf") as other,
+    ):
+        with pytest.raises(OSError, match="buffer 0 holds 4096 bytes") as caught:
+            v4l2.capture(SINGLE, buffers=[one, other])
+        assert caught.value.errno == errno.EINVAL
+        with v4l2.capture(SINGLE):
+            for how in ({}, {"format": "GREY"}):
+                with pytest.raises(OSError, match="another program is using it") as caught:
+                    v4l2.capture(SINGLE, **how)
+                assert caught.value.errno == errno.EBUSY
