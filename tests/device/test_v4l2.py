@@ -214,9 +214,9 @@ def test_ctrl_c(frames: list[str], kept: bool, tmp_path: Path) -> None:
         "--progress", *frames,
     )  # fmt: skip
     line = process.stderr.readline()  # after a second
-    assert line.startswith(b"recording: "), line
     process.send_signal(signal.SIGINT)
     ended = finish(process)
+    assert line.startswith(b"recording: "), line
     if kept:
         assert ended.status == 0
         told = json.loads((tmp_path / "out.raw.json").read_text())

@@ -9,6 +9,7 @@ import errno
 import os
 import select
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ VIDEO_MAJOR = 81
 
 _BIG_ENDIAN = 1 << 31
 _VIDEO_MAX_PLANES = 8
+_PAUSE = 0.002
+"""Seconds before poll(2) is asked again after an error."""
 _FPS_TOLERANCE = Fraction(1, 100)
 _CLOCKS = {0x2000: "monotonic", 0x4000: "copied"}
 """V4L2_BUF_FLAG_TIMESTAMP_MONOTONIC and _COPY; 0 is unknown."""
@@ -296,7 +299,8 @@ class Node:
         except BlockingIOError:
             return None
         except OSError as error:
-            raise self._fail(error, "taking a frame") from None
+            fixes = {errno.EIO: "the driver gave the stream up"}
+            raise self._fail(error, "taking a frame", fixes) from None
         flags = self.raw.BufferFlag
         filled = planes[: item.length] if self.multi else planes
         return Filled(
@@ -344,12 +348,16 @@ class Node:
         return ctypes.c_int(self.type)
 
     def wait(self, seconds: float) -> None:
-        """Until there is a frame, or `seconds` are over; raises what ended the stream."""
+        """Until there may be a frame, or `seconds` are over.
+
+        An error in poll's answer is not the stream's: vb2_fop_poll says so too where a signal, or
+        io_uring's task work, comes while it waits for the driver's lock. `take` raises the others.
+        """
         poll = select.poll()
         poll.register(self.fd, select.POLLIN)
         for _, events in poll.poll(seconds * 1000):
             if not events & select.POLLIN:
-                raise os_error(errno.EIO, "the driver gave the stream up", self.path)
+                time.sleep(min(seconds, _PAUSE))
 
 
 def _rate(per_frame: Any) -> Fraction | None:

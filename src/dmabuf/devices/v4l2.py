@@ -238,11 +238,7 @@ class Camera:
                 left = _SLICE if deadline is None else min(_SLICE, deadline - time.monotonic())
                 if left <= 0:
                     raise self._late()
-                try:
-                    self._node.wait(left)
-                except OSError:
-                    self._check_open()
-                    raise
+                self._node.wait(left)
         return frame
 
     def __aiter__(self) -> Camera:
@@ -262,7 +258,6 @@ class Camera:
         await anyio.lowlevel.checkpoint()
         with anyio.move_on_after(self._timeout):
             while (frame := self._take()) is None:
-                self._node.wait(0)  # raises where the stream has ended
                 await readable(self._node.fd, "read")
             return frame
         raise self._late()
