@@ -206,12 +206,16 @@ def _replace(
             os.ftruncate(file.fileno(), recorded.end)
             if options.sync:
                 os.fdatasync(file.fileno())
-        with open(beside.temporary, "w", encoding="ascii") as text:
-            json.dump(_about(camera, recorded), text, indent=1)
-            text.write("\n")
-            text.flush()
-            if options.sync:
-                os.fdatasync(text.fileno())
+        try:
+            with open(beside.temporary, "w", encoding="ascii") as text:
+                json.dump(_about(camera, recorded), text, indent=1)
+                text.write("\n")
+                text.flush()
+                if options.sync:
+                    os.fdatasync(text.fileno())
+        except OSError as error:
+            error.filename = f"{target.name}.json"
+            raise
         if os.path.lexists(beside.path):  # never one that tells of another recording
             os.unlink(beside.path)
         place.commit(None, sync=False)
