@@ -315,7 +315,7 @@ def test_an_import_that_the_driver_refuses() -> None:
     how = {"format": "RGB3", **SMALL}
     large = {"format": "AR24", "width": 3840, "height": 2160}
     with scattered() as one, scattered() as other:
-        with pytest.raises(OSError, match="the driver refuses to import buffer [01] ") as caught:
+        with pytest.raises(OSError, match=r"the driver refuses to import buffer [01] ") as caught:
             v4l2.capture(CONTIGUOUS, buffers=[one, other], **large)
         assert caught.value.filename == CONTIGUOUS
         assert caught.value.errno in (errno.EINVAL, errno.EFAULT)

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from dmabuf import growth
+from dmabuf._replace import Replacement
 from dmabuf.cli import _output, _progress
 from dmabuf.cli._ends import End, advance, find_target, telling
 from dmabuf.devices import v4l2
@@ -196,8 +197,8 @@ def _replace(
     """Record to a regular file, and write the one beside it."""
     assert isinstance(target.what, str)
     with (
-        Replacement(target.what, force=options.force) as place,
-        Replacement(target.what + ".json", force=options.force) as beside,
+        Replacement(target.what, force=options.force, note=_output.note) as place,
+        Replacement(target.what + ".json", force=options.force, note=_output.note) as beside,
         telling(source, target, place.temporary),
     ):
         with File(place.temporary, "w") as file:
