@@ -72,12 +72,13 @@ class InTurn:
 
     def take(self) -> Filled:
         """The next bytes of the source."""
-        return self._fill(self._pool[0])
+        return self.fill(self._pool[0])
 
     def give(self, buffer: Buffer) -> None:
         """A buffer has been emptied."""
 
-    def _fill(self, buffer: Buffer) -> Filled:
+    def fill(self, buffer: Buffer) -> Filled:
+        """The next bytes of the source, in this buffer."""
         wanted = piece(self._left, buffer.size)
         if not wanted:
             return Filled(buffer, 0, True, None)
@@ -160,7 +161,7 @@ class Ahead(InTurn):
     def _run(self) -> None:
         while (buffer := self._empty.get()) is not None:
             try:
-                filled = self._fill(buffer)
+                filled = self.fill(buffer)
             except BaseException as error:
                 filled = Filled(buffer, 0, True, error)
             self._full.put(filled)

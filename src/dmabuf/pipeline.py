@@ -118,10 +118,8 @@ def copy(
         ValueError: a size or offset that cannot be, or a source without an end and no `size`.
     """
     begun = time.perf_counter()
-    block = _check_block(block_size)
-    blocks = as_int(blocks, "blocks")
-    if not 1 <= blocks <= 1024:
-        raise ValueError(f"blocks={blocks}: from 1 to 1024 buffers")
+    block = check_block(block_size)
+    blocks = check_blocks(blocks)
     most = None if size is None else parse_size(size)
     terms = Terms(require, route, prefer)
     with ExitStack() as stack:
@@ -162,11 +160,20 @@ def copy(
     )
 
 
-def _check_block(block_size: int | str) -> int:
+def check_block(block_size: int | str) -> int:
+    """The bytes of one buffer of a pool; raises ValueError."""
     block = parse_size(block_size, "block_size")
     if block % _PAGE or not _PAGE <= block <= 1 << 30:
         raise ValueError(f"block_size={block_size!r}: a multiple of 4096, from 4 KiB to 1 GiB")
     return block
+
+
+def check_blocks(blocks: int) -> int:
+    """The number of buffers of a pool; raises ValueError."""
+    blocks = as_int(blocks, "blocks")
+    if not 1 <= blocks <= 1024:
+        raise ValueError(f"blocks={blocks}: from 1 to 1024 buffers")
+    return blocks
 
 
 def _expected(
@@ -221,7 +228,7 @@ def _into_memory(source: Source, sink: Memory, most: int, meter: _Meter) -> int:
 
 
 def _from_memory(source: Memory, sink: Sink | Appender, most: int, meter: _Meter) -> int:
-    with _prepared(sink, source.buffer, most, _SLICE) as written:
+    with prepared(sink, source.buffer, most, _SLICE) as written:
         while written.done < most:
             at = source.start + written.done
             written.write(source.buffer, at, piece(most - written.done, _SLICE))
@@ -270,7 +277,7 @@ def _counting(done: int) -> Iterator[None]:
 
 
 @contextmanager
-def _prepared(
+def prepared(
     sink: Sink | Appender, buffer: Buffer, total: int | None, block: int
 ) -> Iterator[_Written]:
     """The target readied for `total` bytes, and after all cut to what has come."""
@@ -314,7 +321,7 @@ def _through_pool(
         source.plan(pool[0], size)
     ahead = len(pool) > 1 and source.any_thread
     fill = (Ahead if ahead else InTurn)(source, pool, most, whole=sink.in_order is None)
-    with _prepared(sink, pool[0], total, block) as written, fill:
+    with prepared(sink, pool[0], total, block) as written, fill:
         while True:
             filled = fill.take()
             if filled.size:
