@@ -1,10 +1,8 @@
 """The pipeline between a file and a device's memory, held with a fake device."""
 
-import dis
 import errno
 import os
 import signal
-import sys
 import threading
 
 import pytest
@@ -15,6 +13,7 @@ from dmabuf.devices.staging import Staging
 from tests.resources import held
 from tests.support import Filter, assert_same, in_child, pattern, poison, together
 from tests.unit.fake_device import BASE, FakeDevice
+from tests.unit.interrupting import Interruptions
 
 BLOCK = 64 << 10
 SIZE = 5 * BLOCK + 3000
@@ -322,48 +321,9 @@ def test_a_lost_device_keeps_its_blocks(path, direction, caplog):
 # -- interrupts
 
 
-class Interruptions:
-    """Raises KeyboardInterrupt at the nth point where the interpreter may answer a signal.
-
-    Those points are the starts of functions, jumps backwards, and returns of calls (ceval.c).
-    """
-
-    FILES = frozenset({staging.__file__, _blocks.__file__})
-
-    def __init__(self, numbers):
-        self.numbers, self.seen, self._after_call = numbers, 0, False
-
-    def __enter__(self):
-        self._before = sys.gettrace()
-        sys.settrace(self._call)
-        return self
-
-    def __exit__(self, *exc):
-        sys.settrace(self._before)
-
-    def _call(self, frame, event, argument):
-        if frame.f_code.co_filename not in self.FILES:
-            return None
-        frame.f_trace_opcodes = True
-        self._names = {}
-        return self._opcode
-
-    def _opcode(self, frame, event, argument):
-        if event != "opcode":
-            return self._opcode
-        name = dis.opname[frame.f_code.co_code[frame.f_lasti]]
-        point = self._after_call or name.startswith(("RESUME", "JUMP_BACKWARD"))
-        self._after_call = name.startswith("CALL")
-        if point:
-            self.seen += 1
-            if self.seen in self.numbers:
-                raise KeyboardInterrupt
-        return self._opcode
-
-
 def points(device, move):
     """How many there are in a transfer."""
-    with Interruptions(()) as counted:
+    with Interruptions((), staging, _blocks) as counted:
         move()
     device.check()
     return counted.seen
@@ -383,7 +343,7 @@ def test_an_interrupt_at_any_moment(device, stage, path, direction, failing):
         for number in range(1, total + 60):
             if failing:
                 device.fail_end[device.begun + 3] = OSError(errno.EIO, "the copy failed")
-            with Interruptions({number}) as interruptions:
+            with Interruptions({number}, staging, _blocks) as interruptions:
                 try:
                     move()
                 except KeyboardInterrupt:

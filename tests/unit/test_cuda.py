@@ -1,0 +1,558 @@
+"""dmabuf.devices.cuda over a driver that is a fake: no GPU is needed, and none is used."""
+
+import errno
+import io
+import os
+import sys
+import types
+
+import pytest
+
+import dmabuf
+from dmabuf.devices import _blocks, _cuda, _cuda_memory, cuda, staging
+from tests.resources import held
+from tests.support import assert_same, pattern, poison, together
+from tests.unit.fake_cuda import CUresult, FakeCuda, host_bytes
+from tests.unit.fake_device import BASE
+from tests.unit.interrupting import Interruptions
+
+MIB = 1 << 20
+SIZE = 3 * MIB + 3000
+
+
+def install(monkeypatch, module):
+    """Have `import cuda.bindings.driver` find this."""
+    bindings = types.SimpleNamespace(driver=module)
+    monkeypatch.setitem(sys.modules, "cuda", types.SimpleNamespace(bindings=bindings))
+    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", module)
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    """The fake; in the end nothing of it is left, and nothing was harmed."""
+    before = held()
+    fake = FakeCuda()
+    fake.gpu.memory[:] = poison(len(fake.gpu.memory))
+    install(monkeypatch, fake)
+    yield fake
+    fake.gpu.check()
+    assert fake.left() == {}
+    assert held() == before
+
+
+@pytest.fixture
+def gpu(driver):
+    with cuda.Device(block_size="256KiB", blocks=3) as gpu:
+        yield gpu
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(pattern(SIZE, 1))
+    return path
+
+
+# -- what is not there
+
+
+def test_no_module(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", None)
+    with pytest.raises(ImportError, match=r"needs cuda-bindings .*pip install dmabuf\[cuda\]"):
+        cuda.Device()
+
+
+def test_no_driver(monkeypatch):
+    fake = FakeCuda()
+    fake.fail["cuInit"] = RuntimeError("Failed to dlopen libcuda.so.1")
+    install(monkeypatch, fake)
+    with pytest.raises(FileNotFoundError, match=r"no NVIDIA driver .*dlopen") as caught:
+        cuda.Device()
+    assert caught.value.filename == "libcuda.so.1"
+
+
+def test_no_driver_as_the_bindings_tell():
+    """The real ones, where there is none: what they raise is what is understood."""
+    driver = pytest.importorskip(
+        "cuda.bindings.driver", reason="cuda-bindings is not installed: pip install dmabuf[cuda]"
+    )
+    try:
+        driver.cuInit(0)
+    except RuntimeError:
+        with pytest.raises(FileNotFoundError, match="there is no NVIDIA driver"):
+            cuda.Device()
+    else:
+        pytest.skip("there is a driver here: this is for machines without")
+
+
+@pytest.mark.parametrize(
+    ("code", "number", "text"),
+    [
+        ("STUB_LIBRARY", errno.ENOSYS, "LD_LIBRARY_PATH"),
+        ("NO_DEVICE", errno.ENODEV, "nvidia-smi lists"),
+        ("SYSTEM_DRIVER_MISMATCH", errno.ENOSYS, "restart after an upgrade"),
+        ("ILLEGAL_ADDRESS", errno.EIO, "illegal address"),
+    ],
+)
+def test_a_driver_that_does_not_start(monkeypatch, code, number, text):
+    fake = FakeCuda()
+    fake.fail["cuInit"] = CUresult[f"CUDA_ERROR_{code}"]
+    install(monkeypatch, fake)
+    with pytest.raises(OSError, match=text) as caught:
+        cuda.Device()
+    assert caught.value.errno == number
+    assert f"(CUDA_ERROR_{code})" in caught.value.strerror
+
+
+@pytest.mark.parametrize("ordinal", [-1, 1, 7])
+def test_no_such_device(driver, ordinal):
+    with pytest.raises(OSError, match=f"no CUDA device {ordinal}: .* has 1") as caught:
+        cuda.Device(ordinal)
+    assert caught.value.errno == errno.ENODEV
+    driver.count = 0
+    with pytest.raises(OSError, match="there is none"):
+        cuda.Device()
+
+
+def test_an_old_driver(driver, gpu):
+    driver.fail["cuMemAlloc"] = RuntimeError('Function "cuMemAlloc_v2" not found')
+    with pytest.raises(OSError, match="cuMemAlloc_v2") as caught:
+        gpu.allocate("2MiB")
+    assert caught.value.errno == errno.ENOSYS
+
+
+@pytest.mark.parametrize(
+    ("how", "error"),
+    [
+        ({"ordinal": "0"}, TypeError),
+        ({"ordinal": True}, TypeError),
+        ({"block_size": 1}, ValueError),
+        ({"blocks": 0}, ValueError),
+    ],
+)
+def test_bad_input(driver, how, error):
+    with pytest.raises(error):
+        cuda.Device(**how)
+    assert not driver.calls or not driver.retained
+
+
+# -- device memory
+
+
+def test_allocate(driver, gpu):
+    assert repr(gpu) == "<dmabuf.devices.cuda.Device 0 'Fake GPU'>"
+    with gpu.allocate("3MiB") as memory:
+        assert (memory.size, memory.address) == (4 * MIB, BASE)
+        assert repr(memory) == f"<dmabuf.devices.cuda.Memory 4 MiB at {BASE:#x} of cuda:0>"
+        assert driver.allocated == {BASE: 4 * MIB}
+    assert memory.closed and not driver.allocated
+    memory.close()
+    with pytest.raises(dmabuf.ClosedError):
+        memory.export()
+    with pytest.raises(OSError, match="ask for less") as caught:
+        gpu.allocate("1GiB")
+    assert caught.value.errno == errno.ENOMEM
+    with pytest.raises(ValueError, match="size is 0"):
+        gpu.allocate(0)
+
+
+def test_memory_of_somebody_else(driver, gpu):
+    with gpu.allocate("2MiB") as owner:
+        with gpu.memory(owner.address + 512, MIB) as part:
+            assert (part.address, part.size) == (BASE + 512, MIB)
+        assert driver.allocated
+        for address, size, text in [
+            (owner.address + MIB, 2 * MIB, "has 1048576 bytes at"),
+            (0x1000, 4096, "no memory that CUDA knows"),
+            (0, 4096, "no device pointer"),
+            (1 << 64, 4096, "no device pointer"),
+            (owner.address, 0, "size is 0"),
+        ]:
+            with pytest.raises(ValueError, match=text):
+                gpu.memory(address, size)
+        driver.ordinals[owner.address] = 1
+        with pytest.raises(ValueError, match="cuda:1's, not cuda:0's"):
+            gpu.memory(owner.address, 4096)
+    with dmabuf.allocate(4096, exporter="memfd") as buffer, gpu.register(buffer):
+        with pytest.raises(ValueError, match=r"give a Buffer to Device\.register"):
+            gpu.memory(buffer._address, 4096)
+
+
+def test_export(driver, gpu, monkeypatch):
+    monkeypatch.setattr(_cuda_memory, "SLAB", 2 * MIB)
+    with gpu.allocate("6MiB") as memory:
+        buffer = memory.export()
+        assert memory.export() is buffer
+        assert [slab[1:] for slab in buffer.slabs] == [
+            (0, 2 * MIB),
+            (2 * MIB, 2 * MIB),
+            (4 * MIB, 2 * MIB),
+        ]
+        exported = [call[1:3] for call in driver.calls if "HandleForAddress" in call[0]]
+        assert exported == [(BASE + at * MIB, 2 * MIB) for at in (0, 2, 4)]
+        assert buffer.is_dmabuf and not buffer.readable() and not buffer.writable()
+        assert buffer.reason == "Fake GPU's memory, in dma-bufs of at most 2 MiB"
+        with pytest.raises(io.UnsupportedOperation, match="no one mapping"), buffer.map():
+            pass
+        buffer.close()
+        again = memory.export()
+        assert again is not buffer
+    assert again.closed
+
+
+def test_a_slab_is_1_gib():
+    assert _cuda_memory.SLAB == 1 << 30
+
+
+def test_export_of_one_slab(driver, gpu):
+    with gpu.allocate("2MiB") as memory:
+        buffer = memory.export()
+        assert buffer.fileno() == buffer.slabs[0].fd and buffer.size == 2 * MIB
+        with pytest.raises(io.UnsupportedOperation, match="only devices can read and write it"):
+            buffer.pread(1, 0)
+
+
+def test_memory_that_cannot_be_exported(driver, gpu):
+    with gpu.allocate("2MiB") as memory:
+        key = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_DMA_BUF_SUPPORTED
+        driver.attributes[key] = 0
+        with pytest.raises(OSError, match=r"DMA_BUF_SUPPORTED is 0\).*open kernel") as caught:
+            memory.export()
+        assert caught.value.errno == errno.EOPNOTSUPP
+        driver.attributes[key] = 1
+        for offset, size in ((512, 4096), (4096, 5000)):
+            with gpu.memory(memory.address + offset, size) as part:
+                with pytest.raises(OSError, match="begin and end at pages") as caught:
+                    part.export()
+                assert caught.value.errno == errno.EINVAL
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_an_export_that_fails_leaves_no_descriptor(driver, gpu, monkeypatch, number):
+    monkeypatch.setattr(_cuda_memory, "SLAB", 2 * MIB)
+    before = held()
+    real = FakeCuda.cuMemGetHandleForAddressRange
+    left = [number]
+
+    def failing(self, *arguments):
+        left[0] -= 1
+        return (CUresult.CUDA_ERROR_NOT_SUPPORTED,) if not left[0] else real(self, *arguments)
+
+    monkeypatch.setattr(FakeCuda, "cuMemGetHandleForAddressRange", failing)
+    with gpu.allocate("6MiB") as memory:
+        with pytest.raises(OSError, match="exporting 2 MiB") as caught:
+            memory.export()
+        assert caught.value.errno == errno.EOPNOTSUPP
+        assert held() == before
+
+
+# -- transfers
+
+
+def test_read_and_write(driver, gpu, path, tmp_path):
+    with gpu.allocate("4MiB") as memory:
+        with dmabuf.open(path) as file:
+            done = memory.read_from(file, offset=512)
+        assert (done.nbytes, done.route) == (SIZE, "staged")
+        whole = bytearray(poison(4 * MIB))
+        whole[512 : 512 + SIZE] = pattern(SIZE, 1)
+        assert_same(bytes(driver.gpu.memory[: 4 * MIB]), bytes(whole), "device memory")
+        driver.gpu.memory[: 4 * MIB] = data = pattern(4 * MIB, 2)
+        with dmabuf.open(tmp_path / "new", "w") as file:
+            done = memory.write_to(file, sync=True)
+            assert (done.nbytes, done.route) == (4 * MIB, "staged")
+            memory.write_to(file, 4096, file_offset=4 * MIB, offset=7)
+        assert_same((tmp_path / "new").read_bytes(), data + data[7 : 7 + 4096], "the file")
+    assert not driver.stack
+
+
+def test_part_of_a_file(driver, gpu, path):
+    with gpu.allocate("4MiB") as memory, dmabuf.open(path) as file:
+        assert memory.read_from(file, file_offset=MIB + 3).nbytes == SIZE - MIB - 3
+        got = bytes(driver.gpu.memory[: SIZE - MIB - 3])
+        assert_same(got, pattern(SIZE, 1)[MIB + 3 :], "device memory")
+        assert memory.read_from(file, file_offset=4 * MIB).nbytes == 0
+        assert memory.read_from(file, "1MiB", offset=3 * MIB).nbytes == MIB
+        for how in ({"size": 1, "offset": 4 * MIB}, {"size": 5 * MIB}, {"size": 1, "offset": -1}):
+            with pytest.raises(ValueError, match="are not within the 4194304"):
+                memory.read_from(file, **how)
+        with pytest.raises(TypeError, match=r"a dmabuf\.File is needed"):
+            memory.read_from(path)
+        with pytest.raises(TypeError, match="stream must be an int"):
+            memory.read_from(file, stream=None)
+
+
+def test_why_it_is_not_native(driver, gpu, path):
+    with gpu.allocate("4MiB") as memory, dmabuf.open(path, "r+") as file:
+        done = memory.read_from(file, MIB)
+        assert "io_uring" in done.rejected[dmabuf.Route.NATIVE]
+        assert "no route" not in done.rejected[dmabuf.Route.NATIVE]
+        for move in (memory.read_from, memory.write_to):
+            with pytest.raises(dmabuf.RouteUnavailable, match="zero-copy"):
+                move(file, MIB, require="zero-copy")
+        driver.attributes[driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_DMA_BUF_SUPPORTED] = 0
+        with gpu.memory(memory.address, memory.size) as again:
+            done = again.read_from(file, MIB)
+            assert "DMA_BUF_SUPPORTED is 0" in done.rejected[dmabuf.Route.NATIVE]
+        done = memory.write_to(file, MIB, route="staged")
+        assert done.rejected == {} and done.route is dmabuf.Route.STAGED
+        assert memory.write_to(file, MIB, route="buffered").route is dmabuf.Route.BUFFERED
+
+
+@pytest.mark.parametrize(("ordering", "options"), [(100, 0), (0, 1), (0, 0)])
+def test_native_where_the_kernel_has_it(driver, gpu, path, ordering, options):
+    """What another device wrote is flushed before kernels look, unless the hardware orders it."""
+    keys = driver.CUdevice_attribute
+    driver.attributes[keys.CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WRITES_ORDERING] = ordering
+    driver.attributes[keys.CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_FLUSH_WRITES_OPTIONS] = options
+    moved = []
+    with gpu.allocate("4MiB") as memory, dmabuf.open(path, "r+") as file:
+        file.plan = lambda *arguments, **how: moved.append(("plan", how["route"]))
+
+        def native(buffer, size, **how):
+            assert buffer is memory.export()
+            driver.calls.append(("native",))
+            moved.append((size, how))
+            return "record"
+
+        read_into, write_from = file.read_into, file.write_from
+        file.read_into = file.write_from = native
+        if ordering or options:
+            assert memory.read_from(file, MIB, file_offset=4096, offset=8192) == "record"
+            place = {"file_offset": 4096, "buffer_offset": 8192, "route": "native"}
+            assert moved == [("plan", "native"), (MIB, place)]
+            names = [call[0] for call in driver.calls]
+            after = names[names.index("native") :]
+            assert ("cuFlushGPUDirectRDMAWrites" in after) == (not ordering)
+        else:
+            file.read_into, file.plan = read_into, type(file).plan.__get__(file)
+            plan = file.plan
+            file.plan = lambda *args, **how: how.get("route") == "native" or plan(*args, **how)
+            done = memory.read_from(file, MIB)
+            assert "neither orders" in done.rejected[dmabuf.Route.NATIVE]
+        moved.clear()
+        assert memory.write_to(file, MIB, sync=True) == "record"
+        assert moved[-1][1]["sync"] is True
+        file.read_into, file.write_from = read_into, write_from
+
+
+def test_it_waits_for_the_callers_stream(driver, gpu, path):
+    driver.busy = 5
+    with gpu.allocate("2MiB") as memory, dmabuf.open(path) as file:
+        memory.read_from(file, 4096, stream=0xABC)
+    names = [call[0] for call in driver.calls]
+    record = next(i for i, call in enumerate(driver.calls) if call[0] == "cuEventRecord")
+    assert driver.calls[record][2] == 0xABC
+    first_copy = names.index("cuMemcpyHtoDAsync")
+    assert names[record:first_copy].count("cuEventQuery") == 6
+
+
+@pytest.mark.parametrize("name", ["cuMemcpyHtoDAsync", "cuEventRecord", "cuEventQuery"])
+def test_a_copy_that_fails(driver, gpu, path, name):
+    with gpu.allocate("4MiB") as memory, dmabuf.open(path) as file:
+        memory.read_from(file)
+        real = getattr(FakeCuda, name)
+        count = [0]
+
+        def failing(*arguments):
+            count[0] += 1
+            return (
+                real(driver, *arguments) if count[0] < 8 else (CUresult.CUDA_ERROR_ILLEGAL_ADDRESS,)
+            )
+
+        object.__setattr__(driver, name, failing)
+        with pytest.raises(OSError, match=r"cuda:0: .*illegal address") as caught:
+            memory.read_from(file)
+        assert caught.value.errno == errno.EIO
+        assert 0 <= caught.value.nbytes < SIZE and not driver.gpu.flying
+        object.__delattr__(driver, name)
+        assert memory.read_from(file).nbytes == SIZE
+
+
+def test_a_lost_device_keeps_the_staging_memory(monkeypatch, path, caplog):
+    fake = FakeCuda()
+    install(monkeypatch, fake)
+    gpu = cuda.Device(block_size="256KiB", blocks=3)
+    memory = gpu.allocate("4MiB")
+    fake.gpu.lost_at = 2
+    with dmabuf.open(path) as file:
+        with pytest.raises(OSError, match="illegal address") as caught:
+            memory.read_from(file)
+        assert caught.value.nbytes == 512 << 10
+        with pytest.raises(OSError, match="cuda:0 was lost") as caught:
+            memory.read_from(file)
+        assert caught.value.errno == errno.ENODEV
+    fake.gpu.flying.clear()  # the fake would call freeing the memory a fault
+    memory.close()
+    gpu.close()
+    (blocks,) = _blocks._flying
+    assert len(fake.gpu.pinned) == 3 and not any(block.closed for block in blocks.pool)
+    _blocks._flying.clear()
+    for block in blocks.pool:
+        block.close()
+
+
+def test_an_interrupt_at_any_moment(driver, gpu, path):
+    modules = (_cuda, _cuda_memory, _blocks, staging)
+    with gpu.allocate("4MiB") as memory, dmabuf.open(path) as file:
+        memory.read_from(file, MIB)
+        with Interruptions((), *modules) as counted:
+            memory.read_from(file, MIB)
+        assert counted.seen > 300
+        for number in range(1, counted.seen, 3):
+            with Interruptions({number}, *modules), pytest.raises(KeyboardInterrupt):
+                memory.read_from(file, MIB)
+            assert not driver.gpu.flying, number
+            driver.gpu.check()
+            # A signal may leave an event or the thread's context behind, and no more.
+            driver.stack.clear()
+            assert memory._running == 0
+        memory.read_from(file, MIB)
+        kept = set(gpu._staging._blocks.copier._events.values())
+        driver.events &= kept
+
+
+# -- registered buffers
+
+
+def test_register(driver, gpu):
+    with dmabuf.allocate(2 * MIB, exporter="memfd") as buffer:
+        buffer.pwrite(pattern(2 * MIB, 3), 0)
+        with gpu.register(buffer) as registered:
+            assert registered.buffer is buffer
+            assert_same(host_bytes(registered.address, 2 * MIB), pattern(2 * MIB, 3), "a kernel's")
+            assert list(driver.flags.values()) == [2]
+            with pytest.raises(BufferError, match="cannot close"):
+                buffer.close()
+            with pytest.raises(OSError, match="unregister that first") as caught:
+                gpu.register(buffer)
+            assert caught.value.errno == errno.EBUSY
+            assert driver.gpu.pinned  # the first stays
+            with dmabuf.open("/dev/zero") as file:
+                file.read_into(buffer, 4096)
+            assert host_bytes(registered.address, 4096) == bytes(4096)
+        assert registered.closed and not driver.gpu.pinned
+        registered.close()
+        with pytest.raises(dmabuf.ClosedError), registered:
+            pass
+
+
+def test_a_buffer_that_cannot_be_registered(driver, gpu):
+    with pytest.raises(TypeError, match=r"a dmabuf\.Buffer is needed"):
+        gpu.register(bytearray(4096))
+    with dmabuf.allocate(4096, exporter="memfd") as buffer:
+        buffer._pin_refusal = "no pages to pin"
+        with pytest.raises(io.UnsupportedOperation, match="no pages to pin"):
+            gpu.register(buffer)
+    with pytest.raises(dmabuf.ClosedError):
+        gpu.register(buffer)
+    with gpu.allocate("2MiB") as memory:
+        with pytest.raises(io.UnsupportedOperation, match="only devices can read"):
+            gpu.register(memory.export())
+
+
+def test_a_read_only_buffer(driver, gpu):
+    with dmabuf.allocate(4096, exporter="memfd") as buffer:
+        buffer._access = (True, False)
+        with pytest.raises(OSError, match="read-only memory") as caught:
+            gpu.register(buffer)
+        assert caught.value.errno == errno.EOPNOTSUPP
+        key = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_READ_ONLY_HOST_REGISTER_SUPPORTED
+        driver.attributes[key] = 1
+        with gpu.register(buffer):
+            assert list(driver.flags.values()) == [2 | 8]
+
+
+@pytest.mark.parametrize("name", ["cuMemHostRegister", "cuMemHostGetDevicePointer"])
+@pytest.mark.parametrize("error", [CUresult.CUDA_ERROR_NOT_SUPPORTED, KeyboardInterrupt()])
+def test_a_registration_that_fails_leaves_nothing(driver, gpu, name, error):
+    interrupted = isinstance(error, BaseException)
+    (driver.after if interrupted else driver.fail)[name] = error
+    with dmabuf.allocate(4096, exporter="memfd") as buffer:
+        with pytest.raises(KeyboardInterrupt if interrupted else OSError):
+            gpu.register(buffer)
+        assert not driver.gpu.pinned
+    assert gpu._users == 0
+
+
+# -- closing
+
+
+def test_close(driver):
+    gpu = cuda.Device()
+    memory = gpu.allocate("2MiB")
+    with pytest.raises(dmabuf.BusyError, match="1 of its memories and registrations are open"):
+        gpu.close()
+    assert not gpu.closed and driver.retained == 1
+    memory.close()
+    gpu.close()
+    gpu.close()
+    assert gpu.closed and repr(gpu).endswith("closed>")
+    for use in (lambda: gpu.allocate(1), gpu.__enter__, lambda: gpu.memory(BASE, 1)):
+        with pytest.raises(dmabuf.ClosedError, match="cuda:0 is closed"):
+            use()
+
+
+def test_memory_is_not_freed_under_a_transfer(driver, gpu, path):
+    with gpu.allocate("4MiB") as memory, dmabuf.open(path) as file:
+        read_into = file.read_into
+
+        def closing(*args, **kwargs):
+            with pytest.raises(dmabuf.BusyError, match="a transfer is running"):
+                memory.close()
+            return read_into(*args, **kwargs)
+
+        file.read_into = closing
+        assert memory.read_from(file).nbytes == SIZE
+        buffer = memory.export()
+        buffer._acquire()
+        with pytest.raises(dmabuf.BusyError, match="a transfer is running"):
+            memory.close()
+        buffer._release()
+
+
+def test_dropped_without_close(driver):
+    gpu = cuda.Device()
+    memory = gpu.allocate("2MiB")
+    with pytest.warns(ResourceWarning, match="unclosed <dmabuf.devices.cuda.Memory"):
+        del memory
+    buffer = dmabuf.allocate(4096, exporter="memfd")
+    registered = gpu.register(buffer)
+    with pytest.warns(ResourceWarning, match="unclosed <dmabuf.devices.cuda.Registered"):
+        del registered
+    buffer.close()
+    with pytest.warns(ResourceWarning, match="unclosed <dmabuf.devices.cuda.Device"):
+        del gpu
+
+
+def test_threads(driver, gpu, path):
+    with gpu.allocate("16MiB") as memory, dmabuf.open(path) as file:
+
+        def move(number):
+            start = number * 4 * MIB
+            assert memory.read_from(file, MIB, file_offset=number * 512, offset=start).nbytes == MIB
+
+        together(move, 4)
+        for number in range(4):
+            got = bytes(driver.gpu.memory[number * 4 * MIB :][:MIB])
+            assert_same(got, pattern(SIZE, 1)[number * 512 :][:MIB], f"thread {number}")
+
+
+def test_after_a_fork(driver, gpu):
+    with gpu.allocate("2MiB") as memory:
+        child = os.fork()
+        if not child:
+            status = 1
+            try:
+                calls = len(driver.calls)
+                for use in (lambda: gpu.allocate(1), memory.export):
+                    with pytest.raises(dmabuf.ClosedError, match="which forked"):
+                        use()
+                memory.close()
+                gpu.close()
+                status = len(driver.calls) - calls
+            finally:
+                os._exit(status)
+        assert os.waitpid(child, 0)[1] == 0
+        memory.export()
