@@ -197,6 +197,16 @@ def _root() -> str | None:
     return None if os.geteuid() == 0 else "not root (lab/run is)"
 
 
+def _gcc() -> str | None:
+    return _program("gcc", "gcc")
+
+
+def _cuda_bindings() -> str | None:
+    if importlib.util.find_spec("cuda") and importlib.util.find_spec("cuda.bindings"):
+        return None
+    return "no cuda-bindings (pip install dmabuf[cuda])"
+
+
 _GUARDS: dict[str, Callable[[], str | None]] = {
     "udmabuf": _udmabuf,
     "dma_heap": _dma_heap,
@@ -217,4 +227,6 @@ _GUARDS: dict[str, Callable[[], str | None]] = {
     "ext4": _ext4,
     "xfs": _xfs,
     "btrfs": _btrfs,
+    "gcc": _gcc,
+    "cuda-bindings": _cuda_bindings,
 }

@@ -20,7 +20,6 @@ class CUresult(enum.IntEnum):
     CUDA_ERROR_INVALID_VALUE = 1
     CUDA_ERROR_OUT_OF_MEMORY = 2
     CUDA_ERROR_STUB_LIBRARY = 34
-    CUDA_ERROR_INSUFFICIENT_DRIVER = 35
     CUDA_ERROR_DEVICE_UNAVAILABLE = 46
     CUDA_ERROR_NO_DEVICE = 100
     CUDA_ERROR_INVALID_DEVICE = 101
@@ -181,7 +180,7 @@ class FakeCuda:
         return CUresult.CUDA_SUCCESS, Handle(ordinal)
 
     def cuDeviceGetName(self, length, device):  # noqa: N802
-        return CUresult.CUDA_SUCCESS, b"Fake GPU".ljust(length, b"\0")
+        return CUresult.CUDA_SUCCESS, b"Fake GPU\0".ljust(length)
 
     def cuDeviceGetAttribute(self, key, device):  # noqa: N802
         return CUresult.CUDA_SUCCESS, self.attributes[key]

@@ -22,7 +22,6 @@ _ERRNOS = {
     1: errno.EINVAL,  # INVALID_VALUE
     2: errno.ENOMEM,  # OUT_OF_MEMORY
     34: errno.ENOSYS,  # STUB_LIBRARY
-    35: errno.ENOSYS,  # INSUFFICIENT_DRIVER
     46: errno.EBUSY,  # DEVICE_UNAVAILABLE
     100: errno.ENODEV,  # NO_DEVICE
     101: errno.ENODEV,  # INVALID_DEVICE
@@ -116,7 +115,7 @@ class Context:
             raise os_error(errno.ENODEV, f"no CUDA device {ordinal}: {there} ({_FIXES[100]})")
         self._device = driver.call("cuDeviceGet", ordinal, what=f"finding {self.name}")
         text = driver.call("cuDeviceGetName", 256, self._device, what=f"naming {self.name}")
-        self.product = bytes(text).rstrip(b"\0").decode(errors="replace")
+        self.product = bytes(text).partition(b"\0")[0].decode(errors="replace")
         self._context = driver.call(
             "cuDevicePrimaryCtxRetain", self._device, what=f"making {self.name}'s context"
         )

@@ -1,0 +1,47 @@
+"""A file into a CUDA device's memory and back out, byte for byte, and a buffer that kernels see.
+
+    python examples/cuda_memory.py model.safetensors copy.safetensors
+
+Needs an NVIDIA GPU with its driver, and `pip install dmabuf[cuda]`. Says for each direction which
+route the bytes took, why, and how fast.
+"""
+
+import filecmp
+import os
+import sys
+
+import dmabuf
+from dmabuf.devices import cuda
+
+
+def show(what: str, transfer: dmabuf.Transfer) -> None:
+    speed = transfer.nbytes / transfer.seconds / 1e9
+    print(f"{what}: {transfer.nbytes:,} bytes, {speed:.2f} GB/s, route {transfer.route}")
+    print(f"  {transfer.reason}; {transfer.copied:,} bytes copied by the CPU")
+    for route, why in transfer.rejected.items():
+        print(f"  not {route}: {why}")
+
+
+def main(source: str, copy: str) -> None:
+    size = os.path.getsize(source)
+    with cuda.Device(0) as gpu:
+        print(f"{gpu.name}: {size:,} bytes of its memory")
+        with gpu.allocate(size) as memory:
+            with dmabuf.open(source) as file:
+                show("file to device", memory.read_from(file))
+            with dmabuf.open(copy, "w") as file:
+                show("device to file", memory.write_to(file, size, sync=True))
+        with dmabuf.allocate(size) as buffer, gpu.register(buffer) as registered:
+            with dmabuf.open(source) as file:
+                show("file to registered buffer", file.read_into(buffer))
+            print(f"  kernels read it at {registered.address:#x}, where it is")
+    if not filecmp.cmp(source, copy, shallow=False):
+        sys.exit("the copy differs")
+    print(f"{copy} is byte for byte {source}")
+
+
+if __name__ == "__main__":
+    try:
+        main(*sys.argv[1:])
+    except (ImportError, OSError) as error:
+        sys.exit(f"error: {error}")
