@@ -40,7 +40,7 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
-	$(BIN)/clang-format --dry-run --Werror csrc/*.[ch] csrc/tests/*.[ch] benchmarks/*.c
+	$(BIN)/clang-format --dry-run --Werror csrc/*.[ch] csrc/tests/*.[ch] benchmarks/*.c tests/unit/*.c
 
 types: $(VENV)/ready
 	$(BIN)/mypy

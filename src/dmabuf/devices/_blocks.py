@@ -58,7 +58,7 @@ class Copier(Protocol):
         """Begin to copy from the device, likewise."""
 
     def finished(self, copy: Any) -> bool:
-        """Whether a copy has ended well; an OSError where it failed."""
+        """Whether a copy has ended well; an OSError where it failed, each time."""
 
     def idle(self) -> bool:
         """Whether no copy that was ever begun, one whose call failed included, may touch host

@@ -233,11 +233,7 @@ class Staging:
 
     def _landed(self, flying: deque[tuple[object, int]]) -> int:
         """Wait for the oldest copy; its bytes."""
-        try:
-            self._await(flying[0][0])
-        except OSError:
-            flying.clear()  # what came after it has a gap before it
-            raise
+        self._await(flying[0][0])
         return flying.popleft()[1]
 
     def _await(self, copy: object) -> None:
