@@ -161,6 +161,45 @@ def test_what_staging_is_not(device, stage, path, how):
     assert_same(path.read_bytes(), pattern(SIZE, 1), "the file")
 
 
+def test_uncached_asks_it_of_each_piece(device, tmp_path):
+    """The last has no whole page, and only whole ones are written past the page cache."""
+    size = 2 * 4096 + 100
+    with (
+        Staging(device, block_size=4096, blocks=2) as stage,
+        dmabuf.open(tmp_path / "new", "w") as file,
+    ):
+        for how in ({"require": "uncached"}, {"route": "staged"}):
+            with pytest.raises(dmabuf.RouteUnavailable, match="nothing of it is a whole page"):
+                stage.write_from(file, BASE, size, **how)
+        assert not device.begun and not os.path.getsize(tmp_path / "new")
+        assert stage.write_from(file, BASE, size).route is dmabuf.Route.STAGED
+
+
+def test_what_went_by_the_page_cache_after_all(device, stage, path):
+    """As where a filesystem takes O_DIRECT and ignores it: the record does not say staged."""
+    with dmabuf.open(path) as file:
+        read_into = file.read_into
+
+        def cached(buffer, size, *, file_offset, buffer_offset, **how):
+            place = {"file_offset": file_offset, "buffer_offset": buffer_offset}
+            return read_into(buffer, size, **place, route="buffered")
+
+        file.read_into = cached
+        done = stage.read_into(file, BASE, SIZE)
+    assert done.route is dmabuf.Route.BUFFERED
+    assert done.rejected[dmabuf.Route.STAGED] == "the kernel copies into the buffer's mapping"
+
+
+def test_sync(device, stage, path):
+    flushed = []
+    with dmabuf.open(path, "r+") as file:
+        file._target.flush = lambda: flushed.append(len(device.flying))
+        stage.write_from(file, BASE, SIZE)
+        assert flushed == []
+        stage.write_from(file, BASE, SIZE, sync=True)
+        assert flushed == [0]
+
+
 # -- order and overlap
 
 
