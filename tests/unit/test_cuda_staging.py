@@ -442,6 +442,34 @@ def test_a_signal_ends_a_wait(device, stage, path):
     check_read(device, pattern(SIZE, 1)[: 3 * BLOCK])
 
 
+def test_signals_in_plenty_are_no_lost_device(device, stage, path):
+    """Each wait ends by one; the device answers in between."""
+
+    class Alarm(Exception):
+        pass
+
+    def handler(number, frame):
+        alarms.append(number)
+        if len(alarms) == 10:
+            device.lag = 2
+        raise Alarm
+
+    alarms = []
+    device.lag = 1 << 60
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
+        with dmabuf.open(path) as file, pytest.raises(Alarm):
+            try:
+                stage.read_into(file, BASE, SIZE)
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    device.check()
+    assert len(alarms) >= 10 and stage._blocks._lost is None
+
+
 def test_a_wait_that_takes_long_is_told(device, stage, path, caplog, monkeypatch):
     monkeypatch.setattr(_blocks, "_PATIENCE", 0.0)
     with dmabuf.open(path) as file:

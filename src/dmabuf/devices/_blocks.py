@@ -29,7 +29,7 @@ _PATIENCE = 5.0
 _SHORTEST, _LONGEST = 20e-6, 1e-3
 """Seconds between two questions whether a copy has ended."""
 _LOST = 3
-"""Times that the device has to fail to tell whether it is idle, to count as lost."""
+"""Times in a row that a device fails to tell whether it is idle, to count as lost."""
 
 
 class Copier(Protocol):
@@ -99,9 +99,16 @@ class Blocks:
         """Return when no copy is under way; what a signal raises meanwhile is raised then."""
         raised: BaseException | None = None
         failures = 0
+
+        def idle() -> bool:
+            nonlocal failures
+            answer = self.copier.idle()
+            failures = 0  # it can tell: what was raised was a signal's
+            return answer
+
         while self in _flying and self._lost is None:
             try:
-                wait_until(self.copier.idle, f"{self.copier.name}: to end its copies")
+                wait_until(idle, f"{self.copier.name}: to end its copies")
                 _flying.discard(self)
             except BaseException as error:
                 raised = error

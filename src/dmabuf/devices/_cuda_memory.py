@@ -50,10 +50,10 @@ class Memory:
         self.size = size
         """Bytes."""
         self._lock = threading.Lock()
-        self._running = 0
+        self._running: set[object] = set()
         self._buffer: Buffer | None = None
-        device._enter()
         self._closed = False
+        device._enter(self)
 
     def __repr__(self) -> str:
         state = " closed" if self._closed else f" of {self._device._context.name}"
@@ -165,10 +165,11 @@ class Memory:
         if not 0 <= offset <= self.size - nbytes:
             text = f"{nbytes} bytes at offset {offset} are not within the {self.size}"
             raise ValueError(f"{text} of {self!r}")
-        with self._lock:
-            self._check_open()
-            self._running += 1
+        token = object()
         try:
+            with self._lock:
+                self._check_open()
+                self._running.add(token)
             native, why = self._native(file, direction, nbytes, file_offset, offset, route)
             self._device._context.wait_for(stream)
             if native is not None:
@@ -198,8 +199,7 @@ class Memory:
                 **more,
             )
         finally:
-            with self._lock:
-                self._running -= 1
+            self._running.discard(token)
 
     def _most(self, file: File, direction: Direction, file_offset: int, offset: int) -> int:
         """What there is to move."""
@@ -255,6 +255,7 @@ class Memory:
 
         Raises:
             BusyError: a transfer of it, or of its Buffer, runs; it stays open.
+            OSError: the driver did not free it; it is closed all the same.
         """
         with self._lock:
             if self._closed:
@@ -263,11 +264,17 @@ class Memory:
                 raise BusyError(f"cannot close {self!r}: a transfer is running")
             if self._buffer is not None:
                 self._buffer.close()
-            context = self._device._context
-            if self._owned and context.usable:
-                context.call("cuMemFree", self.address, what=f"{context.name}: freeing memory")
-            self._closed = True
-        self._device._leave()
+            try:
+                self._free()
+            finally:
+                self._device._leave(self)
+                self._closed = True
+
+    def _free(self) -> None:
+        context, owned = self._device._context, self._owned
+        self._owned = False
+        if owned and context.usable:
+            context.call("cuMemFree", self.address, what=f"{context.name}: freeing memory")
 
     def __enter__(self) -> Self:
         self._check_open()

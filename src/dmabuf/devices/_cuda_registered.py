@@ -37,9 +37,9 @@ class Registered:
         """The Buffer; it cannot be closed meanwhile."""
         self._device, self._host = device, host
         self._view = buffer._view(0, buffer.size)  # which keeps it open
-        device._enter()
         self._closed = False
         try:
+            device._enter(self)
             register(context, host, buffer.size, flags)
             what = f"{context.name}: finding the memory's device pointer"
             self.address = int(context.call("cuMemHostGetDevicePointer", host, 0, what=what))
@@ -59,9 +59,9 @@ class Registered:
         return f"<dmabuf.devices.cuda.Registered {state}>"
 
     def _let_go(self) -> None:
-        self._closed = True
         self._view.release()
-        self._device._leave()
+        self._device._leave(self)
+        self._closed = True
 
     @property
     def closed(self) -> bool:

@@ -58,7 +58,7 @@ class Device:
         self._context = Context(as_int(ordinal, "ordinal"))
         self._lock = threading.Lock()
         self._staging: Staging | None = None
-        self._users = 0
+        self._users: set[int] = set()
         self._closed = False
 
     @property
@@ -142,14 +142,13 @@ class Device:
 
     # -- for what it makes
 
-    def _enter(self) -> None:
+    def _enter(self, user: Memory | Registered) -> None:
         with self._lock:
             self._context.check_open()
-            self._users += 1
+            self._users.add(id(user))
 
-    def _leave(self) -> None:
-        with self._lock:
-            self._users -= 1
+    def _leave(self, user: Memory | Registered) -> None:
+        self._users.discard(id(user))
 
     def _stage(self) -> Staging:
         with self._lock:
@@ -177,8 +176,8 @@ class Device:
             if self._closed:
                 return
             if self._users:
-                text = f"{self._users} of its memories and registrations are open: close them first"
-                raise BusyError(f"cannot close {self!r}: {text}")
+                text = f"{len(self._users)} of its memories and registrations are open"
+                raise BusyError(f"cannot close {self!r}: {text}, close them first")
             if self._staging is not None:
                 self._staging.close()
             self._context.close()
