@@ -318,6 +318,9 @@ def test_native_where_the_kernel_has_it(driver, gpu, path, ordering, options):
             done = memory.read_from(file, MIB)
             assert "neither orders" in done.rejected[dmabuf.Route.NATIVE]
         moved.clear()
+        if ordering or options:
+            assert memory.read_from(file, file_offset=MIB) == "record"
+            assert moved[-1][0] == SIZE - MIB  # what the file has, and no more
         assert memory.write_to(file, MIB, sync=True) == "record"
         assert moved[-1][1]["sync"] is True
         file.read_into, file.write_from = read_into, write_from

@@ -242,15 +242,9 @@ class Copies:
 
 
 def register(context: Context, address: int, size: int, flags: int) -> None:
-    """Pin host memory; nothing of it stays where that does not return."""
+    """Pin host memory; whoever is interrupted in it unregisters, since it may have been done."""
     what = f"{context.name}: pinning {size} bytes of host memory"
-    try:
-        context.call("cuMemHostRegister", address, size, flags, what=what)
-    except OSError:
-        raise
-    except BaseException:  # of a signal: perhaps after it was done
-        unregister(context, address)
-        raise
+    context.call("cuMemHostRegister", address, size, flags, what=what)
 
 
 def unregister(context: Context, address: int) -> None:
