@@ -29,6 +29,8 @@ class Span(NamedTuple):
     file_end: int
     buffer_start: int
     buffer_end: int
+    whole: bool = False
+    """Whether a read that meets the end of the file is an error, as it is for segments."""
 
     @property
     def file_size(self) -> int:
@@ -102,6 +104,7 @@ def many(buffer: Buffer, segments: Any, direction: Direction) -> Iterator[Span]:
             bounds.file_end,
             bounds.buffer_start,
             bounds.buffer_end,
+            whole=True,
         )
 
 

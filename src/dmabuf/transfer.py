@@ -240,6 +240,8 @@ def _carry(target: Target, order: Order, begun: float) -> Steps[Transfer]:
     while True:
         chosen = plan(target, order)
         if order.span.nbytes == 0 or _starts_past_the_end(target, order):
+            if order.span.nbytes and order.span.whole:
+                raise ShortReadError(f"{target.path} ends before segment 0", 0, 0)
             record = _record(chosen, chosen.route, chosen.reason, NOTHING, begun)
             return replace(record, audited=_not_audited(order, audit.NOTHING))
         yield from _await_fences(target, order, chosen, begun)
@@ -256,7 +258,7 @@ def _carry(target: Target, order: Order, begun: float) -> Steps[Transfer]:
             break
     if outcome.error:
         raise _failure(target, order, chosen, outcome)
-    if outcome.short_segment >= 0 and order.span.count != 1:
+    if outcome.short_segment >= 0 and order.span.whole:
         text = f"{target.path} ends inside segment {outcome.short_segment}"
         raise ShortReadError(text, outcome.short_segment, outcome.nbytes)
     route, reason = _judge(target, order, chosen, outcome, known)
@@ -448,7 +450,7 @@ def _run_audited(target: Target, order: Order, chosen: Plan) -> Steps[tuple[Outc
         )
         yield Blocking(check.prepare)
         outcome = yield from _run(target, order, chosen)
-        if outcome.error or outcome.interruption or (outcome.short_segment >= 0 and span.count > 1):
+        if outcome.error or outcome.interruption or (outcome.short_segment >= 0 and span.whole):
             return outcome, NOT_AUDITED
         try:
             found: list[str] = []

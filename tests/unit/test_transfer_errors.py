@@ -5,6 +5,7 @@ The results are made up at the core's seam, above real I/O on a real file, so ea
 
 import errno
 import os
+from array import array
 
 import pytest
 from hypothesis import given, settings
@@ -367,6 +368,22 @@ def test_segments_that_end_early_are_named(tmp_path, engine, buf, route):
     assert str(error) == f"{path} ends inside segment 10"
     assert isinstance(error, EOFError)
     expected = pattern(10 * PAGE + 5, 1) + poison(SIZE)[10 * PAGE + 5 :]
+    assert_same(buf.pread(SIZE, 0), expected, "the buffer")
+
+
+@pytest.mark.parametrize("route", [None, "staged", "buffered"])
+@pytest.mark.parametrize("at", [9 * PAGE, 11 * PAGE, 2**63 - SIZE])
+def test_and_so_is_the_only_one(tmp_path, engine, buf, route, at):
+    path = tmp_path / "file"
+    path.write_bytes(pattern(10 * PAGE + 5, 1))
+    with (
+        dmabuf.open(path, engine=engine) as file,
+        pytest.raises(dmabuf.ShortReadError, match=r"ends (inside|before) segment 0") as caught,
+    ):
+        file.read_segments(buf, array("Q", [at, 0, 2 * PAGE]), route=route)
+    moved = pattern(10 * PAGE + 5, 1)[at:]
+    assert (caught.value.index, caught.value.nbytes) == (0, len(moved))
+    expected = moved + poison(SIZE)[len(moved) :]
     assert_same(buf.pread(SIZE, 0), expected, "the buffer")
 
 
