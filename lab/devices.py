@@ -16,6 +16,8 @@ class Device:
     """Words of QEMU's command line."""
     kernel: tuple[str, ...] = ()
     """Words of the kernel's command line."""
+    files: tuple[tuple[str, int], ...] = ()
+    """Files for QEMU in its working folder, each by name and size in bytes."""
     modules: tuple[str, ...] = ()
     """What modprobe loads before COMMAND, each with its parameters."""
 
@@ -28,6 +30,31 @@ DEVICES = {
             "vivid n_devs=3 node_types=0x20101,0x1,0x1 multiplanar=1,2,1 allocators=0,0,1 "
             "num_inputs=1,1,1 input_types=0,0,0 num_outputs=1,0,0 no_error_inj=1",
         ),
+    ),
+    "drm": Device(
+        "a display by bochs, a GPU without 3D by virtio-gpu and one without a screen by vgem; "
+        "QEMU's monitor and a drive that it may dump the screen to",
+        qemu=(
+            *("-device", "bochs-display,id=lab-screen", "-device", "virtio-gpu-pci"),
+            *("-chardev", "socket,id=monitor,path=monitor,server=on,wait=off"),
+            *("-mon", "chardev=monitor,mode=control"),
+            *("-chardev", "socket,id=monitor-port,path=monitor"),
+            *("-device", "virtserialport,nr=3,name=lab-monitor,chardev=monitor-port"),
+            *("-drive", "id=lab-screen,file=screen,if=none,format=raw,read-only=on"),
+            *("-device", "virtio-blk-pci,drive=lab-screen,serial=lab-screen"),
+        ),
+        files=(("screen", 8 << 20),),
+        modules=("vgem", "bochs", "virtio-gpu"),
+    ),
+    "vfio": Device(
+        "a PCI device with 1 MiB of memory, in vfio-pci's hands, behind an IOMMU",
+        qemu=(
+            *("-device", "intel-iommu,intremap=on"),
+            *("-object", "memory-backend-ram,id=lab-bar,size=1M,share=on"),
+            *("-device", "ivshmem-plain,memdev=lab-bar"),
+        ),
+        kernel=("intel_iommu=on", "iommu=pt"),
+        modules=("vfio-pci ids=1af4:1110",),
     ),
 }
 

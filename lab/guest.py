@@ -128,6 +128,9 @@ def _lay_out(job: Run, folder: Path, token: str) -> None:
     for serial in SCRATCH:
         _sparse(folder / serial, SCRATCH_SIZE)
     _sparse(folder / "out", OUT_SIZE)
+    for device in job.devices:
+        for file, size in device.files:
+            _sparse(folder / file, size)
 
 
 def _sparse(path: Path, size: int) -> None:
@@ -170,7 +173,6 @@ def qemu(job: Run, folder: Path, streams: Mapping[str, int]) -> list[str]:
     argv += ["-kernel", str(job.kernel.image), "-initrd", str(folder / "initrd")]
     words = [word for device in job.devices for word in device.kernel]
     argv += ["-append", " ".join([*KERNEL_ARGUMENTS, *words])]
-    argv += [word for device in job.devices for word in device.qemu]
 
     argv += ["-chardev", f"file,id=console,path=/dev/fd/{streams['console']}"]
     argv += ["-serial", "chardev:console", "-device", "virtio-serial-pci"]
@@ -179,6 +181,7 @@ def qemu(job: Run, folder: Path, streams: Mapping[str, int]) -> list[str]:
             argv += ["-chardev", f"file,id={name}-{kind},path=/dev/fd/{streams[name]}"]
         argv += ["-device", f"virtserialport,nr={number},name={name},chardev={name}-port"]
         argv += ["-serial", f"chardev:{name}-line"]
+    argv += [word for device in job.devices for word in device.qemu]
 
     images = {
         "root": job.root.image,
@@ -219,6 +222,7 @@ class Guest:
         with qemu_log.open("wb") as errors:
             process = subprocess.Popen(
                 argv,
+                cwd=self.folder,
                 stdin=subprocess.DEVNULL,
                 stdout=errors,
                 stderr=errors,
