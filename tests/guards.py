@@ -65,19 +65,41 @@ def _dma_heap() -> str | None:
     return _device("/dev/dma_heap/system", "CONFIG_DMABUF_HEAPS_SYSTEM; lab/run has it")
 
 
-def vgem_node() -> str | None:
-    """The device node of the vgem driver, None where there is none."""
-    for link in sorted(Path("/sys/class/drm").glob("card*")):
-        node = Path("/dev/dri", link.name)
-        if "vgem" in link.resolve().parts and os.access(node, os.R_OK | os.W_OK):
-            return str(node)
-    return None
-
-
 def _vgem() -> str | None:
     if vgem_node() is None and required("vgem"):
         subprocess.run(["modprobe", "vgem"], check=False)
     return None if vgem_node() else "no vgem device node (modprobe vgem; lab/run has it)"
+
+
+def drm_node(driver: str, kind: str = "card") -> str | None:
+    """The device node of a DRM driver's device, `kind` "card" or "render"; None where none is."""
+    for link in sorted(Path("/sys/class/drm").glob(f"{kind}*[0-9]")):
+        node = Path("/dev/dri", link.name)
+        names = (*link.resolve().parts, (link / "device/driver").resolve().name)
+        if driver in names and os.access(node, os.R_OK | os.W_OK):
+            return str(node)
+    return None
+
+
+def vgem_node() -> str | None:
+    """The device node of the vgem driver, None where there is none."""
+    return drm_node("vgem")
+
+
+def lab_port() -> str | None:
+    """The port to the monitor of the lab's QEMU, None outside."""
+    for name in Path("/sys/class/virtio-ports").glob("*/name"):
+        if name.read_text() == "lab-monitor\n":
+            return f"/dev/{name.parent.name}"
+    return None
+
+
+def lab_drive() -> str | None:
+    """The drive that the lab's QEMU dumps the screen to, None outside."""
+    for serial in Path("/sys/block").glob("vd*/serial"):
+        if serial.read_text().strip() == "lab-screen":
+            return f"/dev/{serial.parent.name}"
+    return None
 
 
 def vivid_node(kind: str = "vid-cap", number: int = 0) -> str | None:
@@ -207,11 +229,35 @@ def _cuda_bindings() -> str | None:
     return "no cuda-bindings (pip install dmabuf[cuda])"
 
 
+def _display() -> str | None:
+    if lab_port() is None or drm_node("bochs-drm") is None:
+        return "no display whose pixels can be seen from outside (lab/run --devices drm)"
+    return None
+
+
+def _virtio_gpu() -> str | None:
+    return None if drm_node("virtio-pci") else "no GPU by virtio-gpu (lab/run --devices drm)"
+
+
+def vfio_address() -> str | None:
+    """The PCI address of the lab's device in vfio-pci's hands, None outside."""
+    devices = Path("/sys/bus/pci/drivers/vfio-pci").glob("0000:*")
+    found = (one for one in devices if (one / "device").read_text() == "0x1110\n")
+    return next((one.name for one in found), None)
+
+
+def _vfio() -> str | None:
+    return None if vfio_address() else "no ivshmem device by vfio-pci (lab/run --devices vfio)"
+
+
 _GUARDS: dict[str, Callable[[], str | None]] = {
     "udmabuf": _udmabuf,
     "dma_heap": _dma_heap,
     "vgem": _vgem,
     "vivid": _vivid,
+    "display": _display,
+    "virtio_gpu": _virtio_gpu,
+    "vfio": _vfio,
     "cameras": _cameras,
     "hugepages": _hugepages,
     "io_uring": _io_uring,

@@ -45,8 +45,8 @@ def _end(begun: Sequence[int], flags: int) -> OSError | None:
     return first
 
 
-def address_of(memory: mmap.mmap) -> int:
-    """The address of a mapping's first byte."""
+def address_of(memory: mmap.mmap | bytearray) -> int:
+    """The address of the first byte of a mapping or bytearray, good for as long as that is."""
     from dmabuf._ffi import ffi
 
     pointer = ffi.from_buffer(memory)

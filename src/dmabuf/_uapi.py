@@ -62,6 +62,63 @@ NVME_IOCTL_ID = _ioc(0, "N", 0x40, 0)
 NVME_IOCTL_ADMIN_CMD = _ioc(3, "N", 0x41, NVME_CMD_STRUCT.size)
 NVME_IOCTL_IO_CMD = _ioc(3, "N", 0x43, NVME_CMD_STRUCT.size)
 
+# <drm/drm.h>, <drm/drm_mode.h>; a pointer in a struct is a plain 64-bit number
+DRM_MAJOR = 226
+DRM_VERSION_STRUCT = struct.Struct("=iiiI6Q")  # version, and (length, pointer) of three texts
+DRM_GEM_CLOSE_STRUCT = struct.Struct("=II")  # handle, pad
+DRM_CAP_STRUCT = struct.Struct("=QQ")  # capability, value
+DRM_PRIME_STRUCT = struct.Struct("=IIi")  # handle, flags, fd
+DRM_RESOURCES_STRUCT = struct.Struct("=4Q8I")  # pointers to ids of fbs, crtcs, connectors, encoders
+DRM_MODE_STRUCT = struct.Struct("=I10H3I32s")  # clock, timings, vrefresh, flags, type, name
+DRM_CRTC_STRUCT = struct.Struct("=Q7I68s")  # connectors, their count, id, fb, x, y, gamma, valid
+DRM_ENCODER_STRUCT = struct.Struct("=5I")  # id, type, crtc, possible crtcs, possible clones
+DRM_CONNECTOR_STRUCT = struct.Struct("=4Q12I")  # pointers, counts, encoder, id, type, number, state
+DRM_DUMB_STRUCT = struct.Struct("=6IQ")  # height, width, bpp, flags, handle, pitch, size
+DRM_FB2_STRUCT = struct.Struct(
+    "=5I4I4I4I4x4Q"
+)  # id, size, format, flags, handles, pitches, offsets
+DRM_DIRTY_STRUCT = struct.Struct("=4IQ")  # fb, flags, colour, count and pointer of clips
+DRM_PLANES_STRUCT = struct.Struct("=QI4x")  # pointer to ids, count
+DRM_PLANE_STRUCT = struct.Struct("=6IQ")  # id, ..., count and pointer of formats
+DRM_IOCTL_VERSION = _ioc(3, "d", 0x00, DRM_VERSION_STRUCT.size)
+DRM_IOCTL_GEM_CLOSE = _ioc(1, "d", 0x09, DRM_GEM_CLOSE_STRUCT.size)
+DRM_IOCTL_SET_CLIENT_CAP = _ioc(1, "d", 0x0D, DRM_CAP_STRUCT.size)
+DRM_IOCTL_SET_MASTER = _ioc(0, "d", 0x1E, 0)
+DRM_IOCTL_DROP_MASTER = _ioc(0, "d", 0x1F, 0)
+DRM_IOCTL_PRIME_HANDLE_TO_FD = _ioc(3, "d", 0x2D, DRM_PRIME_STRUCT.size)
+DRM_IOCTL_PRIME_FD_TO_HANDLE = _ioc(3, "d", 0x2E, DRM_PRIME_STRUCT.size)
+DRM_IOCTL_MODE_GETRESOURCES = _ioc(3, "d", 0xA0, DRM_RESOURCES_STRUCT.size)
+DRM_IOCTL_MODE_SETCRTC = _ioc(3, "d", 0xA2, DRM_CRTC_STRUCT.size)
+DRM_IOCTL_MODE_GETENCODER = _ioc(3, "d", 0xA6, DRM_ENCODER_STRUCT.size)
+DRM_IOCTL_MODE_GETCONNECTOR = _ioc(3, "d", 0xA7, DRM_CONNECTOR_STRUCT.size)
+DRM_IOCTL_MODE_RMFB = _ioc(3, "d", 0xAF, 4)
+DRM_IOCTL_MODE_DIRTYFB = _ioc(3, "d", 0xB1, DRM_DIRTY_STRUCT.size)
+DRM_IOCTL_MODE_CREATE_DUMB = _ioc(3, "d", 0xB2, DRM_DUMB_STRUCT.size)
+DRM_IOCTL_MODE_GETPLANERESOURCES = _ioc(3, "d", 0xB5, DRM_PLANES_STRUCT.size)
+DRM_IOCTL_MODE_GETPLANE = _ioc(3, "d", 0xB6, DRM_PLANE_STRUCT.size)
+DRM_IOCTL_MODE_ADDFB2 = _ioc(3, "d", 0xB8, DRM_FB2_STRUCT.size)
+DRM_MODE_FB_MODIFIERS = 2
+DRM_MODE_CONNECTED = 1
+DRM_CLIENT_CAP_UNIVERSAL_PLANES = 2
+
+# <linux/vfio.h>; its ioctls carry no size, their structs do
+VFIO_TYPE1V2_IOMMU = 3
+VFIO_GROUP_FLAGS_VIABLE = 1
+VFIO_REGION_STRUCT = struct.Struct("=4I2Q")  # argsz, flags, index, capabilities, size, offset
+VFIO_GROUP_STATUS_STRUCT = struct.Struct("=II")  # argsz, flags
+# struct vfio_device_feature with a vfio_device_feature_dma_buf of one range (Linux 6.19): argsz,
+# flags; region, open flags, flags, ranges; offset, length
+VFIO_DMA_BUF_STRUCT = struct.Struct("=II4I2Q")
+VFIO_DEVICE_FEATURE_GET = 1 << 16
+VFIO_DEVICE_FEATURE_DMA_BUF = 11
+VFIO_PCI_CONFIG_REGION = 7
+VFIO_SET_IOMMU = _ioc(0, ";", 102, 0)
+VFIO_GROUP_GET_STATUS = _ioc(0, ";", 103, 0)
+VFIO_GROUP_SET_CONTAINER = _ioc(0, ";", 104, 0)
+VFIO_GROUP_GET_DEVICE_FD = _ioc(0, ";", 106, 0)
+VFIO_DEVICE_GET_REGION_INFO = _ioc(0, ";", 108, 0)
+VFIO_DEVICE_FEATURE = _ioc(0, ";", 117, 0)
+
 # <linux/magic.h>: filesystems whose files live in the page cache and nowhere else
 MEMORY_FILESYSTEMS = {
     0x01021994: "tmpfs",

@@ -56,7 +56,7 @@ def allocate(
     nbytes = parse_size(size)
     if not nbytes:
         raise ValueError("size is 0: a buffer holds at least one byte")
-    _check_name(name)
+    check_name(name)
     node = None if numa_node is None else as_int(numa_node, "numa_node")
     if exporter == "udmabuf":
         return udmabuf.allocate(nbytes, name=name, huge_pages=huge_pages, numa_node=node)
@@ -104,12 +104,13 @@ def from_fd(fd: "int | _HasFileno", *, name: str | None = None) -> Buffer:
     Raises OSError(EBADF) for a closed descriptor, OSError(EINVAL) for one that is no dma-buf,
     saying what it is, ValueError for a name that does not fit.
     """
-    _check_name(name)
+    check_name(name)
     number = fd.fileno() if hasattr(fd, "fileno") else fd
     return foreign.from_fd(as_int(number, "fd"), name=name)
 
 
-def _check_name(name: str | None) -> None:
+def check_name(name: str | None) -> None:
+    """Refuse what cannot be a dma-buf's label; None is no label."""
     if name is None:
         return
     if not isinstance(name, str):
