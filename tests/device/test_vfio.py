@@ -1,0 +1,290 @@
+"""Memory of a PCI device that the CPU cannot map: what it is, what it refuses, what is left."""
+
+import errno
+import fcntl
+import io
+import mmap
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import dmabuf
+from dmabuf import _uapi
+from dmabuf.devices import drm, vfio
+from dmabuf.exporters import foreign
+from tests.guards import needs, vfio_address, vgem_node
+from tests.kernel.conftest import BUFINFO, native
+from tests.resources import held
+from tests.support import assert_same, poison
+
+ADDRESS = str(vfio_address())
+MEMORY, REGISTERS = 2, 0  # the BARs of QEMU's ivshmem-plain: 1 MiB, and 256 bytes
+SIZE = 1 << 20
+
+
+def kernel_list() -> str:
+    """How many dma-bufs the kernel has, and bytes."""
+    return BUFINFO.read_text().splitlines()[-1]
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    before = held(), kernel_list()
+    yield
+    for _ in range(50):  # the kernel lets the last reference go a moment later
+        if kernel_list() == before[1]:
+            break
+        time.sleep(0.02)
+    assert (held(), kernel_list()) == before
+
+
+@pytest.fixture
+def device() -> Iterator[vfio.Device]:
+    with vfio.Device(ADDRESS) as opened:
+        yield opened
+
+
+def through_vfio(device: vfio.Device) -> mmap.mmap:
+    """The BAR by VFIO's own mapping, which no dma-buf has part in."""
+    layout = _uapi.VFIO_REGION_STRUCT
+    data = bytearray(layout.pack(layout.size, 0, MEMORY, 0, 0, 0))
+    _uapi.ioctl(device.fileno(), _uapi.VFIO_DEVICE_GET_REGION_INFO, data)
+    return mmap.mmap(device.fileno(), SIZE, offset=layout.unpack(data)[5])
+
+
+@needs("vfio")
+def test_a_bar_is_a_buffer(device: vfio.Device) -> None:
+    assert device.bars() == ((REGISTERS, 256), (MEMORY, SIZE))
+    with device.bar(MEMORY, name="of a device") as buffer:
+        assert (buffer.size, buffer.exporter, buffer.name, buffer.is_dmabuf) == (
+            SIZE, "vfio_pci_core", "of a device", True,
+        )  # fmt: skip
+        assert buffer.reason == f"BAR 2 of {ADDRESS}"
+        assert foreign.identify(buffer.fileno()) == ("vfio_pci_core", "of a device")
+        assert os.lseek(buffer.fileno(), 0, os.SEEK_END) == SIZE
+        with dmabuf.from_fd(buffer) as again:
+            assert (again.size, again.mode) == (SIZE, "")
+            with pytest.raises(io.UnsupportedOperation, match="the CPU cannot map this dma-buf"):
+                again.pread(1, 0)
+
+
+@needs("vfio")
+def test_the_cpu_has_no_way_in(device: vfio.Device) -> None:
+    with device.bar(MEMORY) as buffer:
+        assert (buffer.mode, buffer.readable(), buffer.writable()) == ("", False, False)
+        for attempt in (
+            lambda: buffer.map("rw").__enter__(),
+            lambda: buffer.open("r"),
+            lambda: buffer.pread(1, 0),
+            lambda: buffer.pwrite(b"x", 0),
+            lambda: buffer.read(1),
+            lambda: buffer.write(b"x"),
+        ):
+            with pytest.raises(io.UnsupportedOperation, match="no mapping of this memory of a PCI"):
+                attempt()
+        with pytest.raises(OSError) as caught:  # and that is so
+            mmap.mmap(buffer.fileno(), SIZE)
+        assert caught.value.errno == errno.EINVAL
+
+
+@needs("vfio", "nvme")
+@pytest.mark.parametrize("direction", ["read", "write"])
+def test_native_or_nothing(device: vfio.Device, direction: str, tmp_path: Path) -> None:
+    """To a disk that could go native, and to a file that could not."""
+    (tmp_path / "file").write_bytes(poison(SIZE))
+    with device.bar(MEMORY) as buffer:
+        for path in (os.environ["DMABUF_TEST_NVME0"], str(tmp_path / "file")):
+            with dmabuf.open(path, "r+") as file:
+                if native(buffer) and path.startswith("/dev/"):
+                    assert file.plan(buffer, direction).route == "native"
+                    continue
+                with pytest.raises(dmabuf.RouteUnavailable) as caught:
+                    file.plan(buffer, direction)
+                assert caught.value.filename == path
+                told = caught.value.reason
+                assert "native: " in told
+                for route in ("direct", "staged", "buffered"):
+                    assert f"{route}: the CPU has no mapping of this memory of a PCI dev" in told
+
+
+@needs("vfio", "nvme")
+def test_what_is_refused_changes_nothing(device: vfio.Device, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(SIZE))
+    with through_vfio(device) as memory, device.bar(MEMORY) as buffer, dmabuf.open(path) as file:
+        memory[:] = poison(SIZE)
+        with pytest.raises(dmabuf.RouteUnavailable):
+            file.read_into(buffer)
+        assert_same(memory[:], poison(SIZE), "the device's memory")
+    with device.bar(MEMORY) as buffer, dmabuf.open(path, "r+") as file:
+        with pytest.raises(dmabuf.RouteUnavailable):
+            file.write_from(buffer)
+        assert_same(path.read_bytes(), bytes(SIZE), "the file")
+
+
+@needs("vfio", "nvme")
+def test_parts_slabs_and_read_only(device: vfio.Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, asked = _uapi.ioctl, []
+
+    def ioctl(fd: int, request: int, argument: object) -> object:
+        if request == _uapi.VFIO_DEVICE_FEATURE:
+            asked.append(_uapi.VFIO_DMA_BUF_STRUCT.unpack(argument)[-2:])
+        return real(fd, request, argument)
+
+    monkeypatch.setattr(_uapi, "ioctl", ioctl)
+    monkeypatch.setattr(vfio, "_LARGEST_SLAB", 3 * 65536)
+    with device.bar(MEMORY, 4096, 10 * 65536, name="slabs") as buffer:
+        assert asked == [(4096 + slab.offset, slab.size) for slab in buffer.slabs]
+        assert [slab.size // 65536 for slab in buffer.slabs] == [3, 3, 3, 1]
+        assert [slab.offset // 65536 for slab in buffer.slabs] == [0, 3, 6, 9]
+        for slab in buffer.slabs:
+            assert os.lseek(slab.fd, 0, os.SEEK_END) == slab.size
+            assert foreign.identify(slab.fd) == ("vfio_pci_core", "slabs")
+    with device.bar(MEMORY, 0, 65536, writable=False) as buffer:
+        assert fcntl.fcntl(buffer.fileno(), fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+        with dmabuf.open(os.environ["DMABUF_TEST_NVME0"]) as file:
+            with pytest.raises(PermissionError, match="read-only"):
+                file.read_into(buffer)
+
+
+@needs("vfio")
+def test_buffers_keep_the_device_open() -> None:
+    with vfio.Device(ADDRESS) as device:
+        buffer = device.bar(MEMORY)
+    assert device.closed
+    with pytest.raises(dmabuf.ClosedError):
+        device.bar(MEMORY)
+    with buffer:
+        for _ in range(2):
+            with pytest.raises(OSError, match="another program has it") as caught:
+                vfio.Device(ADDRESS)
+            assert (caught.value.errno, caught.value.filename[:10]) == (errno.EBUSY, "/dev/vfio/")
+    vfio.Device(ADDRESS).close()
+
+
+@needs("vfio", "vgem")
+def test_a_gpu_that_cannot_reach_it(device: vfio.Device) -> None:
+    with device.bar(MEMORY) as buffer, drm.Card(vgem_node()) as card:
+        with pytest.raises(OSError, match=r"vgem refuses .* vfio_pci_core.*cannot reach") as caught:
+            card.handle(buffer)
+        assert caught.value.errno == errno.EOPNOTSUPP
+
+
+# -- what is refused
+
+
+@needs("vfio", "nvme")
+def test_devices_that_cannot_be_opened() -> None:
+    nvme = Path("/sys/class/block", Path(os.environ["DMABUF_TEST_NVME0"]).name, "device/device")
+    taken = nvme.resolve().name
+    for address, match in (
+        ("0000:ff:1f.7", "no such PCI device: lspci -D"),
+        (taken, f"nvme drives it, and would lose it; as root: driverctl set-override {taken} vf"),
+    ):
+        with pytest.raises(OSError, match=match) as caught:
+            vfio.Device(address)
+        assert (caught.value.errno, caught.value.filename) == (errno.ENODEV, address)
+    for wrong in ("", "nvme0", "0000:00:05", "../../x", "00:05.9"):
+        with pytest.raises(ValueError, match="no PCI address"):
+            vfio.Device(wrong)
+    with vfio.Device(ADDRESS.removeprefix("0000:")) as device:
+        assert device.address == ADDRESS
+
+
+@needs("vfio", "root")
+def test_permission_is_that_of_the_node() -> None:
+    os.seteuid(65534)
+    try:
+        with pytest.raises(PermissionError, match="have root chown it to you") as caught:
+            vfio.Device(ADDRESS)
+        node = caught.value.filename
+        assert node.startswith("/dev/vfio/")
+        os.seteuid(0)
+        os.chown(node, 65534, -1)
+        os.seteuid(65534)
+        with vfio.Device(ADDRESS) as device, device.bar(MEMORY) as buffer:
+            assert buffer.size == SIZE
+    finally:
+        os.seteuid(0)
+        os.chown(node, 0, -1)
+
+
+@needs("vfio")
+def test_parts_that_cannot_be_exported(device: vfio.Device) -> None:
+    for number, code, match in (
+        (1, errno.ENODEV, r"no memory at BAR 1: it has 0 \(256 B\), 2 \(1 MiB\)"),
+        (REGISTERS, errno.EINVAL, "BAR 0 is 256 bytes: less than a page"),
+    ):
+        with pytest.raises(OSError, match=match) as caught:
+            device.bar(number)
+        assert (caught.value.errno, caught.value.filename) == (code, ADDRESS)
+    for arguments, match in (
+        ((6,), "BARs 0 to 5"),
+        ((-1,), "BARs 0 to 5"),
+        ((MEMORY, 100), "whole pages"),
+        ((MEMORY, 0, 100), "whole pages"),
+        ((MEMORY, 0, 0), "not within BAR 2"),
+        ((MEMORY, -4096), "not within BAR 2"),
+        ((MEMORY, 4096, SIZE), "not within BAR 2"),
+        ((MEMORY, SIZE), "not within BAR 2"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            device.bar(*arguments)
+    with pytest.raises(ValueError, match="a dma-buf's holds 1 to 31 bytes"):
+        device.bar(MEMORY, name="x" * 32)
+
+
+@needs("vfio")
+def test_a_kernel_that_exports_none(device: vfio.Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third slab of four: those before are closed."""
+    real, count = _uapi.ioctl, 0
+
+    def ioctl(fd: int, request: int, argument: object) -> object:
+        nonlocal count
+        if request == _uapi.VFIO_DEVICE_FEATURE:
+            count += 1
+            if count == 3:
+                raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
+        return real(fd, request, argument)
+
+    monkeypatch.setattr(vfio, "_LARGEST_SLAB", SIZE // 4)
+    monkeypatch.setattr(_uapi, "ioctl", ioctl)
+    with pytest.raises(
+        OSError, match=r"it takes Linux 6\.19 or later with CONFIG_VFIO_PCI"
+    ) as caught:
+        device.bar(MEMORY)
+    assert caught.value.errno == errno.ENOTTY
+
+
+@needs("vfio")
+def test_a_fork_and_a_device_that_is_dropped() -> None:
+    with vfio.Device(ADDRESS) as device, device.bar(MEMORY) as buffer:
+        child = os.fork()
+        if not child:
+            status = 1
+            try:
+                with pytest.raises(dmabuf.ClosedError, match="forked"):
+                    device.bar(MEMORY)
+                device.close()
+                buffer.close()
+                status = 0
+            finally:
+                os._exit(status)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        device.bar(MEMORY).close()
+    with pytest.warns(ResourceWarning, match="unclosed <dmabuf.Device 0000:.* by VFIO>"):
+        vfio.Device(ADDRESS)
+
+
+@needs("vfio")
+def test_the_example(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(poison(SIZE))
+    words = [sys.executable, "examples/device_memory.py", ADDRESS, "2", str(tmp_path / "file")]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.stdout.startswith("BAR 0: 256 bytes\nBAR 2: 1,048,576 bytes\n<dmabuf.Buffer 1 MiB")
+    assert done.returncode == 1 and "no route for require='any': native: " in done.stderr
