@@ -126,6 +126,17 @@ def _cameras() -> str | None:
     return None if vivid_node("vid-cap", 2) else "no vivid cameras (lab/run --devices vivid)"
 
 
+def _vulkan() -> str | None:
+    """The binding, and a driver that shares memory and fences."""
+    try:
+        from dmabuf.devices import vulkan
+
+        vulkan.open().close()
+    except (ImportError, OSError) as error:
+        return f"{error} (lab/run has it)"
+    return None
+
+
 def _hugepages() -> str | None:
     path = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
     free = int(path.read_text()) if path.exists() else 0
@@ -259,6 +270,7 @@ _GUARDS: dict[str, Callable[[], str | None]] = {
     "virtio_gpu": _virtio_gpu,
     "vfio": _vfio,
     "cameras": _cameras,
+    "vulkan": _vulkan,
     "hugepages": _hugepages,
     "io_uring": _io_uring,
     "nvme": _nvme,

@@ -86,6 +86,8 @@ Access = Literal["read", "write"]
 
 _EVENTS: dict[str, int] = {"read": select.POLLIN, "write": select.POLLOUT}
 _FLAGS: dict[str, int] = {"read": _uapi.DMA_BUF_SYNC_READ, "write": _uapi.DMA_BUF_SYNC_WRITE}
+_NO_SYNC_FILE = (errno.ENOTTY, errno.EINVAL)
+"""What SYNC_IOC_MERGE answers for other descriptors: theirs, or its own for the second."""
 _LONGEST = 1 << 30
 """Milliseconds of one poll at most: it takes a C int, and this is twelve days."""
 
@@ -207,6 +209,16 @@ def import_sync_file(fds: Sequence[int], sync_file: SupportsIndex, direction: Ac
             _uapi.import_sync_file(fd, _FLAGS[direction], number)
         except OSError as error:
             raise _explained(error, f"descriptor {number}", "it is no sync file") from None
+
+
+def duplicate(sync_file: SupportsIndex) -> int:
+    """Another descriptor of a sync file, proven to be one; the caller closes it."""
+    number = operator.index(sync_file)
+    try:
+        return _uapi.merge_sync_files(number, number)
+    except OSError as error:
+        text = "it is no sync file" if error.errno in _NO_SYNC_FILE else error.strerror
+        raise os_error(error.errno or errno.EIO, f"descriptor {number}: {text}") from None
 
 
 def _explained(error: OSError, what: str, invalid: str | None = None) -> OSError:

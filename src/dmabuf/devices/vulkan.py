@@ -1,0 +1,612 @@
+"""Vulkan: Buffers as VkDeviceMemory and VkBuffer, device memory as Buffers, and their fences.
+
+Built on the ``vulkan`` binding (``pip install dmabuf[vulkan]``), whose handles these are: a job is
+recorded and submitted with it, as ever. See docs/gpus.md.
+
+What the driver does not do, and so is done here:
+
+- *Vulkan leaves no fence in a dma-buf.* Its jobs on buffers signal semaphores and fences of its
+  own, and nobody else sees them. :meth:`Memory.add_fence` takes the sync file of the semaphore
+  that the job signals (VK_KHR_external_semaphore_fd, handle type SYNC_FD) and adds it to the
+  buffer: transfers, cameras and CPU access then wait for the job. :meth:`Memory.wait_semaphore` is
+  the other way: what others have queued on the buffer, as a semaphore for a job to wait for.
+- *Memory that others use belongs to a foreign queue family.* A job begins by acquiring it from
+  there and ends by releasing it to there: :meth:`Memory.acquire` and :meth:`Memory.release` record
+  both barriers (VK_EXT_queue_family_foreign).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+from dmabuf import _process, fence
+from dmabuf.buffer import Buffer
+from dmabuf.devices import _vulkan
+from dmabuf.devices._vulkan import FOREIGN, NEEDED, told
+from dmabuf.errors import ClosedError, os_error
+from dmabuf.exporters import from_fd
+from dmabuf.sizes import as_int, parse_size
+
+__all__ = ["EXTENSIONS", "Device", "Memory", "Semaphore", "open"]
+
+EXTENSIONS = (*NEEDED, FOREIGN)
+"""Device extensions to enable in a VkDevice of your own; the last where the driver has it."""
+
+
+def open(name: str | None = None) -> Device:  # noqa: A001 - as in dmabuf.open
+    """A Vulkan device of our own, for those who have none: with one queue, which computes.
+
+    ``name`` picks one by a part of its name, such as "llvmpipe" or "radeon"; by default it is the
+    first that can share memory. Closing it destroys the VkDevice and its VkInstance.
+
+    Raises:
+        ImportError: the module ``vulkan`` is not installed.
+        OSError: ENOENT, there is no Vulkan loader; ENODEV, no driver, or no device of that name;
+            EOPNOTSUPP, no device has the extensions, and which each lacks.
+    """
+    vk = _vulkan.binding()
+    with ExitStack() as undo:
+        instance = _vulkan.make_instance()
+        undo.callback(vk.vkDestroyInstance, instance, None)
+        found = _vulkan.find(instance, name)
+        queue = vk.VkDeviceQueueCreateInfo(
+            queueFamilyIndex=found.queue_family, queueCount=1, pQueuePriorities=[1.0]
+        )
+        about = vk.VkDeviceCreateInfo(
+            pQueueCreateInfos=[queue], ppEnabledExtensionNames=found.extensions
+        )
+        with told(f"opening {found.name}"):
+            handle = vk.vkCreateDevice(found.physical_device, about, None)
+        undo.callback(vk.vkDestroyDevice, handle, None)
+        device = Device(
+            found.physical_device,
+            handle,
+            queue_family=found.queue_family,
+            foreign=FOREIGN in found.extensions,
+        )
+        device._destroy = undo.pop_all()
+    return device
+
+
+class Device:
+    """A VkDevice whose memory is shared with Buffers: your own, or one by :func:`open`.
+
+    Yours needs the extensions of :data:`EXTENSIONS` enabled and Vulkan 1.1, and stays yours: it is
+    to outlive this. ``queue_family`` is that of the queues which use the memory; ``foreign``
+    whether VK_EXT_queue_family_foreign is enabled.
+
+    As Vulkan has it, calls from several threads must not overlap, nor :meth:`close` with a
+    submission. A fork's child can use none of it.
+
+    Attributes:
+        handle: the VkDevice.
+        physical_device: the VkPhysicalDevice.
+        queue_family: an index.
+        queue: the first VkQueue of that family.
+        name: what the driver calls the device.
+
+    Raises:
+        ImportError, OSError: as :func:`open`; EOPNOTSUPP, an extension is not enabled.
+    """
+
+    _closed = True
+
+    def __init__(
+        self, physical_device: Any, handle: Any, *, queue_family: int = 0, foreign: bool = True
+    ) -> None:
+        self._vk = vk = _vulkan.binding()
+        self.physical_device = physical_device
+        self.handle = handle
+        self.queue_family = queue_family
+        self._outside = vk.VK_QUEUE_FAMILY_FOREIGN_EXT if foreign else vk.VK_QUEUE_FAMILY_EXTERNAL
+        memory, _, semaphore = NEEDED
+        self._get_memory_fd = _vulkan.function(handle, "vkGetMemoryFdKHR", memory)
+        self._memory_fd_properties = _vulkan.function(handle, "vkGetMemoryFdPropertiesKHR", memory)
+        self._get_semaphore_fd = _vulkan.function(handle, "vkGetSemaphoreFdKHR", semaphore)
+        self._import_semaphore_fd = _vulkan.function(handle, "vkImportSemaphoreFdKHR", semaphore)
+        self.name = str(vk.vkGetPhysicalDeviceProperties(physical_device).deviceName)
+        self.queue = vk.vkGetDeviceQueue(handle, queue_family, 0)
+        self._pid = _process.pid
+        self._made: weakref.WeakSet[Memory | Semaphore] = weakref.WeakSet()
+        self._destroy = ExitStack()
+        self._closed = False
+
+    # -- memory
+
+    def import_buffer(
+        self, buffer: Buffer, *, size: int | str | None = None, usage: int | None = None
+    ) -> Memory:
+        """A Buffer's memory as a VkBuffer of ``size`` bytes from its start, by default all of it.
+
+        ``usage`` are VkBufferUsageFlags, by default storage and transfers both ways. Until the
+        Memory is closed the Buffer cannot be.
+
+        Raises:
+            OSError: EOPNOTSUPP, the buffer is a memfd, or the driver imports none for that usage;
+                EACCES, its descriptor is read-only and the usage may write; EINVAL, it is smaller
+                than ``size`` or than the driver needs, or the driver refuses it; ENOMEM.
+            io.UnsupportedOperation: it has several slabs. Import each: ``dmabuf.from_fd(slab.fd)``.
+            ClosedError: the device or the buffer is closed.
+        """
+        self._check_open()
+        vk, usage = self._vk, self._usage(usage)
+        fd = buffer.fileno()
+        if not buffer.is_dmabuf:
+            text = "a memfd is no dma-buf and no device can import it: allocate a udmabuf"
+            raise os_error(errno.EOPNOTSUPP, text)
+        if usage & self._writing() and not buffer._descriptor_writable:
+            text = "the buffer's descriptor is read-only: give a usage= that only reads"
+            raise os_error(errno.EACCES, text)
+        nbytes = buffer.size if size is None else parse_size(size)
+        if not 0 < nbytes <= buffer.size:
+            text = f"a VkBuffer of {nbytes} bytes needs as many, and the buffer has {buffer.size}"
+            raise os_error(errno.EINVAL, text)
+        with ExitStack() as undo:
+            buffer._acquire()
+            undo.callback(buffer._release)
+            made, needs, dedicated = self._make_buffer(undo, nbytes, usage, "import")
+            if needs.size > buffer.size:
+                text = (
+                    f"{self.name} needs {needs.size} bytes for a VkBuffer of {nbytes}, and the "
+                    f"buffer has {buffer.size}: allocate as many"
+                )
+                raise os_error(errno.EINVAL, text)
+            what = f"importing {buffer!r} into {self.name}"
+            with told(what):
+                able = self._memory_fd_properties(
+                    self.handle, vk.VK_EXTERNAL_MEMORY_HANDLE_TYPE_DMA_BUF_BIT_EXT, fd
+                ).memoryTypeBits
+            kind = _lowest(able & needs.memoryTypeBits)
+            if kind is None:
+                text = f"{what}: no kind of its memory is both this buffer's and the usage's"
+                raise os_error(errno.EINVAL, text)
+            with _given_away(os.dup(fd)) as own, told(what):
+                source = vk.VkImportMemoryFdInfoKHR(
+                    pNext=dedicated,
+                    handleType=vk.VK_EXTERNAL_MEMORY_HANDLE_TYPE_DMA_BUF_BIT_EXT,
+                    fd=own,
+                )
+                memory = self._allocate(undo, source, buffer.size, kind)
+            with told(what):
+                vk.vkBindBufferMemory(self.handle, made, memory, 0)
+            return Memory(self, buffer, nbytes, made, memory, undo.pop_all())
+
+    def allocate(
+        self, size: int | str, *, usage: int | None = None, name: str | None = None
+    ) -> Memory:
+        """Memory of the device's own, as a VkBuffer of ``size`` bytes and as a Buffer.
+
+        The Buffer, ``Memory.buffer``, goes with the Memory; ``dmabuf.from_fd()`` of it stays. It
+        may be larger than ``size``, and the CPU may not be able to map it. ``name`` labels it.
+
+        Raises:
+            OSError: EOPNOTSUPP, the driver exports none for that usage; ENOMEM.
+            ValueError: ``size`` is 0, or the name does not fit.
+            ClosedError: the device is closed.
+        """
+        self._check_open()
+        nbytes = parse_size(size)
+        if not nbytes:
+            raise ValueError("size is 0: a buffer holds at least one byte")
+        vk, what = self._vk, f"allocating {nbytes} bytes of {self.name}"
+        with ExitStack() as undo:
+            made, needs, dedicated = self._make_buffer(undo, nbytes, self._usage(usage), "export")
+            kind = self._pick(needs.memoryTypeBits)
+            shared = vk.VkExportMemoryAllocateInfo(
+                pNext=dedicated, handleTypes=vk.VK_EXTERNAL_MEMORY_HANDLE_TYPE_DMA_BUF_BIT_EXT
+            )
+            with told(what):
+                memory = self._allocate(undo, shared, needs.size, kind)
+                vk.vkBindBufferMemory(self.handle, made, memory, 0)
+            buffer = self.export_memory(memory, name=name)
+            buffer._acquire()
+            return Memory(self, buffer, nbytes, made, memory, undo.pop_all(), owned=True)
+
+    def export_memory(self, memory: Any, *, name: str | None = None) -> Buffer:
+        """A VkDeviceMemory of yours as a Buffer, which may outlive it and is yours to close.
+
+        It must have been allocated for export as a dma-buf (VkExportMemoryAllocateInfo).
+
+        Raises:
+            OSError: the driver exports none; ENOMEM, EMFILE.
+            ClosedError: the device is closed.
+        """
+        self._check_open()
+        vk = self._vk
+        wanted = vk.VkMemoryGetFdInfoKHR(
+            memory=memory, handleType=vk.VK_EXTERNAL_MEMORY_HANDLE_TYPE_DMA_BUF_BIT_EXT
+        )
+        with told(f"exporting memory of {self.name}"):
+            fd = self._get_memory_fd(self.handle, wanted)
+        try:
+            return from_fd(fd, name=name)
+        finally:
+            os.close(fd)
+
+    def _usage(self, usage: int | None) -> int:
+        vk = self._vk
+        if usage is not None:
+            return as_int(usage, "usage")
+        return int(
+            vk.VK_BUFFER_USAGE_STORAGE_BUFFER_BIT
+            | vk.VK_BUFFER_USAGE_TRANSFER_SRC_BIT
+            | vk.VK_BUFFER_USAGE_TRANSFER_DST_BIT
+        )
+
+    def _writing(self) -> int:
+        """The usages by which a job may write."""
+        vk = self._vk
+        return int(
+            vk.VK_BUFFER_USAGE_STORAGE_BUFFER_BIT
+            | vk.VK_BUFFER_USAGE_STORAGE_TEXEL_BUFFER_BIT
+            | vk.VK_BUFFER_USAGE_TRANSFER_DST_BIT
+        )
+
+    def _make_buffer(
+        self, undo: ExitStack, nbytes: int, usage: int, direction: str
+    ) -> tuple[Any, Any, Any]:
+        """A VkBuffer, what memory it needs, and what says that this is its own, if it must be."""
+        vk = self._vk
+        kind = vk.VK_EXTERNAL_MEMORY_HANDLE_TYPE_DMA_BUF_BIT_EXT
+        asked = vk.VkPhysicalDeviceExternalBufferInfo(usage=usage, handleType=kind)
+        features = vk.vkGetPhysicalDeviceExternalBufferProperties(
+            self.physical_device, asked
+        ).externalMemoryProperties.externalMemoryFeatures
+        able = {
+            "import": vk.VK_EXTERNAL_MEMORY_FEATURE_IMPORTABLE_BIT,
+            "export": vk.VK_EXTERNAL_MEMORY_FEATURE_EXPORTABLE_BIT,
+        }
+        if not features & able[direction]:
+            text = f"{self.name} can {direction} no dma-buf for buffers of usage {usage:#x}"
+            raise os_error(errno.EOPNOTSUPP, text)
+        shared = vk.VkExternalMemoryBufferCreateInfo(handleTypes=kind)
+        about = vk.VkBufferCreateInfo(
+            pNext=shared, size=nbytes, usage=usage, sharingMode=vk.VK_SHARING_MODE_EXCLUSIVE
+        )
+        with told(f"making a VkBuffer of {nbytes} bytes"):
+            made = vk.vkCreateBuffer(self.handle, about, None)
+        undo.callback(vk.vkDestroyBuffer, self.handle, made, None)
+        needs = vk.vkGetBufferMemoryRequirements(self.handle, made)
+        dedicated = None
+        if features & vk.VK_EXTERNAL_MEMORY_FEATURE_DEDICATED_ONLY_BIT:
+            dedicated = vk.VkMemoryDedicatedAllocateInfo(buffer=made)
+        return made, needs, dedicated
+
+    def _allocate(self, undo: ExitStack, chain: Any, nbytes: int, kind: int) -> Any:
+        vk = self._vk
+        about = vk.VkMemoryAllocateInfo(pNext=chain, allocationSize=nbytes, memoryTypeIndex=kind)
+        memory = vk.vkAllocateMemory(self.handle, about, None)
+        undo.callback(vk.vkFreeMemory, self.handle, memory, None)
+        return memory
+
+    def _pick(self, able: int) -> int:
+        """The device's own memory if it may be, else the first kind that may."""
+        vk = self._vk
+        kinds = vk.vkGetPhysicalDeviceMemoryProperties(self.physical_device)
+        own = sum(
+            1 << index
+            for index in range(kinds.memoryTypeCount)
+            if kinds.memoryTypes[index].propertyFlags & vk.VK_MEMORY_PROPERTY_DEVICE_LOCAL_BIT
+        )
+        best = _lowest(able & own)
+        return best if best is not None else able.bit_length() - 1
+
+    # -- semaphores
+
+    def semaphore(self, sync_file: int | None = None) -> Semaphore:
+        """A binary semaphore whose fence can leave Vulkan; or one that has a sync file's fence.
+
+        Without ``sync_file`` it is for a job to signal, and then for :meth:`Memory.add_fence`. With
+        one it is for one job to wait for. The descriptor is duplicated, and yours stays yours.
+
+        Raises:
+            OSError: EINVAL, ``sync_file`` is none; what the driver refuses.
+            ClosedError: the device is closed.
+        """
+        self._check_open()
+        vk = self._vk
+        kind = vk.VK_EXTERNAL_SEMAPHORE_HANDLE_TYPE_SYNC_FD_BIT
+        chain = None
+        if sync_file is None:
+            chain = vk.VkExportSemaphoreCreateInfo(handleTypes=kind)
+        what = f"making a semaphore of {self.name}"
+        with ExitStack() as undo:
+            with told(what):
+                about = vk.VkSemaphoreCreateInfo(pNext=chain)
+                handle = vk.vkCreateSemaphore(self.handle, about, None)
+            undo.callback(vk.vkDestroySemaphore, self.handle, handle, None)
+            if sync_file is not None:
+                with _given_away(fence.duplicate(sync_file)) as own, told(what):
+                    source = vk.VkImportSemaphoreFdInfoKHR(
+                        semaphore=handle,
+                        flags=vk.VK_SEMAPHORE_IMPORT_TEMPORARY_BIT,
+                        handleType=kind,
+                        fd=own,
+                    )
+                    self._import_semaphore_fd(self.handle, source)
+            return Semaphore(self, handle, undo.pop_all())
+
+    # -- the end
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("this Vulkan device is closed")
+        if self._pid != _process.pid:
+            raise ClosedError("this Vulkan device is that of the process which forked this one")
+
+    def wait_idle(self) -> None:
+        """Wait until every job submitted to the device has ended, without bound.
+
+        Raises:
+            OSError: ENODEV, the device is lost.
+        """
+        self._check_open()
+        with told(f"waiting for {self.name}"):
+            self._vk.vkDeviceWaitIdle(self.handle)
+
+    def close(self) -> None:
+        """Wait for its jobs, then close what was made of it; again does nothing.
+
+        Raises:
+            BufferError: a view of a buffer by :meth:`allocate` exists; that stays open, all else
+                is closed.
+        """
+        if self._closed or self._pid != _process.pid:
+            return
+        first: BufferError | None = None
+        for one in list(self._made):
+            try:
+                one.close()
+            except BufferError as error:
+                first = first or error
+        self._closed = True
+        self._destroy.close()
+        if first is not None:
+            raise first
+
+    def __enter__(self) -> Device:
+        self._check_open()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        _warn_and_close(self)
+
+    def __repr__(self) -> str:
+        return f"<dmabuf.devices.vulkan.Device {self.name!r}{' closed' * self._closed}>"
+
+
+class _Made:
+    """Something of a Device's, with handles to destroy."""
+
+    _closed = True
+
+    def __init__(self, device: Device, undo: ExitStack) -> None:
+        self.device = device
+        self._undo = undo
+        self._closed = False
+        device._made.add(self)  # type: ignore[arg-type]
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError(f"{self!r} is closed")
+        self.device._check_open()
+
+    def close(self) -> None:
+        """Wait for the device's jobs, then give up what it holds; again does nothing."""
+        if self._closed or self.device._pid != _process.pid:
+            return
+        self._closed = True
+        with suppress(OSError):  # of a device that is lost, nothing runs
+            self.device.wait_idle()
+        self._undo.close()
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        _warn_and_close(self)
+
+
+class Memory(_Made):
+    """Memory that is a Buffer and a VkBuffer at once; made by a :class:`Device`, not by hand.
+
+    Attributes:
+        device: whose it is.
+        buffer: the Buffer. It cannot be closed while this is open.
+        size: bytes of the VkBuffer.
+        vk_buffer: the VkBuffer.
+        vk_memory: the VkDeviceMemory, which the VkBuffer has from offset 0.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        buffer: Buffer,
+        size: int,
+        vk_buffer: Any,
+        vk_memory: Any,
+        undo: ExitStack,
+        *,
+        owned: bool = False,
+    ) -> None:
+        self.buffer = buffer
+        self.size = size
+        self.vk_buffer = vk_buffer
+        self.vk_memory = vk_memory
+        self._owned = owned
+        super().__init__(device, undo)
+
+    def acquire(self, command_buffer: Any) -> None:
+        """Record the barrier by which a job takes the memory over from everyone else: at its start.
+
+        Raises:
+            ClosedError: this or the device is closed.
+        """
+        vk, device = self.device._vk, self.device
+        barrier = vk.VkBufferMemoryBarrier(
+            srcQueueFamilyIndex=device._outside,
+            dstQueueFamilyIndex=device.queue_family,
+            dstAccessMask=vk.VK_ACCESS_MEMORY_READ_BIT | vk.VK_ACCESS_MEMORY_WRITE_BIT,
+            buffer=self.vk_buffer,
+            size=self.size,
+        )
+        self._barrier(command_buffer, barrier)
+
+    def release(self, command_buffer: Any) -> None:
+        """Record the barrier by which a job hands the memory to everyone else: at its end.
+
+        Raises:
+            ClosedError: this or the device is closed.
+        """
+        vk, device = self.device._vk, self.device
+        barrier = vk.VkBufferMemoryBarrier(
+            srcQueueFamilyIndex=device.queue_family,
+            srcAccessMask=vk.VK_ACCESS_MEMORY_READ_BIT | vk.VK_ACCESS_MEMORY_WRITE_BIT,
+            dstQueueFamilyIndex=device._outside,
+            buffer=self.vk_buffer,
+            size=self.size,
+        )
+        self._barrier(command_buffer, barrier)
+
+    def _barrier(self, command_buffer: Any, barrier: Any) -> None:
+        self._check_open()
+        vk = self.device._vk
+        everything = vk.VK_PIPELINE_STAGE_ALL_COMMANDS_BIT
+        vk.vkCmdPipelineBarrier(
+            command_buffer, everything, everything, 0, 0, None, 1, [barrier], 0, None
+        )
+
+    def wait_semaphore(self, access: fence.Access) -> Semaphore:
+        """A semaphore for a job that reads, or writes, the memory: it signals when that may be.
+
+        Before a "read" the jobs must end that write the buffer now, before a "write" all that use
+        it (:meth:`dmabuf.Buffer.export_fence`). One job waits for it, and it is closed after.
+
+        Raises:
+            OSError: what the kernel or the driver refuses.
+            ClosedError: this or the device is closed.
+        """
+        self._check_open()
+        fd = self.buffer.export_fence(access)
+        try:
+            return self.device.semaphore(fd)
+        finally:
+            os.close(fd)
+
+    def add_fence(self, semaphore: Semaphore, access: fence.Access) -> None:
+        """Have everyone wait for the job that signals the semaphore and reads, or writes, this.
+
+        The job must have been submitted. After it transfers, :meth:`dmabuf.Buffer.wait` and CPU
+        access wait for the job ("read": only those who write), as do drivers with implicit
+        synchronization. The semaphore is unsignalled again, and can serve the next job.
+
+        Raises:
+            OSError: what the driver or the kernel refuses; EOPNOTSUPP, no export of sync files.
+            ClosedError: this, the semaphore or the device is closed.
+        """
+        fence.check_direction(access)
+        self._check_open()
+        fd = semaphore.sync_file()
+        if fd is None:
+            return
+        try:
+            self.buffer.import_fence(fd, access)
+        finally:
+            os.close(fd)
+
+    def close(self) -> None:
+        """Wait for the device's jobs, then free the memory; again does nothing.
+
+        An imported Buffer stays open, and can be closed then; one by :meth:`Device.allocate` is
+        closed.
+
+        Raises:
+            BufferError: a view of such a buffer exists; it stays open, all else is closed.
+        """
+        ended = self._closed or self.device._pid != _process.pid
+        super().close()
+        if self._owned and not ended:
+            self.buffer._release()
+            self.buffer.close()
+
+    def __enter__(self) -> Memory:
+        self._check_open()
+        return self
+
+    def __repr__(self) -> str:
+        state = " closed" * self._closed
+        return f"<dmabuf.devices.vulkan.Memory {self.size} bytes of {self.buffer!r}{state}>"
+
+
+class Semaphore(_Made):
+    """A binary semaphore; made by a :class:`Device` or :class:`Memory`, not by hand.
+
+    Attributes:
+        device: whose it is.
+        handle: the VkSemaphore.
+    """
+
+    def __init__(self, device: Device, handle: Any, undo: ExitStack) -> None:
+        self.handle = handle
+        super().__init__(device, undo)
+
+    def sync_file(self) -> int | None:
+        """The fence of the job that signals it: a sync file, or None if it has ended already.
+
+        The job must have been submitted. The descriptor is close-on-exec and the caller's. The
+        semaphore is as if it had been waited for.
+
+        Raises:
+            OSError: the driver exports none.
+            ClosedError: this or the device is closed.
+        """
+        self._check_open()
+        vk = self.device._vk
+        wanted = vk.VkSemaphoreGetFdInfoKHR(
+            semaphore=self.handle, handleType=vk.VK_EXTERNAL_SEMAPHORE_HANDLE_TYPE_SYNC_FD_BIT
+        )
+        with told(f"taking a sync file of a semaphore of {self.device.name}"):
+            fd = int(self.device._get_semaphore_fd(self.device.handle, wanted))
+        if fd < 0:
+            return None
+        os.set_inheritable(fd, False)
+        return fd
+
+    def __enter__(self) -> Semaphore:
+        self._check_open()
+        return self
+
+    def __repr__(self) -> str:
+        state = " closed" * self._closed
+        return f"<dmabuf.devices.vulkan.Semaphore of {self.device.name!r}{state}>"
+
+
+@contextmanager
+def _given_away(fd: int) -> Iterator[int]:
+    """A descriptor that a driver takes over, but only if it succeeds."""
+    try:
+        yield fd
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _lowest(bits: int) -> int | None:
+    """The number of the lowest bit that is set."""
+    return (bits & -bits).bit_length() - 1 if bits else None
+
+
+def _warn_and_close(what: Any) -> None:
+    if not what._closed:
+        warnings.warn(f"unclosed {what!r}", ResourceWarning, source=what, stacklevel=3)
+        with suppress(BufferError):
+            what.close()
