@@ -419,8 +419,9 @@ class Buffer(RawFile):
     def close(self) -> None:
         """Unmap the memory and close the descriptors; again and again does nothing.
 
-        Raises BusyError while a transfer runs, and BufferError, as mmap does, while a memoryview of
-        map() or anything made over one exists. The buffer then stays open and fully usable.
+        Raises BusyError while a transfer runs or a device has it (dmabuf.devices), and BufferError,
+        as mmap does, while a memoryview of map() or anything made over one exists. The buffer then
+        stays open and fully usable.
         """
         with self._lock:
             if self._closed:
@@ -428,7 +429,8 @@ class Buffer(RawFile):
             self._closing = True  # from here on a lone request takes the lock, as others do
             try:
                 if self._users or self._lone:
-                    raise BusyError(f"cannot close {self!r}: a transfer is running")
+                    text = f"cannot close {self!r}: a transfer is running, or a device has it"
+                    raise BusyError(text)
                 if self._maps:
                     raise BufferError("cannot close exported pointers exist")
                 if self._memory is not None:

@@ -8,7 +8,7 @@ of our own exists only for what an errno cannot say, and each inherits the neare
      ├── RouteUnavailable   the route that require= or route= asks for is not to be had (EOPNOTSUPP)
      └── IntegrityError     bytes read back differ from the bytes written (EIO)
     BufferError
-     └── BusyError          a buffer in use by a running transfer cannot be closed
+     └── BusyError          a buffer that a transfer or a device uses cannot be closed
     ValueError
      └── ClosedError        use of a buffer, window, file or engine after close()
     EOFError
@@ -79,7 +79,7 @@ class IntegrityError(OSError):
 
 
 class BusyError(BufferError):
-    """A buffer that a running transfer uses cannot be closed; nothing has changed."""
+    """A buffer that a running transfer or a device uses cannot be closed; nothing has changed."""
 
 
 class ClosedError(ValueError):

@@ -86,8 +86,6 @@ Access = Literal["read", "write"]
 
 _EVENTS: dict[str, int] = {"read": select.POLLIN, "write": select.POLLOUT}
 _FLAGS: dict[str, int] = {"read": _uapi.DMA_BUF_SYNC_READ, "write": _uapi.DMA_BUF_SYNC_WRITE}
-_NO_SYNC_FILE = (errno.ENOTTY, errno.EINVAL)
-"""What SYNC_IOC_MERGE answers for other descriptors: theirs, or its own for the second."""
 _LONGEST = 1 << 30
 """Milliseconds of one poll at most: it takes a C int, and this is twelve days."""
 
@@ -217,8 +215,10 @@ def duplicate(sync_file: SupportsIndex) -> int:
     try:
         return _uapi.merge_sync_files(number, number)
     except OSError as error:
-        text = "it is no sync file" if error.errno in _NO_SYNC_FILE else error.strerror
-        raise os_error(error.errno or errno.EIO, f"descriptor {number}: {text}") from None
+        number_of, text = error.errno or errno.EIO, error.strerror
+        if number_of in (errno.ENOTTY, errno.EINVAL):  # another kind of file has no such ioctl
+            number_of, text = errno.EINVAL, "it is no sync file"
+        raise os_error(number_of, f"descriptor {number}: {text}") from None
 
 
 def _explained(error: OSError, what: str, invalid: str | None = None) -> OSError:

@@ -232,7 +232,10 @@ class Device:
     def _usage(self, usage: int | None) -> int:
         vk = self._vk
         if usage is not None:
-            return as_int(usage, "usage")
+            number = as_int(usage, "usage")
+            if number <= 0:
+                raise ValueError(f"usage={usage!r}: VkBufferUsageFlags, at least one")
+            return number
         return int(
             vk.VK_BUFFER_USAGE_STORAGE_BUFFER_BIT
             | vk.VK_BUFFER_USAGE_TRANSFER_SRC_BIT
@@ -391,6 +394,7 @@ class _Made:
 
     def __init__(self, device: Device, undo: ExitStack) -> None:
         self.device = device
+        self._pid = device._pid
         self._undo = undo
         self._closed = False
         device._made.add(self)  # type: ignore[arg-type]
@@ -402,7 +406,7 @@ class _Made:
 
     def close(self) -> None:
         """Wait for the device's jobs, then give up what it holds; again does nothing."""
-        if self._closed or self.device._pid != _process.pid:
+        if self._closed or self._pid != _process.pid:
             return
         self._closed = True
         with suppress(OSError):  # of a device that is lost, nothing runs
@@ -532,7 +536,7 @@ class Memory(_Made):
         Raises:
             BufferError: a view of such a buffer exists; it stays open, all else is closed.
         """
-        ended = self._closed or self.device._pid != _process.pid
+        ended = self._closed or self._pid != _process.pid
         super().close()
         if self._owned and not ended:
             self.buffer._release()
@@ -592,11 +596,17 @@ class Semaphore(_Made):
 
 @contextmanager
 def _given_away(fd: int) -> Iterator[int]:
-    """A descriptor that a driver takes over, but only if it succeeds."""
+    """A descriptor that a driver takes over if it succeeds, and leaves to us if it does not.
+
+    Mesa 25.0's lavapipe closes one that it refuses to import as memory all the same.
+    """
+    file = os.fstat(fd)
     try:
         yield fd
     except BaseException:
-        os.close(fd)
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(fd), file):
+                os.close(fd)
         raise
 
 
@@ -606,7 +616,10 @@ def _lowest(bits: int) -> int | None:
 
 
 def _warn_and_close(what: Any) -> None:
-    if not what._closed:
+    if what._closed or what._pid != _process.pid:
+        return
+    try:
         warnings.warn(f"unclosed {what!r}", ResourceWarning, source=what, stacklevel=3)
+    finally:
         with suppress(BufferError):
             what.close()

@@ -1,0 +1,116 @@
+"""A `vulkan` binding without a GPU behind it: it answers what a test has it answer."""
+
+import itertools
+from types import ModuleType, SimpleNamespace
+
+DMA_BUF = 0x200
+
+
+class FakeVulkan(ModuleType):
+    """Every VK_ name is a number and every Vk name a record; functions are those below.
+
+    What is made is in `alive` until it is destroyed. Attributes of a test's choice: `devices`, the
+    names there are; `extensions` and `version` of each; `features` for dma-bufs; `needs`, bytes
+    more than a VkBuffer has; `fails`, the name of a function and the error that it raises.
+    """
+
+    VK_QUEUE_COMPUTE_BIT = 2
+    VK_EXTERNAL_MEMORY_FEATURE_DEDICATED_ONLY_BIT = 1
+    VK_EXTERNAL_MEMORY_FEATURE_EXPORTABLE_BIT = 2
+    VK_EXTERNAL_MEMORY_FEATURE_IMPORTABLE_BIT = 4
+    VK_EXTERNAL_MEMORY_HANDLE_TYPE_DMA_BUF_BIT_EXT = DMA_BUF
+    VK_BUFFER_USAGE_TRANSFER_SRC_BIT = 1
+    VK_BUFFER_USAGE_TRANSFER_DST_BIT = 2
+    VK_BUFFER_USAGE_STORAGE_TEXEL_BUFFER_BIT = 8
+    VK_BUFFER_USAGE_STORAGE_BUFFER_BIT = 32
+
+    class VkError(Exception):
+        pass
+
+    class VkException(Exception):
+        pass
+
+    class ProcedureNotFoundError(Exception):
+        pass
+
+    class VkErrorIncompatibleDriver(VkError):
+        pass
+
+    class VkErrorInvalidExternalHandle(VkError):
+        pass
+
+    class VkErrorOutOfDeviceMemory(VkError):
+        pass
+
+    class VkErrorDeviceLost(VkError):
+        pass
+
+    class VkErrorUnknown(VkError):
+        pass
+
+    def __init__(self) -> None:
+        super().__init__("vulkan")
+        from dmabuf.devices._vulkan import NEEDED
+
+        self.devices = ["fake GPU"]
+        self.extensions = set(NEEDED)
+        self.version = (1, 3, 0)
+        self.features = 6
+        self.needs = 0
+        self.memory_types = 0b11
+        self.fails: dict[str, str] = {}
+        self.alive: list[tuple[str, int]] = []
+        self.calls: list[tuple[str, tuple[object, ...]]] = []
+        self._numbers = itertools.count(1)
+
+    def __getattr__(self, name: str):
+        if name.startswith("VK_"):
+            return 1
+        if name.startswith("Vk"):
+            return lambda **fields: SimpleNamespace(kind=name, **fields)
+        if not name.startswith("vk"):
+            raise AttributeError(name)
+
+        def call(*arguments):
+            self.calls.append((name, arguments))
+            if name in self.fails:
+                raise getattr(self, self.fails[name])
+            if name.startswith("vkCreate") or name == "vkAllocateMemory":
+                kind = name.removeprefix("vkCreate").removeprefix("vkAllocate")
+                self.alive.append((kind, next(self._numbers)))
+                return self.alive[-1]
+            if name.startswith("vkDestroy") or name == "vkFreeMemory":
+                self.alive.remove(arguments[-2])
+                return None
+            return getattr(self, f"_{name}", lambda *_: None)(*arguments)
+
+        return call
+
+    def VK_MAKE_VERSION(self, *parts: int) -> tuple[int, ...]:  # noqa: N802
+        return parts
+
+    def _vkEnumeratePhysicalDevices(self, instance):  # noqa: N802
+        return self.devices
+
+    def _vkGetPhysicalDeviceProperties(self, device):  # noqa: N802
+        return SimpleNamespace(deviceName=device, apiVersion=self.version)
+
+    def _vkEnumerateDeviceExtensionProperties(self, device, layer):  # noqa: N802
+        return [SimpleNamespace(extensionName=name) for name in self.extensions]
+
+    def _vkGetPhysicalDeviceQueueFamilyProperties(self, device):  # noqa: N802
+        return [SimpleNamespace(queueFlags=1), SimpleNamespace(queueFlags=2)]
+
+    def _vkGetPhysicalDeviceExternalBufferProperties(self, device, asked):  # noqa: N802
+        features = SimpleNamespace(externalMemoryFeatures=self.features)
+        return SimpleNamespace(externalMemoryProperties=features)
+
+    def _vkGetBufferMemoryRequirements(self, device, made):  # noqa: N802
+        (about,) = [call[1][1] for call in self.calls if call[0] == "vkCreateBuffer"][-1:]
+        return SimpleNamespace(size=about.size + self.needs, memoryTypeBits=0b110)
+
+    def _vkGetDeviceProcAddr(self, device, name):  # noqa: N802
+        return getattr(self, name)
+
+    def _vkGetMemoryFdPropertiesKHR(self, device, kind, fd):  # noqa: N802
+        return SimpleNamespace(memoryTypeBits=self.memory_types)
