@@ -169,7 +169,7 @@ def test_a_driver_closes_what_it_refuses(fake, buf, monkeypatch):
 
     def allocate(device, about, allocator):
         os.close(about.pNext.fd)
-        raise fake.VkErrorInvalidExternalHandle
+        raise fake.error("VkErrorInvalidExternalHandle")
 
     with vulkan.open() as device:
         monkeypatch.setattr(fake, "vkAllocateMemory", allocate, raising=False)

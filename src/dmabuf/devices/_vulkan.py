@@ -35,6 +35,8 @@ _ERRNO = {
     "VkErrorTooManyObjects": (errno.ENFILE, "the driver has no room for another"),
 }
 
+_LATER = {-1000072003: "VkErrorInvalidExternalHandle"}
+
 _INSTALL = "apt install mesa-vulkan-drivers, or the driver of your GPU"
 
 
@@ -64,8 +66,12 @@ def told(what: str) -> Iterator[None]:
         yield
     except (vk.VkError, vk.VkException) as error:
         kind = type(error).__name__
-        number, text = _ERRNO.get(kind, (errno.EIO, "the driver failed"))
-        raise os_error(number, f"{what}: {text} ({kind})") from None
+    except KeyError as error:  # 1.3.275 has it with the wrong sign
+        kind = _LATER.get(error.args[0], f"VkResult {error.args[0]}")
+    else:
+        return
+    number, text = _ERRNO.get(kind, (errno.EIO, "the driver failed"))
+    raise os_error(number, f"{what}: {text} ({kind})")
 
 
 def function(device: Any, name: str, extension: str) -> Any:
