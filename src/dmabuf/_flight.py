@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 from dmabuf._ffi import lib
-from dmabuf._waits import Wake
 
 
 class Flight:
@@ -23,7 +22,7 @@ class Flight:
     """What is to outlive it."""
     trouble: OSError | None = None
     """Why its ring could not be driven."""
-    wake: Wake | None = None
+    wake: Any = None
     """Made when its task waits."""
 
     def __init__(self, owner: Any) -> None:

@@ -189,6 +189,10 @@ class LoopEngine(Engine):
         except (TypeError, OverflowError):  # as in lone.move
             return None
         flight.batch = batch[0]
+        flight.wake = self._new_wake()
+        if not self._poll_pending:
+            self._poll_pending = True
+            self._soon(self._submit)
         return lane
 
     def leave_alone(self, flight: LoneFlight, target: Target, buffer: Buffer) -> None:
@@ -199,8 +203,10 @@ class LoopEngine(Engine):
                 flight.batch = self._batch[0]  # interrupted just after the core had begun it
             if flight.batch is not None:
                 flight.drain()
-        leave(target, buffer, flight)
+        buffer._lone.discard(flight)
+        target.lone.discard(flight)
         if target._closed:
+            leave(target, buffer, flight)
             flight.owner._left()
 
     def _shape(self, job: Job) -> tuple[int, int]:
@@ -252,14 +258,18 @@ class LoopEngine(Engine):
                     raise flight.trouble
                 flight.wake = wake = self._new_wake()
                 await wake
-        except GeneratorExit:  # thrown away: there is no loop to wait in
+        except BaseException as caught:
+            await self.interrupted(flight, caught)
+            raise
+
+    async def interrupted(self, flight: Flight, caught: BaseException) -> None:
+        """Stop a flight whose wait was ended by what was caught, and return when it has landed."""
+        if isinstance(caught, GeneratorExit):  # thrown away: there is no loop to wait in
             self._abandon(flight)
-            raise
-        except BaseException:
-            flight.stop()
-            with anyio.CancelScope(shield=True):
-                await self._wait_out(flight)
-            raise
+            return
+        flight.stop()
+        with anyio.CancelScope(shield=True):
+            await self._wait_out(flight)
 
     async def _wait_out(self, flight: Flight) -> None:
         while not flight.landed:

@@ -178,7 +178,10 @@ class File:
             isinstance(size, int)
             and buffer.__class__ is Buffer
             and timeout is None
-            and lone.permitted(require, route, prefer, audit)
+            and (
+                (require == "any" and route is None and prefer == "zero-copy" and audit == "first")
+                or lone.permitted(require, route, prefer, audit)
+            )
         ):
             flight = LoneFlight(self)
             try:
@@ -186,7 +189,13 @@ class File:
                     flight, self._target, buffer, "read", size, file_offset, buffer_offset, fence
                 )
                 if lane is not None:
-                    await self._engine.landing(flight)
+                    try:
+                        await flight.wake
+                    except BaseException as caught:
+                        await self._engine.interrupted(flight, caught)
+                        raise
+                    if not flight.landed:
+                        await self._engine.landing(flight)
                     if flight.closed:
                         raise ClosedError(_CLOSED)
             finally:
@@ -228,7 +237,13 @@ class File:
                     flight, self._target, buffer, "write", size, file_offset, buffer_offset, fence
                 )
                 if lane is not None:
-                    await self._engine.landing(flight)
+                    try:
+                        await flight.wake
+                    except BaseException as caught:
+                        await self._engine.interrupted(flight, caught)
+                        raise
+                    if not flight.landed:
+                        await self._engine.landing(flight)
                     if flight.closed:
                         raise ClosedError(_CLOSED)
             finally:

@@ -356,10 +356,6 @@ class Engine:
         if self._owner not in (None, threading.get_ident()):
             raise RuntimeError(self._wrong_thread)
 
-    def is_usable(self) -> bool:
-        """Whether `check_usable` would raise nothing, in a process that did not fork."""
-        return not self._closed and self._owner in (None, threading.get_ident())
-
     def _pick_ring(self) -> Ring:
         """A ring that looks free, a new one while there may be more, or one to wait for."""
         for ring in self._rings:

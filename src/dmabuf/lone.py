@@ -9,6 +9,7 @@ that has not signalled, an error) goes the long way, which finds out why.
 from __future__ import annotations
 
 import time
+from threading import get_ident
 from typing import Any
 
 from dmabuf import _process, audit, facts
@@ -77,7 +78,8 @@ def lane(
         return None
     if target._closed or buffer._closed or buffer._closing or target.pid != _process.pid:
         return None
-    if not target.engine.is_usable():
+    engine = target.engine
+    if engine._closed or engine._owner not in (None, get_ident()):  # check_usable says which
         return None
     if direction == "write" and target.growth.running:
         return None
