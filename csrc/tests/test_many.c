@@ -304,7 +304,7 @@ static void *drive(void *arg)
 {
 	struct loop *loop = arg;
 	struct flight flights[FLIGHTS] = {0};
-	uint64_t tags[FLIGHTS];
+	struct dmb_done done[FLIGHTS];
 	uint32_t count = 0;
 	unsigned left = FLIGHTS * ROUNDS / 2;
 	struct dmb_ring *ring;
@@ -321,9 +321,9 @@ static void *drive(void *arg)
 		for (uint64_t tag = 0; tag < FLIGHTS; tag++)
 			if (!flights[tag].batch && flights[tag].rounds++ < ROUNDS / 2)
 				take_off(ring, &flights[tag], tag);
-		CHECK_EQUAL(dmb_ring_poll(ring, tags, FLIGHTS, &count), 0);
+		CHECK_EQUAL(dmb_ring_poll(ring, done, FLIGHTS, &count), 0);
 		for (; count; count--, left--)
-			land(&flights[tags[count - 1]]);
+			land(&flights[done[count - 1].tag]);
 		CHECK_EQUAL(poll(&ready, 1, 10000), 1);
 		eventfd_read(loop->eventfd, &value);
 	}
