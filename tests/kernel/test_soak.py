@@ -11,6 +11,6 @@ everything = needs("udmabuf", "dma_heap", "vgem", "hugepages", "nvme", "loop", "
 @everything
 @pytest.mark.timeout(300)
 def test_a_short_soak(tmp_path):
-    differences, _, _, counts = run(400, 1, tmp_path)
+    differences, _, _, counts = run(700, 1, tmp_path)
     assert not differences
     assert {"direct", "staged", "buffered", "lane", "awaited lane"} <= {*counts}
