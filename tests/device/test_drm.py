@@ -131,10 +131,13 @@ def test_a_framebuffer_keeps_its_memory() -> None:
     with drm.Card(BOCHS) as card:
         with dmabuf.allocate(len(data), exporter="udmabuf") as buffer:
             buffer.pwrite(data, 0)
+            before = kernel_lists()[1:]
             framebuffer = card.framebuffer(drm.image(buffer, WIDTH, HEIGHT))
         with framebuffer:
             card.show(framebuffer, "Virtual-1")
             shows(rgb, "the screen, the buffer being closed")
+            assert kernel_lists()[1:] != before
+        assert kernel_lists()[1:] == before, "it is gone before the card is"
 
 
 @needs("display", "udmabuf")
