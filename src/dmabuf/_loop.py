@@ -177,10 +177,9 @@ class LoopEngine(Engine):
         lane = lane_of(target, buffer, direction, size, offset, start)
         if lane is None:
             return None
-        self._last_tag = flight.tag = tag = self._last_tag + 1
-        self._flights[tag] = flight
         batch, handle = self._batch, self.ring.handle
-        batch[0] = ffi.NULL
+        batch[0] = ffi.NULL  # before the tag: what it holds from then on is this flight's
+        tag = self._take_off(flight)
         try:
             if lib.dmb_batch_start_lone(
                 handle, lane.core, offset or 0, start, size, fence, tag, batch
@@ -190,9 +189,7 @@ class LoopEngine(Engine):
             return None
         flight.batch = batch[0]
         flight.wake = self._new_wake()
-        if not self._poll_pending:
-            self._poll_pending = True
-            self._soon(self._submit)
+        self._submit_soon()
         return lane
 
     def leave_alone(self, flight: LoneFlight, target: Target, buffer: Buffer) -> None:
@@ -203,10 +200,8 @@ class LoopEngine(Engine):
                 flight.batch = self._batch[0]  # interrupted just after the core had begun it
             if flight.batch is not None:
                 flight.drain()
-        buffer._lone.discard(flight)
-        target.lone.discard(flight)
+        leave(target, buffer, flight)
         if target._closed:
-            leave(target, buffer, flight)
             flight.owner._left()
 
     def _shape(self, job: Job) -> tuple[int, int]:
@@ -250,9 +245,7 @@ class LoopEngine(Engine):
     async def landing(self, flight: Flight) -> None:
         """Return when it has landed; an interruption meanwhile is raised then."""
         try:
-            if not self._poll_pending:
-                self._poll_pending = True
-                self._soon(self._submit)
+            self._submit_soon()
             while not flight.landed:
                 if flight.trouble is not None:
                     raise flight.trouble
@@ -288,8 +281,13 @@ class LoopEngine(Engine):
         self._flights.pop(flight.tag, None)
         self._nudge()  # others may have landed with it
 
-    def _submit(self) -> None:
+    def _submit_soon(self) -> None:
         """What starts before the loop comes by is submitted in one go."""
+        if not self._poll_pending:
+            self._poll_pending = True
+            self._soon(self._submit)
+
+    def _submit(self) -> None:
         self._poll_pending = False
         self._poll()
 

@@ -126,10 +126,7 @@ MEMORY_FILESYSTEMS = {
     0x958458F6: "hugetlbfs",
 }
 
-HONEST_ABOUT_DIRECT_IO = {
-    0xEF53: "ext4",
-    0x58465342: "xfs",
-}
+HONEST_ABOUT_DIRECT_IO = {0xEF53, 0x58465342}  # ext4, xfs
 
 _SYNC = struct.Struct("=Q")
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -158,7 +158,7 @@ class File:
 
     # -- transfers
 
-    async def read_into(
+    def read_into(
         self,
         buffer: Buffer,
         size: int | str | None = None,
@@ -171,43 +171,24 @@ class File:
         timeout: float | None = None,
         fence: bool = True,
         audit: Audit = "first",
-    ) -> Transfer:
+    ) -> Coroutine[Any, Any, Transfer]:
         """Read from the file into the buffer; as `dmabuf.File.read_into`."""
-        begun = time.perf_counter()
-        if (
-            isinstance(size, int)
-            and buffer.__class__ is Buffer
-            and timeout is None
-            and (
-                (require == "any" and route is None and prefer == "zero-copy" and audit == "first")
-                or lone.permitted(require, route, prefer, audit)
-            )
-        ):
-            flight = LoneFlight(self)
-            try:
-                lane = self._engine.take_off_alone(
-                    flight, self._target, buffer, "read", size, file_offset, buffer_offset, fence
-                )
-                if lane is not None:
-                    try:
-                        await flight.wake
-                    except BaseException as caught:
-                        await self._engine.interrupted(flight, caught)
-                        raise
-                    if not flight.landed:
-                        await self._engine.landing(flight)
-                    if flight.closed:
-                        raise ClosedError(_CLOSED)
-            finally:
-                self._engine.leave_alone(flight, self._target, buffer)
-            if lane is not None and flight.nbytes == size:
-                return lane.record(size, route, audit, begun, _ALONE)
-        ranges = self._file._range("read", buffer, size, file_offset, buffer_offset)
-        order = Order("read", buffer, ranges, require, route, prefer, False, timeout, fence, audit)
-        with self._holding(buffer):
-            return await self._carry(order, begun)
+        return self._move(
+            "read",
+            buffer,
+            size,
+            file_offset,
+            buffer_offset,
+            require,
+            route,
+            prefer,
+            False,
+            timeout,
+            fence,
+            audit,
+        )
 
-    async def write_from(
+    def write_from(
         self,
         buffer: Buffer,
         size: int | str | None = None,
@@ -221,8 +202,38 @@ class File:
         timeout: float | None = None,
         fence: bool = True,
         audit: Audit = "first",
-    ) -> Transfer:
+    ) -> Coroutine[Any, Any, Transfer]:
         """Write from the buffer to the file; as `dmabuf.File.write_from`."""
+        return self._move(
+            "write",
+            buffer,
+            size,
+            file_offset,
+            buffer_offset,
+            require,
+            route,
+            prefer,
+            sync,
+            timeout,
+            fence,
+            audit,
+        )
+
+    async def _move(
+        self,
+        direction: Direction,
+        buffer: Buffer,
+        size: int | str | None,
+        file_offset: int | None,
+        buffer_offset: int,
+        require: Require,
+        route: Route | str | None,
+        prefer: Prefer,
+        sync: bool,
+        timeout: float | None,
+        fence: bool,
+        audit: Audit,
+    ) -> Transfer:
         begun = time.perf_counter()
         if (
             isinstance(size, int)
@@ -231,10 +242,11 @@ class File:
             and not sync
             and lone.permitted(require, route, prefer, audit)
         ):
+            # Awaited here, since a coroutine between is a part of a small request's cost.
             flight = LoneFlight(self)
             try:
                 lane = self._engine.take_off_alone(
-                    flight, self._target, buffer, "write", size, file_offset, buffer_offset, fence
+                    flight, self._target, buffer, direction, size, file_offset, buffer_offset, fence
                 )
                 if lane is not None:
                     try:
@@ -250,8 +262,10 @@ class File:
                 self._engine.leave_alone(flight, self._target, buffer)
             if lane is not None and flight.nbytes == size:
                 return lane.record(size, route, audit, begun, _ALONE)
-        ranges = self._file._range("write", buffer, size, file_offset, buffer_offset)
-        order = Order("write", buffer, ranges, require, route, prefer, sync, timeout, fence, audit)
+        ranges = self._file._range(direction, buffer, size, file_offset, buffer_offset)
+        order = Order(
+            direction, buffer, ranges, require, route, prefer, sync, timeout, fence, audit
+        )
         with self._holding(buffer):
             return await self._carry(order, begun)
 

@@ -5,8 +5,7 @@ import os
 import stat
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,10 +14,9 @@ import dmabuf
 from dmabuf.devices import drm
 from tests import support
 from tests.device import screen
+from tests.device.conftest import dma_bufs
 from tests.guards import drm_node, needs, vgem_node
-from tests.kernel.conftest import BUFINFO
 from tests.kernel.test_exporters import drm as ioctl
-from tests.resources import held
 from tests.support import assert_same, pattern, poison
 
 WIDTH, HEIGHT = 640, 480
@@ -27,9 +25,9 @@ VGEM = vgem_node()
 DEBUG = Path("/sys/kernel/debug/dri")
 
 
-def kernel_lists() -> list[str]:
+def listed() -> list[str]:
     """How many dma-bufs the kernel has, and who has which framebuffers and nodes open."""
-    found = [BUFINFO.read_text().splitlines()[-1]]
+    found = [dma_bufs()]
     for node in filter(None, (VGEM, BOCHS, VIRTIO)):
         folder = DEBUG / node.removeprefix("/dev/dri/card")
         for name in ("clients", "framebuffer"):
@@ -39,15 +37,9 @@ def kernel_lists() -> list[str]:
     return found
 
 
-@pytest.fixture(autouse=True)
-def nothing_left_behind() -> Iterator[None]:
-    before = held(), kernel_lists()
-    yield
-    for _ in range(50):  # the kernel lets the last reference go a moment later
-        if kernel_lists() == before[1]:
-            break
-        time.sleep(0.02)
-    assert (held(), kernel_lists()) == before
+@pytest.fixture
+def kernel_lists() -> Callable[[], object]:
+    return listed
 
 
 def no_handle_is_open(card: drm.Card) -> None:
@@ -131,13 +123,13 @@ def test_a_framebuffer_keeps_its_memory() -> None:
     with drm.Card(BOCHS) as card:
         with dmabuf.allocate(len(data), exporter="udmabuf") as buffer:
             buffer.pwrite(data, 0)
-            before = kernel_lists()[1:]
+            before = listed()[1:]
             framebuffer = card.framebuffer(drm.image(buffer, WIDTH, HEIGHT))
         with framebuffer:
             card.show(framebuffer, "Virtual-1")
             shows(rgb, "the screen, the buffer being closed")
-            assert kernel_lists()[1:] != before
-        assert kernel_lists()[1:] == before, "it is gone before the card is"
+            assert listed()[1:] != before
+        assert listed()[1:] == before, "it is gone before the card is"
 
 
 @needs("display", "udmabuf")

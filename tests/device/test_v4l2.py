@@ -8,7 +8,6 @@ import os
 import signal
 import stat
 import struct
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,8 +29,6 @@ from tests.device.vivid import (
     reference,
 )
 from tests.guards import needs
-from tests.kernel.conftest import BUFINFO
-from tests.resources import held
 from tests.support import PAGE, assert_same, mounted, poison
 from tests.unit.command import dmabuf as command
 from tests.unit.command import finish, start
@@ -39,22 +36,6 @@ from tests.unit.command import finish, start
 Capture = pytest.CaptureFixture[str]
 
 SMALL = {"width": 320, "height": 180}
-
-
-def kernel_list() -> str:
-    """How many dma-bufs the kernel has, and bytes."""
-    return BUFINFO.read_text().splitlines()[-1]
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_behind() -> Iterator[None]:
-    before = held(), kernel_list()
-    yield
-    for _ in range(50):  # the kernel lets the last reference go a moment later
-        if kernel_list() == before[1]:
-            break
-        time.sleep(0.02)
-    assert (held(), kernel_list()) == before
 
 
 @pytest.fixture(scope="module")

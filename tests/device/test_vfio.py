@@ -7,7 +7,6 @@ import mmap
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,29 +17,12 @@ from dmabuf import _uapi
 from dmabuf.devices import drm, vfio
 from dmabuf.exporters import foreign
 from tests.guards import needs, vfio_address, vgem_node
-from tests.kernel.conftest import BUFINFO, native
-from tests.resources import held
+from tests.kernel.conftest import native
 from tests.support import assert_same, poison
 
 ADDRESS = str(vfio_address())
 MEMORY, REGISTERS = 2, 0  # the BARs of QEMU's ivshmem-plain: 1 MiB, and 256 bytes
 SIZE = 1 << 20
-
-
-def kernel_list() -> str:
-    """How many dma-bufs the kernel has, and bytes."""
-    return BUFINFO.read_text().splitlines()[-1]
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_behind() -> Iterator[None]:
-    before = held(), kernel_list()
-    yield
-    for _ in range(50):  # the kernel lets the last reference go a moment later
-        if kernel_list() == before[1]:
-            break
-        time.sleep(0.02)
-    assert (held(), kernel_list()) == before
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import io
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from dmabuf import BusyError, ClosedError
 from dmabuf.exporters import udmabuf
 from tests import forking
 from tests.guards import needs
-from tests.kernel.conftest import BUFFERS, BUFINFO, heap_read_only
+from tests.kernel.conftest import BUFFERS, heap_read_only
 from tests.kernel.test_fence import PATIENCE, Card
 from tests.resources import held
 from tests.support import assert_same, drop_cache, fill, in_child, mounted, pattern, poison
@@ -27,22 +26,6 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 SIZE = 1 << 20
 WORD = 0xC0FFEE42
 FILLED = array.array("I", [WORD]).tobytes() * (SIZE // 4)
-
-
-def kernel_list():
-    """How many dma-bufs the kernel has, and bytes."""
-    return BUFINFO.read_text().splitlines()[-1]
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_behind():
-    before = held(), kernel_list()
-    yield
-    for _ in range(50):  # the kernel lets the last reference go a moment later
-        if kernel_list() == before[1]:
-            break
-        time.sleep(0.02)
-    assert (held(), kernel_list()) == before
 
 
 @pytest.fixture

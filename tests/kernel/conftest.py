@@ -5,7 +5,7 @@ import mmap
 import os
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,19 +21,25 @@ from tests.kernel.test_exporters import drm, heap_fd
 BUFINFO = Path("/sys/kernel/debug/dma_buf/bufinfo")
 
 
-def _count() -> str:
+def dma_bufs() -> str:
+    """How many dma-bufs the kernel has, and bytes."""
     return BUFINFO.read_text().splitlines()[-1] if os.access(BUFINFO, os.R_OK) else "unknown"
 
 
 @pytest.fixture(scope="session", autouse=True)
 def no_dma_buf_is_left() -> Iterator[None]:
-    before = _count()
+    before = dma_bufs()
     yield
-    for _ in range(50):  # the kernel lets the last reference go a moment later
-        if _count() == before:
-            return
+    assert settled(dma_bufs, before) == before
+
+
+def settled(look: Callable[[], object], expected: object) -> object:
+    """What is seen at last: the kernel lets the last reference go a moment later."""
+    for _ in range(50):
+        if look() == expected:
+            break
         time.sleep(0.02)
-    assert _count() == before
+    return look()
 
 
 @contextlib.contextmanager

@@ -359,6 +359,44 @@ def test_closing_the_engine_waits_for_the_device(run, backend, path, buf, device
     run(main)
 
 
+class Interrupting:
+    """Where the core puts a batch, with a signal that comes just before it is cleared."""
+
+    def __init__(self, real):
+        self._real = real
+
+    def __getitem__(self, at):
+        return self._real[at]
+
+    def __setitem__(self, at, value):
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_start_leaves_the_batch_of_the_one_before_alone(run, path, buf, device):
+    async def main():
+        async with await aio.open(path) as file:
+            await file.read_into(buf, PAGE)
+            buf.pwrite(poison(SIZE), 0)
+            engine, device.held = file._engine, True
+            async with anyio.create_task_group() as group:
+                group.start_soon(file.read_into, buf, PAGE)
+                await ticks()
+                (first,) = _flights(file)
+                real, engine._batch = engine._batch, Interrupting(engine._batch)
+                try:
+                    with pytest.raises(KeyboardInterrupt):
+                        file.read_into(buf, PAGE, buffer_offset=PAGE).send(None)
+                    assert device.drained == 0 and _flights(file) == [first] and not first.landed
+                finally:
+                    engine._batch = real
+                    device.held = False
+                    engine._nudge()
+        expected = pattern(SIZE, 1)[:PAGE] + poison(SIZE)[PAGE:]
+        assert_same(buf.pread(SIZE, 0), expected, "the buffer")
+
+    run(main)
+
+
 @pytest.mark.parametrize("size", [PAGE, SIZE])
 def test_the_loop_of_another_thread_is_refused(run, path, buf, device, size):
     """While its own has a transfer under way: that one goes on, and the file stays open."""
@@ -370,16 +408,21 @@ def test_the_loop_of_another_thread_is_refused(run, path, buf, device, size):
 
             async def elsewhere():
                 for call in (file.read_into(buf, size), file.write_from(buf, size), file.aclose()):
-                    with pytest.raises((RuntimeError, OSError), match=r"another thread|not open"):
+                    with (
+                        anyio.fail_after(5),
+                        pytest.raises((RuntimeError, OSError), match=r"another thread|not open"),
+                    ):
                         await call
 
             async with anyio.create_task_group() as group:
                 group.start_soon(file.read_into, buf, size)
                 await ticks()
-                await anyio.to_thread.run_sync(run, elsewhere)
-                assert len(file._engine._flights) == 1 and not file.closed
-                device.held = False
-                file._engine._nudge()
+                try:
+                    await anyio.to_thread.run_sync(run, elsewhere)
+                    assert len(file._engine._flights) == 1 and not file.closed
+                finally:
+                    device.held = False
+                    file._engine._nudge()
         assert_same(buf.pread(size, 0), pattern(SIZE, 1)[:size], "the buffer")
 
     run(main)

@@ -19,7 +19,7 @@ from dmabuf.bench import about, chart, scratch
 from dmabuf.bench.result import Result, as_json
 from dmabuf.bench.run import Bench, Setting
 from dmabuf.bench.ways import Place
-from dmabuf.cli import _bench_page, _bench_table, _output, _progress, _region
+from dmabuf.cli import _bench_page, _bench_table, _options, _output, _progress, _region
 from dmabuf.cli._path import filesystem
 from dmabuf.facts import PAGE, kind_of
 from dmabuf.file import File
@@ -106,10 +106,7 @@ def _command(
         str | None,
         typer.Option("--dir", metavar="DIR", help="Where the scratch file is made. [default: .]"),
     ] = None,
-    region: Annotated[
-        str | None,
-        typer.Option(metavar="OFFSET+SIZE", help="What of TARGET to overwrite, as 1GiB+64MiB."),
-    ] = None,
+    region: _options.Region = None,
     destroy: Annotated[
         bool, typer.Option("--destroy", help="Overwrite the region, and measure writes as well.")
     ] = False,
@@ -127,10 +124,7 @@ def _command(
             help="Requests in flight, of our routes. [default: 1,32; with --quick 32]",
         ),
     ] = None,
-    exporter: Annotated[
-        str,
-        typer.Option(metavar="NAME", help="What makes the buffer: auto, udmabuf, memfd, a heap."),
-    ] = "auto",
+    exporter: _options.Exporter = "auto",
     huge_pages: Annotated[
         str | None,
         typer.Option(metavar="SIZE", help="Make the buffer of huge pages, as 2MiB."),
@@ -157,11 +151,8 @@ def _command(
         str | None,
         typer.Option(metavar="FILE", help="Charts: .png, .svg, or .html with tables as well."),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="The result for programs.")] = False,
-    progress: Annotated[
-        bool | None,
-        typer.Option("--progress/--no-progress", help="After a second. [default: on a terminal]"),
-    ] = None,
+    json: _options.Json = False,
+    progress: _options.Progress = None,
 ) -> None:
     overwritten = _region.parse(region, destroy=destroy)
     if target is not None and folder is not None:

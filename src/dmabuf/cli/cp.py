@@ -13,7 +13,7 @@ import typer
 
 from dmabuf._opening import same_file
 from dmabuf._replace import Replacement
-from dmabuf.cli import _output, _progress, _result, _verify
+from dmabuf.cli import _options, _output, _progress, _result, _verify
 from dmabuf.cli._ends import End, advance, find_source, find_target, telling
 from dmabuf.file import File
 from dmabuf.pipeline import Copy, copy
@@ -104,12 +104,9 @@ def _command(
     preserve: Annotated[
         bool, typer.Option("--preserve", "-p", help="Keep the source's mode and times.")
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="The result for programs.")] = False,
-    progress: Annotated[
-        bool | None,
-        typer.Option("--progress/--no-progress", help="After a second. [default: on a terminal]"),
-    ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No result, only errors.")] = False,
+    json: _options.Json = False,
+    progress: _options.Progress = None,
+    quiet: _options.Quiet = False,
 ) -> None:
 
     _one_of("--require", require, list(ALLOWED))

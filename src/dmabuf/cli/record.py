@@ -17,7 +17,7 @@ import typer
 
 from dmabuf import growth
 from dmabuf._replace import Replacement
-from dmabuf.cli import _output, _progress
+from dmabuf.cli import _options, _output, _progress
 from dmabuf.cli._ends import End, advance, find_target, telling
 from dmabuf.devices import v4l2
 from dmabuf.file import File
@@ -111,12 +111,9 @@ def _command(
     force: Annotated[
         bool, typer.Option("--force", "-f", help="Replace a file without permission.")
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="The result for programs.")] = False,
-    progress: Annotated[
-        bool | None,
-        typer.Option("--progress/--no-progress", help="After a second. [default: on a terminal]"),
-    ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No result, only errors.")] = False,
+    json: _options.Json = False,
+    progress: _options.Progress = None,
+    quiet: _options.Quiet = False,
 ) -> None:
 
     if require not in ALLOWED:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dmabuf.cli import _output, _progress, _region
+from dmabuf.cli import _options, _output, _progress, _region
 from dmabuf.compare import Mismatch
 from dmabuf.errors import RouteUnavailable
 from dmabuf.file import File
@@ -67,17 +67,11 @@ def _command(
     target: Annotated[
         str, typer.Argument(metavar="TARGET", help="A file, block device or NVMe namespace.")
     ],
-    region: Annotated[
-        str | None,
-        typer.Option(metavar="OFFSET+SIZE", help="What of TARGET to overwrite, as 1GiB+64MiB."),
-    ] = None,
+    region: _options.Region = None,
     destroy: Annotated[
         bool, typer.Option("--destroy", help="Overwrite the region, and test writes as well.")
     ] = False,
-    exporter: Annotated[
-        str,
-        typer.Option(metavar="NAME", help="What makes the buffer: auto, udmabuf, memfd, a heap."),
-    ] = "auto",
+    exporter: _options.Exporter = "auto",
     routes: Annotated[
         str, typer.Option(metavar="ROUTE,...", help=f"Of {', '.join(Route)}.")
     ] = "native,direct,staged,buffered",
@@ -87,11 +81,8 @@ def _command(
     rounds: Annotated[
         int, typer.Option(metavar="N", min=1, max=100_000, help="Ranges for each queue depth.")
     ] = 16,
-    json: Annotated[bool, typer.Option("--json", help="The result for programs.")] = False,
-    progress: Annotated[
-        bool | None,
-        typer.Option("--progress/--no-progress", help="After a second. [default: on a terminal]"),
-    ] = None,
+    json: _options.Json = False,
+    progress: _options.Progress = None,
 ) -> None:
     options = Options(
         target,

@@ -1,0 +1,19 @@
+"""The options that several commands have alike."""
+
+from typing import Annotated
+
+import typer
+
+Exporter = Annotated[
+    str, typer.Option(metavar="NAME", help="What makes the buffer: auto, udmabuf, memfd, a heap.")
+]
+Region = Annotated[
+    str | None,
+    typer.Option(metavar="OFFSET+SIZE", help="What of TARGET to overwrite, as 1GiB+64MiB."),
+]
+Json = Annotated[bool, typer.Option("--json", help="The result for programs.")]
+Progress = Annotated[
+    bool | None,
+    typer.Option("--progress/--no-progress", help="After a second. [default: on a terminal]"),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No result, only errors.")]
