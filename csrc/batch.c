@@ -743,8 +743,7 @@ void dmb_batch_stop(struct dmb_batch *batch)
 }
 
 int dmb_batch_start_lone(struct dmb_ring *ring, const struct dmb_lane *lane, uint64_t offset,
-			 uint64_t start, uint64_t size, int fence, uint64_t tag,
-			 struct dmb_batch **ret)
+			 uint64_t start, uint64_t size, int fence, uint64_t tag)
 {
 	const uint64_t segment[3] = {offset, start, size};
 	const struct dmb_job job = {
@@ -770,13 +769,12 @@ int dmb_batch_start_lone(struct dmb_ring *ring, const struct dmb_lane *lane, uin
 	rc = dmb_batch_create(ring, &job, segment, 1, &batch);
 	if (rc)
 		return rc;
-	batch->turn.own = true;
+	dmb_turn_own(ring, &batch->turn);
 	batch->own_job = job;
 	memcpy(batch->own_segment, segment, sizeof(segment));
 	batch->job = &batch->own_job;
 	batch->segments = batch->own_segment;
 	dmb_batch_start(batch, tag);
-	*ret = batch;
 	return 0;
 }
 
@@ -807,6 +805,7 @@ void dmb_batch_destroy(struct dmb_batch *batch)
 		return;
 	dmb_batch_drain(batch);
 	dmb_turn_leave(&batch->turn);
+	dmb_turn_disown(batch->ring, &batch->turn);
 	leave_stage(batch);
 	free(batch->ios);
 	free(batch);

@@ -200,12 +200,15 @@ void dmb_batch_start(struct dmb_batch *batch, uint64_t tag);
 /* Submit nothing more and cancel what can be cancelled; dmb_ring_poll tells when it is done. */
 void dmb_batch_stop(struct dmb_batch *batch);
 /*
- * A batch of one request, made and started; 0, 1 where the lane does not take it, or -errno. It is
- * destroyed when dmb_ring_poll tells that it is done.
+ * A batch of one request, made and started; 0, 1 where the lane does not take it, or -errno. The
+ * ring owns it, and destroys it when dmb_ring_poll tells that it is done. Until then it is known by
+ * its tag, which no other such batch has; another tag does nothing. Draining it, it is not told of
+ * any more.
  */
 int dmb_batch_start_lone(struct dmb_ring *ring, const struct dmb_lane *lane, uint64_t offset,
-			 uint64_t start, uint64_t size, int fence, uint64_t tag,
-			 struct dmb_batch **ret);
+			 uint64_t start, uint64_t size, int fence, uint64_t tag);
+int dmb_ring_stop_lone(struct dmb_ring *ring, uint64_t tag); /* 1 for a known one, or 0 */
+void dmb_ring_drain_lone(struct dmb_ring *ring, uint64_t tag);
 /* The bytes that a batch moved without a gap once it is done; 0 before. */
 uint64_t dmb_batch_nbytes(const struct dmb_batch *batch);
 

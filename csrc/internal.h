@@ -24,6 +24,7 @@ struct dmb_turn {
 	uint64_t tag;
 	bool started;
 	bool own; /* the batch is destroyed once it is told that it is done */
+	struct dmb_turn *next_own, *prev_own;
 };
 
 struct dmb_turns {
@@ -105,6 +106,7 @@ struct dmb_ring {
 	struct dmb_turns touched; /* batches with completions since their last turn */
 	struct dmb_turns waiting; /* for room among the requests in flight */
 	struct dmb_turns done;	  /* whose tags were not told yet */
+	struct dmb_turn *own;	  /* lone requests that were not told yet */
 	dmb_filter filter;
 	void *filter_arg;
 };
@@ -121,6 +123,9 @@ void dmb_turn_touch(struct dmb_ring *ring, struct dmb_turn *turn);
 /* It is to end: its next turn comes first. */
 void dmb_turn_hurry(struct dmb_ring *ring, struct dmb_turn *turn);
 void dmb_turn_leave(struct dmb_turn *turn);
+/* The ring has the batch from here on, until that is destroyed. */
+void dmb_turn_own(struct dmb_ring *ring, struct dmb_turn *turn);
+void dmb_turn_disown(struct dmb_ring *ring, struct dmb_turn *turn);
 
 int dmb_threads_init(struct dmb_ring *ring);
 

@@ -56,6 +56,48 @@ void dmb_turn_hurry(struct dmb_ring *ring, struct dmb_turn *turn)
 		join(&ring->touched, turn);
 }
 
+void dmb_turn_own(struct dmb_ring *ring, struct dmb_turn *turn)
+{
+	turn->own = true;
+	turn->next_own = ring->own;
+	if (ring->own)
+		ring->own->prev_own = turn;
+	ring->own = turn;
+}
+
+void dmb_turn_disown(struct dmb_ring *ring, struct dmb_turn *turn)
+{
+	if (!turn->own)
+		return;
+	*(turn->prev_own ? &turn->prev_own->next_own : &ring->own) = turn->next_own;
+	if (turn->next_own)
+		turn->next_own->prev_own = turn->prev_own;
+	turn->own = false;
+}
+
+static struct dmb_batch *find_own(const struct dmb_ring *ring, uint64_t tag)
+{
+	for (const struct dmb_turn *turn = ring->own; turn; turn = turn->next_own)
+		if (turn->tag == tag)
+			return turn->batch;
+	return NULL;
+}
+
+int dmb_ring_stop_lone(struct dmb_ring *ring, uint64_t tag)
+{
+	struct dmb_batch *batch = find_own(ring, tag);
+
+	if (!batch)
+		return 0;
+	dmb_batch_stop(batch);
+	return 1;
+}
+
+void dmb_ring_drain_lone(struct dmb_ring *ring, uint64_t tag)
+{
+	dmb_batch_destroy(find_own(ring, tag)); /* drains */
+}
+
 static uint32_t room(const struct dmb_ring *ring)
 {
 	uint32_t most = ring->info.depth ? ring->info.depth : 1; /* no workers: in place */

@@ -117,7 +117,6 @@ static void together(struct dmb_ring *ring, int fd, bool stopping)
 /* Far more than the ring has room for, submitted by as few system calls as there are rounds. */
 static void lone(struct dmb_ring *ring, int fd)
 {
-	struct dmb_batch *batch;
 	struct dmb_done done[LONE];
 	struct memory memory;
 	uint32_t count = 0;
@@ -134,7 +133,7 @@ static void lone(struct dmb_ring *ring, int fd)
 	lane = make_lane(&file, &memory, DMB_READ);
 	for (int i = 0; i < LONE; i++)
 		CHECK_EQUAL(dmb_batch_start_lone(ring, &lane, (uint64_t)(i % blocks) * PAGE,
-						 (uint64_t)i * PAGE, PAGE, 1, (uint64_t)i, &batch),
+						 (uint64_t)i * PAGE, PAGE, 1, (uint64_t)i),
 			    0);
 	CHECK_EQUAL(ring->in_flight, 0); /* nothing is submitted before the poll */
 	CHECK_EQUAL(dmb_ring_poll(ring, done, LONE, &count), 0);
@@ -151,6 +150,45 @@ static void lone(struct dmb_ring *ring, int fd)
 	file_close(&file);
 }
 
+/* Known by their tags until they were told, or drained, which none is told of. */
+static void lone_by_tag(struct dmb_ring *ring, int fd)
+{
+	struct dmb_done done[4];
+	struct memory memory;
+	uint32_t count = 0;
+	struct dmb_lane lane;
+	struct file file;
+
+	if (!file_open(&file, FILE_SIZE))
+		return;
+	memory_map(&memory, 4 * PAGE);
+	lane = make_lane(&file, &memory, DMB_READ);
+	for (uint64_t i = 0; i < 4; i++)
+		CHECK_EQUAL(dmb_batch_start_lone(ring, &lane, i * PAGE, i * PAGE, PAGE, 1, 10 + i),
+			    0);
+	dmb_ring_drain_lone(ring, 11);
+	dmb_ring_drain_lone(ring, 11);
+	dmb_ring_drain_lone(ring, 9);
+	CHECK_EQUAL(dmb_ring_stop_lone(ring, 12), 1);
+	CHECK_EQUAL(dmb_ring_stop_lone(ring, 11), 0);
+	CHECK_EQUAL(dmb_ring_poll(ring, done, 4, &count), 0);
+	while (count < 3)
+		turn(ring, fd, done, 4, &count);
+	for (uint32_t i = 0; i < 3; i++) {
+		uint64_t block = done[i].tag - 10;
+
+		CHECK(block < 4 && block != 1);
+		CHECK_EQUAL(done[i].nbytes, block == 2 ? 0 : PAGE);
+		if (block < 4 && done[i].nbytes)
+			CHECK(!memcmp(memory.bytes + block * PAGE, file.bytes + block * PAGE,
+				      PAGE));
+		dmb_ring_drain_lone(ring, done[i].tag);
+	}
+	CHECK(!ring->own);
+	memory_unmap(&memory);
+	file_close(&file);
+}
+
 static void test(struct dmb_ring *ring)
 {
 	int fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -159,6 +197,9 @@ static void test(struct dmb_ring *ring)
 	CHECK_EQUAL(dmb_ring_set_eventfd(ring, fd), 0);
 	context("lone", 0);
 	lone(ring, fd);
+	context("lone by tag", 0);
+	lone_by_tag(ring, fd);
+	check_idle(ring);
 	for (unsigned round = 0; round < ROUNDS; round++) {
 		context("together", round);
 		together(ring, fd, round > 0);

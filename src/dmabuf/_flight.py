@@ -53,20 +53,23 @@ class BatchFlight(Flight):
         self.landed = True
 
 
-class LoneFlight(BatchFlight):
-    """One small request by a lane, whose batch the core destroys when it tells of its landing."""
+class LoneFlight(Flight):
+    """A lone request that does not just land: the core, which owns it, knows it by its tag."""
+
+    def __init__(self, tag: int, ring: Any, wake: Any) -> None:
+        super().__init__(None)
+        self.tag, self.wake = tag, wake
+        self._ring = ring
 
     def stop(self) -> None:
-        """Cancel it if it can be."""
-        if not self.landed:
-            lib.dmb_batch_stop(self.batch)
+        """Cancel it if it can be; one that the core does not have, no device has."""
+        if not lib.dmb_ring_stop_lone(self._ring.handle, self.tag):
+            self.landed = True
 
     def drain(self) -> None:
-        """In calls of the core that nothing comes between to forget it."""
-        if not self.landed:
-            lib.dmb_batch_drain(self.batch)
-            self.landed = True
-            lib.dmb_batch_destroy(self.batch)
+        """In one call of the core."""
+        lib.dmb_ring_drain_lone(self._ring.handle, self.tag)
+        self.landed = True
 
 
 class CallFlight(Flight):

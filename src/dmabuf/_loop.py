@@ -13,6 +13,7 @@ is the wait a blocking one.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections import deque
@@ -28,13 +29,10 @@ from dmabuf import _process
 from dmabuf._ffi import failure, ffi, lib
 from dmabuf._flight import BatchFlight, CallFlight, Flight, LoneFlight
 from dmabuf._waits import Wake, call_soon, kind_of_wake, watch
-from dmabuf.buffer import Buffer
 from dmabuf.engine import Engine, Job, Outcome, create_batch, outcome_of
 from dmabuf.errors import ClosedError
-from dmabuf.lone import Lane, leave
-from dmabuf.lone import lane as lane_of
+from dmabuf.lone import Lane
 from dmabuf.ring import Ring
-from dmabuf.route import Direction
 from dmabuf.sizes import round_up
 from dmabuf.target import Target
 
@@ -56,17 +54,17 @@ class LoopEngine(Engine):
     def __init__(self, *, queue_depth: int = DEPTH, backend: Any = "auto") -> None:
         self._eventfd = -1
         super().__init__(queue_depth=queue_depth, backend=backend)
-        self._flights: dict[int, Flight] = {}
-        self._last_tag = 0
+        self.flights: dict[int, Flight | Wake] = {}  # of a lone request its task's wake
+        self.next_tag = itertools.count(1).__next__
         self._poll_pending = False
         self._from_threads: deque[int] = deque()
         self._threads: ThreadPoolExecutor | None = None
         self._done = ffi.new("struct dmb_done[]", _DONE)
         self._numbers = memoryview(ffi.buffer(self._done)).cast("Q")
         self._count = ffi.new("uint32_t *")
-        self._batch = ffi.new("struct dmb_batch **")
         self._guard: AsyncGenerator[None, None] | None = None
-        self._new_wake, self._set_wake = kind_of_wake()
+        self.new_wake = kind_of_wake()
+        self._wake_class = self.new_wake().__class__
         self._soon = call_soon()
         self._unwatch: Callable[[], object] | None = None
         self.ring = self._rings[0]
@@ -96,11 +94,11 @@ class LoopEngine(Engine):
             return
         self._closed = True
         if self._pid == _process.pid:
-            for flight in list(self._flights.values()):
+            for flight in self._all_flights():
                 flight.closed = True
                 flight.drain()
-                if flight.wake is not None:
-                    self._wake(flight.wake)
+                del self.flights[flight.tag]
+                self._wake_at_the_end(flight)
             if self._threads is not None:
                 self._threads.shutdown()
         super().close()
@@ -126,8 +124,8 @@ class LoopEngine(Engine):
 
     def _take_off(self, flight: Flight) -> int:
         """Its tag; the caller begins what lands with it."""
-        self._last_tag = flight.tag = tag = self._last_tag + 1
-        self._flights[tag] = flight
+        flight.tag = tag = self.next_tag()
+        self.flights[tag] = flight
         return tag
 
     async def fly(self, job: Job, owner: object) -> Outcome:
@@ -152,57 +150,69 @@ class LoopEngine(Engine):
                 interruption = ClosedError("the file was closed while the transfer ran")
             return outcome_of(batch[0], registered, registration, interruption)
         finally:
-            self._flights.pop(flight.tag, None)
+            self.flights.pop(flight.tag, None)
             lib.dmb_batch_destroy(batch[0])
 
     def take_off_alone(
         self,
-        flight: LoneFlight,
-        target: Target,
-        buffer: Buffer,
-        direction: Direction,
-        size: int,
+        lane: Lane,
         offset: int | None,
         start: int,
+        size: int,
         fence: bool,
-    ) -> Lane | None:
-        """Begin to move a range by a lane, which is returned; None as from lone.move.
+        tag: int,
+        wake: Wake,
+    ) -> bool:
+        """Begin to move a range by a lane; False where that does not take it, as lone.move.
 
-        Whatever it returns or raises, `leave_alone` is called in the end.
+        Awaiting `wake` returns when it has landed, and its result is the bytes that were moved:
+        None where the engine or the file was closed. What ends the wait otherwise is told to
+        `interrupted_alone`, and in the end `leave_alone` is called where the tag is left in
+        `flights`.
         """
         if self._closed:
-            return None
-        target.lone.add(flight)
-        buffer._lone.add(flight)
-        lane = lane_of(target, buffer, direction, size, offset, start)
-        if lane is None:
-            return None
-        batch, handle = self._batch, self.ring.handle
-        batch[0] = ffi.NULL  # before the tag: what it holds from then on is this flight's
-        tag = self._take_off(flight)
+            return False
+        self.flights[tag] = wake
         try:
             if lib.dmb_batch_start_lone(
-                handle, lane.core, offset or 0, start, size, fence, tag, batch
+                self.ring.handle, lane.core, offset or 0, start, size, fence, tag
             ):
-                return None
+                del self.flights[tag]
+                return False
         except (TypeError, OverflowError):  # as in lone.move
-            return None
-        flight.batch = batch[0]
-        flight.wake = self._new_wake()
-        self._submit_soon()
-        return lane
+            del self.flights[tag]
+            return False
+        if not self._poll_pending:
+            self._submit_soon()
+        return True
 
-    def leave_alone(self, flight: LoneFlight, target: Target, buffer: Buffer) -> None:
-        """End what `take_off_alone` may have begun: it has landed, or was not taken."""
-        if not flight.landed:
-            self._flights.pop(flight.tag, None)
-            if flight.tag == self._last_tag and flight.batch is None and self._batch[0]:
-                flight.batch = self._batch[0]  # interrupted just after the core had begun it
-            if flight.batch is not None:
-                flight.drain()
-        leave(target, buffer, flight)
-        if target._closed:
-            flight.owner._left()
+    def _flight(self, tag: int) -> Flight | None:
+        """A flight under way by its tag, None where it has landed."""
+        flight = self.flights.get(tag)
+        if flight.__class__ is self._wake_class:
+            self.flights[tag] = flight = LoneFlight(tag, self.ring, flight)
+        return flight  # type: ignore[return-value]
+
+    def _all_flights(self) -> list[Flight]:
+        return [flight for tag in list(self.flights) if (flight := self._flight(tag)) is not None]
+
+    async def interrupted_alone(self, tag: int, caught: BaseException) -> None:
+        """As `interrupted`, of a lone request that may have landed."""
+        flight = self._flight(tag)
+        if flight is not None:
+            await self.interrupted(flight, caught)
+
+    async def landing_alone(self, tag: int) -> None:
+        """As `landing`, of a lone request whose wait ended without a result."""
+        flight = self._flight(tag)
+        if flight is not None:
+            await self.landing(flight)
+
+    def leave_alone(self, tag: int) -> None:
+        """Wait, where there is no loop to wait in, for a lone request that was not seen to land."""
+        flight = self._flight(tag)
+        if flight is not None:
+            self._abandon(flight)
 
     def _shape(self, job: Job) -> tuple[int, int]:
         """Requests in flight and bytes of each: no more memory for staging than it can use."""
@@ -226,7 +236,7 @@ class LoopEngine(Engine):
             self._threads.submit(self._call, flight, tag, call)
             await self.landing(flight)
         finally:
-            self._flights.pop(flight.tag, None)
+            self.flights.pop(flight.tag, None)
         if flight.error is not None:
             raise flight.error
 
@@ -249,7 +259,7 @@ class LoopEngine(Engine):
             while not flight.landed:
                 if flight.trouble is not None:
                     raise flight.trouble
-                flight.wake = wake = self._new_wake()
+                flight.wake = wake = self.new_wake()
                 await wake
         except BaseException as caught:
             await self.interrupted(flight, caught)
@@ -268,7 +278,7 @@ class LoopEngine(Engine):
         while not flight.landed:
             try:
                 self._nudge()  # has the loop submit the cancellation
-                flight.wake = wake = self._new_wake()
+                flight.wake = wake = self.new_wake()
                 await wake
             except GeneratorExit:
                 self._abandon(flight)
@@ -278,7 +288,7 @@ class LoopEngine(Engine):
 
     def _abandon(self, flight: Flight) -> None:
         flight.drain()
-        self._flights.pop(flight.tag, None)
+        self.flights.pop(flight.tag, None)
         self._nudge()  # others may have landed with it
 
     def _submit_soon(self) -> None:
@@ -327,34 +337,40 @@ class LoopEngine(Engine):
 
     def _land(self, numbers: Iterable[int]) -> None:
         """Flights by their tags, each followed by the bytes that it moved; again does no harm."""
-        flights, set_wake, each = self._flights, self._set_wake, iter(numbers)
+        flights, wake_class, each = self.flights, self._wake_class, iter(numbers)
         for tag, nbytes in zip(each, each, strict=True):
-            flight = flights.get(tag)
-            if flight is None:
+            flight: Any = flights.get(tag)
+            if flight.__class__ is wake_class:
+                if not flight.done():
+                    flight.set_result(nbytes)
+            elif flight is None:
                 continue  # its task is gone
-            flight.nbytes = nbytes
-            flight.landed = True
-            if flight.wake is not None:
-                set_wake(flight.wake)
+            else:
+                flight.landed = True
+                _wake(flight)
             del flights[tag]
 
     def _tell(self, trouble: OSError) -> None:
         """All that wait: the ring cannot be driven. Each tries to be stopped."""
-        for flight in self._flights.values():
+        for flight in self._all_flights():
             flight.trouble = trouble
-            if flight.wake is not None:
-                self._set_wake(flight.wake)
+            _wake(flight)
 
-    def _wake(self, wake: Wake) -> None:
+    def _wake_at_the_end(self, flight: Flight) -> None:
         try:
-            self._set_wake(wake)
+            _wake(flight)
         except Exception:  # its loop has ended, and there is nobody to wake
             log.debug("a transfer was stopped after its event loop had ended", exc_info=True)
 
-    def stop(self, owner: object) -> None:
-        """Stop the flights of an owner; they land soon."""
-        for flight in self._flights.values():
-            if flight.owner is owner and not flight.landed:
+    def stop(self, owner: object, target: Target) -> None:
+        """Stop the flights of an owner, and the lone requests of its target; they land soon."""
+        theirs = [tag for tag, flight in self.flights.items() if flight in target.lone]
+        for flight in [self._flight(tag) for tag in theirs] + [
+            flight
+            for flight in self.flights.values()
+            if isinstance(flight, Flight) and flight.owner is owner
+        ]:
+            if flight is not None and not flight.landed:
                 flight.closed = True
                 flight.stop()
         self._nudge()
@@ -369,12 +385,17 @@ class LoopEngine(Engine):
             self.close()
             # These know the loop, whose variables know us: nothing of it all would ever go.
             self._guard = self._unwatch = None
-            del self._new_wake, self._soon
+            del self.new_wake, self._soon
 
     async def stay(self) -> None:
         """Have the loop close the engine when it ends."""
         self._guard = self._until_the_loop_ends()
         await anext(self._guard)
+
+
+def _wake(flight: Flight) -> None:
+    if flight.wake is not None and not flight.wake.done():
+        flight.wake.set_result(None)
 
 
 _engines: RunVar[LoopEngine] = RunVar("dmabuf.aio engine")

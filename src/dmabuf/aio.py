@@ -35,7 +35,6 @@ try:
     import anyio
 
     from dmabuf._copying import copy
-    from dmabuf._flight import LoneFlight
     from dmabuf._loop import LoopEngine, loop_engine
     from dmabuf._waits import until, until_unfenced
 except ImportError as error:
@@ -46,6 +45,7 @@ __all__ = ["File", "copy", "open", "wait"]
 T = TypeVar("T")
 
 _CLOSED = "the file was closed while the transfer ran"
+_USUAL = ("any", None, "zero-copy", "first")
 _ALONE = "one small request: nothing to register it for"
 
 
@@ -138,7 +138,7 @@ class File:
             self._engine.check_usable()  # in its own loop's thread
         target._closed = True  # nothing new begins; transfers that run keep the descriptors
         interruption = None
-        self._engine.stop(self)
+        self._engine.stop(self, target)
         for scope in list(self._scopes):
             scope.cancel()
         try:
@@ -236,32 +236,43 @@ class File:
     ) -> Transfer:
         begun = time.perf_counter()
         if (
-            isinstance(size, int)
+            type(size) is int
             and buffer.__class__ is Buffer
             and timeout is None
             and not sync
-            and lone.permitted(require, route, prefer, audit)
+            and (
+                (require, route, prefer, audit) == _USUAL
+                or lone.permitted(require, route, prefer, audit)
+            )
         ):
-            # Awaited here, since a coroutine between is a part of a small request's cost.
-            flight = LoneFlight(self)
+            # Written out here, since each call is a part of a small request's cost.
+            target, engine = self._target, self._engine
+            wake, tag, nbytes = engine.new_wake(), engine.next_tag(), None
             try:
-                lane = self._engine.take_off_alone(
-                    flight, self._target, buffer, direction, size, file_offset, buffer_offset, fence
-                )
-                if lane is not None:
-                    try:
-                        await flight.wake
-                    except BaseException as caught:
-                        await self._engine.interrupted(flight, caught)
-                        raise
-                    if not flight.landed:
-                        await self._engine.landing(flight)
-                    if flight.closed:
-                        raise ClosedError(_CLOSED)
+                target.lone.add(wake)
+                buffer._lone.add(wake)
+                lane = lone.lane(target, buffer, direction, size, file_offset, buffer_offset)
+                if lane is not None and engine.take_off_alone(
+                    lane, file_offset, buffer_offset, size, fence, tag, wake
+                ):
+                    await wake
+                    nbytes = wake.result()
+                    if nbytes is None:
+                        await engine.landing_alone(tag)
+            except BaseException as caught:
+                await engine.interrupted_alone(tag, caught)
+                raise
             finally:
-                self._engine.leave_alone(flight, self._target, buffer)
-            if lane is not None and flight.nbytes == size:
-                return lane.record(size, route, audit, begun, _ALONE)
+                if tag in engine.flights:
+                    engine.leave_alone(tag)
+                lone.leave(target, buffer, wake)
+                if target._closed:
+                    self._left()
+            if lane is not None:
+                if nbytes == size:
+                    return lane.record(size, route, audit, begun, _ALONE)
+                if target._closed:
+                    raise ClosedError(_CLOSED)
         ranges = self._file._range(direction, buffer, size, file_offset, buffer_offset)
         order = Order(
             direction, buffer, ranges, require, route, prefer, sync, timeout, fence, audit

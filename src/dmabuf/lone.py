@@ -8,14 +8,14 @@ that has not signalled, an error) goes the long way, which finds out why.
 
 from __future__ import annotations
 
-import time
 from threading import get_ident
+from time import perf_counter
 from typing import Any
 
 from dmabuf import _process, audit, facts
 from dmabuf._ffi import ffi, lib
 from dmabuf.buffer import Buffer
-from dmabuf.engine import NOT_AUDITED, Transfer, lone_transfer
+from dmabuf.engine import NOT_AUDITED, Draft, Transfer
 from dmabuf.route import ALLOWED, WHY_CHOSEN, Direction, Prefer, Require, Route
 from dmabuf.target import Target
 
@@ -23,6 +23,7 @@ BYTES = 1 << 20
 """A request of at most so many bytes: for a larger one a ring is worth its cost."""
 LANES = 64
 """A file remembers so many lanes."""
+_DIRECT = Route.DIRECT
 _ALONE = "no ring was used: one small request"
 
 
@@ -55,10 +56,19 @@ class Lane:
         registration: str = _ALONE,
     ) -> Transfer:
         """The record of a request that moved all of its `size` bytes."""
-        rejected = {} if route else self._rejected.copy()
-        seconds = time.perf_counter() - begun
-        audited = NOT_AUDITED if asked == "first" else audit.OFF
-        return lone_transfer(size, self._reason, rejected, registration, seconds, audited)
+        record: Any = Draft()
+        record.nbytes = size
+        record.route = _DIRECT
+        record.reason = self._reason
+        record.rejected = {} if route else self._rejected.copy()
+        record.registered = False
+        record.registration = registration
+        record.seconds = perf_counter() - begun
+        record.requests = 1
+        record.reissues = record.copied = 0
+        record.audited = NOT_AUDITED if asked == "first" else audit.OFF
+        record.__class__ = Transfer
+        return record  # type: ignore[no-any-return]
 
 
 def lane(

@@ -241,7 +241,7 @@ def test_what_starts_in_one_tick_is_submitted_together(run, path, buf, monkeypat
     async def main():
         async with await aio.open(path) as file:
             await file.read_into(buf, PAGE)
-            flights = file._engine._flights
+            flights = file._engine.flights
             monkeypatch.setattr(_loop.lib, "_polls", Sizes(flights, polls))
             polls.clear()
             async with anyio.create_task_group() as group:

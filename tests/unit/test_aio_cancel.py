@@ -70,6 +70,14 @@ class Slow:
         self.drained += 1
         self._real.dmb_batch_drain(batch)
 
+    def dmb_ring_stop_lone(self, ring, tag):
+        self.stopped += 1
+        return self._real.dmb_ring_stop_lone(ring, tag)
+
+    def dmb_ring_drain_lone(self, ring, tag):
+        self.drained += 1
+        self._real.dmb_ring_drain_lone(ring, tag)
+
 
 @pytest.fixture
 def device(monkeypatch):
@@ -108,7 +116,7 @@ def test_cancelling_waits_for_the_device_and_not_in_the_loop(run, backend, path,
                 device.held = False
                 file._engine._nudge()
             assert over == [True]
-            assert not file._engine._flights and device.drained == 0
+            assert not file._engine.flights and device.drained == 0
             assert (await file.read_into(buf)).nbytes == SIZE
         assert_same(buf.pread(SIZE, 0), pattern(SIZE, 1), "the buffer")
 
@@ -215,7 +223,7 @@ def test_cancelled_at_any_moment_the_memory_is_left_alone(run, backend, path, se
                     if block not in (old[at : at + 512], new[at : at + 512]):
                         mixed = zip(block, old[at:], new[at:], strict=False)
                         assert all(byte in (a, b) for byte, a, b in mixed), (round_, at)
-                assert not file._engine._flights
+                assert not file._engine.flights
                 await ticks(dice.randint(0, 3))
                 assert buffer.pread(SIZE, 0) == after, "something was still under way"
                 buffer.close()
@@ -271,7 +279,7 @@ def test_a_cancelled_write_cuts_the_file_back(run, tmp_path, buf, device):
 
 
 def _flights(file):
-    return list(file._engine._flights.values())
+    return list(file._engine.flights.values())
 
 
 @pytest.mark.parametrize("size", [PAGE, SIZE])
@@ -346,9 +354,8 @@ def test_closing_the_engine_waits_for_the_device(run, backend, path, buf, device
             for size in (PAGE, SIZE, PAGE):
                 group.start_soon(transfer, size)
             await ticks()
-            flights = _flights(file)
             file._engine.close()
-            assert len(flights) == 3 and all(flight.landed for flight in flights)
+            assert not file._engine.flights and device.drained == 3
         with pytest.raises(ClosedError, match="engine is closed"):
             await file.read_into(buf, PAGE)
         await file.aclose()
@@ -359,41 +366,42 @@ def test_closing_the_engine_waits_for_the_device(run, backend, path, buf, device
     run(main)
 
 
-class Interrupting:
-    """Where the core puts a batch, with a signal that comes just before it is cleared."""
+@pytest.mark.parametrize("begun", [False, True])
+def test_an_interrupted_start_leaves_the_one_before_alone(run, path, buf, device, begun):
+    """A signal just before, or just after, the core has begun a lone request."""
 
-    def __init__(self, real):
-        self._real = real
-
-    def __getitem__(self, at):
-        return self._real[at]
-
-    def __setitem__(self, at, value):
+    def interrupted(*arguments):
+        if begun:
+            assert start(*arguments) == 0
         raise KeyboardInterrupt
 
+    async def second(file):
+        with pytest.raises(KeyboardInterrupt):
+            await file.read_into(buf, PAGE, buffer_offset=PAGE)
 
-def test_an_interrupted_start_leaves_the_batch_of_the_one_before_alone(run, path, buf, device):
     async def main():
         async with await aio.open(path) as file:
             await file.read_into(buf, PAGE)
             buf.pwrite(poison(SIZE), 0)
-            engine, device.held = file._engine, True
+            device.held = True
             async with anyio.create_task_group() as group:
                 group.start_soon(file.read_into, buf, PAGE)
                 await ticks()
                 (first,) = _flights(file)
-                real, engine._batch = engine._batch, Interrupting(engine._batch)
+                device.dmb_batch_start_lone = interrupted
                 try:
-                    with pytest.raises(KeyboardInterrupt):
-                        file.read_into(buf, PAGE, buffer_offset=PAGE).send(None)
-                    assert device.drained == 0 and _flights(file) == [first] and not first.landed
+                    group.start_soon(second, file)
+                    await ticks()
+                    assert _flights(file)[0] is first and not first.done()
+                    assert len(_flights(file)) == len(buf._lone) == 1 + begun
                 finally:
-                    engine._batch = real
+                    del device.dmb_batch_start_lone
                     device.held = False
-                    engine._nudge()
+                    file._engine._nudge()
         expected = pattern(SIZE, 1)[:PAGE] + poison(SIZE)[PAGE:]
         assert_same(buf.pread(SIZE, 0), expected, "the buffer")
 
+    start = device.dmb_batch_start_lone
     run(main)
 
 
@@ -419,7 +427,7 @@ def test_the_loop_of_another_thread_is_refused(run, path, buf, device, size):
                 await ticks()
                 try:
                     await anyio.to_thread.run_sync(run, elsewhere)
-                    assert len(file._engine._flights) == 1 and not file.closed
+                    assert len(file._engine.flights) == 1 and not file.closed
                 finally:
                     device.held = False
                     file._engine._nudge()
@@ -438,18 +446,18 @@ def test_never_awaited_and_thrown_away(run, path, buf, device, size):
             with pytest.warns(RuntimeWarning, match="never awaited"):
                 del never
                 gc.collect()
-            assert not file._engine._flights and buf._users + len(buf._lone) == 0
+            assert not file._engine.flights and buf._users + len(buf._lone) == 0
 
             begun = file.read_into(buf, size)
             begun.send(None)  # up to its first wait
-            assert len(file._engine._flights) == 1 and buf._users + len(buf._lone) == 1
+            assert len(file._engine.flights) == 1 and buf._users + len(buf._lone) == 1
             with pytest.raises(BusyError):
                 buf.close()
             device.held = True
             begun.close()
             device.held = False
             assert device.drained == 1
-            assert not file._engine._flights and buf._users + len(buf._lone) == 0
+            assert not file._engine.flights and buf._users + len(buf._lone) == 0
             assert (await file.read_into(buf)).nbytes == SIZE
         assert_same(buf.pread(SIZE, 0), pattern(SIZE, 1), "the buffer")
 
