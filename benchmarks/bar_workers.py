@@ -56,7 +56,7 @@ def _whole(target: str, route: str) -> dict[str, float]:
 
     with dmabuf.allocate(GIB) as buffer:
         begun = time.perf_counter()
-        with dmabuf.Engine(block_size=MIB) as engine, dmabuf.open(target, engine=engine) as file:
+        with dmabuf.Engine() as engine, dmabuf.open(target, engine=engine) as file:
             transfer = file.read_into(buffer, GIB, route=route)
         seconds = time.perf_counter() - begun
         assert transfer.nbytes == GIB, transfer
@@ -74,31 +74,33 @@ def staged(target: str) -> dict[str, float]:
     return _whole(target, "staged")
 
 
-def _copying(target: str, flags: int) -> dict[str, float]:
+def _copying(target: str, flags: int, size: int) -> dict[str, float]:
     import dmabuf
 
     # A bounce buffer of a request's size, on pages of its own.
-    with dmabuf.allocate(GIB) as buffer, buffer.map("rw") as view, mmap.mmap(-1, MIB) as bounce:
-        bounce.write(bytes(MIB))
+    with dmabuf.allocate(GIB) as buffer, buffer.map("rw") as view, mmap.mmap(-1, size) as bounce:
+        bounce.write(bytes(size))
         with memoryview(bounce) as block:
             begun = time.perf_counter()
             fd = os.open(target, os.O_RDONLY | flags)
-            for at in range(0, GIB, MIB):
-                if os.preadv(fd, [block], at) != MIB:
-                    raise OSError(f"{target} ends before {at + MIB}")
-                view[at : at + MIB] = block
+            for at in range(0, GIB, size):
+                if os.preadv(fd, [block], at) != size:
+                    raise OSError(f"{target} ends before {at + size}")
+                view[at : at + size] = block
             os.close(fd)
             return {"speed": GIB / (time.perf_counter() - begun)}
 
 
 def cold_copy(target: str) -> dict[str, float]:
     """1 GiB by plain reads of 1 MiB through the page cache, each copied into the buffer."""
-    return _copying(target, 0)
+    return _copying(target, 0, MIB)
 
 
 def serial(target: str) -> dict[str, float]:
     """The same by O_DIRECT: the blocks of the staged route, nothing overlapped."""
-    return _copying(target, os.O_DIRECT)
+    from dmabuf.engine import STAGED_BLOCK
+
+    return _copying(target, os.O_DIRECT, STAGED_BLOCK)
 
 
 def thousand(target: str) -> dict[str, float]:

@@ -29,19 +29,28 @@ from dmabuf import _process
 from dmabuf._ffi import failure, ffi, lib
 from dmabuf._flight import BatchFlight, CallFlight, Flight, LoneFlight
 from dmabuf._waits import Wake, call_soon, kind_of_wake, watch
-from dmabuf.engine import Engine, Job, Outcome, create_batch, outcome_of
+from dmabuf.engine import (
+    BLOCK,
+    DEPTH,
+    STAGED_BLOCK,
+    STAGED_DEPTH,
+    Engine,
+    Job,
+    Outcome,
+    create_batch,
+    outcome_of,
+)
 from dmabuf.errors import ClosedError
 from dmabuf.lone import Lane
 from dmabuf.ring import Ring
+from dmabuf.route import Route
 from dmabuf.sizes import round_up
 from dmabuf.target import Target
 
 log = logging.getLogger("dmabuf")
 
-DEPTH = 256
+_LOOP_DEPTH = 256
 """Requests in flight, of all the loop's transfers."""
-_DEPTH = 32
-"""Requests in flight of one transfer."""
 _WORKERS = 8
 """Threads for what would stop the loop: fallocate(2), fdatasync(2)."""
 _DONE = 1024
@@ -51,7 +60,7 @@ _DONE = 1024
 class LoopEngine(Engine):
     """An engine that an event loop drives; it belongs to the loop's thread."""
 
-    def __init__(self, *, queue_depth: int = DEPTH, backend: Any = "auto") -> None:
+    def __init__(self, *, queue_depth: int = _LOOP_DEPTH, backend: Any = "auto") -> None:
         self._eventfd = -1
         super().__init__(queue_depth=queue_depth, backend=backend)
         self.flights: dict[int, Flight | Wake] = {}  # of a lone request its task's wake
@@ -134,7 +143,7 @@ class LoopEngine(Engine):
         ring = self._passthrough_ring() if job.namespace else self.ring
         ring.tidy()
         batch, interruption = ffi.new("struct dmb_batch **"), None
-        flight, (depth, block) = BatchFlight(owner), self._shape(job)
+        flight, (depth, block) = BatchFlight(owner), self.shape(job)
         try:
             tag = self._take_off(flight)
             keep, registered, registration = create_batch(ring, job, depth, block, batch)
@@ -214,11 +223,12 @@ class LoopEngine(Engine):
         if flight is not None:
             self._abandon(flight)
 
-    def _shape(self, job: Job) -> tuple[int, int]:
-        """Requests in flight and bytes of each: no more memory for staging than it can use."""
+    def shape(self, job: Job) -> tuple[int, int]:
+        """As Engine.shape, and no more memory for staging than the job can use."""
+        most, block = (STAGED_DEPTH, STAGED_BLOCK) if job.route is Route.STAGED else (DEPTH, BLOCK)
         align = max(job.offset_align, job.memory_align)
-        block = min(self.block_size, round_up(job.nbytes + 2 * align, align))
-        return min(_DEPTH, 2 * job.count + job.nbytes // block + 2), block
+        block = min(block, round_up(job.nbytes + 2 * align, align))
+        return min(most, 2 * job.count + job.nbytes // block + 2), block
 
     async def in_thread(
         self,

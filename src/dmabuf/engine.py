@@ -31,6 +31,10 @@ Backend = Literal["auto", "io_uring", "threads"]
 
 SLICE_MS = 100
 """How often a running job returns to Python, where an interrupt is noticed."""
+DEPTH, BLOCK = 32, 1 << 20
+"""Requests in flight, and bytes of one, unless an Engine was told otherwise."""
+STAGED_DEPTH, STAGED_BLOCK = 8, 256 << 10
+"""The same on the staged route: staging blocks that stay in a processor's cache."""
 WORKERS = 8
 """Threads where io_uring is refused."""
 REGISTER_REQUESTS = 16
@@ -205,8 +209,9 @@ class Engine:
     here belongs to the thread that made it, and using it from another raises RuntimeError.
 
     Args:
-        queue_depth: requests in flight at most.
-        block_size: bytes of one request at most, as an int or like "1MiB"; a multiple of 4096.
+        queue_depth: requests in flight at most; by default 32, and 8 on the staged route.
+        block_size: bytes of one request at most, as an int or like "1MiB", a multiple of 4096; by
+            default 1 MiB, and 256 KiB on the staged route.
         backend: "auto" takes io_uring, and threads where the kernel refuses it.
 
     Raises:
@@ -223,17 +228,23 @@ class Engine:
     def __init__(
         self,
         *,
-        queue_depth: int = 32,
-        block_size: int | str = "1MiB",
+        queue_depth: int | None = None,
+        block_size: int | str | None = None,
         backend: Backend = "auto",
     ) -> None:
         self._owner: int | None = threading.get_ident()
         self._setup(queue_depth, block_size, backend, most_rings=1)
 
-    def _setup(self, depth: int, block: int | str, backend: Backend, most_rings: int) -> None:
-        self.queue_depth = as_int(depth, "queue_depth")
-        self.block_size = parse_size(block, "block_size")
-        if not 1 <= depth <= 4096:
+    def _setup(
+        self, depth: int | None, block: int | str | None, backend: Backend, most_rings: int
+    ) -> None:
+        self.queue_depth = DEPTH if depth is None else as_int(depth, "queue_depth")
+        self.block_size = BLOCK if block is None else parse_size(block, "block_size")
+        self._staged = (
+            STAGED_DEPTH if depth is None else self.queue_depth,
+            STAGED_BLOCK if block is None else self.block_size,
+        )
+        if not 1 <= self.queue_depth <= 4096:
             raise ValueError(f"queue_depth={depth}: from 1 to 4096 requests")
         if self.block_size % 4096 or not 4096 <= self.block_size <= SLOT_SIZE:
             raise ValueError(f"block_size={block!r}: a multiple of 4096, from 4 KiB to 1 GiB")
@@ -383,7 +394,13 @@ class Engine:
         with ring.lock:
             self.check_usable()  # nobody closed it meanwhile
             ring.tidy()
-            return _run_on(ring, job, self.queue_depth, self.block_size)
+            return _run_on(ring, job, *self.shape(job))
+
+    def shape(self, job: Job) -> tuple[int, int]:
+        """Requests in flight at most, and bytes of one."""
+        if job.route is Route.STAGED:
+            return self._staged
+        return self.queue_depth, self.block_size
 
 
 def _register(ring: Ring, job: Job, block: int) -> tuple[Any, bool, str]:
@@ -497,6 +514,6 @@ def default_engine() -> Engine:
         if _default is None or _default._pid != _process.pid:
             fresh = Engine.__new__(Engine)
             fresh._owner = None
-            fresh._setup(32, "1MiB", "auto", most_rings=2)
+            fresh._setup(None, None, "auto", most_rings=2)
             _default = fresh
         return _default

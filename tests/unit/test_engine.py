@@ -70,6 +70,17 @@ def test_auto_is_io_uring_where_it_is_allowed():
         assert engine.backend == other.backend == "io_uring"
 
 
+@pytest.mark.parametrize(
+    ("made", "staged", "direct"),
+    [({}, 4, 1), ({"queue_depth": 2}, 4, 1), ({"block_size": "512KiB"}, 2, 2)],
+)
+def test_staging_blocks_are_small_unless_an_engine_was_told(path, buf, made, staged, direct):
+    with Engine(**made) as engine, dmabuf.open(path, engine=engine) as file:
+        assert file.read_into(buf, route="staged").requests == staged
+        assert_same(buf.pread(SIZE, 0), pattern(SIZE, 1), "what was read")
+        assert file.read_into(buf, route="direct", audit="always").requests == direct
+
+
 def test_extremes_of_depth_and_block(path, buf):
     for depth, block in ((4096, "4KiB"), (1, "1GiB")):
         with (
