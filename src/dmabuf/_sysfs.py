@@ -6,7 +6,7 @@ import os
 def read(*path: str) -> str:
     """A file's text, "" where it does not exist or is not ours to read."""
     try:
-        with open(os.path.join(*path), encoding="utf-8", errors="replace") as file:
+        with open(os.path.join(*path), encoding="utf-8", errors="replace", newline="\n") as file:
             return file.read()
     except OSError:
         return ""

@@ -15,7 +15,7 @@ ROOT = Path(dmabuf.__file__).parent
 # a place here: a module without one fails the test.
 LAYERS: list[set[str]] = [
     {"_core", "_log", "_process", "_sysfs", "errors", "sizes", "_uapi", "compare", "reference"},
-    {"_ffi", "_replace", "_tensor_header"},
+    {"_described", "_ffi", "_replace", "_tensor_header"},
     {"_tensor_layout"},
     {"_mapping", "_rawfile", "arrays", "fence"},
     {"buffer"},

@@ -229,7 +229,7 @@ def test_a_label_is_no_identity(tmp_path, monkeypatch):
     monkeypatch.setattr(foreign, "FDINFO", str(tmp_path))
     text = "pos:\t0\nsize:\t4096\nexp_name:\tsystem\nname:\tmine\nexp_name:\tudmabuf\n"
     (tmp_path / "7").write_text(text)
-    assert foreign.identify(7) == ("system", "mine")
+    assert foreign.identify(7) == ("system", "mine\nexp_name:\tudmabuf")
 
 
 # -- registrations

@@ -7,7 +7,7 @@ import os
 import stat
 from typing import NamedTuple
 
-from dmabuf import _sysfs, _uapi
+from dmabuf import _described, _sysfs, _uapi
 from dmabuf.buffer import Buffer, Slab
 
 FDINFO = "/proc/self/fdinfo"
@@ -64,13 +64,8 @@ def identify(fd: int) -> Identity | None:
     text = _sysfs.read(FDINFO, str(fd))
     if not text:
         return Identity("unknown", None) if _behaves_like_dmabuf(fd) else None
-    fields: dict[str, str] = {}
-    for line in text.splitlines():
-        key, _, value = line.partition(":")
-        fields.setdefault(key, value.strip())  # the first: the label, last, is anyone's text
-    if "exp_name" not in fields:
-        return None
-    return Identity(fields["exp_name"], fields.get("name"))
+    told = _described.description(text)
+    return None if told is None else Identity(told.exporter, told.name)
 
 
 def _behaves_like_dmabuf(fd: int) -> bool:
