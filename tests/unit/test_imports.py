@@ -16,7 +16,7 @@ ROOT = Path(dmabuf.__file__).parent
 LAYERS: list[set[str]] = [
     {"_core", "_log", "_process", "_sysfs", "errors", "sizes", "_uapi", "compare", "reference"},
     {"_described", "_ffi", "_replace", "_tensor_header"},
-    {"_tensor_layout"},
+    {"_procfs", "_tensor_layout"},
     {"_mapping", "_rawfile", "arrays", "fence"},
     {"buffer"},
     {"exporters"},
@@ -39,7 +39,7 @@ LAYERS: list[set[str]] = [
     {"_loop"},
     {"_copying"},
     {"aio", "devices"},
-    {"machine", "verify"},
+    {"machine", "system", "verify"},
     {"bench"},
     {"cli"},
 ]
