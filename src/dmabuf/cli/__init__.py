@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dmabuf.cli import _output, bench, cp, doctor, record, verify
+from dmabuf.cli import _output, bench, cp, doctor, ls, record, top, verify
 
 __all__ = ["app", "main"]
 
@@ -48,6 +48,8 @@ record.add_to(app)
 doctor.add_to(app)
 verify.add_to(app)
 bench.add_to(app)
+ls.add_to(app)
+top.add_to(app)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from dmabuf.bench import chart
 from dmabuf.bench.result import Result
-from dmabuf.cli._bench_table import Table, preamble, tables
+from dmabuf.cli._bench_table import preamble, tables
+from dmabuf.cli._table import Content
 
 _STYLE = """\
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 72rem; margin: 2rem auto;
@@ -52,7 +53,7 @@ def page(result: Result) -> str:
     )
 
 
-def _table(table: Table) -> str:
+def _table(table: Content) -> str:
     title, head, rows = table
     lines = [f"<table>\n<caption>{escape(title)}</caption>\n"]
     lines.append("<tr>" + "".join(f"<th>{escape(word)}" for word in head) + "\n")

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import io
-import shutil
-import sys
 from collections.abc import Iterator, Sequence
 
 from dmabuf.bench.figures import PERCENTILES, Group, Row, percentiles
 from dmabuf.bench.result import Result
-from dmabuf.cli import _output
+from dmabuf.cli import _output, _table
 from dmabuf.sizes import format_size
-
-Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]
-"""A title, the words above its columns, and its rows: text first, then figures."""
 
 
 def say(result: Result) -> None:
@@ -22,7 +16,7 @@ def say(result: Result) -> None:
         _output.say(line)
     for group in result.measured.groups:
         for table in tables(result, group):
-            _output.say("\n" + _drawn(table))
+            _output.say("\n" + _table.drawn(*table))
         for way, why in group.refused.items():
             _output.say(f"  no {way}: {why}")
     _output.say("")
@@ -57,7 +51,7 @@ def preamble(result: Result) -> Iterator[str]:
         yield f"dropped from the page cache before each run, but not seen to be: {measured.unseen}"
 
 
-def tables(result: Result, group: Group) -> Iterator[Table]:
+def tables(result: Result, group: Group) -> Iterator[_table.Content]:
     """The throughput of a group, and its latencies."""
     size = f"{format_size(group.nbytes)} a run"
     head = ("way", "in flight", "throughput", "IOPS", "CPU s/GiB", "sooner than copy", "cached")
@@ -98,24 +92,3 @@ def duration(seconds: float) -> str:
         if seconds * scale < 999.5:
             return f"{seconds * scale:.3g} {unit}"
     return f"{seconds:.3g} s"
-
-
-def _drawn(table: Table) -> str:
-    """By rich; in colour where standard output is a terminal."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table as RichTable
-
-    title, head, rows = table
-    drawn = RichTable(
-        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
-    )
-    for number, name in enumerate(head):
-        drawn.add_column(name, justify="right" if number else "left", no_wrap=True)
-    for row in rows:
-        drawn.add_row(*row)
-    terminal = sys.stdout is not None and sys.stdout.isatty()
-    text = io.StringIO()
-    width = max(80, shutil.get_terminal_size().columns) if terminal else 100
-    Console(file=text, width=width, force_terminal=terminal, highlight=False).print(drawn)
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()).strip("\n")

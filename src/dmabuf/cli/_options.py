@@ -17,3 +17,11 @@ Progress = Annotated[
     typer.Option("--progress/--no-progress", help="After a second. [default: on a terminal]"),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No result, only errors.")]
+Process = Annotated[
+    str | None,
+    typer.Option(metavar="PID|COMMAND", help="Only buffers that this process holds."),
+]
+Made = Annotated[
+    str | None,
+    typer.Option("--exporter", metavar="NAME", help="Only buffers of this exporter."),
+]

@@ -82,6 +82,19 @@ def decimal(nbytes: float, suffix: str = "B") -> str:
     return f"{nbytes:.1f} {unit}{suffix}" if unit else f"{nbytes:.0f} {suffix}"
 
 
+def printable(text: str) -> str:
+    """A name that anyone may have chosen, as one line that moves no cursor and hides nothing."""
+    return "".join(map(_visible, text))
+
+
+def _visible(character: str) -> str:
+    if character != "\\" and character.isprintable():
+        return character
+    if "\udc80" <= character <= "\udcff":  # a byte that is not UTF-8
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
+
+
 class Stopped(KeyboardInterrupt):
     """SIGINT, SIGTERM or SIGHUP came."""
 

@@ -1,0 +1,324 @@
+"""`dmabuf ls --system` and `dmabuf top`, on made-up machines and as programs."""
+
+import contextlib
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from dmabuf import system
+from dmabuf.cli import top
+from dmabuf.cli._output import printable
+from tests.unit.command import PROGRAM, dmabuf, finish, start
+from tests.unit.fake_machine import FakeMachine, Made
+
+Capture = pytest.CaptureFixture[str]
+
+MIB = 1 << 20
+FRAMES = Made(7, MIB, "system", "frames", references=4)
+SCREEN = Made(8, 3 * MIB, "drm", references=2, devices=("0000:01:00.0", "vgem"))
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeMachine:
+    """What the commands see."""
+    machine = FakeMachine(tmp_path)
+    census = system.census
+    monkeypatch.setattr(system, "census", lambda: census(str(tmp_path)))
+    return machine
+
+
+@pytest.fixture
+def busy(machine: FakeMachine) -> FakeMachine:
+    machine.process(20, "camera", fds={3: FRAMES, 5: FRAMES})
+    machine.process(21, "reader", fds={4: FRAMES}, maps=[FRAMES.mapped(4096, MIB)])
+    machine.list(FRAMES, SCREEN)
+    return machine
+
+
+def under(out: str, title: str) -> list[str]:
+    """The rows of the last table of that title, their cells apart by one space."""
+    lines = out.splitlines()
+    at = len(lines) - lines[::-1].index(title) + 3
+    end = lines.index("", at) if "" in lines[at:] else len(lines)
+    return [" ".join(line.split()) for line in lines[at:end]]
+
+
+def test_ls(busy: FakeMachine, capsys: Capture) -> None:
+    ended = dmabuf(capsys, "ls", "--system")
+    assert (ended.status, ended.err) == (0, "")
+    lines = ended.out.splitlines()
+    assert lines[-1] == "2 dma-bufs, 4 MiB"
+    row = next(line for line in lines if line.split()[:1] == ["7"])
+    assert row.split(None, 5)[3:5] == ["system", "frames"]
+    assert "camera[20] (fd 3 5), reader[21] (fd 4, 1 mapping)" in row
+    row = next(line for line in lines if line.split()[:1] == ["8"])
+    assert "kernel (2)" in row
+    assert row.endswith("0000:01:00.0, vgem")
+    assert under(ended.out, "by process") == [
+        "kernel 1 3 MiB 3 MiB",
+        "camera[20] 1 1 MiB 512 KiB",
+        "reader[21] 1 1 MiB 512 KiB",
+    ]
+    assert under(ended.out, "by exporter") == ["drm 1 3 MiB", "system 1 1 MiB"]
+
+
+def test_ls_as_json(busy: FakeMachine, capsys: Capture) -> None:
+    ended = dmabuf(capsys, "ls", "--system", "--json")
+    assert (ended.status, ended.err) == (0, "")
+    told = json.loads(ended.out)
+    camera = {"pid": 20, "started": 100, "command": "camera"}
+    reader = {"pid": 21, "started": 100, "command": "reader"}
+    assert told["buffers"][1] == {
+        "inode": 7,
+        "size": MIB,
+        "exact": True,
+        "exporter": "system",
+        "name": "frames",
+        "references": 4,
+        "unseen": 0,
+        "holders": [
+            camera | {"fds": [3, 5], "mappings": []},
+            reader | {"fds": [4], "mappings": [{"address": 4096, "size": MIB}]},
+        ],
+        "devices": [],
+    }
+    assert told["buffers"][0]["devices"] == ["0000:01:00.0", "vgem"]
+    assert told["by_process"] == [
+        {"pid": None, "started": None, "command": None, "size": 3 * MIB, "buffers": 1}
+        | {"share": 3 * MIB},
+        camera | {"size": MIB, "buffers": 1, "share": MIB // 2},
+        reader | {"size": MIB, "buffers": 1, "share": MIB // 2},
+    ]
+    assert [one["exporter"] for one in told["by_exporter"]] == ["drm", "system"]
+    assert told["total"]["size"] == 4 * MIB
+    assert (told["format"], told["processes"], told["hidden"]) == (1, 3, 0)
+    assert (told["complete"], told["refusals"]) == (True, [])
+
+
+@pytest.mark.parametrize("wanted", [("--process", "reader"), ("--process", "21")])
+def test_ls_of_one_process(busy: FakeMachine, capsys: Capture, wanted: tuple[str, ...]) -> None:
+    told = json.loads(dmabuf(capsys, "ls", "--system", "--json", *wanted).out)
+    assert [one["inode"] for one in told["buffers"]] == [7]
+
+
+def test_ls_of_one_exporter(busy: FakeMachine, capsys: Capture) -> None:
+    told = json.loads(dmabuf(capsys, "ls", "--system", "--json", "--exporter", "drm").out)
+    assert [one["inode"] for one in told["buffers"]] == [8]
+    ended = dmabuf(capsys, "ls", "--system", "--exporter", "dr")
+    assert (ended.status, ended.out) == (0, "0 dma-bufs, 0 B\n")
+
+
+def test_what_could_not_be_seen(machine: FakeMachine, capsys: Capture) -> None:
+    machine.process(20, "one", maps=[SCREEN.mapped(4096, MIB)])
+    machine.process(21, "two", fds={3: Made(9, MIB, references=3)})
+    (machine.root / "proc/1/ns/pid").unlink()
+    (machine.root / "proc/1/ns/pid").symlink_to("pid:[1]")
+    ended = dmabuf(capsys, "ls", "--system")
+    assert ended.status == 0
+    assert "?" in next(line for line in ended.out.splitlines() if line.split()[:1] == ["8"])
+    assert ">=1 MiB" in ended.out
+    assert "two[21] (fd 3), not seen (2)" in ended.out
+    assert "2 dma-bufs, >=2 MiB" in ended.out
+    notes = ended.err.splitlines()
+    assert len(notes) == 2
+    assert all(note.startswith("note: ") for note in notes)
+    assert "this container alone" in notes[0]
+    assert "debugfs is not mounted: mount -t debugfs debugfs" in notes[1]
+
+
+def test_names_do_nothing_to_a_terminal(machine: FakeMachine, capsys: Capture) -> None:
+    """Nor are they rich's markup, or two lines."""
+    label = "\x1b[2J[red]a\nb:smile:\\ \u202e\udcff"
+    made = Made(7, MIB, "sys[b]tem", label, references=1)
+    machine.process(20, "x\x1b]0;t\a\r", fds={3: made})
+    machine.list(made)
+    for command in (("ls", "--system"), ("top", "-n", "1")):
+        ended = dmabuf(capsys, *command)
+        assert ended.status == 0
+        assert ended.out.replace("\n", "").isprintable()
+        assert "x\\x1b]0;t\\x07\\r[20]" in ended.out
+        assert "sys[b]tem" in ended.out
+        if command[0] == "ls":
+            assert r"\x1b[2J[red]a\nb:smile:\\ \u202e\xff" in ended.out
+    told = json.loads(dmabuf(capsys, "ls", "--system", "--json").out)
+    assert told["buffers"][0]["name"] == label
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("plain é 字", "plain é 字"), ("\\n", r"\\n"), ("\n\t\x7f\x9b", r"\n\t\x7f\x9b"),
+     ("\udc9b", r"\x9b"), ("\u2028\u200d\U000e0041", r"\u2028\u200d\U000e0041")],
+)  # fmt: skip
+def test_printable(name: str, shown: str) -> None:
+    assert printable(name) == shown
+
+
+def test_ls_of_nothing_in_particular(capsys: Capture) -> None:
+    ended = dmabuf(capsys, "ls")
+    assert ended.status == 2
+    assert "--system" in ended.err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--sort", "name"), ("--interval", "0"), ("--count", "0"), ("--interval", "often")],
+)
+def test_top_refuses(capsys: Capture, arguments: tuple[str, ...]) -> None:
+    assert dmabuf(capsys, "top", *arguments).status == 2
+
+
+def leak(machine: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Between looks `leaky` gets one buffer more; the seconds slept."""
+    slept: list[float] = []
+    held = {3: Made(100, MIB)}
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 3:  # another process with its number
+            machine.process(30, "leaky", fds={3: Made(100, MIB)}, started=999)
+            return
+        held[3 + len(slept)] = Made(100 + len(slept), MIB, "udmabuf")
+        machine.process(30, "leaky", fds=held)
+
+    machine.process(20, "steady", fds={3: Made(7, 8 * MIB)})
+    machine.process(30, "leaky", fds=held)
+    monkeypatch.setattr(top.time, "sleep", sleep)
+    return slept
+
+
+def test_top_finds_a_leak(
+    machine: FakeMachine, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    slept = leak(machine, monkeypatch)
+    ended = dmabuf(capsys, "top", "--count", 3, "--interval", 5, "--sort", "first")
+    assert ended.status == 0
+    assert slept == [5, 5]
+    assert under(ended.out, "by process") == [
+        "leaky[30] 3 3 MiB 3 MiB +1 MiB (+1) +2 MiB (+2)",
+        "steady[20] 1 8 MiB 8 MiB 0 0",
+    ]
+    assert under(ended.out, "by exporter") == [
+        "udmabuf 2 2 MiB +1 MiB (+1) +2 MiB (+2)",
+        "system 2 9 MiB 0 0",
+    ]
+    heads = [line for line in ended.out.splitlines() if " dma-bufs, " in line]
+    assert heads[0] == "2 dma-bufs, 9 MiB"
+    assert heads[2].startswith(
+        "4 dma-bufs, 11 MiB; since the last look +1 MiB (+1), since the first +2 MiB (+2) in "
+    )
+    assert ended.err.count("note: ") == 1, "what was not seen is told once"
+
+
+def test_top_as_json(
+    machine: FakeMachine, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    leak(machine, monkeypatch)
+    ended = dmabuf(capsys, "top", "-n", 4, "--json", "--process", "leaky")
+    assert (ended.status, ended.err) == (0, "")
+    rounds = [json.loads(line) for line in ended.out.splitlines()]
+    assert [one["look"] for one in rounds] == [1, 2, 3, 4]
+    (row,) = rounds[2]["by_process"]
+    nothing = {"size": 0, "buffers": 0, "share": 0}
+    assert row == {
+        "pid": 30, "started": 100, "command": "leaky", "size": 3 * MIB, "buffers": 3,
+        "share": 3 * MIB, "since_last": {"size": MIB, "buffers": 1, "share": MIB},
+        "since_first": {"size": 2 * MIB, "buffers": 2, "share": 2 * MIB},
+    }  # fmt: skip
+    assert rounds[0]["total"]["since_first"] == nothing
+    assert rounds[2]["total"]["since_first"]["buffers"] == 2
+    (row,) = rounds[3]["by_process"]
+    assert (row["started"], row["since_first"]) == (999, {"size": MIB, "buffers": 1, "share": MIB})
+    assert rounds[3]["total"]["since_last"] == {
+        "size": -2 * MIB, "buffers": -2, "share": -2 * MIB
+    }  # fmt: skip
+    assert rounds[3]["refusals"]
+
+
+@pytest.mark.parametrize(
+    ("order", "first"), [("size", 20), ("share", 20), ("buffers", 30), ("last", 30), ("first", 30)]
+)
+def test_top_sorts(
+    machine: FakeMachine, monkeypatch: pytest.MonkeyPatch, capsys: Capture, order: str, first: int
+) -> None:
+    leak(machine, monkeypatch)
+    ended = dmabuf(capsys, "top", "-n", 2, "--json", "--sort", order)
+    rows = json.loads(ended.out.splitlines()[1])["by_process"]
+    assert rows[0]["pid"] == first
+
+
+def test_top_ends_by_ctrl_c() -> None:
+    process = start("top", "--json", "--interval", "60")
+    assert json.loads(process.stdout.readline())["look"] == 1
+    process.send_signal(signal.SIGINT)
+    ended = finish(process)
+    assert (ended.status, ended.out) == (130, "")
+    assert ended.err == "error: stopped by SIGINT\n"
+
+
+def test_top_to_a_reader_who_leaves() -> None:
+    process = start("top", "--json", "--interval", "0.1")
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(60) == 141
+    assert process.stderr.read() == b""
+    process.stderr.close()
+
+
+def test_ls_to_a_reader_who_leaves() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [*PROGRAM, "ls", "--system"], stdout=write, stderr=subprocess.PIPE, timeout=60, check=False
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_top_on_a_terminal(tmp_path: Path) -> None:
+    """In place, as many processes as there is room for; at the end the cursor is back."""
+    machine = FakeMachine(tmp_path)
+    for pid in range(20, 60):
+        machine.process(pid, "w", fds={3: Made(pid, pid * MIB)})
+    program = (
+        "import sys; from dmabuf import system; from dmabuf.cli import main; real = system.census;"
+        "system.census = lambda: real(sys.argv[1]);"
+        "sys.exit(main(['top', '--interval', '0.1']))"
+    )
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [*PROGRAM[:1], "-c", program, str(tmp_path)],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=os.environ | {"TERM": "xterm", "COLUMNS": "100", "LINES": "24"},
+    )
+    os.close(theirs)
+    shown = b""
+    try:
+        while shown.count(b"since the last look") < 2:
+            assert select.select([ours], [], [], 60)[0], shown
+            shown += os.read(ours, 1 << 16)
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(OSError):  # EIO: the other end is closed
+            while more := os.read(ours, 1 << 16):
+                shown += more
+        assert process.wait(60) == 130
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+    text = shown.decode()
+    assert "\x1b[1A" in text, "the cursor goes up: each round takes the place of the one before"
+    first = text[: text.index("\x1b[1A")]
+    assert "w[59]" in first
+    assert "w[20]" not in first
+    assert "more" in first
+    assert len(first.splitlines()) <= 24
+    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
+    assert "error: stopped by SIGINT" in text
