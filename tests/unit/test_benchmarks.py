@@ -29,9 +29,20 @@ def run(script, *arguments):
     return done.stdout
 
 
-@pytest.mark.parametrize("script", ["aio.py", "bars.py", "beside_fio.py", "beside_peers.py"])
+@pytest.mark.parametrize(
+    "script", ["aio.py", "bars.py", "beside_fio.py", "beside_peers.py", "census.py"]
+)
 def test_command_lines_tell_what_they_take(script):
     assert "usage:" in run(script, "--help")
+
+
+def test_a_census_of_many_processes():
+    told = json.loads(
+        run("census.py", "--processes", 5, "--descriptors", 20, "--looks", 2, "--json")
+    )
+    assert told["seen"]["processes"] >= 6
+    assert set(told["figures"]) == {"census", "the same reading"}
+    assert all(0 < one["ms"] <= one["worst ms"] for one in told["figures"].values())
 
 
 def test_an_unknown_name_is_refused_before_anything_runs():
