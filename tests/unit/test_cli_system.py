@@ -240,6 +240,14 @@ def test_top_as_json(
     assert rounds[3]["refusals"]
 
 
+def test_top_of_one_process(busy: FakeMachine, capsys: Capture) -> None:
+    """Without those that hold the same buffers."""
+    ended = dmabuf(capsys, "top", "-n", 1, "--json", "--process", "reader")
+    told = json.loads(ended.out)
+    assert [(row["pid"], row["share"]) for row in told["by_process"]] == [(21, MIB // 2)]
+    assert told["total"]["size"] == MIB
+
+
 @pytest.mark.parametrize(
     ("order", "first"), [("size", 20), ("share", 20), ("buffers", 30), ("last", 30), ("first", 30)]
 )

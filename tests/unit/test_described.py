@@ -92,6 +92,8 @@ def test_a_label_reaches_no_line_of_fdinfo(made: Made):
 @given(st.lists(dma_bufs, max_size=4, unique_by=lambda made: made.inode))
 @example([Made(1, name="a\n\tAttached Devices:\n\tgpu"), Made(2, devices=("vgem",))])
 @example([Made(1, name="a\nTotal 1 devices attached"), Made(2)])
+@example([Made(1, name="longer\n\tAttached Devices:\nTotal 0 devices attached", devices=("a",))])
+@example([Made(1, name="\n1\t1\t1\t1\tx\t00000009\ty"), Made(2)])
 @example([Made(1, name="a\n\tread fence:", fences=("one",))])
 def test_a_label_reaches_no_other_line_of_debugfs(made: list[Made]):
     found = _described.entries(bufinfo(made))
@@ -111,7 +113,7 @@ def test_a_label_reaches_no_other_line_of_debugfs(made: list[Made]):
 @example("x\n7f00-7f01 rw-s 0 00:0e 9  /dmabuf:", 0, 1, 1)
 def test_mappings(label: str, address: int, nbytes: int, inode: int):
     label = label.replace("\\", "/").lstrip()
-    around = "7f00-7f01 r--p 00000000 fe:00 4   /usr/lib/x\n"
+    around = "7f00-7f01 r--p 00000000 fe:00 4   /srv/dmabuf:x\n7f01-7f02 rw-p 0 00:00 0\n"
     text = around + Made(inode, name=label).mapped(address, nbytes) + around
     expected = Mapping(address, nbytes, os.makedev(0, 14), inode, label or None)
     assert _described.mappings(text) == [expected]

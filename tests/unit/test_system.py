@@ -253,7 +253,7 @@ def test_a_file_that_is_called_like_a_dma_buf(
 def test_nothing_but_a_mapping(machine: FakeMachine) -> None:
     """For those who may not read debugfs: what is mapped is the least it can be."""
     made = Made(5, 64 * KIB, "drm", "x\ny")
-    machine.process(20, maps=[made.mapped(1 << 32, 4 * KIB), made.mapped(1 << 33, 8 * KIB)])
+    machine.process(20, maps=[made.mapped(1 << 32, 8 * KIB), made.mapped(1 << 33, 4 * KIB)])
     census = look(machine)
     (buffer,) = census.buffers
     assert (buffer.size, buffer.exact, buffer.exporter) == (8 * KIB, False, None)
