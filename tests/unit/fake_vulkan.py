@@ -1,6 +1,7 @@
 """A `vulkan` binding without a GPU behind it: it answers what a test has it answer."""
 
 import itertools
+import os
 from types import ModuleType, SimpleNamespace
 
 DMA_BUF = 0x200
@@ -9,9 +10,11 @@ DMA_BUF = 0x200
 class FakeVulkan(ModuleType):
     """Every VK_ name is a number and every Vk name a record; functions are those below.
 
-    What is made is in `alive` until it is destroyed. Attributes of a test's choice: `devices`, the
-    names there are; `extensions` and `version` of each; `features` for dma-bufs; `needs`, bytes
-    more than a VkBuffer has; `fails`, the name of a function and the error that it raises.
+    What is made is in `alive` until it is destroyed, and keeps the descriptors that it took over,
+    in `taken`, until then. While a job is `running` nothing may be destroyed; vkDeviceWaitIdle ends
+    it. Attributes of a test's choice: `devices`, the names there are; `extensions` and `version` of
+    each; `features` for dma-bufs; `needs`, bytes more than a VkBuffer has; `fails`, the name of a
+    function and the error that it raises; `exported`, what hands out a descriptor.
     """
 
     VK_QUEUE_COMPUTE_BIT = 2
@@ -19,6 +22,11 @@ class FakeVulkan(ModuleType):
     VK_EXTERNAL_MEMORY_FEATURE_EXPORTABLE_BIT = 2
     VK_EXTERNAL_MEMORY_FEATURE_IMPORTABLE_BIT = 4
     VK_EXTERNAL_MEMORY_HANDLE_TYPE_DMA_BUF_BIT_EXT = DMA_BUF
+    VK_EXTERNAL_SEMAPHORE_HANDLE_TYPE_SYNC_FD_BIT = 16
+    VK_SEMAPHORE_IMPORT_TEMPORARY_BIT = 1
+    VK_MEMORY_PROPERTY_DEVICE_LOCAL_BIT = 1
+    VK_ACCESS_MEMORY_READ_BIT = 1 << 15
+    VK_ACCESS_MEMORY_WRITE_BIT = 1 << 16
     VK_BUFFER_USAGE_TRANSFER_SRC_BIT = 1
     VK_BUFFER_USAGE_TRANSFER_DST_BIT = 2
     VK_BUFFER_USAGE_STORAGE_TEXEL_BUFFER_BIT = 8
@@ -55,8 +63,12 @@ class FakeVulkan(ModuleType):
         self.features = 6
         self.needs = 0
         self.memory_types = 0b11
+        self.own_memory = 0b100  # the kinds of memory that are the device's
+        self.exported = lambda: -1
+        self.running = False
         self.fails: dict[str, str] = {}
         self.alive: list[tuple[str, int]] = []
+        self.taken: dict[tuple[str, int], int] = {}
         self.calls: list[tuple[str, tuple[object, ...]]] = []
         self._numbers = itertools.count(1)
 
@@ -75,13 +87,27 @@ class FakeVulkan(ModuleType):
             if name.startswith("vkCreate") or name == "vkAllocateMemory":
                 kind = name.removeprefix("vkCreate").removeprefix("vkAllocate")
                 self.alive.append((kind, next(self._numbers)))
+                self._take(self.alive[-1], getattr(arguments[1], "pNext", None))
                 return self.alive[-1]
             if name.startswith("vkDestroy") or name == "vkFreeMemory":
-                self.alive.remove(arguments[-2])
+                self._destroy(name, arguments[-2])
                 return None
             return getattr(self, f"_{name}", lambda *_: None)(*arguments)
 
         return call
+
+    def _take(self, owner: tuple[str, int], source: object) -> None:
+        if hasattr(source, "fd"):
+            os.fstat(source.fd)  # it is open
+            self.taken[owner] = source.fd
+
+    def _destroy(self, name: str, what: tuple[str, int]) -> None:
+        assert not self.running, f"{name} under a job"
+        if what[0] == "Device":
+            assert [kind for kind, _ in self.alive] == ["Instance", "Device"]
+        self.alive.remove(what)
+        if what in self.taken:
+            os.close(self.taken.pop(what))
 
     def error(self, kind: str) -> Exception:
         """As the binding has it, which knows no exception for this result."""
@@ -117,3 +143,19 @@ class FakeVulkan(ModuleType):
 
     def _vkGetMemoryFdPropertiesKHR(self, device, kind, fd):  # noqa: N802
         return SimpleNamespace(memoryTypeBits=self.memory_types)
+
+    def _vkGetPhysicalDeviceMemoryProperties(self, device):  # noqa: N802
+        kinds = [SimpleNamespace(propertyFlags=self.own_memory >> kind & 1) for kind in range(4)]
+        return SimpleNamespace(memoryTypeCount=len(kinds), memoryTypes=kinds)
+
+    def _vkGetMemoryFdKHR(self, device, wanted):  # noqa: N802
+        return self.exported()
+
+    def _vkGetSemaphoreFdKHR(self, device, wanted):  # noqa: N802
+        return self.exported()
+
+    def _vkImportSemaphoreFdKHR(self, device, source):  # noqa: N802
+        self._take(source.semaphore, source)
+
+    def _vkDeviceWaitIdle(self, device):  # noqa: N802
+        self.running = False

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from dmabuf import BusyError, ClosedError, _uapi
 from dmabuf.buffer import Buffer, Slab
 from dmabuf.devices import vulkan
 from tests.resources import held
@@ -16,6 +17,7 @@ from tests.support import in_child
 from tests.unit.fake_vulkan import FakeVulkan
 
 SIZE = 1 << 16
+READ_AND_WRITE = FakeVulkan.VK_ACCESS_MEMORY_READ_BIT | FakeVulkan.VK_ACCESS_MEMORY_WRITE_BIT
 
 
 @pytest.fixture(autouse=True)
@@ -136,15 +138,9 @@ def test_the_foreign_queue_family_is_named_where_it_can_be(fake, buf):
                 (barrier,) = fake.calls[-1][1][7]
                 found = barrier.srcQueueFamilyIndex, barrier.dstQueueFamilyIndex
                 assert found == expected
-        fake_close(fake)
-
-
-def fake_close(fake):
-    """A fake driver took the descriptors over, and keeps them until it is told."""
-    for name, arguments in fake.calls:
-        if name == "vkAllocateMemory" and hasattr(arguments[1].pNext, "fd"):
-            os.close(arguments[1].pNext.fd)
-    fake.calls.clear()
+                assert (barrier.buffer, barrier.size) == (memory.vk_buffer, SIZE)
+                ours = vars(barrier)[("dst" if record == memory.acquire else "src") + "AccessMask"]
+                assert ours == READ_AND_WRITE
 
 
 # -- importing
@@ -166,14 +162,23 @@ def test_the_driver_refuses_the_import(fake, buf, name):
 
 def test_a_driver_closes_what_it_refuses(fake, buf, monkeypatch):
     """As Mesa 25.0's lavapipe does: the number may be another file's by then."""
+    others = []
 
     def allocate(device, about, allocator):
         os.close(about.pNext.fd)
+        if again:
+            others.append(os.memfd_create("another"))
+            assert others == [about.pNext.fd]
         raise fake.error("VkErrorInvalidExternalHandle")
 
     with vulkan.open() as device:
         monkeypatch.setattr(fake, "vkAllocateMemory", allocate, raising=False)
+        again = False
         refused(errno.EINVAL, "refuses", lambda: device.import_buffer(buf))
+        again = True
+        with pytest.raises(OSError, match="refuses"):
+            device.import_buffer(buf)
+    os.close(others[0])  # it is open still
 
 
 def test_binding_fails_after_the_driver_has_the_descriptor(fake, buf):
@@ -183,7 +188,6 @@ def test_binding_fails_after_the_driver_has_the_descriptor(fake, buf):
         with pytest.raises(OSError, match="no device memory"):
             device.import_buffer(buf)
         assert fake.alive == before
-    fake_close(fake)  # it was the driver's, and we closed it not
     buf.close()
 
 
@@ -194,7 +198,6 @@ def test_a_buffer_too_small_for_the_driver(fake, buf):
         refused(errno.EINVAL, match, lambda: device.import_buffer(buf))
         with device.import_buffer(buf, size=SIZE - 256) as memory:
             assert memory.size == SIZE - 256
-    fake_close(fake)
 
 
 def test_memory_of_no_kind_that_fits(fake, buf):
@@ -223,7 +226,209 @@ def test_memory_is_dedicated_only_where_it_must_be(fake, buf, features):
             assert source.pNext.buffer == memory.vk_buffer
         else:
             assert source.pNext is None
-    fake_close(fake)
+
+
+# -- memory of the device's own
+
+
+@pytest.fixture
+def exported(fake, monkeypatch):
+    """The descriptor that the driver hands out, as a Buffer; and the names it is given."""
+    names = []
+
+    def from_fd(fd, name):
+        names.append(name)
+        return Buffer([Slab(os.dup(fd), 0, SIZE)], None, exporter="test", reason="exported")
+
+    fake.exported = lambda: os.memfd_create("exported")
+    monkeypatch.setattr(vulkan, "from_fd", from_fd)
+    return names
+
+
+@pytest.mark.parametrize(("own", "kind"), [(0b1000, 1), (0b100, 2), (0b110, 1)])
+def test_memory_of_the_devices_own(fake, exported, own, kind):
+    fake.own_memory = own  # a VkBuffer may be in kinds 1 and 2
+    with vulkan.open() as device, device.allocate(SIZE, name="ours") as memory:
+        (about,) = [arguments[1] for name, arguments in fake.calls if name == "vkAllocateMemory"]
+        assert (about.memoryTypeIndex, about.allocationSize) == (kind, SIZE)
+        assert about.pNext.handleTypes == FakeVulkan.VK_EXTERNAL_MEMORY_HANDLE_TYPE_DMA_BUF_BIT_EXT
+        assert exported == ["ours"]
+        with pytest.raises(BusyError, match="a device has it"):
+            memory.buffer.close()
+    assert memory.buffer.closed
+
+
+@pytest.mark.parametrize("name", ["vkAllocateMemory", "vkBindBufferMemory", "vkGetMemoryFdKHR"])
+def test_the_driver_has_no_memory(fake, exported, name):
+    with vulkan.open() as device:
+        before = list(fake.alive)
+        fake.fails[name] = "VkErrorOutOfDeviceMemory"
+        refused(errno.ENOMEM, "fake GPU: no device memory", lambda: device.allocate(SIZE))
+        assert fake.alive == before
+
+
+# -- fences
+
+
+class Fences:
+    """A kernel whose sync files are memfds: which went where, by inode and direction."""
+
+    def __init__(self):
+        self.imported, self.exported = [], []
+
+    def export_sync_file(self, fd, flags):
+        made = self.make()
+        self.exported.append((inode(fd), flags, inode(made)))
+        return made
+
+    def import_sync_file(self, fd, flags, sync_file):
+        self.imported.append((inode(fd), flags, inode(sync_file)))
+
+    def merge_sync_files(self, one, other):
+        assert one == other
+        return os.dup(one)
+
+    @staticmethod
+    def make():
+        return os.memfd_create("a sync file")
+
+
+def inode(fd):
+    return os.fstat(fd).st_ino
+
+
+@pytest.fixture
+def fences(monkeypatch):
+    made = Fences()
+    for name in ("export_sync_file", "import_sync_file", "merge_sync_files"):
+        monkeypatch.setattr(_uapi, name, getattr(made, name))
+    return made
+
+
+FLAGS = {"read": _uapi.DMA_BUF_SYNC_READ, "write": _uapi.DMA_BUF_SYNC_WRITE}
+
+
+@pytest.mark.parametrize("access", ["read", "write"])
+def test_the_jobs_fence_is_added_to_the_buffer(fake, buf, fences, access):
+    """Of lavapipe's nobody could tell: its jobs have ended before it hands a fence out."""
+    handed = []
+
+    def exported():
+        fd = fences.make()
+        handed.append(inode(fd))
+        return fd
+
+    fake.exported = exported
+    with vulkan.open() as device, device.import_buffer(buf) as memory, device.semaphore() as done:
+        memory.add_fence(done, access)
+        assert fences.imported == [(inode(buf.fileno()), FLAGS[access], handed[0])]
+        name, (_, wanted) = fake.calls[-1]
+        assert (name, wanted.semaphore) == ("vkGetSemaphoreFdKHR", done.handle)
+        assert wanted.handleType == fake.VK_EXTERNAL_SEMAPHORE_HANDLE_TYPE_SYNC_FD_BIT
+        fake.exported = lambda: -1  # the job has ended
+        memory.add_fence(done, access)
+        assert len(fences.imported) == 1
+
+
+def test_a_fence_that_is_refused_is_closed(fake, buf, fences, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOTTY, "not here")
+
+    fake.exported = fences.make
+    monkeypatch.setattr(_uapi, "import_sync_file", refuse)
+    with vulkan.open() as device, device.import_buffer(buf) as memory, device.semaphore() as done:
+        refused(errno.ENOTTY, "Linux 6.0", lambda: memory.add_fence(done, "write"))
+
+
+@pytest.mark.parametrize("access", ["read", "write"])
+def test_a_job_waits_for_the_buffers_fences(fake, buf, fences, access):
+    with vulkan.open() as device, device.import_buffer(buf) as memory:
+        with memory.wait_semaphore(access) as before:
+            ((of, flags, sync_file),) = fences.exported
+            assert (of, flags) == (inode(buf.fileno()), FLAGS[access])
+            assert inode(fake.taken[before.handle]) == sync_file
+            (_, source) = next(args for name, args in fake.calls if "ImportSemaphore" in name)
+            assert source.flags == fake.VK_SEMAPHORE_IMPORT_TEMPORARY_BIT
+            assert source.handleType == fake.VK_EXTERNAL_SEMAPHORE_HANDLE_TYPE_SYNC_FD_BIT
+        assert before.handle not in fake.taken
+
+
+def test_only_a_semaphore_for_a_job_to_signal_can_be_exported(fake, fences):
+    fd = fences.make()
+    with vulkan.open() as device, device.semaphore(), device.semaphore(fd):
+        chains = [args[1].pNext for name, args in fake.calls if name == "vkCreateSemaphore"]
+    os.close(fd)  # it stayed ours
+    assert chains[0].handleTypes == fake.VK_EXTERNAL_SEMAPHORE_HANDLE_TYPE_SYNC_FD_BIT
+    assert chains[1] is None
+
+
+@pytest.mark.parametrize("name", ["vkCreateSemaphore", "vkImportSemaphoreFdKHR"])
+def test_the_driver_refuses_a_semaphore(fake, fences, name):
+    fd = fences.make()
+    with vulkan.open() as device:
+        before = list(fake.alive)
+        fake.fails[name] = "VkErrorInvalidExternalHandle"
+        refused(errno.EINVAL, "making a semaphore of fake GPU", lambda: device.semaphore(fd))
+        assert fake.alive == before
+    os.close(fd)
+
+
+# -- the end
+
+
+@pytest.mark.parametrize("what", ["import", "allocate", "semaphore", "device"])
+def test_nothing_is_given_back_under_a_job(fake, buf, exported, what):
+    device = vulkan.open()
+    make = {
+        "import": lambda: device.import_buffer(buf),
+        "allocate": lambda: device.allocate(SIZE),
+        "semaphore": device.semaphore,
+        "device": lambda: device,
+    }
+    made = make[what]()
+    before = list(fake.alive)
+    fake.running = True
+    fake.fails["vkDeviceWaitIdle"] = "VkErrorOutOfDeviceMemory"  # that is no end of the job
+    with pytest.raises(OSError, match="waiting for fake GPU: no device memory"):
+        made.close()
+    assert fake.alive == before
+    if what in ("import", "allocate"):
+        with pytest.raises(BusyError):
+            made.buffer.close()
+    fake.fails = {}
+    made.close()  # the fake would tell
+    device.close()
+
+
+def test_a_buffer_is_held_until_the_driver_has_let_go(fake, buf):
+    seen = []
+    destroy = fake._destroy
+
+    def watching(name, what):
+        if what[0] in ("Buffer", "Memory"):
+            with pytest.raises(BusyError, match="a device has it"):
+                buf.close()
+            seen.append(name)
+        destroy(name, what)
+
+    fake._destroy = watching
+    with vulkan.open() as device:
+        device.import_buffer(buf).close()
+    assert sorted(seen) == ["vkDestroyBuffer", "vkFreeMemory"]
+    buf.close()
+
+
+def test_a_closed_device_closes_what_was_made_of_it(fake, buf, exported):
+    device = vulkan.open()
+    made = device.import_buffer(buf), device.allocate(SIZE), device.semaphore()
+    fake.running = True
+    device.close()
+    assert fake.alive == []
+    for one in made:
+        one.close()
+        with pytest.raises(ClosedError):
+            one.__enter__()
+    buf.close()
 
 
 def test_a_lost_device_can_be_closed(fake, buf):
@@ -232,5 +437,4 @@ def test_a_lost_device_can_be_closed(fake, buf):
         fake.fails["vkDeviceWaitIdle"] = "VkErrorDeviceLost"
         refused(errno.ENODEV, "the device is lost", device.wait_idle)
         memory.close()
-    fake_close(fake)
     buf.close()

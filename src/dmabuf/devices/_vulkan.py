@@ -7,8 +7,9 @@ Synchronization, and the extensions named in NEEDED.
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 from dmabuf.errors import os_error
@@ -156,3 +157,24 @@ def _look(device: Any, name: str) -> Found | str:
     if not able:
         return "it has no queue that computes"
     return Found(device, name, able[0], (*NEEDED, *({FOREIGN} & has)))
+
+
+@contextmanager
+def given_away(fd: int) -> Iterator[int]:
+    """A descriptor that a driver takes over if it succeeds, and leaves to us if it does not.
+
+    Mesa 25.0's lavapipe closes one that it refuses to import as memory all the same.
+    """
+    file = os.fstat(fd)
+    try:
+        yield fd
+    except BaseException:
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(fd), file):
+                os.close(fd)
+        raise
+
+
+def lowest(bits: int) -> int | None:
+    """The number of the lowest bit that is set."""
+    return (bits & -bits).bit_length() - 1 if bits else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import warnings
 from contextlib import ExitStack, suppress
@@ -34,12 +35,15 @@ class Made:
         self.device._check_open()
 
     def close(self) -> None:
-        """Wait for the device's jobs, then give up what it holds; again does nothing."""
+        """Wait for the device's jobs, then give up what it holds; again does nothing.
+
+        Raises:
+            OSError: the driver cannot wait for the jobs; it stays open.
+        """
         if self._closed or self._pid != _process.pid:
             return
+        settle(self.device)
         self._closed = True
-        with suppress(OSError):  # of a device that is lost, nothing runs
-            self.device.wait_idle()
         self._undo.close()
 
     def __exit__(self, *exc: object) -> None:
@@ -164,6 +168,7 @@ class Memory(Made):
 
         Raises:
             BufferError: a view of such a buffer exists; it stays open, all else is closed.
+            OSError: the driver cannot wait for the jobs; all stays open.
         """
         ended = self._closed or self._pid != _process.pid
         super().close()
@@ -221,6 +226,15 @@ class Semaphore(Made):
     def __repr__(self) -> str:
         state = " closed" * self._closed
         return f"<dmabuf.devices.vulkan.Semaphore of {self.device.name!r}{state}>"
+
+
+def settle(device: Device) -> None:
+    """Return when no job of the device's runs; of one that is lost, none does."""
+    try:
+        device.wait_idle()
+    except OSError as error:
+        if error.errno != errno.ENODEV:
+            raise
 
 
 def warn_and_close(what: Any) -> None:

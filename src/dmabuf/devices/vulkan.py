@@ -20,15 +20,14 @@ from __future__ import annotations
 import errno
 import os
 import weakref
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from typing import Any
 
 from dmabuf import _process, fence
 from dmabuf.buffer import Buffer
 from dmabuf.devices import _vulkan
-from dmabuf.devices._vulkan import FOREIGN, NEEDED, told
-from dmabuf.devices._vulkan_memory import Made, Memory, Semaphore, warn_and_close
+from dmabuf.devices._vulkan import FOREIGN, NEEDED, given_away, lowest, told
+from dmabuf.devices._vulkan_memory import Made, Memory, Semaphore, settle, warn_and_close
 from dmabuf.errors import ClosedError, os_error
 from dmabuf.exporters import from_fd
 from dmabuf.sizes import as_int, parse_size
@@ -162,11 +161,11 @@ class Device:
                 able = self._memory_fd_properties(
                     self.handle, vk.VK_EXTERNAL_MEMORY_HANDLE_TYPE_DMA_BUF_BIT_EXT, fd
                 ).memoryTypeBits
-            kind = _lowest(able & needs.memoryTypeBits)
+            kind = lowest(able & needs.memoryTypeBits)
             if kind is None:
                 text = f"{what}: no kind of its memory is both this buffer's and the usage's"
                 raise os_error(errno.EINVAL, text)
-            with _given_away(os.dup(fd)) as own, told(what):
+            with given_away(os.dup(fd)) as own, told(what):
                 source = vk.VkImportMemoryFdInfoKHR(
                     pNext=dedicated,
                     handleType=vk.VK_EXTERNAL_MEMORY_HANDLE_TYPE_DMA_BUF_BIT_EXT,
@@ -297,8 +296,9 @@ class Device:
             for index in range(kinds.memoryTypeCount)
             if kinds.memoryTypes[index].propertyFlags & vk.VK_MEMORY_PROPERTY_DEVICE_LOCAL_BIT
         )
-        best = _lowest(able & own)
-        return best if best is not None else able.bit_length() - 1
+        kind = lowest(able & own or able)
+        assert kind is not None  # the specification promises one
+        return kind
 
     # -- semaphores
 
@@ -325,7 +325,7 @@ class Device:
                 handle = vk.vkCreateSemaphore(self.handle, about, None)
             undo.callback(vk.vkDestroySemaphore, self.handle, handle, None)
             if sync_file is not None:
-                with _given_away(fence.duplicate(sync_file)) as own, told(what):
+                with given_away(fence.duplicate(sync_file)) as own, told(what):
                     source = vk.VkImportSemaphoreFdInfoKHR(
                         semaphore=handle,
                         flags=vk.VK_SEMAPHORE_IMPORT_TEMPORARY_BIT,
@@ -359,9 +359,11 @@ class Device:
         Raises:
             BufferError: a view of a buffer by :meth:`allocate` exists; that stays open, all else
                 is closed.
+            OSError: the driver cannot wait for the jobs; it stays open.
         """
         if self._closed or self._pid != _process.pid:
             return
+        settle(self)
         first: BufferError | None = None
         for one in list(self._made):
             try:
@@ -385,24 +387,3 @@ class Device:
 
     def __repr__(self) -> str:
         return f"<dmabuf.devices.vulkan.Device {self.name!r}{' closed' * self._closed}>"
-
-
-@contextmanager
-def _given_away(fd: int) -> Iterator[int]:
-    """A descriptor that a driver takes over if it succeeds, and leaves to us if it does not.
-
-    Mesa 25.0's lavapipe closes one that it refuses to import as memory all the same.
-    """
-    file = os.fstat(fd)
-    try:
-        yield fd
-    except BaseException:
-        with suppress(OSError):
-            if os.path.samestat(os.fstat(fd), file):
-                os.close(fd)
-        raise
-
-
-def _lowest(bits: int) -> int | None:
-    """The number of the lowest bit that is set."""
-    return (bits & -bits).bit_length() - 1 if bits else None
