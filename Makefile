@@ -19,7 +19,7 @@ check: lint types c-tests unit
 # Not parts of make test: the lab's tests on Debian stable's kernel, and the long soak.
 test-stable: $(VENV)/ready
 	tools/install-system-packages $$(lab/run --apt-packages)
-	lab/run --kernel stable -- python3 -m pytest tests/kernel
+	lab/run --kernel stable --devices all -- python3 -m pytest tests/kernel tests/device
 
 TRANSFERS := 100000
 soak: $(VENV)/ready

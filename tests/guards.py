@@ -32,6 +32,13 @@ def needs(*guards: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     return lambda test: test
 
 
+def since(release: tuple[int, int], what: str) -> pytest.MarkDecorator:
+    """The test is to fail on kernels before this release, which cannot do it: docs/kernels.md."""
+    before = tuple(map(int, os.uname().release.split(".")[:2])) < release
+    number = ".".join(map(str, release))
+    return pytest.mark.xfail(before, reason=f"{what}: since Linux {number}", strict=True)
+
+
 def _failing(reason: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     def decorate(test: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(test)

@@ -15,7 +15,7 @@ from dmabuf.devices import drm
 from tests import support
 from tests.device import screen
 from tests.device.conftest import dma_bufs
-from tests.guards import drm_node, needs, vgem_node
+from tests.guards import drm_node, needs, since, vgem_node
 from tests.kernel.test_exporters import drm as ioctl
 from tests.support import assert_same, pattern, poison
 
@@ -23,6 +23,7 @@ WIDTH, HEIGHT = 640, 480
 BOCHS, VIRTIO, RENDER = drm_node("bochs-drm"), drm_node("virtio-pci"), drm_node("vgem", "render")
 VGEM = vgem_node()
 DEBUG = Path("/sys/kernel/debug/dri")
+imports = since((6, 13), "bochs takes buffers of others")
 
 
 def listed() -> list[str]:
@@ -73,7 +74,12 @@ def shows(expected: bytes, what: str) -> None:
 @needs("display", "udmabuf", "dma_heap")
 @pytest.mark.parametrize(
     ("exporter", "pitch"),
-    [("udmabuf", None), ("udmabuf", WIDTH * 4 + 64), ("system", None), ("the card's own", None)],
+    [
+        pytest.param("udmabuf", None, marks=imports),
+        pytest.param("udmabuf", WIDTH * 4 + 64, marks=imports),
+        pytest.param("system", None, marks=imports),
+        ("the card's own", None),
+    ],
 )
 def test_a_buffer_is_shown(exporter: str, pitch: int | None) -> None:
     data, rgb = pixels(WIDTH, HEIGHT, 1, pitch)
@@ -100,6 +106,7 @@ def made(exporter: str, card: drm.Card, pitch: int | None = None) -> drm.Image:
     return drm.image(buffer, WIDTH, HEIGHT, pitch=pitch)
 
 
+@imports
 @needs("display", "udmabuf", "nvme")
 def test_from_a_disk_onto_the_screen() -> None:
     """The disk writes into the memory that the display reads."""
@@ -117,6 +124,7 @@ def test_from_a_disk_onto_the_screen() -> None:
             shows(rgb, "the screen")
 
 
+@imports
 @needs("display", "udmabuf")
 def test_a_framebuffer_keeps_its_memory() -> None:
     data, rgb = pixels(WIDTH, HEIGHT, 4)
@@ -204,6 +212,7 @@ def test_a_handle_that_was_exported_is_not_closed_with_an_import() -> None:
         no_handle_is_open(card)
 
 
+@imports
 @needs("vgem", "display")
 def test_from_one_device_to_another() -> None:
     data, rgb = pixels(WIDTH, HEIGHT, 6)
@@ -276,6 +285,7 @@ def test_nodes_of_the_wrong_kind() -> None:
                     attempt()
 
 
+@imports
 @needs("display", "udmabuf")
 def test_pictures_that_a_display_cannot_show() -> None:
     with (
@@ -344,6 +354,7 @@ def test_what_is_dropped_is_closed_with_a_warning() -> None:
         card.fileno()
 
 
+@imports
 @needs("display", "udmabuf")
 def test_the_example(tmp_path: Path) -> None:
     data, rgb = pixels(WIDTH, HEIGHT, 7)

@@ -16,13 +16,14 @@ import dmabuf
 from dmabuf import _uapi
 from dmabuf.devices import drm, vfio
 from dmabuf.exporters import foreign
-from tests.guards import needs, vfio_address, vgem_node
+from tests.guards import needs, since, vfio_address, vgem_node
 from tests.kernel.conftest import native
 from tests.support import assert_same, poison
 
 ADDRESS = str(vfio_address())
 MEMORY, REGISTERS = 2, 0  # the BARs of QEMU's ivshmem-plain: 1 MiB, and 256 bytes
 SIZE = 1 << 20
+exports = since((6, 19), "VFIO exports BARs")
 
 
 @pytest.fixture
@@ -39,6 +40,7 @@ def through_vfio(device: vfio.Device) -> mmap.mmap:
     return mmap.mmap(device.fileno(), SIZE, offset=layout.unpack(data)[5])
 
 
+@exports
 @needs("vfio")
 def test_a_bar_is_a_buffer(device: vfio.Device) -> None:
     assert device.bars() == ((REGISTERS, 256), (MEMORY, SIZE))
@@ -55,6 +57,7 @@ def test_a_bar_is_a_buffer(device: vfio.Device) -> None:
                 again.pread(1, 0)
 
 
+@exports
 @needs("vfio")
 def test_the_cpu_has_no_way_in(device: vfio.Device) -> None:
     with device.bar(MEMORY) as buffer:
@@ -74,6 +77,7 @@ def test_the_cpu_has_no_way_in(device: vfio.Device) -> None:
         assert caught.value.errno == errno.EINVAL
 
 
+@exports
 @needs("vfio", "nvme")
 @pytest.mark.parametrize("direction", ["read", "write"])
 def test_native_or_nothing(device: vfio.Device, direction: str, tmp_path: Path) -> None:
@@ -94,6 +98,7 @@ def test_native_or_nothing(device: vfio.Device, direction: str, tmp_path: Path) 
                     assert f"{route}: the CPU has no mapping of this memory of a PCI dev" in told
 
 
+@exports
 @needs("vfio", "nvme")
 def test_what_is_refused_changes_nothing(device: vfio.Device, tmp_path: Path) -> None:
     path = tmp_path / "file"
@@ -109,6 +114,7 @@ def test_what_is_refused_changes_nothing(device: vfio.Device, tmp_path: Path) ->
         assert_same(path.read_bytes(), bytes(SIZE), "the file")
 
 
+@exports
 @needs("vfio", "nvme")
 def test_parts_slabs_and_read_only(device: vfio.Device, monkeypatch: pytest.MonkeyPatch) -> None:
     real, asked = _uapi.ioctl, []
@@ -134,6 +140,7 @@ def test_parts_slabs_and_read_only(device: vfio.Device, monkeypatch: pytest.Monk
                 file.read_into(buffer)
 
 
+@exports
 @needs("vfio")
 def test_buffers_keep_the_device_open() -> None:
     with vfio.Device(ADDRESS) as device:
@@ -149,6 +156,7 @@ def test_buffers_keep_the_device_open() -> None:
     vfio.Device(ADDRESS).close()
 
 
+@exports
 @needs("vfio", "vgem")
 def test_a_gpu_that_cannot_reach_it(device: vfio.Device) -> None:
     with device.bar(MEMORY) as buffer, drm.Card(vgem_node()) as card:
@@ -178,6 +186,7 @@ def test_devices_that_cannot_be_opened() -> None:
         assert device.address == ADDRESS
 
 
+@exports
 @needs("vfio", "root")
 def test_permission_is_that_of_the_node() -> None:
     os.seteuid(65534)
@@ -243,6 +252,7 @@ def test_a_kernel_that_exports_none(device: vfio.Device, monkeypatch: pytest.Mon
     assert caught.value.errno == errno.ENOTTY
 
 
+@exports
 @needs("vfio")
 def test_a_fork_and_a_device_that_is_dropped() -> None:
     with vfio.Device(ADDRESS) as device, device.bar(MEMORY) as buffer:
@@ -263,6 +273,7 @@ def test_a_fork_and_a_device_that_is_dropped() -> None:
         vfio.Device(ADDRESS)
 
 
+@exports
 @needs("vfio")
 def test_the_example(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(poison(SIZE))

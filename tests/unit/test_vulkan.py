@@ -12,9 +12,10 @@ import pytest
 from dmabuf import BusyError, ClosedError, _uapi
 from dmabuf.buffer import Buffer, Slab
 from dmabuf.devices import vulkan
+from tests import forking
 from tests.resources import held
 from tests.support import in_child
-from tests.unit.fake_vulkan import FakeVulkan
+from tests.unit.fake_vulkan import DMA_BUF, FakeVulkan
 
 SIZE = 1 << 16
 READ_AND_WRITE = FakeVulkan.VK_ACCESS_MEMORY_READ_BIT | FakeVulkan.VK_ACCESS_MEMORY_WRITE_BIT
@@ -124,6 +125,14 @@ def test_opening_fails_half_way(fake, name, kind, number, match):
     assert fake.alive == []
 
 
+def test_what_the_device_is_opened_with(fake):
+    with vulkan.open() as device:
+        (about,) = [arguments[1] for name, arguments in fake.calls if name == "vkCreateDevice"]
+        assert set(about.ppEnabledExtensionNames) == set(vulkan.EXTENSIONS[:-1])
+        (queue,) = about.pQueueCreateInfos
+        assert queue.queueFamilyIndex == device.queue_family == 1  # the one that computes
+
+
 def test_the_foreign_queue_family_is_named_where_it_can_be(fake, buf):
     fake.VK_QUEUE_FAMILY_FOREIGN_EXT, fake.VK_QUEUE_FAMILY_EXTERNAL = 77, 78
     for extension, outside in ((None, 78), (vulkan.EXTENSIONS[-1], 77)):
@@ -181,6 +190,18 @@ def test_a_driver_closes_what_it_refuses(fake, buf, monkeypatch):
     os.close(others[0])  # it is open still
 
 
+def test_an_interrupt_in_the_driver(fake, buf, monkeypatch):
+    def allocate(*_):
+        raise KeyboardInterrupt
+
+    with vulkan.open() as device:
+        before = held(), list(fake.alive)
+        monkeypatch.setattr(fake, "vkAllocateMemory", allocate, raising=False)
+        with pytest.raises(KeyboardInterrupt):
+            device.import_buffer(buf)
+        assert (held(), fake.alive) == before
+
+
 def test_binding_fails_after_the_driver_has_the_descriptor(fake, buf):
     with vulkan.open() as device:
         before = list(fake.alive)
@@ -189,6 +210,29 @@ def test_binding_fails_after_the_driver_has_the_descriptor(fake, buf):
             device.import_buffer(buf)
         assert fake.alive == before
     buf.close()
+
+
+def test_what_the_driver_is_told_of_an_import(fake, buf):
+    with vulkan.open() as device, device.import_buffer(buf, size=SIZE // 2) as memory:
+        asked = {name: arguments[1] for name, arguments in fake.calls if len(arguments) > 1}
+        made, source = asked["vkCreateBuffer"], asked["vkAllocateMemory"]
+        assert (made.size, made.usage) == (SIZE // 2, 0x23)
+        assert made.pNext.handleTypes == source.pNext.handleType == DMA_BUF
+        assert (source.allocationSize, source.memoryTypeIndex) == (SIZE, 1)
+        assert inode(fake.taken[memory.vk_memory]) == inode(buf.fileno())
+        assert fake.taken[memory.vk_memory] != buf.fileno()
+
+
+def test_a_read_only_descriptor(fake):
+    whole = os.memfd_create("a dma-buf")
+    fd = os.open(f"/proc/self/fd/{whole}", os.O_RDONLY | os.O_CLOEXEC)
+    os.close(whole)
+    with (
+        Buffer([Slab(fd, 0, SIZE)], None, exporter="test", reason="", writable=False) as buffer,
+        vulkan.open() as device,
+    ):
+        refused(errno.EACCES, "give a usage= that only reads", lambda: device.import_buffer(buffer))
+        device.import_buffer(buffer, usage=fake.VK_BUFFER_USAGE_TRANSFER_SRC_BIT).close()
 
 
 def test_a_buffer_too_small_for_the_driver(fake, buf):
@@ -330,6 +374,14 @@ def test_the_jobs_fence_is_added_to_the_buffer(fake, buf, fences, access):
         assert len(fences.imported) == 1
 
 
+def test_a_sync_file_is_the_callers(fake):
+    fake.exported = lambda: os.memfd_create("a sync file", 0)  # inheritable
+    with vulkan.open() as device, device.semaphore() as done:
+        fd = done.sync_file()
+        assert not os.get_inheritable(fd)
+        os.close(fd)
+
+
 def test_a_fence_that_is_refused_is_closed(fake, buf, fences, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOTTY, "not here")
@@ -374,6 +426,38 @@ def test_the_driver_refuses_a_semaphore(fake, fences, name):
 
 
 # -- the end
+
+
+def test_nothing_is_taken_of_what_cannot_be_used(fake, buf, fences):
+    with vulkan.open() as device, device.semaphore() as done:
+        memory = device.import_buffer(buf)
+        calls = len(fake.calls)
+        for use in (memory.wait_semaphore, lambda access: memory.add_fence(done, access)):
+            with pytest.raises(ValueError, match="direction='rw'"):
+                use("rw")
+        memory.close()
+        for use in (memory.wait_semaphore, lambda access: memory.add_fence(done, access)):
+            with pytest.raises(ClosedError):
+                use("read")
+        with pytest.raises(ClosedError):
+            memory.acquire("a command buffer")
+    took = [name for name, _ in fake.calls[calls:]]
+    assert not {"vkGetSemaphoreFdKHR", "vkCreateSemaphore", "vkCmdPipelineBarrier"} & set(took)
+    assert not fences.exported
+
+
+def test_a_forks_child_leaves_the_driver_alone(fake, buf):
+    with vulkan.open() as device, device.import_buffer(buf) as memory, device.semaphore() as done:
+
+        def child():
+            fake.calls.clear()
+            for one in (memory, done, device):
+                with pytest.raises(ClosedError, match="process which forked"):
+                    one.__enter__()
+                one.close()
+            assert fake.calls == []
+
+        forking.in_child(child)
 
 
 @pytest.mark.parametrize("what", ["import", "allocate", "semaphore", "device"])
