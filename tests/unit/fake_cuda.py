@@ -8,6 +8,7 @@ import ctypes
 import enum
 import fcntl
 import os
+import threading
 
 from dmabuf import _uapi
 from tests.unit.fake_device import BASE, FakeDevice
@@ -119,7 +120,7 @@ class FakeCuda:
     def __init__(self, size: int = 16 << 20, count: int = 1) -> None:
         self.gpu = FakeDevice(size)
         self.count, self.retained, self.busy = count, 0, 0
-        self.stack: list[Handle] = []
+        self._stacks: dict[int, list[Handle]] = {}
         self.calls: list[tuple] = []
         self.fail: dict[str, object] = {}
         self.after: dict[str, BaseException] = {}
@@ -132,6 +133,11 @@ class FakeCuda:
         self.streams: set[Handle] = set()
         self._last = None
         self._next = 0
+
+    @property
+    def stack(self) -> list[Handle]:
+        """The contexts of this thread, the current one last: each thread has its own."""
+        return self._stacks.setdefault(threading.get_ident(), [])
 
     def __getattribute__(self, name: str):
         value = object.__getattribute__(self, name)
@@ -154,7 +160,7 @@ class FakeCuda:
         """What nobody gave back."""
         held = {
             "contexts": self.retained,
-            "current": len(self.stack),
+            "current": sum(map(len, self._stacks.values())),
             "memory": self.allocated,
             "registered": self.gpu.pinned,
             "events": self.events,

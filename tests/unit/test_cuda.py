@@ -160,6 +160,10 @@ def test_memory_of_somebody_else(driver, gpu):
         driver.ordinals[owner.address] = 1
         with pytest.raises(ValueError, match="cuda:1's, not cuda:0's"):
             gpu.memory(owner.address, 4096)
+    driver.fail["cuPointerGetAttribute"] = CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
+    with pytest.raises(OSError, match="cuda:0: asking what 0x1000 is: illegal address"):
+        gpu.memory(0x1000, 4096)
+    driver.fail.clear()
     with dmabuf.allocate(4096, exporter="memfd") as buffer, gpu.register(buffer):
         with pytest.raises(ValueError, match=r"give a Buffer to Device\.register"):
             gpu.memory(buffer._address, 4096)
@@ -309,8 +313,10 @@ def test_native_where_the_kernel_has_it(driver, gpu, path, ordering, options):
             place = {"file_offset": 4096, "buffer_offset": 8192, "route": "native"}
             assert moved == [("plan", "native"), (MIB, place)]
             names = [call[0] for call in driver.calls]
-            after = names[names.index("native") :]
-            assert ("cuFlushGPUDirectRDMAWrites" in after) == (not ordering)
+            at = names.index("native")
+            assert names[:at].count("cuEventQuery") == 1  # of the caller's stream
+            assert ("cuFlushGPUDirectRDMAWrites" in names[at:]) == (not ordering)
+            assert "cuFlushGPUDirectRDMAWrites" not in names[:at]
         else:
             file.read_into, file.plan = read_into, type(file).plan.__get__(file)
             plan = file.plan
@@ -321,8 +327,10 @@ def test_native_where_the_kernel_has_it(driver, gpu, path, ordering, options):
         if ordering or options:
             assert memory.read_from(file, file_offset=MIB) == "record"
             assert moved[-1][0] == SIZE - MIB  # what the file has, and no more
+        calls = len(driver.calls)
         assert memory.write_to(file, MIB, sync=True) == "record"
         assert moved[-1][1]["sync"] is True
+        assert not any("Flush" in call[0] for call in driver.calls[calls:])
         file.read_into, file.write_from = read_into, write_from
 
 
@@ -335,6 +343,28 @@ def test_it_waits_for_the_callers_stream(driver, gpu, path):
     assert driver.calls[record][2] == 0xABC
     first_copy = names.index("cuMemcpyHtoDAsync")
     assert names[record:first_copy].count("cuEventQuery") == 6
+
+
+@pytest.mark.parametrize("direction", ["read", "write"])
+def test_copies_are_under_way_while_the_disk_works(driver, gpu, path, direction):
+    under_way = []
+
+    def noting(method):
+        def noted(*args, **how):
+            under_way.append(len(driver.gpu.flying))
+            return method(*args, **how)
+
+        return noted
+
+    with gpu.allocate("4MiB") as memory, dmabuf.open(path, "r+") as file:
+        file.read_into, file.write_from = noting(file.read_into), noting(file.write_from)
+        if direction == "read":
+            memory.read_from(file, SIZE)
+            assert under_way == [0, 1] + [2] * (len(under_way) - 2)
+        else:
+            memory.write_to(file, SIZE)
+            assert under_way == [2] * (len(under_way) - 2) + [1, 0]
+    assert len(under_way) > 12
 
 
 @pytest.mark.parametrize("name", ["cuMemcpyHtoDAsync", "cuEventRecord", "cuEventQuery"])
@@ -427,6 +457,22 @@ def test_register(driver, gpu):
             pass
 
 
+def test_a_buffer_is_open_until_it_is_unregistered(driver, gpu):
+    with dmabuf.allocate(4096, exporter="memfd") as buffer:
+        unregister = driver.cuMemHostUnregister
+
+        def closing(address):
+            with pytest.raises(BufferError, match="cannot close"):
+                buffer.close()
+            return unregister(address)
+
+        registered = gpu.register(buffer)
+        object.__setattr__(driver, "cuMemHostUnregister", closing)
+        registered.close()
+        names = [call[0] for call in driver.calls]
+        assert names.count("cuMemHostUnregister") == 2  # the fake's own, and that one
+
+
 def test_a_buffer_that_cannot_be_registered(driver, gpu):
     with pytest.raises(TypeError, match=r"a dmabuf\.Buffer is needed"):
         gpu.register(bytearray(4096))
@@ -498,7 +544,19 @@ def test_memory_is_not_freed_under_a_transfer(driver, gpu, path):
         buffer._acquire()
         with pytest.raises(dmabuf.BusyError, match="a transfer is running"):
             memory.close()
+        assert driver.allocated and not memory.closed
         buffer._release()
+
+
+def test_memory_that_the_driver_does_not_free(driver):
+    with cuda.Device() as gpu:
+        memory = gpu.allocate("2MiB")
+        driver.fail["cuMemFree"] = CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
+        with pytest.raises(OSError, match="cuda:0: freeing memory: illegal address"):
+            memory.close()
+        assert memory.closed
+        memory.close()
+    driver.allocated.clear()
 
 
 def test_dropped_without_close(driver):

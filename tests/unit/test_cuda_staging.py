@@ -193,11 +193,12 @@ def test_what_went_by_the_page_cache_after_all(device, stage, path):
 def test_sync(device, stage, path):
     flushed = []
     with dmabuf.open(path, "r+") as file:
-        file._target.flush = lambda: flushed.append(len(device.flying))
+        file._target.flush = lambda: flushed.append((len(device.flying), path.read_bytes()))
         stage.write_from(file, BASE, SIZE)
         assert flushed == []
+        device.memory[:SIZE] = data = pattern(SIZE, 7)
         stage.write_from(file, BASE, SIZE, sync=True)
-        assert flushed == [0]
+        assert flushed == [(0, data)]
 
 
 # -- order and overlap
