@@ -175,6 +175,21 @@ def test_uncached_asks_it_of_each_piece(device, tmp_path):
         assert stage.write_from(file, BASE, size).route is dmabuf.Route.STAGED
 
 
+def test_a_last_piece_without_a_route_is_found_before_the_first(device, stage, path):
+    with dmabuf.open(path) as file:
+        plan = file.plan
+
+        def planned(buffer, direction, *, size, **how):
+            if size == SIZE - STARTS[-1]:
+                raise OSError(errno.EOPNOTSUPP, "not that one")
+            return plan(buffer, direction, size=size, **how)
+
+        file.plan = planned
+        with pytest.raises(OSError, match="not that one"):
+            stage.read_into(file, BASE, SIZE)
+    assert not device.begun
+
+
 def test_what_went_by_the_page_cache_after_all(device, stage, path):
     """As where a filesystem takes O_DIRECT and ignores it: the record does not say staged."""
     with dmabuf.open(path) as file:

@@ -329,7 +329,10 @@ def test_the_format_is_what_was_asked_for(camera):
         ({"format": "much too long"}, "has no format"),
         ({"format": "Grüß"}, "has no format"),
         ({"width": 120}, "cannot deliver 120x32 YUYV, the nearest is 128x64 YUYV"),
+        ({"width": (1 << 32) + 64}, "cannot deliver 4294967360x32 YUYV, the nearest is 64x32"),
+        ({"height": (1 << 32) + 32}, "cannot deliver 64x4294967328 YUYV, the nearest is 64x32"),
         ({"fps": 1000}, "cannot deliver 1000 frames a second here, but 30"),
+        ({"fps": (1 << 32) + 30}, r"cannot deliver 4.29497e\+09 frames a second here, but 30"),
     ],
 )
 def test_what_the_device_lacks(how, match, camera):
@@ -350,6 +353,10 @@ def test_what_the_device_lacks(how, match, camera):
         ({"buffers": 2.0}, TypeError),
         ({"timeout": -1}, ValueError),
         ({"fps": 0}, ValueError),
+        ({"fps": float("inf")}, ValueError),
+        ({"fps": float("nan")}, ValueError),
+        ({"format": 3}, TypeError),
+        ({"width": 64.5}, TypeError),
         ({"width": -5}, ValueError),
         ({"exporter": "nobody"}, ValueError),
     ],
@@ -462,7 +469,7 @@ def test_paths_that_are_no_video_devices(tmp_path):
         with pytest.raises(OSError, match="is no video device") as caught:
             v4l2.capture(path)
         assert (caught.value.errno, caught.value.filename) == (errno.ENODEV, str(path))
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"cameras are /dev/video0 and so on \(v4l2-ctl"):
         v4l2.capture(tmp_path / "nothing")
 
 

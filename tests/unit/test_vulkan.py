@@ -235,6 +235,13 @@ def test_a_read_only_descriptor(fake):
         device.import_buffer(buffer, usage=fake.VK_BUFFER_USAGE_TRANSFER_SRC_BIT).close()
 
 
+def test_what_is_no_buffer(fake, buf):
+    with vulkan.open() as device:
+        for other in (None, buf.fileno(), b"bytes"):
+            with pytest.raises(TypeError, match=r"a dmabuf\.Buffer is needed"):
+                device.import_buffer(other)
+
+
 def test_a_buffer_too_small_for_the_driver(fake, buf):
     fake.needs = 256
     with vulkan.open() as device:

@@ -169,11 +169,11 @@ class Node:
                 text = f"has no format {name!r}: it has {', '.join(known)}"
                 raise os_error(errno.EINVAL, text, self.path)
             pix.pixelformat = number
-        pix.width, pix.height = width or pix.width, height or pix.height
+        wanted = (pix.pixelformat, width or pix.width, height or pix.height)
+        pix.width, pix.height = wanted[1:]  # of which ctypes takes the lower 32 bits
         planes = pix.plane_fmt if self.multi else [pix]
         for plane in planes:
             plane.bytesperline = plane.sizeimage = 0
-        wanted = (pix.pixelformat, pix.width, pix.height)
         try:
             self._ask(raw.IOC.TRY_FMT, asked)
         except OSError as error:
@@ -367,10 +367,13 @@ def _rate(per_frame: Any) -> Fraction | None:
 
 
 def _open(path: str) -> int:
-    status = os.stat(path)
+    there = "cameras are /dev/video0 and so on (v4l2-ctl --list-devices)"
+    try:
+        status = os.stat(path)
+    except FileNotFoundError as error:
+        raise os_error(errno.ENOENT, f"{error.strerror}: {there}", path) from None
     if not stat.S_ISCHR(status.st_mode) or os.major(status.st_rdev) != VIDEO_MAJOR:
-        text = "is no video device: cameras are /dev/video0 and so on (v4l2-ctl --list-devices)"
-        raise os_error(errno.ENODEV, text, path)
+        raise os_error(errno.ENODEV, f"is no video device: {there}", path)
     try:
         return os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:

@@ -19,6 +19,7 @@ whole. The CPU's access goes through the Buffer, and so within the bracket, as a
 from __future__ import annotations
 
 import errno
+import math
 import os
 import threading
 import time
@@ -59,9 +60,10 @@ def capture(
 
     Args:
         device: the node, such as "/dev/video0".
-        buffers: how many frames to have room for; or your own Buffers, one a frame (a sequence of
-            them, one a plane, for formats of several planes), which stay yours. Each is a dma-buf
-            of one slab that holds what the driver may write.
+        buffers: how many frames to have room for, which the driver may make more or fewer; or your
+            own Buffers, one a frame (a sequence of them, one a plane, for formats of several
+            planes), which stay yours. Each is a dma-buf of one slab that holds what the driver may
+            write.
         exporter: what makes them: "udmabuf" (zero-copy to files by the `direct` route), a dma-heap,
             or "driver" for the driver's own memory.
         huge_pages: as for `dmabuf.allocate`; also for devices that need memory in one piece.
@@ -84,9 +86,11 @@ def capture(
     count = as_int(buffers, "buffers") if given is None else len(given)
     if count < 1:
         raise ValueError(f"buffers={buffers!r}: one at least")
+    if not isinstance(format, str | None):
+        raise TypeError(f"format={format!r}: the four characters of one, such as 'YUYV'")
     for name, value in (("width", width), ("height", height), ("fps", fps)):
-        if value is not None and not value > 0:
-            raise ValueError(f"{name}={value!r}: more than 0")
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name}={value!r}: more than 0, and finite")
     node = Node(device)
     try:
         if (format, width, height) != (None, None, None):

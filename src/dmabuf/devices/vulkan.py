@@ -134,6 +134,8 @@ class Device:
             ClosedError: the device or the buffer is closed.
         """
         self._check_open()
+        if not isinstance(buffer, Buffer):
+            raise TypeError(f"a dmabuf.Buffer is needed, not {type(buffer).__name__}")
         vk, usage = self._vk, self._usage(usage)
         fd = buffer.fileno()
         if not buffer.is_dmabuf:
