@@ -201,7 +201,7 @@ def export_sync_file(fds: Sequence[int], direction: Access) -> int:
 
 def import_sync_file(fds: Sequence[int], sync_file: SupportsIndex, direction: Access) -> None:
     """Add a sync file's fence to each of the dma-bufs: as a writer's, or a reader's."""
-    number = operator.index(sync_file)
+    number = _number(sync_file)
     for fd in fds:
         try:
             _uapi.import_sync_file(fd, _FLAGS[direction], number)
@@ -211,7 +211,7 @@ def import_sync_file(fds: Sequence[int], sync_file: SupportsIndex, direction: Ac
 
 def duplicate(sync_file: SupportsIndex) -> int:
     """Another descriptor of a sync file, proven to be one; the caller closes it."""
-    number = operator.index(sync_file)
+    number = _number(sync_file)
     try:
         return _uapi.merge_sync_files(number, number)
     except OSError as error:
@@ -219,6 +219,14 @@ def duplicate(sync_file: SupportsIndex) -> int:
         if number_of in (errno.ENOTTY, errno.EINVAL):  # another kind of file has no such ioctl
             number_of, text = errno.EINVAL, "it is no sync file"
         raise os_error(number_of, f"descriptor {number}: {text}") from None
+
+
+def _number(sync_file: SupportsIndex) -> int:
+    """As a descriptor, and EBADF for what cannot be one."""
+    number = operator.index(sync_file)
+    if not 0 <= number < 1 << 31:
+        raise os_error(errno.EBADF, f"descriptor {number}: {os.strerror(errno.EBADF)}")
+    return number
 
 
 def _explained(error: OSError, what: str, invalid: str | None = None) -> OSError:

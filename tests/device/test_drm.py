@@ -315,6 +315,12 @@ def test_buffers_that_are_not_one_dma_buf() -> None:
     with drm.Card(VGEM) as card, dmabuf.allocate(4096, exporter="memfd") as buffer:
         with pytest.raises(OSError, match=r'a memfd and no dma-buf: allocate with exporter="udm'):
             card.handle(buffer)
+        with pytest.raises(TypeError, match=r"a dmabuf\.Buffer is needed, not int"):
+            card.handle(buffer.fileno())
+        for number in (-1, 1 << 32):
+            for use in (card.export, card.close_handle):
+                with pytest.raises(ValueError, match="GEM handles are numbers of 32 bits"):
+                    use(number)
     with pytest.raises(dmabuf.ClosedError):
         card.handle(buffer)
 

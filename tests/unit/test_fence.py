@@ -360,6 +360,10 @@ def test_what_is_no_sync_file(kernel, buf):
     assert caught.value.errno == errno.EINVAL
     with pytest.raises(TypeError):
         buf.import_fence("7")
+    for number in (-1, 1 << 31):
+        with pytest.raises(OSError, match=f"descriptor {number}: Bad file descriptor") as caught:
+            buf.import_fence(number)
+        assert caught.value.errno == errno.EBADF
 
 
 def test_a_kernel_that_exchanges_none(kernel, buf):

@@ -6,6 +6,7 @@ The rest, with a real one, is in tests/device/test_vulkan.py.
 import errno
 import os
 import sys
+from functools import partial
 
 import pytest
 
@@ -240,6 +241,11 @@ def test_what_is_no_buffer(fake, buf):
         for other in (None, buf.fileno(), b"bytes"):
             with pytest.raises(TypeError, match=r"a dmabuf\.Buffer is needed"):
                 device.import_buffer(other)
+        for usage in (0, -1, 1 << 32):
+            with pytest.raises(ValueError, match=f"usage={usage}: VkBufferUsageFlags"):
+                device.import_buffer(buf, usage=usage)
+        for fd in (-1, 1 << 40):
+            refused(errno.EBADF, f"descriptor {fd}: Bad file", partial(device.semaphore, fd))
 
 
 def test_a_buffer_too_small_for_the_driver(fake, buf):

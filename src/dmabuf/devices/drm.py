@@ -112,7 +112,7 @@ class Card:
         Raises:
             OSError: there is no such handle (ENOENT), or the driver exports none of its kind.
         """
-        number = as_int(handle, "handle")
+        number = _handle_number(handle)
         with self._lock:
             self._check_open()
             buffer = self._export(number, name)
@@ -131,7 +131,7 @@ class Card:
         """Close a GEM handle that is yours, such as one that was exported. Raises OSError."""
         with self._lock:
             self._check_open()
-            number = as_int(handle, "handle")
+            number = _handle_number(handle)
             if number in self._handles:
                 text = f"GEM handle {number} is in use by a Handle: close that"
                 raise os_error(errno.EBUSY, text, self.path)
@@ -154,6 +154,8 @@ class Card:
 
     def _import(self, buffer: Buffer) -> int:
         self._check_open()
+        if not isinstance(buffer, Buffer):
+            raise TypeError(f"a dmabuf.Buffer is needed, not {type(buffer).__name__}")
         slabs = buffer.slabs
         if not buffer.is_dmabuf or len(slabs) > 1:
             what = "several dma-bufs" if buffer.is_dmabuf else f"a {buffer.exporter} and no dma-buf"
@@ -338,3 +340,10 @@ class Card:
     def __repr__(self) -> str:
         state = "closed" if self._closed else self.driver
         return f"<dmabuf.Card {self.path} {state}>"
+
+
+def _handle_number(handle: int) -> int:
+    number = as_int(handle, "handle")
+    if not 0 <= number < 1 << 32:
+        raise ValueError(f"handle={number}: GEM handles are numbers of 32 bits")
+    return number

@@ -234,7 +234,7 @@ class Device:
         vk = self._vk
         if usage is not None:
             number = as_int(usage, "usage")
-            if number <= 0:
+            if not 0 < number < 1 << 32:
                 raise ValueError(f"usage={usage!r}: VkBufferUsageFlags, at least one")
             return number
         return int(
