@@ -4,6 +4,7 @@ The rest, with a real one, is in tests/device/test_vulkan.py.
 """
 
 import errno
+import gc
 import os
 import sys
 from functools import partial
@@ -512,6 +513,26 @@ def test_a_buffer_is_held_until_the_driver_has_let_go(fake, buf):
     with vulkan.open() as device:
         device.import_buffer(buf).close()
     assert sorted(seen) == ["vkDestroyBuffer", "vkFreeMemory"]
+    buf.close()
+
+
+@pytest.mark.parametrize("first", ["device", "made"])
+def test_garbage_is_given_back_in_order(fake, buf, first):
+    """The garbage collector may come to the device first, and its weak references are gone then."""
+
+    class Renderer:
+        def __init__(self):
+            self.itself = self
+            device = vulkan.open()
+            made = device.import_buffer(buf), device.semaphore()
+            self.parts = (device, made) if first == "device" else (made, device)
+
+    fake.running = True
+    with pytest.warns(ResourceWarning, match="unclosed") as told:
+        Renderer()
+        gc.collect()
+    assert len(told) == 3
+    assert fake.alive == []  # the fake would tell of a device that goes before what was made of it
     buf.close()
 
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 from dmabuf.errors import os_error
+from dmabuf.sizes import as_int
 
 NEEDED = (
     "VK_KHR_external_memory_fd",
@@ -178,3 +179,28 @@ def given_away(fd: int) -> Iterator[int]:
 def lowest(bits: int) -> int | None:
     """The number of the lowest bit that is set."""
     return (bits & -bits).bit_length() - 1 if bits else None
+
+
+def usages(usage: int | None) -> int:
+    """VkBufferUsageFlags that were given, checked; by default storage and transfers both ways."""
+    if usage is not None:
+        number = as_int(usage, "usage")
+        if not 0 < number < 1 << 32:
+            raise ValueError(f"usage={usage!r}: VkBufferUsageFlags, at least one")
+        return number
+    vk = binding()
+    return int(
+        vk.VK_BUFFER_USAGE_STORAGE_BUFFER_BIT
+        | vk.VK_BUFFER_USAGE_TRANSFER_SRC_BIT
+        | vk.VK_BUFFER_USAGE_TRANSFER_DST_BIT
+    )
+
+
+def writing() -> int:
+    """The usages by which a job may write."""
+    vk = binding()
+    return int(
+        vk.VK_BUFFER_USAGE_STORAGE_BUFFER_BIT
+        | vk.VK_BUFFER_USAGE_STORAGE_TEXEL_BUFFER_BIT
+        | vk.VK_BUFFER_USAGE_TRANSFER_DST_BIT
+    )

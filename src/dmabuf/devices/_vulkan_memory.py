@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import warnings
 from contextlib import ExitStack, suppress
@@ -27,7 +26,7 @@ class Made:
         self._pid = device._pid
         self._undo = undo
         self._closed = False
-        device._made.add(self)
+        device._enter(self)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -42,9 +41,12 @@ class Made:
         """
         if self._closed or self._pid != _process.pid:
             return
-        settle(self.device)
+        self.device._settle()
         self._closed = True
-        self._undo.close()
+        try:
+            self._undo.close()
+        finally:
+            self.device._leave()
 
     def __exit__(self, *exc: object) -> None:
         self.close()
@@ -226,15 +228,6 @@ class Semaphore(Made):
     def __repr__(self) -> str:
         state = " closed" * self._closed
         return f"<dmabuf.devices.vulkan.Semaphore of {self.device.name!r}{state}>"
-
-
-def settle(device: Device) -> None:
-    """Return when no job of the device's runs; of one that is lost, none does."""
-    try:
-        device.wait_idle()
-    except OSError as error:
-        if error.errno != errno.ENODEV:
-            raise
 
 
 def warn_and_close(what: Any) -> None:

@@ -26,11 +26,11 @@ from typing import Any
 from dmabuf import _process, fence
 from dmabuf.buffer import Buffer
 from dmabuf.devices import _vulkan
-from dmabuf.devices._vulkan import FOREIGN, NEEDED, given_away, lowest, told
-from dmabuf.devices._vulkan_memory import Made, Memory, Semaphore, settle, warn_and_close
+from dmabuf.devices._vulkan import FOREIGN, NEEDED, given_away, lowest, told, usages, writing
+from dmabuf.devices._vulkan_memory import Made, Memory, Semaphore, warn_and_close
 from dmabuf.errors import ClosedError, os_error
 from dmabuf.exporters import from_fd
-from dmabuf.sizes import as_int, parse_size
+from dmabuf.sizes import parse_size
 
 __all__ = ["EXTENSIONS", "Device", "Memory", "Semaphore", "open"]
 
@@ -113,6 +113,7 @@ class Device:
         self.queue = vk.vkGetDeviceQueue(handle, queue_family, 0)
         self._pid = _process.pid
         self._made: weakref.WeakSet[Made] = weakref.WeakSet()
+        self._left = 0  # of what was made: the set forgets what the garbage collector has found
         self._destroy = ExitStack()
         self._closed = False
 
@@ -136,12 +137,12 @@ class Device:
         self._check_open()
         if not isinstance(buffer, Buffer):
             raise TypeError(f"a dmabuf.Buffer is needed, not {type(buffer).__name__}")
-        vk, usage = self._vk, self._usage(usage)
+        vk, usage = self._vk, usages(usage)
         fd = buffer.fileno()
         if not buffer.is_dmabuf:
             text = "a memfd is no dma-buf and no device can import it: allocate a udmabuf"
             raise os_error(errno.EOPNOTSUPP, text)
-        if usage & self._writing() and not buffer._descriptor_writable:
+        if usage & writing() and not buffer._descriptor_writable:
             text = "the buffer's descriptor is read-only: give a usage= that only reads"
             raise os_error(errno.EACCES, text)
         nbytes = buffer.size if size is None else parse_size(size)
@@ -197,7 +198,7 @@ class Device:
             raise ValueError("size is 0: a buffer holds at least one byte")
         vk, what = self._vk, f"allocating {nbytes} bytes of {self.name}"
         with ExitStack() as undo:
-            made, needs, dedicated = self._make_buffer(undo, nbytes, self._usage(usage), "export")
+            made, needs, dedicated = self._make_buffer(undo, nbytes, usages(usage), "export")
             kind = self._pick(needs.memoryTypeBits)
             shared = vk.VkExportMemoryAllocateInfo(
                 pNext=dedicated, handleTypes=vk.VK_EXTERNAL_MEMORY_HANDLE_TYPE_DMA_BUF_BIT_EXT
@@ -229,28 +230,6 @@ class Device:
             return from_fd(fd, name=name)
         finally:
             os.close(fd)
-
-    def _usage(self, usage: int | None) -> int:
-        vk = self._vk
-        if usage is not None:
-            number = as_int(usage, "usage")
-            if not 0 < number < 1 << 32:
-                raise ValueError(f"usage={usage!r}: VkBufferUsageFlags, at least one")
-            return number
-        return int(
-            vk.VK_BUFFER_USAGE_STORAGE_BUFFER_BIT
-            | vk.VK_BUFFER_USAGE_TRANSFER_SRC_BIT
-            | vk.VK_BUFFER_USAGE_TRANSFER_DST_BIT
-        )
-
-    def _writing(self) -> int:
-        """The usages by which a job may write."""
-        vk = self._vk
-        return int(
-            vk.VK_BUFFER_USAGE_STORAGE_BUFFER_BIT
-            | vk.VK_BUFFER_USAGE_STORAGE_TEXEL_BUFFER_BIT
-            | vk.VK_BUFFER_USAGE_TRANSFER_DST_BIT
-        )
 
     def _make_buffer(
         self, undo: ExitStack, nbytes: int, usage: int, direction: str
@@ -352,8 +331,32 @@ class Device:
             OSError: ENODEV, the device is lost.
         """
         self._check_open()
+        self._wait()
+
+    def _wait(self) -> None:
         with told(f"waiting for {self.name}"):
             self._vk.vkDeviceWaitIdle(self.handle)
+
+    def _settle(self) -> None:
+        """Return when no job of its runs; of a device that is lost, none does."""
+        try:
+            self._wait()
+        except OSError as error:
+            if error.errno != errno.ENODEV:
+                raise
+
+    def _enter(self, made: Made) -> None:
+        self._made.add(made)
+        self._left += 1
+
+    def _leave(self) -> None:
+        self._left -= 1
+        self._end()
+
+    def _end(self) -> None:
+        """Destroy the VkDevice, if it is ours, once it is closed and all that was made of it."""
+        if self._closed and not self._left:
+            self._destroy.close()
 
     def close(self) -> None:
         """Wait for its jobs, then close what was made of it; again does nothing.
@@ -365,7 +368,7 @@ class Device:
         """
         if self._closed or self._pid != _process.pid:
             return
-        settle(self)
+        self._settle()
         first: BufferError | None = None
         for one in list(self._made):
             try:
@@ -373,7 +376,7 @@ class Device:
             except BufferError as error:
                 first = first or error
         self._closed = True
-        self._destroy.close()
+        self._end()
         if first is not None:
             raise first
 
