@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import dmabuf
+from dmabuf import _uapi
 from dmabuf.devices import drm
 from tests import support
 from tests.device import screen
@@ -243,6 +244,45 @@ def test_an_import_that_a_driver_refuses(exporter: str) -> None:
         no_handle_is_open(card)
         with card.dumb(WIDTH, HEIGHT) as own, card.framebuffer(own):
             no_handle_is_open(card)
+
+
+@needs("vgem", "udmabuf")
+@pytest.mark.parametrize(
+    ("number", "match"),
+    [
+        (errno.EIO, "its hardware cannot reach such memory; use memory of its own"),
+        (errno.ENODEV, "imports no memory of others"),
+        (errno.ENOSYS, "has no PRIME import"),
+        (errno.ENOMEM, "not enough memory or address space"),
+    ],
+)
+@pytest.mark.parametrize("plane", [0, 1])
+def test_what_drivers_may_say_of_an_import(
+    number: int, match: str, plane: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of the second plane: the handle of the first is closed."""
+    real, left = _uapi.ioctl, plane
+
+    def refusing(fd: int, request: int, argument: object) -> object:
+        nonlocal left
+        if request == _uapi.DRM_IOCTL_PRIME_FD_TO_HANDLE:
+            left -= 1
+            if left < 0:
+                raise OSError(number, os.strerror(number))
+        return real(fd, request, argument)
+
+    with (
+        drm.Card(VGEM) as card,
+        dmabuf.allocate("1MiB", exporter="udmabuf") as luma,
+        dmabuf.allocate("1MiB", exporter="udmabuf") as chroma,
+    ):
+        planes = (drm.Plane(luma, 0, 640), drm.Plane(chroma, 0, 640))
+        with monkeypatch.context() as patch:
+            patch.setattr(_uapi, "ioctl", refusing)
+            with pytest.raises(OSError, match=f"vgem refuses to import .*: {match}") as caught:
+                card.framebuffer(drm.Image(640, 480, "NV12", planes))
+        assert (caught.value.errno, caught.value.filename) == (number, VGEM)
+        no_handle_is_open(card)
 
 
 @needs("display", "vgem", "root", "nvme")

@@ -356,8 +356,9 @@ def test_a_lost_device_keeps_its_blocks(path, direction, caplog):
     stage = Staging(device, block_size=BLOCK, blocks=3)
     blocks = stage._blocks
     with dmabuf.open(path, "r+") as file:
-        with pytest.raises(OSError, match="fallen off the bus"):
+        with pytest.raises(OSError, match="fallen off the bus") as caught:
             getattr(stage, direction)(file, BASE, SIZE)
+        assert caught.value.nbytes == BLOCK
         assert "192 KiB of staging memory stays allocated" in caplog.text
         with pytest.raises(OSError, match="fake:0 was lost") as caught:
             getattr(stage, direction)(file, BASE, SIZE)
@@ -432,6 +433,27 @@ def test_interrupts_while_it_waits_for_copies(device, stage, path, direction, co
     with dmabuf.open(path, "r+") as file, pytest.raises(KeyboardInterrupt):
         getattr(stage, direction)(file, BASE, SIZE)
     assert not device.flying and left == [0]
+
+
+def left_behind(device, stage):
+    """A copy under way that no call waits for: as many exceptions in a row may leave one."""
+    stage._blocks.begin()
+    device.to_device(BASE, _blocks.address_of(stage._blocks.pool[0]), BLOCK)
+
+
+def test_a_transfer_waits_for_the_copies_of_one_that_was_left(device, stage, path):
+    left_behind(device, stage)
+    with dmabuf.open(path) as file:
+        stage.read_into(spied(file, device), BASE, SIZE)
+    assert ("disk", 1) not in device.events[: device.events.index(("end", 0))]
+    check_read(device, pattern(SIZE, 1))
+
+
+def test_close_waits_for_the_copies_of_a_transfer_that_was_left(device):
+    stage = Staging(device, block_size=BLOCK, blocks=3)
+    left_behind(device, stage)
+    stage.close()
+    assert device.events == [("begin", 0), ("end", 0)]
 
 
 def test_a_signal_ends_a_wait(device, stage, path):
@@ -613,13 +635,16 @@ def test_after_a_fork(path):
         """
 import os, sys
 import dmabuf
+from dmabuf.devices import _blocks
 from dmabuf.devices.staging import Staging
 from tests.unit.fake_device import BASE, FakeDevice
 device = FakeDevice(1 << 20)
 stage = Staging(device, block_size=65536, blocks=2)
+stage._blocks.begin()  # as another thread may have
 child = os.fork()
 with dmabuf.open(sys.argv[1]) as file:
     if not child:
+        assert not _blocks._flying  # they are the parent's, which keeps them
         try:
             stage.read_into(file, BASE, 4096)
         except dmabuf.ClosedError as error:

@@ -412,6 +412,12 @@ def test_an_import_that_the_driver_refuses(camera):
         ("S_PARM", errno.ENOTTY, "leave fps out"),
         ("REQBUFS", errno.EINVAL, "takes no dma-bufs: use exporter='driver'"),
         ("REQBUFS", errno.EBUSY, "another program is using it"),
+        (
+            "QBUF",
+            errno.EIO,
+            "refuses to import buffer 0 .* cannot reach such memory: use exporter=",
+        ),
+        ("QBUF", errno.ENODEV, "refuses to import buffer 0 .* the device is gone"),
         ("STREAMON", errno.ENOSPC, "bandwidth"),
         ("DQBUF", errno.ENODEV, "the device is gone"),
         ("DQBUF", errno.EIO, "the driver gave the stream up"),
@@ -423,6 +429,7 @@ def test_what_the_driver_refuses(call, number, match, camera):
         with capture(format="GREY", fps=30) as mine:
             next(mine)
     assert (caught.value.errno, caught.value.filename) == (number, "/dev/video7")
+    assert not camera.queued
 
 
 def test_an_error_of_poll_is_not_the_stream_s(camera, monkeypatch):

@@ -288,6 +288,7 @@ class Node:
             fixes = {
                 errno.EFAULT: "it needs memory in one piece: huge_pages=True, or exporter='driver'",
                 errno.EINVAL: "it takes no such memory: use exporter='driver'",
+                errno.EIO: "its hardware cannot reach such memory: use exporter='driver'",
             }
             raise self._fail(error, what, fixes) from None
 
