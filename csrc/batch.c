@@ -29,6 +29,7 @@ enum {
 	DRAIN_WARNING_MS = 5000,
 	DRAIN_PAUSE_NS = 10000000, /* where waiting itself fails */
 	HEAVY_BYTES = 65536,	   /* copied by the kernel while it takes the request */
+	TELLING = 8,		   /* requests that no device completes all at once */
 };
 
 enum phase { MIDDLE, BISECT, EDGES, FLUSH, DONE };
@@ -69,6 +70,9 @@ struct dmb_batch {
 	uint64_t flush_from;	       /* position of the first edge: what a failed flush loses */
 
 	struct dmb_stage stage; /* empty until a request needs a block */
+	bool by_workers;	/* the CPU moves the bytes: then several do */
+	uint32_t at_once;	/* waits in a row after which all was complete */
+	uint32_t odd;
 	uint32_t in_flight;
 	struct dmb_io *ios;
 	struct dmb_io *free;
@@ -134,6 +138,7 @@ int dmb_batch_create(struct dmb_ring *ring, const struct dmb_job *job, const uin
 	batch->ring = ring;
 	batch->turn.batch = batch;
 	batch->job = job;
+	batch->by_workers = job->by_workers;
 	batch->segments = segments;
 	batch->count = count;
 	batch->middle_end = batch->first_edge = batch->stop = UINT64_MAX;
@@ -208,6 +213,30 @@ static int take_block(struct dmb_batch *batch, struct dmb_io *io)
 	return 0;
 }
 
+/* Whether a large request is left to a thread of the kernel's. */
+static bool is_heavy(struct dmb_batch *batch)
+{
+	if (batch->job->route == DMB_BUFFERED)
+		return batch->ring->eventfd >= 0; /* whose loop must not wait */
+	if (!batch->by_workers)
+		return false;
+	/* where we copy as well, half of them: so we have half of all there is to do */
+	return batch->job->route != DMB_STAGED || ++batch->odd % 2;
+}
+
+/*
+ * Devices that are memory (zram, brd, pmem) move the bytes while they take the request, by the CPU
+ * that hands it in, and all are complete when that is over. One CPU is not all that memory can do.
+ */
+static void judge(struct dmb_batch *batch, uint32_t in_flight)
+{
+	if (in_flight < TELLING)
+		return;
+	batch->at_once = batch->ring->ready < in_flight ? 0 : batch->at_once + 1;
+	if (batch->at_once == 2) /* once may be because we had to wait for a CPU */
+		batch->by_workers = true;
+}
+
 /* Shape the next request of io's `left` bytes and hand it to the ring. */
 static int issue(struct dmb_batch *batch, struct dmb_io *io)
 {
@@ -217,8 +246,7 @@ static int issue(struct dmb_batch *batch, struct dmb_io *io)
 	dmb_shape(batch->job, batch->segments, io, batch->phase == EDGES);
 	if (io->native && io->buffer_slot < 0)
 		return -EFAULT; /* nothing registered: its offset would be taken for an address */
-	io->heavy = batch->ring->eventfd >= 0 && batch->job->route == DMB_BUFFERED &&
-		    io->length >= HEAVY_BYTES;
+	io->heavy = io->length >= HEAVY_BYTES && is_heavy(batch);
 	if (io->staged) {
 		if (!batch->job->base)
 			return -EFAULT; /* memory that the CPU cannot map has no edges */
@@ -678,6 +706,7 @@ int dmb_batch_run(struct dmb_batch *batch, int timeout_ms)
 		rc = batch->ring->ops->wait(batch->ring, left > 0 ? (int)left : 0);
 		if (rc)
 			return rc;
+		judge(batch, batch->ring->in_flight);
 		if (!dmb_reap(batch->ring) || left <= 0)
 			return 1; /* a signal, or the time is up */
 	}

@@ -123,6 +123,10 @@ struct dmb_job {
 	int32_t route;
 	uint32_t depth; /* requests in flight at most */
 	uint32_t block; /* bytes a request at most, a multiple of both alignments */
+	/* 1 where the kernel takes no request for fd without a thread of its own that waits: then
+	   several such threads are asked for, which it does not start by itself while one computes
+	 */
+	uint32_t by_workers;
 	/* where fd is an NVMe namespace's character device; 0 elsewhere. io_uring needs a ring made
 	   with DMB_RING_PASSTHROUGH. file_size and a write's segments are multiples of the block,
 	   which is offset_align, and so is `page` */

@@ -50,7 +50,7 @@ struct dmb_io {
 	int file_slot;
 	int buffer_slot;
 	bool flush;  /* not bytes, but sync_file_range(2): the edges, written out */
-	bool heavy;  /* may take long to start, and the ring's user must not wait */
+	bool heavy;  /* may take long to start: for a thread of the kernel's */
 	bool native; /* address is an offset into the slot's dma-buf */
 	bool staged; /* goes through `block`, which is where address points */
 	uint8_t *address;
@@ -103,6 +103,7 @@ struct dmb_ring {
 	int eventfd;		  /* of the loop that drives it, or -1 */
 	bool issued;		  /* something was issued since the last poll */
 	uint32_t in_flight;	  /* requests, of all batches */
+	uint32_t ready;		  /* of them, those that were complete after the last wait */
 	struct dmb_turns touched; /* batches with completions since their last turn */
 	struct dmb_turns waiting; /* for room among the requests in flight */
 	struct dmb_turns done;	  /* whose tags were not told yet */

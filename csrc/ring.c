@@ -98,6 +98,7 @@ static int uring_wait(struct dmb_ring *ring, int timeout_ms)
 	if (rc == -EAGAIN ||
 	    rc == -EBUSY) /* no memory to submit more: wait for what is in flight */
 		rc = io_uring_wait_cqe_timeout(&ring->uring, &cqe, &time);
+	ring->ready = io_uring_cq_ready(&ring->uring);
 	return rc == -ETIME || rc == -EINTR || rc >= 0 ? 0 : rc;
 }
 

@@ -96,6 +96,7 @@ class Job(NamedTuple):
     write: bool
     route: Route
     path: str
+    by_workers: bool = False  # as facts.Direct
     namespace: Namespace | None = None  # where fd is an NVMe character device
     no_slots: str | None = None  # why its pages are not to be registered, where they could be
     latencies: Any = None  # uint64_t[], one for each segment: see the core's dmb_job
@@ -128,6 +129,7 @@ class Job(NamedTuple):
             "base": self.address,
             "size": self.buffer.size,
             "slot_size": self.slot_size,
+            "by_workers": self.by_workers,
             "direction": lib.DMB_WRITE if self.write else lib.DMB_READ,
             "route": _ROUTES[self.route],
         }

@@ -39,6 +39,8 @@ class Direct(NamedTuple):
     refusal: str | None
     proven: bool = False
     """Whether it is known, and not only said, that requests go past the page cache."""
+    by_workers: bool = False
+    """Whether it takes no request without a thread that waits, as zram."""
 
 
 def kind_of(mode: int) -> Kind | None:
@@ -104,7 +106,17 @@ def open_direct(fd: int, kind: Kind, writable: bool, readable: bool) -> Direct:
         return Direct(-1, none, text)
     if _on_zram(direct, kind):
         alignment = alignment._replace(memory=max(alignment.memory, PAGE))
-    return Direct(direct, alignment, None, proven)
+    return Direct(direct, alignment, None, proven, kind == "block device" and _waits(direct))
+
+
+def _waits(fd: int) -> bool:
+    """Whether a block device refuses a read that may not wait: preadv2(2)'s RWF_NOWAIT."""
+    with mmap.mmap(-1, PAGE) as memory:
+        try:
+            os.preadv(fd, [memory], 0, os.RWF_NOWAIT)
+        except OSError as error:
+            return error.errno == errno.EOPNOTSUPP
+    return False
 
 
 def _keeps_its_word(fd: int) -> bool:

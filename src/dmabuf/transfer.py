@@ -199,6 +199,7 @@ def _job(target: Target, order: Order, route: Route) -> Job:
         write=order.direction == "write",
         route=route,
         path=target.path,
+        by_workers=direct.by_workers,
         namespace=target.namespace,
     )
     if route is Route.DIRECT and target.no_slots and job.off_the_block():

@@ -5,6 +5,7 @@ All need root, and the device or the program: each says so where it is skipped.
 
 import errno
 import os
+import sys
 from array import array
 
 import pytest
@@ -63,6 +64,44 @@ def test_zram(buf, engine):
         with dmabuf.open(device) as file:
             assert file._target.direct().alignment == Alignment(PAGE, 4096)
         assert "direct" in exercise(device, buf, engine, routes=ALL, limit=LIMIT)
+
+
+_KERNEL_THREADS = """
+import sys
+from pathlib import Path
+
+import dmabuf
+
+buf = dmabuf.allocate("32MiB", exporter="memfd")
+engine = dmabuf.Engine(queue_depth=16, block_size="256KiB")
+with buf, dmabuf.open(sys.argv[1], engine=engine) as file:
+    record = file.read_into(buf, "32MiB", route=sys.argv[2])
+    assert (record.nbytes, record.route) == (32 << 20, sys.argv[2])
+    threads = [task.read_text() for task in Path("/proc/self/task").glob("*/comm")]
+print(sum(name.startswith("iou-wrk") for name in threads))
+"""
+
+
+def _kernel_threads(target, route="direct"):
+    """How many of the kernel's threads have worked for io_uring after a large read."""
+    return int(run(sys.executable, "-c", _KERNEL_THREADS, str(target), route))
+
+
+@needs("zram", "ext4", "io_uring")
+@pytest.mark.skipif(os.cpu_count() == 1, reason="a machine with two processors has it")
+def test_memory_as_a_device_is_read_by_several_processors(tmp_path):
+    with zram(64 << 20) as device:
+        run("dd", "if=/dev/urandom", f"of={device}", "bs=1M", "count=32", "oflag=direct")
+        assert _kernel_threads(device) > 1 and _kernel_threads(device, "staged") > 1
+        with mounted(device, "ext4", tmp_path / "mount") as folder:
+            (folder / "file").write_bytes(pattern(32 << 20, 1))
+            assert _kernel_threads(folder / "file") > 1
+
+
+@needs("loop", "io_uring")
+def test_a_device_that_takes_requests_at_once_needs_no_thread(tmp_path):
+    with loop_device(tmp_path / "image", 32 << 20) as device:
+        assert _kernel_threads(device) == 0
 
 
 @needs("loop")
