@@ -379,3 +379,24 @@ def test_ls(capsys: pytest.CaptureFixture[str]):
         assert f"[{os.getpid()}] (fd {fd})" in ended.out
         assert "kernel (" in next(line for line in ended.out.splitlines() if " drm " in line)
         assert picture.size == SIZE
+
+
+def kib(path: str, field: str) -> int:
+    """A line of /proc/meminfo or of a process's status."""
+    return int(Path(path).read_text().partition(f"{field}:")[2].split()[0])
+
+
+@everything
+def test_where_else_the_memory_is_counted():
+    """A udmabuf's is its memfd's: shared memory. A heap's is nowhere, mapped or not."""
+    size, slack = 32 << 20, 4 << 10
+
+    def counted() -> tuple[int, int]:
+        return kib("/proc/meminfo", "Shmem"), kib("/proc/self/status", "VmRSS")
+
+    for exporter, shared in ("udmabuf", 32 << 10), ("system", 0):
+        before = counted()
+        with dmabuf.allocate(size, exporter=exporter) as buf:
+            buf.pwrite(b"x" * size, 0)
+            grown = [now - was for was, now in zip(before, counted(), strict=True)]
+            assert all(abs(more - shared) < slack for more in grown), (exporter, grown)
