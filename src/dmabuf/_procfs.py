@@ -33,8 +33,10 @@ def listed(root: str) -> tuple[dict[int, _described.Entry] | None, str | None]:
         else "attached devices, and buffers of no process seen,"
     )
     debugfs = os.path.join(root, _DEBUGFS)
-    if isinstance(problem, PermissionError):
+    if problem.errno == errno.EACCES:
         why = f"{problem.strerror}: look as root"
+    elif problem.errno == errno.EPERM:
+        why = f"{problem.strerror}: the kernel is locked down (kernel_lockdown(7))"
     elif problem.errno != errno.ENOENT:
         why = str(problem.strerror)
     elif os.path.isdir(debugfs) and os.listdir(debugfs):

@@ -285,7 +285,7 @@ def test_debugfs_without_dma_bufs(machine: FakeMachine) -> None:
     ("error", "why"),
     [
         (errno.EACCES, "Permission denied: look as root"),
-        (errno.EPERM, "Operation not permitted: look as root"),
+        (errno.EPERM, "Operation not permitted: the kernel is locked down (kernel_lockdown(7))"),
         (errno.EIO, "Input/output error"),
     ],
 )
