@@ -1,6 +1,7 @@
 """dmabuf.devices.cuda over a driver that is a fake: no GPU is needed, and none is used."""
 
 import errno
+import gc
 import io
 import os
 import sys
@@ -571,6 +572,25 @@ def test_dropped_without_close(driver):
     buffer.close()
     with pytest.warns(ResourceWarning, match="unclosed <dmabuf.devices.cuda.Device"):
         del gpu
+
+
+@pytest.mark.parametrize("first", ["device", "made"])
+def test_garbage_is_given_back_in_order(driver, first):
+    """The garbage collector may come to the device before what was made of it."""
+
+    class Model:
+        def __init__(self):
+            self.itself = self
+            device = cuda.Device()
+            made = device.allocate("2MiB"), device.register(buffer)
+            self.parts = (device, made) if first == "device" else (made, device)
+
+    with dmabuf.allocate(4096, exporter="memfd") as buffer:
+        with pytest.warns(ResourceWarning, match="unclosed") as told:
+            Model()
+            gc.collect()
+        assert len(told) == 3
+        assert driver.left() == {}
 
 
 def test_threads(driver, gpu, path):

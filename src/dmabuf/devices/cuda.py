@@ -59,6 +59,7 @@ class Device:
         self._lock = threading.Lock()
         self._staging: Staging | None = None
         self._users: set[int] = set()
+        self._dropped = False  # to be closed with the last of them
         self._closed = False
 
     @property
@@ -149,6 +150,8 @@ class Device:
 
     def _leave(self, user: Memory | Registered) -> None:
         self._users.discard(id(user))
+        if self._dropped and not self._users:
+            self.close()
 
     def _stage(self) -> Staging:
         with self._lock:
@@ -193,4 +196,6 @@ class Device:
     def __del__(self) -> None:
         if not self._closed:
             warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
-            self.close()
+            self._dropped = bool(self._users)  # as garbage, which may be found in any order
+            if not self._dropped:
+                self.close()
