@@ -251,8 +251,8 @@ def test_an_import_that_a_driver_refuses(exporter: str) -> None:
     ("number", "match"),
     [
         (errno.EIO, "its hardware cannot reach such memory; use memory of its own"),
-        (errno.ENODEV, "imports no memory of others"),
-        (errno.ENOSYS, "has no PRIME import"),
+        (errno.ENODEV, "it imports no memory of others"),
+        (errno.ENOSYS, "it has no PRIME import"),
         (errno.ENOMEM, "not enough memory or address space"),
     ],
 )
