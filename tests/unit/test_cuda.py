@@ -530,6 +530,20 @@ def test_close(driver):
             use()
 
 
+def test_blocks_that_the_driver_does_not_unpin_are_kept(driver, path):
+    gpu = cuda.Device(block_size="256KiB", blocks=3)
+    with gpu.allocate("4MiB") as memory, dmabuf.open(path) as file:
+        memory.read_from(file, MIB)
+    driver.fail["cuMemHostUnregister"] = CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
+    with pytest.raises(OSError, match="cuda:0: unpinning host memory: illegal address"):
+        gpu.close()
+    assert gpu.closed and list(driver.left()) == ["registered"]
+    assert [_blocks.address_of(block) for block in _blocks._kept] == list(driver.gpu.pinned)[::-1]
+    driver.gpu.pinned.clear()
+    while _blocks._kept:
+        _blocks._kept.pop().close()
+
+
 def test_memory_is_not_freed_under_a_transfer(driver, gpu, path):
     with gpu.allocate("4MiB") as memory, dmabuf.open(path) as file:
         read_into = file.read_into

@@ -204,7 +204,6 @@ class Copies:
     def unpin(self, address: int) -> None:
         """See Copier."""
         unregister(self._context, address)
-        self._destroy("cuEventDestroy", self._events.pop(address, None))
 
     def to_device(self, device: int, host: int, size: int) -> Any:
         """See Copier."""

@@ -174,6 +174,8 @@ class Device:
 
         Raises:
             BusyError: memory or a registration of it is open, or a transfer runs; it stays open.
+            OSError: what the driver refused; it is closed all the same, and blocks that the driver
+                would not unpin stay allocated.
         """
         with self._lock:
             if self._closed:
@@ -181,10 +183,12 @@ class Device:
             if self._users:
                 text = f"{len(self._users)} of its memories and registrations are open"
                 raise BusyError(f"cannot close {self!r}: {text}, close them first")
-            if self._staging is not None:
-                self._staging.close()
-            self._context.close()
-            self._closed = True
+            try:
+                if self._staging is not None:
+                    self._staging.close()
+            finally:
+                self._context.close()
+                self._closed = True
 
     def __enter__(self) -> Self:
         self._context.check_open()
