@@ -102,9 +102,13 @@ def test_no_such_device(driver, ordinal):
         cuda.Device()
 
 
-def test_an_old_driver(driver, gpu):
+def test_an_old_driver_and_old_bindings(driver, gpu, monkeypatch):
     driver.fail["cuMemAlloc"] = RuntimeError('Function "cuMemAlloc_v2" not found')
     with pytest.raises(OSError, match="cuMemAlloc_v2") as caught:
+        gpu.allocate("2MiB")
+    assert caught.value.errno == errno.ENOSYS
+    monkeypatch.delattr(FakeCuda, "cuMemAlloc")
+    with pytest.raises(OSError, match="no attribute 'cuMemAlloc'") as caught:
         gpu.allocate("2MiB")
     assert caught.value.errno == errno.ENOSYS
 
