@@ -625,7 +625,11 @@ def test_threads(driver, gpu, path):
 
 
 def test_after_a_fork(driver, gpu):
-    with gpu.allocate("2MiB") as memory:
+    with (
+        gpu.allocate("2MiB") as memory,
+        dmabuf.allocate(4096, exporter="memfd") as buffer,
+        gpu.register(buffer) as registered,
+    ):
         child = os.fork()
         if not child:
             status = 1
@@ -634,8 +638,8 @@ def test_after_a_fork(driver, gpu):
                 for use in (lambda: gpu.allocate(1), memory.export):
                     with pytest.raises(dmabuf.ClosedError, match="which forked"):
                         use()
-                memory.close()
-                gpu.close()
+                for one in (registered, memory, gpu, buffer):
+                    one.close()
                 status = len(driver.calls) - calls
             finally:
                 os._exit(status)
