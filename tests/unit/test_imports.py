@@ -20,6 +20,7 @@ LAYERS: list[set[str]] = [
     {"_mapping", "_rawfile", "arrays", "fence"},
     {"buffer"},
     {"exporters"},
+    {"store"},
     {"route", "facts", "nvme"},
     {"ring"},
     {"engine"},
@@ -46,6 +47,7 @@ LAYERS: list[set[str]] = [
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 WITHIN = {
     "exporters",
+    "store",
     "devices",
     "bench",
     "cli",

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dmabuf.cli import _output, bench, cp, doctor, ls, record, top, verify
+from dmabuf.cli import _output, bench, cp, doctor, ls, record, serve, top, verify
 
 __all__ = ["app", "main"]
 
@@ -50,6 +50,7 @@ verify.add_to(app)
 bench.add_to(app)
 ls.add_to(app)
 top.add_to(app)
+serve.add_to(app)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

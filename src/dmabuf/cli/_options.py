@@ -11,6 +11,13 @@ Region = Annotated[
     str | None,
     typer.Option(metavar="OFFSET+SIZE", help="What of TARGET to overwrite, as 1GiB+64MiB."),
 ]
+Socket = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATH",
+        help="The store's. [default: $XDG_RUNTIME_DIR/dmabuf.sock; root: /run/dmabuf.sock]",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="The result for programs.")]
 Progress = Annotated[
     bool | None,

@@ -19,6 +19,9 @@ __all__ = ["allocate", "from_dlpack", "from_fd", "names"]
 _FATAL = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
 
+BEST = "udmabuf: any device can import it, and its pages can be pinned"
+
+
 class _HasFileno(Protocol):
     def fileno(self) -> int: ...
 
@@ -79,19 +82,19 @@ def _allocate_auto(
             name=name,
             huge_pages=huge_pages,
             numa_node=node,
-            reason="udmabuf: any device can import it, and its pages can be pinned",
+            reason=BEST,
         )
     except OSError as error:
-        if error.errno in _FATAL:
-            raise
-        why = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    return memfd.allocate(
-        nbytes,
-        name=name,
-        huge_pages=huge_pages,
-        numa_node=node,
-        reason=f"memfd, which is no dma-buf, since there is no udmabuf: {why}",
-    )
+        reason = instead_of_udmabuf(error)
+    return memfd.allocate(nbytes, name=name, huge_pages=huge_pages, numa_node=node, reason=reason)
+
+
+def instead_of_udmabuf(error: OSError) -> str:
+    """Why a memfd is made after a udmabuf could not be; raises what a memfd would not help with."""
+    if error.errno in _FATAL:
+        raise error
+    why = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    return f"memfd, which is no dma-buf, since there is no udmabuf: {why}"
 
 
 def from_fd(fd: "int | _HasFileno", *, name: str | None = None) -> Buffer:

@@ -18,6 +18,7 @@ import functools
 import mmap
 import os
 import resource
+from typing import NamedTuple
 
 from dmabuf import _sysfs, _uapi
 from dmabuf.buffer import Buffer, Slab
@@ -102,6 +103,35 @@ def allocate(
     reason: str = 'exporter="udmabuf" was asked for',
 ) -> Buffer:
     """A Buffer of consecutive udmabufs over one memfd. See :func:`dmabuf.allocate`."""
+    made = make(size, name=name, huge_pages=huge_pages, numa_node=numa_node)
+    os.close(made.memfd)  # the mapping keeps the memfd, as do the udmabufs
+    return Buffer(
+        made.slabs,
+        made.memory,
+        exporter="udmabuf",
+        reason="; ".join(filter(None, (reason, made.why))),
+        name=name,
+    )
+
+
+class Made(NamedTuple):
+    """What a Buffer of udmabufs is made of, all of it the caller's to close."""
+
+    memfd: int
+    memory: mmap.mmap
+    slabs: list[Slab]
+    why: str
+    """Why there are several slabs; empty for one."""
+
+
+def make(
+    size: int,
+    *,
+    name: str | None,
+    huge_pages: bool | str | int,
+    numa_node: int | None = None,
+) -> Made:
+    """A memfd, its populated mapping, and consecutive udmabufs over it."""
     device = open_device()
     try:
         if _memory.huge_page_size(huge_pages):
@@ -117,14 +147,11 @@ def allocate(
             slabs, why = _make_slabs(device, fd, len(memory), page, name)
         except BaseException:
             memory.close()
+            os.close(fd)
             raise
-        finally:
-            os.close(fd)  # the mapping keeps the memfd, as do the udmabufs
     finally:
         os.close(device)
-    return Buffer(
-        slabs, memory, exporter="udmabuf", reason="; ".join(filter(None, (reason, why))), name=name
-    )
+    return Made(fd, memory, slabs, why)
 
 
 def _make_slabs(

@@ -1,0 +1,168 @@
+"""The client's side of the store: one connection, one request at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+from dmabuf.buffer import Buffer
+from dmabuf.sizes import parse_size
+from dmabuf.store import place, protocol
+from dmabuf.store.connection import Connection, told
+from dmabuf.store.grant import as_buffer
+from dmabuf.store.protocol import SAME, Status
+
+__all__ = ["Store", "connect"]
+
+
+def connect(path: str | os.PathLike[str] | None = None) -> Store:
+    """A connection to the store that serves at ``path``: see :class:`Store`.
+
+    None is ``$XDG_RUNTIME_DIR/dmabuf.sock``, and for root ``/run/dmabuf.sock``. Raises OSError:
+    ENOENT and ECONNREFUSED where no store serves, EACCES where it is not for this user.
+    """
+    return Store(place.default_path() if path is None else os.fspath(path))
+
+
+class Store:
+    """Named buffers that outlive the programs which fill them, in a server: ``dmabuf serve``.
+
+    Made by :func:`connect`. The Buffers are the same memory in every process that opens them, and
+    stay usable when the name is removed, the Store closed or the server gone.
+
+    Names follow the rules of files in a directory like /tmp: an owner, a group and a mode; who may
+    open is the mode's word, and a name is removed, renamed and changed by its owner, or root. A
+    name has 1 to 255 bytes of UTF-8, printable and without "/".
+
+    Every method raises plain OSErrors with the name as ``filename``: FileNotFoundError,
+    FileExistsError, PermissionError, ENOSPC for more than ``--max-memory``, ConnectionError where
+    the server is gone; and ClosedError after :meth:`close`, and in the child of a fork.
+
+    Thread-safe: one request at a time.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._connection = Connection(path)
+
+    @property
+    def path(self) -> str:
+        """Where the store's socket is."""
+        return self._connection.path
+
+    def create(
+        self,
+        name: str,
+        size: int | str,
+        *,
+        mode: int = 0o600,
+        exporter: str = "auto",
+        huge_pages: bool | str | int = False,
+        trusted: bool = False,
+    ) -> Buffer:
+        """Make a buffer of ``size`` bytes (rounded up to a page), zeroed, under a new name.
+
+        ``exporter`` and ``huge_pages`` are those of :func:`dmabuf.allocate`; the server makes the
+        memory, and counts it against its ``--max-memory``. ``mode`` is whole: no umask is taken off
+        it. ``trusted`` is that of :meth:`open`; the Buffer can be written, whatever the mode.
+
+        Raises FileExistsError, and what allocate raises, as OSErrors.
+        """
+        huge: bool | int = huge_pages if isinstance(huge_pages, bool) else parse_size(huge_pages)
+        result, descriptors = self._connection.ask(
+            "create",
+            name=name,
+            size=parse_size(size),
+            mode=mode,
+            exporter=exporter,
+            huge_pages=huge,
+            trusted=trusted,
+        )
+        return _buffer(name, result, descriptors)
+
+    def open(self, name: str, mode: str = "r", trusted: bool = False) -> Buffer:
+        """The buffer of a name: the same memory as everyone's, mapped when it is first touched.
+
+        ``mode`` is "r" or "r+". Who may write the name gets its dma-bufs, also for "r": the Buffer
+        then keeps from writing, and the kernel does not. Who may only read it gets the memory
+        file, opened for reading, which the kernel holds to; where there is none (dma-heaps), EACCES
+        says so.
+
+        ``trusted=True`` is for the owner of the name (EPERM for others): it adds the memory file
+        behind a udmabuf, and with it the ``direct`` route. What that hands over is in
+        docs/security.md.
+        """
+        result, descriptors = self._connection.ask("open", name=name, mode=mode, trusted=trusted)
+        return _buffer(name, result, descriptors)
+
+    def list(self) -> list[Status]:
+        """Every name with its status, sorted by name; ``in_use`` is not asked, and None.
+
+        Names that come or go meanwhile may be in it or not; the others are.
+        """
+        found: list[Status] = []
+        while True:
+            after = found[-1].name if found else ""
+            result, _ = self._connection.ask("list", after=after)
+            with told(None):
+                page = [protocol.status(value) for value in result.get("names", ())]
+            if not page:
+                return found
+            found += page
+
+    def stat(self, name: str) -> Status:
+        """What a name stands for, and whether anyone has it."""
+        result, _ = self._connection.ask("stat", name=name)
+        with told(name):
+            return protocol.status(result.get("status"))
+
+    def remove(self, name: str) -> None:
+        """Take a name away. Whoever has the buffer keeps it, and it counts until they let go."""
+        self._connection.ask("remove", name=name)
+
+    def rename(self, old: str, new: str) -> None:
+        """Give a buffer another name; one of that name is replaced, as rename(2) does."""
+        self._connection.ask("rename", name=old, to=new)
+
+    def chmod(self, name: str, mode: int) -> None:
+        """Change who may open it: nine bits, as chmod(2). What is open stays open."""
+        self._connection.ask("chmod", name=name, mode=mode)
+
+    def chown(self, name: str, uid: int = SAME, gid: int = SAME) -> None:
+        """Change its owner (root alone) or group (its owner, to one of his own); -1 leaves it."""
+        self._connection.ask("chown", name=name, uid=uid, gid=gid)
+
+    def close(self) -> None:
+        """End the connection; again and again does nothing. Buffers stay."""
+        self._connection.close()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        closed = " closed" if self._connection.closed else ""
+        return f"<dmabuf.store.Store {self.path!r}{closed}>"
+
+
+def _buffer(name: str, result: dict[str, Any], descriptors: Sequence[int]) -> Buffer:
+    """The Buffer that was granted; what of the descriptors it does not take is closed."""
+    left = list(descriptors)
+    try:
+        with told(name):
+            status = protocol.status(result.get("status"))
+            grant = protocol.grant(result.get("grant"))
+            buffer = as_buffer(status, grant, descriptors)
+        del left[: grant.slabs]
+        return buffer
+    finally:
+        for fd in left:
+            os.close(fd)

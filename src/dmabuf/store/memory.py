@@ -1,0 +1,175 @@
+"""The memory of the store: made, granted, watched and let go of, by descriptors alone.
+
+The server maps nothing. It keeps one descriptor of each dma-buf and one of the memfd behind them,
+and these tell whether anyone else still has the memory. A dma-buf's fdinfo has the references to it
+(descriptors, mappings, attached devices, messages under way); and a write lease on a memfd
+(fcntl(2), F_SETLEASE) is granted only while nobody else has it open, since each grant of it is an
+open file of its own.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import signal
+from collections.abc import Sequence
+from contextlib import suppress
+
+from dmabuf import _sysfs, exporters
+from dmabuf.exporters import _memory, foreign, memfd, udmabuf
+from dmabuf.sizes import round_up
+from dmabuf.store.protocol import MOST_DESCRIPTORS, Grant, Refusal
+
+_LABEL_BYTES = 31
+
+
+class Memory:
+    """One buffer of the store: descriptors that are the server's own, and what made them."""
+
+    def __init__(
+        self, exporter: str, reason: str, size: int, slabs: Sequence[int], memfd: int | None
+    ) -> None:
+        self.exporter, self.reason, self.size = exporter, reason, size
+        self.slabs = tuple(slabs)
+        self.memfd = memfd
+
+    @property
+    def is_dmabuf(self) -> bool:
+        """Whether it has dma-bufs: all but a memfd alone."""
+        return bool(self.slabs)
+
+    @property
+    def descriptors(self) -> int:
+        """How many the server holds for it."""
+        return len(self.slabs) + (self.memfd is not None)
+
+    def in_use(self) -> bool:
+        """Whether anyone else has a descriptor, a mapping or an attachment of it.
+
+        What cannot be told counts as in use.
+        """
+        if any(_references(fd) != 1 for fd in self.slabs):
+            return True
+        return self.memfd is not None and not _alone(self.memfd)
+
+    def grant(
+        self, mode: str, *, may_write: bool, trusted: bool
+    ) -> tuple[Grant, list[int], int | None]:
+        """What is handed out, its descriptors, and which of them to close when it is sent."""
+        writable = mode == "r+"
+        if self.memfd is not None and (not self.slabs or not may_write):
+            # The memory file, opened anew with no more than that: the one grant that the kernel
+            # holds to reading, since a dma-buf has but one open file, and that is for writing.
+            opened = self._reopened(writable)
+            return Grant("memfd", 1, False, writable), [opened], opened
+        if not may_write:
+            raise Refusal(
+                errno.EACCES,
+                f"cannot be granted for reading alone: whoever has a dma-buf of {self.exporter} "
+                "can write to it, and there is no second descriptor of it to be had "
+                "(be allowed to write it, or have it made by udmabuf or memfd)",
+            )
+        if not trusted or self.memfd is None:
+            return Grant("dma-buf", len(self.slabs), False, writable), [*self.slabs], None
+        opened = self._reopened(True)
+        return Grant("dma-buf", len(self.slabs), True, writable), [*self.slabs, opened], opened
+
+    def _reopened(self, writable: bool) -> int:
+        flags = os.O_RDWR if writable else os.O_RDONLY
+        return os.open(f"/proc/self/fd/{self.memfd}", flags | os.O_CLOEXEC)
+
+    def close(self) -> None:
+        """Let go of it: where nobody else has it, the kernel frees it now, which takes its time."""
+        for fd in self.slabs:
+            os.close(fd)
+        if self.memfd is not None:
+            os.close(self.memfd)
+        self.slabs, self.memfd = (), None
+
+
+def rounded(size: int, huge_pages: bool | int) -> int:
+    """The bytes that will be made for ``size``. Raises ValueError for no such huge pages."""
+    return round_up(size, _memory.huge_page_size(huge_pages) or mmap.PAGESIZE)
+
+
+def make(size: int, exporter: str, name: str, huge_pages: bool | int) -> Memory:
+    """New memory, zeroed and all there. Raises what :func:`dmabuf.allocate` raises."""
+    label = _label(name)
+    if exporter in ("auto", "udmabuf"):
+        reason = exporters.BEST if exporter == "auto" else 'exporter="udmabuf" was asked for'
+        try:
+            return _make_udmabuf(size, label, huge_pages, reason)
+        except OSError as error:
+            if exporter == "udmabuf":
+                raise
+            reason = exporters.instead_of_udmabuf(error)
+        return _make_memfd(size, label, huge_pages, reason)
+    if exporter == "memfd":
+        return _make_memfd(size, label, huge_pages, 'exporter="memfd" was asked for')
+    with exporters.allocate(size, exporter=exporter, name=label, huge_pages=huge_pages) as buffer:
+        slabs = [os.dup(slab.fd) for slab in buffer.slabs]
+        return Memory(buffer.exporter, buffer.reason, buffer.size, slabs, None)
+
+
+def _make_udmabuf(size: int, label: str, huge_pages: bool | int, reason: str) -> Memory:
+    made = udmabuf.make(size, name=label, huge_pages=huge_pages)
+    slabs = [slab.fd for slab in made.slabs]
+    nbytes = len(made.memory)
+    made.memory.close()
+    try:
+        if len(slabs) >= MOST_DESCRIPTORS:
+            raise OSError(errno.E2BIG, f"{len(slabs)} dma-bufs do not go into one message")
+        own = _own(made.memfd)
+    except BaseException:
+        for fd in slabs:
+            os.close(fd)
+        raise
+    reason = "; ".join(filter(None, (reason, made.why)))
+    return Memory("udmabuf", reason, nbytes, slabs, own)
+
+
+def _make_memfd(size: int, label: str, huge_pages: bool | int, reason: str) -> Memory:
+    fd, memory, _ = memfd.make_memory(size, name=label, huge_pages=huge_pages, numa_node=None)
+    nbytes = len(memory)
+    memory.close()
+    return Memory("memfd", reason, nbytes, (), _own(fd))
+
+
+def _own(fd: int) -> int:
+    """The memfd opened anew, as one that nobody else may open, and the old descriptor closed."""
+    try:
+        os.fchmod(fd, 0o600)
+        own = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+        # The signal that comes when somebody opens it in the moment of a lease: one that does
+        # nothing by default, as SIGIO does not.
+        fcntl.fcntl(own, fcntl.F_SETSIG, signal.SIGURG)
+        return own
+    finally:
+        os.close(fd)
+
+
+def _label(name: str) -> str:
+    """As much of a name as a dma-buf's label holds."""
+    return name.encode()[:_LABEL_BYTES].decode(errors="ignore")
+
+
+def _references(fd: int) -> int | None:
+    """How many references there are to a dma-buf, this descriptor's included."""
+    for line in _sysfs.read(foreign.FDINFO, str(fd)).splitlines():
+        key, _, value = line.partition(":")
+        if key == "count":  # before the label, which is anyone's text
+            return int(value)
+    return None
+
+
+def _alone(fd: int) -> bool:
+    """Whether this is the only open file of a memfd."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    except OSError:
+        return False
+    with suppress(OSError):
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    return True

@@ -1,0 +1,99 @@
+"""Where the store listens: its path, and the socket there, which only one server has."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+_PATH_BYTES = 107  # sockaddr_un has room for these and a zero
+_BACKLOG = 128
+
+
+def default_path() -> str:
+    """``$XDG_RUNTIME_DIR/dmabuf.sock``, and for root ``/run/dmabuf.sock``.
+
+    Raises OSError(ENOENT) for a user without XDG_RUNTIME_DIR.
+    """
+    if os.geteuid() == 0:
+        return "/run/dmabuf.sock"
+    folder = os.environ.get("XDG_RUNTIME_DIR")
+    if not folder:
+        text = "XDG_RUNTIME_DIR is not set: say where the store's socket is (--socket PATH)"
+        raise OSError(errno.ENOENT, text)
+    return os.path.join(folder, "dmabuf.sock")
+
+
+def check_path(path: str) -> None:
+    """Raises OSError(ENAMETOOLONG) for a path that no socket can have."""
+    if len(os.fsencode(path)) > _PATH_BYTES:
+        text = f"a socket's path has at most {_PATH_BYTES} bytes"
+        raise OSError(errno.ENAMETOOLONG, text, path)
+
+
+@contextmanager
+def listening(path: str) -> Iterator[socket.socket]:
+    """A socket that listens at a path, taken away at the end.
+
+    Root's is for every user, since the names have modes of their own; another user's is for that
+    user. One that is left of a server that was killed is replaced.
+
+    Raises OSError: EADDRINUSE where a server listens already, EEXIST for what is no socket.
+    """
+    check_path(path)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    try:
+        with _alone(os.path.dirname(path) or "."):
+            _take_away_stale(path)
+            try:
+                listener.bind(path)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, path) from None
+            # Nobody can connect before it listens.
+            os.chmod(path, 0o666 if os.geteuid() == 0 else 0o600)
+            listener.listen(_BACKLOG)
+            ours = os.stat(path)
+        try:
+            yield listener
+        finally:
+            with suppress(OSError):
+                if os.path.samestat(os.lstat(path), ours):
+                    os.unlink(path)
+    finally:
+        listener.close()
+
+
+@contextmanager
+def _alone(folder: str) -> Iterator[None]:
+    """One server at a time looks at what is in a folder and makes its socket there."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _take_away_stale(path: str) -> None:
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(status.st_mode):
+        raise OSError(errno.EEXIST, "is there, and no socket: nothing was changed", path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+        except BlockingIOError:
+            pass  # it listens, and has much to do
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, path) from None
+    raise OSError(errno.EADDRINUSE, "another server listens there already", path)
