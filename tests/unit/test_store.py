@@ -1,5 +1,6 @@
 """The store of named buffers: what its clients see, over the socket."""
 
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,7 +40,7 @@ def test_a_name_is_the_same_memory_for_all_who_open_it(store: Store) -> None:
 def test_what_is_said_of_a_name(store: Store) -> None:
     with store.create("b", 5000, mode=0o644):
         status = store.stat("b")
-        assert status[:5] == ("b", 8192, 0o644, os.geteuid(), os.getegid())
+        assert status[:6] == ("b", 8192, 5000, 0o644, os.geteuid(), os.getegid())
         assert status.created_ns == status.changed_ns
         assert status.in_use
     assert not store.stat("b").in_use
@@ -53,6 +54,10 @@ def test_a_name_goes_and_changes(store: Store) -> None:
         buf.pwrite(b"kept", 0)
         store.rename("one", "two")
         store.chmod("two", 0o604)
+        store.truncate("two", 5)
+        with pytest.raises(OSError) as caught:
+            store.truncate("two", SIZE + 1)
+        assert (caught.value.errno, store.stat("two").length) == (errno.EFBIG, 5)
         assert [one.name for one in store.list()] == ["two"]
         assert store.stat("two").mode == 0o604
         assert store.stat("two").changed_ns > store.stat("two").created_ns

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
@@ -45,6 +46,7 @@ class Store:
 
     def __init__(self, path: str) -> None:
         self._connection = Connection(path)
+        self._unnamed: weakref.WeakKeyDictionary[Buffer, int] = weakref.WeakKeyDictionary()
 
     @property
     def path(self) -> str:
@@ -53,7 +55,7 @@ class Store:
 
     def create(
         self,
-        name: str,
+        name: str | None,
         size: int | str,
         *,
         mode: int = 0o600,
@@ -63,9 +65,14 @@ class Store:
     ) -> Buffer:
         """Make a buffer of ``size`` bytes (rounded up to a page), zeroed, under a new name.
 
+        ``Status.length`` is what was asked for.
+
         ``exporter`` and ``huge_pages`` are those of :func:`dmabuf.allocate`; the server makes the
         memory, and counts it against its ``--max-memory``. ``mode`` is whole: no umask is taken off
         it. ``trusted`` is that of :meth:`open`; the Buffer can be written, whatever the mode.
+
+        Without a name (None) nobody else sees it, until :meth:`link` gives it one: so a buffer can
+        be filled first. It counts as the others do, and is gone with this Store if it has none.
 
         Raises FileExistsError, and what allocate raises, as OSErrors.
         """
@@ -79,7 +86,21 @@ class Store:
             huge_pages=huge,
             trusted=trusted,
         )
-        return _buffer(name, result, descriptors)
+        buffer, number = _buffer(name, result, descriptors)
+        if number is not None:
+            self._unnamed[buffer] = number
+        return buffer
+
+    def link(self, buffer: Buffer, name: str) -> None:
+        """Give a Buffer that :meth:`create` made without a name one, in the place of any other's.
+
+        Raises ValueError for a Buffer that has one, or is not of this Store.
+        """
+        number = self._unnamed.get(buffer)
+        if number is None:
+            raise ValueError(f"{buffer!r} was not created without a name, by this Store")
+        self._connection.ask("link", number=number, name=name)
+        del self._unnamed[buffer]
 
     def open(self, name: str, mode: str = "r", trusted: bool = False) -> Buffer:
         """The buffer of a name: the same memory as everyone's, mapped when it is first touched.
@@ -94,7 +115,7 @@ class Store:
         docs/security.md.
         """
         result, descriptors = self._connection.ask("open", name=name, mode=mode, trusted=trusted)
-        return _buffer(name, result, descriptors)
+        return _buffer(name, result, descriptors)[0]
 
     def list(self) -> list[Status]:
         """Every name with its status, sorted by name; ``in_use`` is not asked, and None.
@@ -125,6 +146,10 @@ class Store:
         """Give a buffer another name; one of that name is replaced, as rename(2) does."""
         self._connection.ask("rename", name=old, to=new)
 
+    def truncate(self, name: str, length: int | str) -> None:
+        """Say how many bytes are content, at most the buffer's size; the memory stays as it is."""
+        self._connection.ask("truncate", name=name, length=parse_size(length, "length"))
+
     def chmod(self, name: str, mode: int) -> None:
         """Change who may open it: nine bits, as chmod(2). What is open stays open."""
         self._connection.ask("chmod", name=name, mode=mode)
@@ -153,8 +178,10 @@ class Store:
         return f"<dmabuf.store.Store {self.path!r}{closed}>"
 
 
-def _buffer(name: str, result: dict[str, Any], descriptors: Sequence[int]) -> Buffer:
-    """The Buffer that was granted; what of the descriptors it does not take is closed."""
+def _buffer(
+    name: str | None, result: dict[str, Any], descriptors: Sequence[int]
+) -> tuple[Buffer, int | None]:
+    """The Buffer that was granted, and its number; descriptors that it does not take are closed."""
     left = list(descriptors)
     try:
         with told(name):
@@ -162,7 +189,7 @@ def _buffer(name: str, result: dict[str, Any], descriptors: Sequence[int]) -> Bu
             grant = protocol.grant(result.get("grant"))
             buffer = as_buffer(status, grant, descriptors)
         del left[: grant.slabs]
-        return buffer
+        return buffer, grant.number
     finally:
         for fd in left:
             os.close(fd)

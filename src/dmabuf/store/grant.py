@@ -44,7 +44,7 @@ def as_buffer(status: Status, grant: Grant, descriptors: Sequence[int]) -> Buffe
         memory,
         exporter=exporter,
         reason=f"{reason}; {status.reason}",
-        name=status.name,
+        name=status.name or None,
         writable=grant.writable,
         pin_refusal=pin_refusal,
         map_refusal=refusal,
@@ -63,7 +63,7 @@ def _of_memfd(status: Status, grant: Grant, fd: int) -> Buffer:
         memory,
         exporter="memfd",
         reason=reason,
-        name=status.name,
+        name=status.name or None,
         is_dmabuf=False,
         writable=grant.writable,
     )

@@ -4,7 +4,8 @@ The server maps nothing. It keeps one descriptor of each dma-buf and one of the 
 and these tell whether anyone else still has the memory. A dma-buf's fdinfo has the references to it
 (descriptors, mappings, attached devices, messages under way); and a write lease on a memfd
 (fcntl(2), F_SETLEASE) is granted only while nobody else has it open, since each grant of it is an
-open file of its own.
+open file of its own. On memfds of huge pages the kernel has no leases: one that was ever granted
+counts as in use for as long as the store is there.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class Memory:
         self.exporter, self.reason, self.size = exporter, reason, size
         self.slabs = tuple(slabs)
         self.memfd = memfd
+        self._lent = False  # whether anyone else was ever given the memfd
 
     @property
     def is_dmabuf(self) -> bool:
@@ -52,7 +54,7 @@ class Memory:
         """
         if any(_references(fd) != 1 for fd in self.slabs):
             return True
-        return self.memfd is not None and not _alone(self.memfd)
+        return self.memfd is not None and self._lent and not _alone(self.memfd)
 
     def grant(
         self, mode: str, *, may_write: bool, trusted: bool
@@ -77,6 +79,7 @@ class Memory:
         return Grant("dma-buf", len(self.slabs), True, writable), [*self.slabs, opened], opened
 
     def _reopened(self, writable: bool) -> int:
+        self._lent = True
         flags = os.O_RDWR if writable else os.O_RDONLY
         return os.open(f"/proc/self/fd/{self.memfd}", flags | os.O_CLOEXEC)
 
@@ -94,9 +97,9 @@ def rounded(size: int, huge_pages: bool | int) -> int:
     return round_up(size, _memory.huge_page_size(huge_pages) or mmap.PAGESIZE)
 
 
-def make(size: int, exporter: str, name: str, huge_pages: bool | int) -> Memory:
+def make(size: int, exporter: str, name: str | None, huge_pages: bool | int) -> Memory:
     """New memory, zeroed and all there. Raises what :func:`dmabuf.allocate` raises."""
-    label = _label(name)
+    label = None if name is None else _label(name)
     if exporter in ("auto", "udmabuf"):
         reason = exporters.BEST if exporter == "auto" else 'exporter="udmabuf" was asked for'
         try:
@@ -113,7 +116,7 @@ def make(size: int, exporter: str, name: str, huge_pages: bool | int) -> Memory:
         return Memory(buffer.exporter, buffer.reason, buffer.size, slabs, None)
 
 
-def _make_udmabuf(size: int, label: str, huge_pages: bool | int, reason: str) -> Memory:
+def _make_udmabuf(size: int, label: str | None, huge_pages: bool | int, reason: str) -> Memory:
     made = udmabuf.make(size, name=label, huge_pages=huge_pages)
     slabs = [slab.fd for slab in made.slabs]
     nbytes = len(made.memory)
@@ -130,7 +133,7 @@ def _make_udmabuf(size: int, label: str, huge_pages: bool | int, reason: str) ->
     return Memory("udmabuf", reason, nbytes, slabs, own)
 
 
-def _make_memfd(size: int, label: str, huge_pages: bool | int, reason: str) -> Memory:
+def _make_memfd(size: int, label: str | None, huge_pages: bool | int, reason: str) -> Memory:
     fd, memory, _ = memfd.make_memory(size, name=label, huge_pages=huge_pages, numa_node=None)
     nbytes = len(memory)
     memory.close()

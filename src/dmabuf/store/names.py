@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import time
-from bisect import bisect_right, insort
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, Protocol, TypeVar
@@ -38,29 +38,37 @@ M = TypeVar("M", bound=Memory)
 
 @dataclass(slots=True, eq=False)
 class Entry(Generic[M]):
-    """What a name stands for: memory (None while it is made), its owner, and who may what."""
+    """Memory (None while it is made), its name (None while it has none), its owner and mode."""
 
+    name: str | None
     uid: int
     gid: int
     mode: int
+    length: int
     charge: int
     created_ns: int
     changed_ns: int
     memory: M | None = None
 
 
+READ, WRITE = 4, 2
+
+
+def rights(uid: int, gid: int, mode: int, peer: Peer) -> int:
+    """The READ and WRITE that a peer has to what is owned so: inode(7), and root has both."""
+    if peer.uid == 0:
+        return READ | WRITE
+    if peer.uid == uid:
+        mode >>= 6
+    elif gid == peer.gid or gid in peer.groups:
+        mode >>= 3
+    return mode & (READ | WRITE)
+
+
 def may(entry: Entry[M], peer: Peer, mode: str) -> bool:
     """Whether a peer may open it for ``mode``, "r" or "r+"."""
-    if peer.uid == 0:
-        return True
-    if peer.uid == entry.uid:
-        bits = entry.mode >> 6
-    elif entry.gid == peer.gid or entry.gid in peer.groups:
-        bits = entry.mode >> 3
-    else:
-        bits = entry.mode
-    wanted = 4 if mode == "r" else 6
-    return bits & wanted == wanted
+    wanted = READ if mode == "r" else READ | WRITE
+    return wanted & ~rights(entry.uid, entry.gid, entry.mode, peer) == 0
 
 
 class Names(Generic[M]):
@@ -79,17 +87,22 @@ class Names(Generic[M]):
         """Memory without a name, which others may still have, and what it is charged."""
         self._entries: dict[str, Entry[M]] = {}
         self._order: list[str] = []  # of those that have memory
+        self._unnamed = 0
         self._clock = clock
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._entries) + self._unnamed
 
-    def begin(self, name: str, peer: Peer, mode: int, size: int) -> None:
-        """Take a name and ``size`` bytes, before the memory is made."""
+    def begin(self, name: str | None, peer: Peer, mode: int, length: int, size: int) -> Entry[M]:
+        """Take a name, if there is to be one, and ``size`` bytes, before the memory is made.
+
+        ``length`` is how many of them are the content's.
+        """
         if name in self._entries:
             raise Refusal(errno.EEXIST, "there is a buffer of that name", name)
-        if len(self._entries) >= self.max_names:
-            raise Refusal(errno.ENOSPC, f"the store has {self.max_names} names, and takes no more")
+        if len(self) >= self.max_names:
+            text = f"the store has {self.max_names} names, and takes no more"
+            raise Refusal(errno.ENOSPC, text, name)
         if size > self.max_memory - self.charged:
             raise Refusal(
                 errno.ENOSPC,
@@ -99,20 +112,28 @@ class Names(Generic[M]):
                 name,
             )
         now = self._clock()
-        self._entries[name] = Entry(peer.uid, peer.gid, mode, size, now, now)
+        entry: Entry[M] = Entry(name, peer.uid, peer.gid, mode, length, size, now, now)
+        if name is None:
+            self._unnamed += 1
+        else:
+            self._entries[name] = entry
         self.charged += size
-
-    def finish(self, name: str, memory: M) -> Entry[M]:
-        """The memory was made: the name is there for all."""
-        entry = self._entries[name]
-        assert memory.size <= entry.charge
-        entry.memory = memory
-        insort(self._order, name)
         return entry
 
-    def abandon(self, name: str) -> None:
+    def finish(self, entry: Entry[M], memory: M) -> None:
+        """The memory was made: the name, if it has one, is there for all."""
+        assert memory.size <= entry.charge
+        entry.memory = memory
+        if entry.name is not None:
+            insort(self._order, entry.name)
+
+    def abandon(self, entry: Entry[M]) -> None:
         """The memory could not be made."""
-        self.charged -= self._entries.pop(name).charge
+        self.charged -= entry.charge
+        if entry.name is None:
+            self._unnamed -= 1
+        else:
+            del self._entries[entry.name]
 
     def find(self, name: str) -> Entry[M]:
         """What a name stands for."""
@@ -136,32 +157,39 @@ class Names(Generic[M]):
             )
         return entry
 
-    def remove(self, name: str, peer: Peer) -> M:
+    def remove(self, name: str, peer: Peer) -> None:
         """Take the name away. The memory stays charged until :meth:`forget`."""
-        entry = self._owned(name, peer, "removed")
-        return self._take(name, entry)
+        self.drop(self._owned(name, peer, "removed"))
 
-    def rename(self, name: str, to: str, peer: Peer) -> M | None:
-        """Give a name's memory another one; the memory that had that one before, if any."""
+    def rename(self, name: str, to: str, peer: Peer) -> None:
+        """Give a name's memory another one, and take that from whatever had it."""
         entry = self._owned(name, peer, "renamed")
-        if name == to:
-            return None
-        other = self._entries.get(to)
-        replaced = None
-        if other is not None:
-            if other.memory is None:
-                raise Refusal(errno.EBUSY, "a buffer of that name is just being made", to)
-            replaced = self._take(to, self._owned(to, peer, "replaced"))
-        self._order.remove(name)
-        self._entries[to] = self._entries.pop(name)
-        insort(self._order, to)
-        entry.changed_ns = self._clock()
-        return replaced
+        if name != to:
+            self.link(entry, to, peer)
+
+    def link(self, entry: Entry[M], name: str, peer: Peer) -> None:
+        """Give memory a name, in the place of what it is called and of what is called that."""
+        if name in self._entries:
+            if self._entries[name].memory is None:
+                raise Refusal(errno.EBUSY, "a buffer of that name is just being made", name)
+            self.drop(self._owned(name, peer, "replaced"))
+        self._unname(entry)
+        entry.name, entry.changed_ns = name, self._clock()
+        self._entries[name] = entry
+        insort(self._order, name)
 
     def chmod(self, name: str, mode: int, peer: Peer) -> None:
         """Change who may open it from now on; what is open stays open."""
         entry = self._owned(name, peer, "changed")
         entry.mode, entry.changed_ns = mode, self._clock()
+
+    def truncate(self, name: str, length: int, peer: Peer) -> None:
+        """Say how many bytes of the memory are content: who may write may."""
+        entry = self.open(name, peer, "r+")
+        if length > entry.charge:
+            text = f"a buffer does not grow: this one has {entry.charge} bytes, not {length}"
+            raise Refusal(errno.EFBIG, text, name)
+        entry.length, entry.changed_ns = length, self._clock()
 
     def chown(self, name: str, uid: int, gid: int, peer: Peer) -> None:
         """Give it away, as chown(2): root may, and an owner may choose among his own groups."""
@@ -174,6 +202,13 @@ class Names(Generic[M]):
             raise Refusal(errno.EPERM, text, name)
         entry.uid, entry.gid, entry.changed_ns = uid, gid, self._clock()
 
+    def drop(self, entry: Entry[M]) -> None:
+        """Take away whatever name it has; the memory stays charged until :meth:`forget`."""
+        self._unname(entry)
+        entry.name = None
+        assert entry.memory is not None
+        self.removed[entry.memory] = entry.charge
+
     def forget(self, memory: M) -> None:
         """Removed memory is nobody's any more."""
         self.charged -= self.removed.pop(memory)
@@ -184,9 +219,9 @@ class Names(Generic[M]):
             raise Refusal(errno.EPERM, f"is {verb} by its owner (or root) alone", name)
         return entry
 
-    def _take(self, name: str, entry: Entry[M]) -> M:
-        del self._entries[name]
-        self._order.remove(name)
-        assert entry.memory is not None
-        self.removed[entry.memory] = entry.charge
-        return entry.memory
+    def _unname(self, entry: Entry[M]) -> None:
+        if entry.name is None:
+            self._unnamed -= 1
+        else:
+            del self._entries[entry.name]
+            del self._order[bisect_left(self._order, entry.name)]

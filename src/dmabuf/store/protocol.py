@@ -50,14 +50,16 @@ class Request(NamedTuple):
 class Status(NamedTuple):
     """What the store says of a name. A frozen record.
 
-    ``mode`` is the nine permission bits, the times are in ns since 1970: of its making, and of the
-    last change of its name, owner or mode. ``in_use`` is whether anyone but the store has a
-    descriptor, a mapping or an attached device of the memory; None in a listing, where it is not
-    asked.
+    ``size`` is the memory's, in bytes and whole pages, and ``length`` how many of them are content:
+    what was asked for, or set by truncate. ``mode`` is the nine permission bits. The times are in
+    ns since 1970: of its making, and of the last change of its name, owner, mode or length.
+    ``in_use`` is whether anyone but the store has a descriptor, a mapping or an attached device of
+    the memory; None in a listing, where it is not asked.
     """
 
     name: str
     size: int
+    length: int
     mode: int
     uid: int
     gid: int
@@ -73,13 +75,15 @@ class Status(NamedTuple):
 class Grant(NamedTuple):
     """What the descriptors of a reply are: the slabs first, then the memfd if it is there too.
 
-    ``kind`` is "dma-buf", or "memfd" where each descriptor is the memory file itself.
+    ``kind`` is "dma-buf", or "memfd" where the one descriptor is the memory file itself. ``number``
+    is what "link" calls memory by that was created without a name, on this connection; else None.
     """
 
     kind: str
     slabs: int
     memfd: bool
     writable: bool
+    number: int | None = None
 
 
 def check_name(name: object) -> str:
@@ -126,7 +130,7 @@ def _name(value: object) -> bool:
 _ID = _integer(SAME, _ID_MAX)
 _OPERATIONS: dict[str, dict[str, Callable[[object], bool]]] = {
     "create": {
-        "name": _name,
+        "name": lambda value: value is None or _name(value),
         "size": _integer(1, _SIZE_MAX),
         "mode": _integer(0, 0o777),
         "exporter": _text(64),
@@ -134,10 +138,12 @@ _OPERATIONS: dict[str, dict[str, Callable[[object], bool]]] = {
         "trusted": _flag,
     },
     "open": {"name": _name, "mode": lambda value: value in MODES, "trusted": _flag},
+    "link": {"number": _integer(0, _SIZE_MAX), "name": _name},
     "stat": {"name": _name},
     "list": {"after": _text(NAME_BYTES)},
     "remove": {"name": _name},
     "rename": {"name": _name, "to": _name},
+    "truncate": {"name": _name, "length": _integer(0, _SIZE_MAX)},
     "chmod": {"name": _name, "mode": _integer(0, 0o777)},
     "chown": {"name": _name, "uid": _ID, "gid": _ID},
 }
@@ -207,8 +213,8 @@ def status(value: object) -> Status:
     """A Status out of a reply. Raises Refusal(EPROTO)."""
     match value:
         case [
-            str(), int(), int(), int(), int(), int(), int(), str(), str(), int(), bool(),
-            None | bool(),
+            str(), int(), int(), int(), int(), int(), int(), int(), str(), str(), int(),
+            bool(), None | bool(),
         ]:  # fmt: skip
             return Status(*cast("list[Any]", value))
     raise Refusal(errno.EPROTO, _ANOTHER_VERSION)
@@ -217,7 +223,7 @@ def status(value: object) -> Status:
 def grant(value: object) -> Grant:
     """A Grant out of a reply. Raises Refusal(EPROTO)."""
     match value:
-        case [str(), int(), bool(), bool()]:
+        case [str(), int(), bool(), bool(), None | int()]:
             return Grant(*cast("list[Any]", value))
     raise Refusal(errno.EPROTO, _ANOTHER_VERSION)
 

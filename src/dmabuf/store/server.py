@@ -20,11 +20,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
+from dmabuf.exporters import udmabuf
 from dmabuf.store import memory as _memory
 from dmabuf.store import protocol
 from dmabuf.store.memory import Memory
-from dmabuf.store.names import Entry, Names, Peer, may
-from dmabuf.store.protocol import Grant, Refusal, Status
+from dmabuf.store.names import Entry, Names, Peer, may, rights
+from dmabuf.store.protocol import Refusal, Status
 
 MOST_NAMES = 1 << 16
 MOST_CLIENTS = 1024
@@ -50,6 +51,9 @@ class Client:
         self.peer = _peer(connection)
         self.busy = False
         self.alive = True
+        self.unnamed: dict[int, Entry[Memory]] = {}
+        """What it created without a name, which ends with it unless it gets one."""
+        self.created = 0
 
 
 class Server:
@@ -138,6 +142,8 @@ class Server:
         if not client.busy:
             self._selector.unregister(client.connection)
         client.connection.close()
+        for entry in client.unnamed.values():
+            self._names.drop(entry)
 
     def _serve(self, client: Client) -> None:
         try:
@@ -170,7 +176,7 @@ class Server:
     def _do_create(
         self,
         client: Client,
-        name: str,
+        name: str | None,
         size: int,
         mode: int,
         exporter: str,
@@ -178,37 +184,54 @@ class Server:
         trusted: bool,
     ) -> None:
         try:
-            size = _memory.rounded(size, huge_pages)
+            rounded = _memory.rounded(size, huge_pages)
         except ValueError as error:
             raise Refusal(errno.EINVAL, str(error)) from None
         self._sweep()
-        self._names.begin(name, client.peer, mode, size)
+        entry = self._names.begin(name, client.peer, mode, size, rounded)
         self._pause(client)
 
         def work() -> None:
             made: Memory | Refusal
             try:
-                made = _memory.make(size, exporter, name, huge_pages)
+                made = _memory.make(rounded, exporter, name, huge_pages)
             except OSError as error:
                 what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
                 made = Refusal(error.errno or errno.EIO, what or str(error))
             except (ValueError, TypeError) as error:
                 made = Refusal(errno.EINVAL, str(error))
-            self._later(lambda: self._created(client, name, trusted, made))
+            self._later(lambda: self._created(client, entry, trusted, made))
 
         self._threads.submit(work)
 
-    def _created(self, client: Client, name: str, trusted: bool, made: Memory | Refusal) -> None:
+    def _created(
+        self, client: Client, entry: Entry[Memory], trusted: bool, made: Memory | Refusal
+    ) -> None:
         self._resume(client)
         if isinstance(made, Refusal):
-            self._names.abandon(name)
+            self._names.abandon(entry)
             self._reply(client, protocol.pack_error(made))
             return
-        entry = self._names.finish(name, made)
+        self._names.finish(entry, made)
         if not client.alive:  # nobody knows of it
-            self._names.remove(name, Peer(0, 0))
+            self._names.drop(entry)
             return
-        self._grant(client, name, entry, "r+", trusted, may_write=True)
+        number = None
+        if entry.name is None:
+            number = client.created = client.created + 1
+            client.unnamed[number] = entry
+        try:
+            self._grant(client, entry, "r+", trusted=trusted, may_write=True, number=number)
+        except Refusal as refusal:
+            self._reply(client, protocol.pack_error(refusal))
+
+    def _do_link(self, client: Client, number: int, name: str) -> None:
+        entry = client.unnamed.get(number)
+        if entry is None:
+            raise Refusal(errno.ENOENT, "nothing without a name has that number", name)
+        self._names.link(entry, name, client.peer)
+        del client.unnamed[number]
+        self._reply(client, protocol.pack_result({}))
 
     def _do_open(self, client: Client, name: str, mode: str, trusted: bool) -> None:
         entry = self._names.open(name, client.peer, mode)
@@ -216,27 +239,35 @@ class Server:
             raise Refusal(
                 errno.EPERM, "trusted=True is for its owner (or root) alone: docs/security.md", name
             )
-        self._grant(client, name, entry, mode, trusted, may_write=may(entry, client.peer, "r+"))
+        may_write = may(entry, client.peer, "r+")
+        if not may_write and _may_make_udmabufs(client.peer):
+            raise Refusal(
+                errno.EACCES,
+                f"a grant for reading alone would be none: you may open {udmabuf.DEVICE}, which "
+                "makes a dma-buf that can be written of any memory file, however that was opened",
+                name,
+            )
+        self._grant(client, entry, mode, trusted=trusted, may_write=may_write)
 
     def _grant(
         self,
         client: Client,
-        name: str,
         entry: Entry[Memory],
         mode: str,
+        *,
         trusted: bool,
         may_write: bool,
+        number: int | None = None,
     ) -> None:
         assert entry.memory is not None
-        granted: Grant
         try:
-            granted, descriptors, ours = entry.memory.grant(
+            grant, descriptors, ours = entry.memory.grant(
                 mode, may_write=may_write, trusted=trusted
             )
         except OSError as error:
             raise Refusal(error.errno or errno.EIO, f"granting it: {error.strerror}") from None
         try:
-            result = {"status": _status(name, entry), "grant": granted}
+            result = {"status": _status(entry), "grant": grant._replace(number=number)}
             self._reply(client, protocol.pack_result(result), descriptors)
         finally:
             if ours is not None:
@@ -245,12 +276,12 @@ class Server:
     def _do_stat(self, client: Client, name: str) -> None:
         entry = self._names.find(name)
         assert entry.memory is not None
-        status = _status(name, entry, entry.memory.in_use())
+        status = _status(entry, entry.memory.in_use())
         self._reply(client, protocol.pack_result({"status": status}))
 
     def _do_list(self, client: Client, after: str) -> None:
         names = self._names.listing(after, _LISTED)
-        found = (_status(name, self._names.find(name)) for name in names)
+        found = (_status(self._names.find(name)) for name in names)
         self._reply(client, protocol.pack_listing(found))
 
     def _do_remove(self, client: Client, name: str) -> None:
@@ -263,6 +294,10 @@ class Server:
 
     def _do_chmod(self, client: Client, name: str, mode: int) -> None:
         self._names.chmod(name, mode, client.peer)
+        self._reply(client, protocol.pack_result({}))
+
+    def _do_truncate(self, client: Client, name: str, length: int) -> None:
+        self._names.truncate(name, length, client.peer)
         self._reply(client, protocol.pack_result({}))
 
     def _do_chown(self, client: Client, name: str, uid: int, gid: int) -> None:
@@ -292,12 +327,25 @@ class Server:
             self._threads.submit(kept.close)
 
 
-def _status(name: str, entry: Entry[Memory], in_use: bool | None = None) -> Status:
+def _may_make_udmabufs(peer: Peer) -> bool:
+    """Whether a peer may open /dev/udmabuf, as far as its mode tells; with an ACL, anyone may."""
+    try:
+        status = os.stat(udmabuf.DEVICE)
+        if rights(status.st_uid, status.st_gid, status.st_mode, peer):
+            return True
+        os.getxattr(udmabuf.DEVICE, "system.posix_acl_access")
+    except OSError:
+        return False
+    return True
+
+
+def _status(entry: Entry[Memory], in_use: bool | None = None) -> Status:
     memory = entry.memory
     assert memory is not None
     return Status(
-        name,
+        entry.name or "",
         memory.size,
+        entry.length,
         entry.mode,
         entry.uid,
         entry.gid,
