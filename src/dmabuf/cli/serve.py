@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,11 +59,19 @@ def run(path: str | None, max_memory: int | None) -> None:
     """
     limit = default_limit() if max_memory is None else max_memory
     path = place.default_path() if path is None else path
+    descriptors = _most_descriptors()
     with place.listening(path) as listener:
-        server = Server(listener, limit)
+        server = Server(listener, limit, descriptors)
         with _ending(server):
             _output.note(f"serving at {path}, {format_size(limit)} at most")
             server.run()
+
+
+def _most_descriptors() -> int:
+    """As many as may be: each buffer takes two or more."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
 
 
 @contextmanager

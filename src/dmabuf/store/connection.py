@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from dmabuf import _process
@@ -65,7 +65,8 @@ class Connection:
 
     def _exchange(self, request: bytes) -> tuple[bytes, list[int]]:
         try:
-            self._socket.send(request)
+            with suppress(BrokenPipeError, ConnectionResetError):  # it may have said why
+                self._socket.send(request)
             data, descriptors, flags, _ = socket.recv_fds(
                 self._socket,
                 protocol.REPLY_BYTES + 1,

@@ -93,6 +93,11 @@ class Names(Generic[M]):
     def __len__(self) -> int:
         return len(self._entries) + self._unnamed
 
+    @property
+    def left(self) -> int:
+        """Bytes that may still be taken."""
+        return self.max_memory - self.charged
+
     def begin(self, name: str | None, peer: Peer, mode: int, length: int, size: int) -> Entry[M]:
         """Take a name, if there is to be one, and ``size`` bytes, before the memory is made.
 
@@ -103,11 +108,11 @@ class Names(Generic[M]):
         if len(self) >= self.max_names:
             text = f"the store has {self.max_names} names, and takes no more"
             raise Refusal(errno.ENOSPC, text, name)
-        if size > self.max_memory - self.charged:
+        if size > self.left:
             raise Refusal(
                 errno.ENOSPC,
                 f"{format_size(size)} are more than the store has left: "
-                f"{format_size(self.max_memory - self.charged)} of {format_size(self.max_memory)} "
+                f"{format_size(self.left)} of {format_size(self.max_memory)} "
                 "(dmabuf serve --max-memory)",
                 name,
             )

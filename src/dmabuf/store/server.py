@@ -1,41 +1,42 @@
 """The server of the store: one loop that never waits for a client, and threads for what takes long.
 
-A connection has at most one request under way, and the next is looked at only when the last reply
-was read. So a reply always fits, nothing is queued for a client that does not read, and no more
-descriptors are on their way to it than one reply has.
+A connection has at most one request under way, and one that sends the next before it has read the
+last reply is ended. So a reply always fits, nothing is queued for a client that does not read, and
+no more descriptors are on their way to it than one reply has.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import functools
+import logging
 import os
+import resource
 import selectors
 import socket
-import struct
 import termios
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 from dmabuf.exporters import udmabuf
-from dmabuf.store import memory as _memory
 from dmabuf.store import protocol
-from dmabuf.store.memory import Memory
+from dmabuf.store.clients import Client, Clients
+from dmabuf.store.keeper import Keeper
+from dmabuf.store.memory import Memory, rounded
 from dmabuf.store.names import Entry, Names, Peer, may, rights
 from dmabuf.store.protocol import Refusal, Status
 
+log = logging.getLogger("dmabuf")
+
 MOST_NAMES = 1 << 16
 MOST_CLIENTS = 1024
-MOST_CLIENTS_OF_A_USER = 512
+
 _LISTED = 256  # names in a reply, at most
-_SWEEP_SECONDS = 1.0
-_THREADS = 4
-_SO_PEERGROUPS = 59
-_SO_PASSRIGHTS = 83  # Linux 6.16: descriptors are refused where they are sent
-_MOST_GROUPS = 256
+_TICK = 1.0
+"""Seconds between looks at memory that was removed and is still in use."""
 
 
 def default_limit() -> int:
@@ -43,112 +44,109 @@ def default_limit() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE") // 2
 
 
-class Client:
-    """A connection, and who it is."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self.connection = connection
-        self.peer = _peer(connection)
-        self.busy = False
-        self.alive = True
-        self.unnamed: dict[int, Entry[Memory]] = {}
-        """What it created without a name, which ends with it unless it gets one."""
-        self.created = 0
-
-
 class Server:
     """Serves the store on a socket that listens, until :meth:`stop`.
 
     ``listener`` is an AF_UNIX SOCK_SEQPACKET socket and becomes the server's. ``max_memory`` is in
-    bytes. Everything but :meth:`stop` belongs to the thread that calls :meth:`run`.
+    bytes. ``descriptors`` is how many the process may have: a quarter are for clients, half for
+    memory. Everything but :meth:`stop` belongs to the thread that calls :meth:`run`.
     """
 
-    def __init__(self, listener: socket.socket, max_memory: int) -> None:
-        self._listener = listener
-        self._names: Names[Memory] = Names(max_memory, MOST_NAMES)
-        self._clients: set[Client] = set()
-        self._users: Counter[int] = Counter()
-        self._selector = selectors.DefaultSelector()
+    def __init__(
+        self, listener: socket.socket, max_memory: int, descriptors: int | None = None
+    ) -> None:
+        limit = descriptors or resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._done: deque[Callable[[], None]] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._stopping = threading.Event()
-        self._threads = ThreadPoolExecutor(_THREADS, "dmabuf store")
-        listener.setblocking(False)
-        with suppress(OSError):  # inherited by the connections
-            listener.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
-        self._selector.register(listener, selectors.EVENT_READ)
+        self._listener = listener
+        self._listening = False
+        self._names: Names[Memory] = Names(max_memory, MOST_NAMES)
+        self._keeper = Keeper(self._names, limit // 2, self._later)
+        self._clients = Clients(listener, min(limit // 4, MOST_CLIENTS), self._later)
+        self._selector = selectors.DefaultSelector()
         self._selector.register(self._wake, selectors.EVENT_READ)
 
     def stop(self) -> None:
         """Have :meth:`run` return soon. From any thread, and from a signal handler."""
         self._stopping.set()
-        os.eventfd_write(self._wake, 1)
+        self._later()
 
     def run(self) -> None:
         """Serve until :meth:`stop`; then every connection and descriptor is closed."""
         try:
             while not self._stopping.is_set():
-                timeout = _SWEEP_SECONDS if self._names.removed else None
-                events = self._selector.select(timeout)
-                for key, _ in events:
-                    if key.fileobj is self._listener:
-                        self._accept()
-                    elif key.fileobj == self._wake:
-                        os.eventfd_read(self._wake)
-                    elif key.data.alive:
-                        self._serve(key.data)
-                while self._done:
-                    self._done.popleft()()
-                self._sweep()
+                self._listen()
+                self._turn()
         finally:
             self._end()
 
-    def _end(self) -> None:
-        self._listener.close()
-        self._threads.shutdown()
+    def _turn(self) -> None:
+        ticking = self._names.removed or not self._listening
+        for key, _ in self._selector.select(_TICK if ticking else None):
+            if key.fileobj is self._listener:
+                self._accept()
+            elif key.fileobj == self._wake:
+                os.eventfd_read(self._wake)
+            elif key.data.alive:
+                self._serve(key.data)
         while self._done:
             self._done.popleft()()
-        for client in list(self._clients):
-            self._drop(client)
+        if self._names.removed:
+            self._keeper.sweep()
+
+    def _end(self) -> None:
+        self._listener.close()
+        self._keeper.end()
+        while self._done:
+            self._done.popleft()()
+        self._clients.drop_all()
         for name in self._names.listing("", len(self._names)):
             self._names.remove(name, Peer(0, 0))
-        for kept in list(self._names.removed):
-            self._names.forget(kept)
-            kept.close()
+        self._keeper.release_all()
         self._selector.close()
-        os.close(self._wake)
+        wake, self._wake = self._wake, -1
+        os.close(wake)
+
+    def _later(self, what: Callable[..., None] | None = None, *arguments: object) -> None:
+        """Have the loop call something, soon."""
+        if what is not None:
+            self._done.append(functools.partial(what, *arguments))
+        with suppress(OSError):  # at the end there is no loop
+            os.eventfd_write(self._wake, 1)
 
     # Connections.
 
+    def _listen(self) -> None:
+        if not self._listening:
+            self._selector.register(self._listener, selectors.EVENT_READ)
+            self._listening = True
+
     def _accept(self) -> None:
         try:
-            connection, _ = self._listener.accept()
-        except OSError:
+            client = self._clients.accept()
+        except (BlockingIOError, ConnectionError):
             return
-        connection.setblocking(False)
-        client = Client(connection)
-        uid = client.peer.uid
-        if len(self._clients) >= MOST_CLIENTS or self._users[uid] >= MOST_CLIENTS_OF_A_USER:
-            connection.close()
+        except OSError as error:  # no descriptors or memory: others may give up some
+            log.error("dmabuf store: accept: %s", error.strerror)
+            self._selector.unregister(self._listener)
+            self._listening = False
             return
-        self._clients.add(client)
-        self._users[uid] += 1
-        self._selector.register(connection, selectors.EVENT_READ, client)
+        if client is not None:
+            self._selector.register(client.connection, selectors.EVENT_READ, client)
 
     def _drop(self, client: Client) -> None:
-        client.alive = False
-        self._clients.discard(client)
-        self._users[client.peer.uid] -= 1
+        if not client.alive:
+            return
         if not client.busy:
             self._selector.unregister(client.connection)
-        client.connection.close()
+        self._clients.drop(client)
         for entry in client.unnamed.values():
             self._names.drop(entry)
 
     def _serve(self, client: Client) -> None:
         try:
-            # Without a place for them, descriptors that come along are closed by the kernel.
-            data = client.connection.recv(protocol.REQUEST_BYTES + 1)
+            data = client.receive()
             unread = fcntl.ioctl(client.connection, termios.TIOCOUTQ, bytes(4))
         except BlockingIOError:
             return
@@ -162,14 +160,26 @@ class Server:
             getattr(self, f"_do_{request.op}")(client, **request.fields)
         except Refusal as refusal:
             self._reply(client, protocol.pack_error(refusal))
+        except Exception:  # a mistake of ours is to end one connection, and not the store
+            log.exception("dmabuf store: a request of user %d", client.peer.uid)
+            self._drop(client)
 
     def _reply(self, client: Client, data: bytes, descriptors: list[int] | None = None) -> None:
         if not client.alive:
             return
         try:
-            socket.send_fds(client.connection, [data], descriptors or [])
+            client.send(data, descriptors or [])
         except OSError:
             self._drop(client)
+
+    def _pause(self, client: Client) -> None:
+        client.busy = True
+        self._selector.unregister(client.connection)
+
+    def _resume(self, client: Client) -> None:
+        client.busy = False
+        if client.alive:
+            self._selector.register(client.connection, selectors.EVENT_READ, client)
 
     # Operations.
 
@@ -184,25 +194,15 @@ class Server:
         trusted: bool,
     ) -> None:
         try:
-            rounded = _memory.rounded(size, huge_pages)
+            charge = rounded(size, huge_pages)
         except ValueError as error:
             raise Refusal(errno.EINVAL, str(error)) from None
-        self._sweep()
-        entry = self._names.begin(name, client.peer, mode, size, rounded)
+        if charge > self._names.left:
+            self._keeper.sweep()
+        entry = self._names.begin(name, client.peer, mode, size, charge)
         self._pause(client)
-
-        def work() -> None:
-            made: Memory | Refusal
-            try:
-                made = _memory.make(rounded, exporter, name, huge_pages)
-            except OSError as error:
-                what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-                made = Refusal(error.errno or errno.EIO, what or str(error))
-            except (ValueError, TypeError) as error:
-                made = Refusal(errno.EINVAL, str(error))
-            self._later(lambda: self._created(client, entry, trusted, made))
-
-        self._threads.submit(work)
+        done = functools.partial(self._created, client, entry, trusted)
+        self._keeper.make(charge, exporter, name, huge_pages, done)
 
     def _created(
         self, client: Client, entry: Entry[Memory], trusted: bool, made: Memory | Refusal
@@ -304,28 +304,6 @@ class Server:
         self._names.chown(name, uid, gid, client.peer)
         self._reply(client, protocol.pack_result({}))
 
-    # What takes long.
-
-    def _pause(self, client: Client) -> None:
-        client.busy = True
-        self._selector.unregister(client.connection)
-
-    def _resume(self, client: Client) -> None:
-        client.busy = False
-        if client.alive:
-            self._selector.register(client.connection, selectors.EVENT_READ, client)
-
-    def _later(self, what: Callable[[], None]) -> None:
-        self._done.append(what)
-        with suppress(OSError):  # at the end, when all is closed
-            os.eventfd_write(self._wake, 1)
-
-    def _sweep(self) -> None:
-        """Let go of removed memory that nobody else has."""
-        for kept in [kept for kept in self._names.removed if not kept.in_use()]:
-            self._names.forget(kept)
-            self._threads.submit(kept.close)
-
 
 def _may_make_udmabufs(peer: Peer) -> bool:
     """Whether a peer may open /dev/udmabuf, as far as its mode tells; with an ACL, anyone may."""
@@ -357,15 +335,3 @@ def _status(entry: Entry[Memory], in_use: bool | None = None) -> Status:
         memory.is_dmabuf,
         in_use,
     )
-
-
-def _peer(connection: socket.socket) -> Peer:
-    """Who connected, by the kernel's word: SO_PEERCRED and SO_PEERGROUPS (unix(7))."""
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    _, uid, gid = struct.unpack("=iII", credentials)
-    try:
-        data = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 4 * _MOST_GROUPS)
-        groups = frozenset(struct.unpack(f"={len(data) // 4}I", data))
-    except OSError:  # Linux before 4.13, or more groups than Python has room for
-        groups = frozenset()
-    return Peer(uid, gid, groups)
