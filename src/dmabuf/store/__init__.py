@@ -12,6 +12,6 @@
 
 from dmabuf.store.client import Store, connect
 from dmabuf.store.place import default_path
-from dmabuf.store.protocol import Status
+from dmabuf.store.protocol import Status, Usage
 
-__all__ = ["Status", "Store", "connect", "default_path"]
+__all__ = ["Status", "Store", "Usage", "connect", "default_path"]

@@ -13,7 +13,7 @@ from dmabuf.sizes import parse_size
 from dmabuf.store import place, protocol
 from dmabuf.store.connection import Connection, told
 from dmabuf.store.grant import as_buffer
-from dmabuf.store.protocol import SAME, Status
+from dmabuf.store.protocol import SAME, Status, Usage
 
 __all__ = ["Store", "connect"]
 
@@ -96,11 +96,25 @@ class Store:
 
         Raises ValueError for a Buffer that has one, or is not of this Store.
         """
+        self._connection.ask("link", number=self._number(buffer), name=name)
+        del self._unnamed[buffer]
+
+    def swap(self, buffer: Buffer, name: str, length: int | str) -> None:
+        """Put a Buffer that was created without a name behind one: so a name grows, and shrinks.
+
+        The name keeps its owner, its mode and its number; ``length`` is that of the content. Who
+        may write the name may, while nobody has its old memory: else OSError(EBUSY), and your own
+        Buffer of it counts too.
+        """
+        content = parse_size(length, "length")
+        self._connection.ask("swap", number=self._number(buffer), name=name, length=content)
+        del self._unnamed[buffer]
+
+    def _number(self, buffer: Buffer) -> int:
         number = self._unnamed.get(buffer)
         if number is None:
             raise ValueError(f"{buffer!r} was not created without a name, by this Store")
-        self._connection.ask("link", number=number, name=name)
-        del self._unnamed[buffer]
+        return number
 
     def open(self, name: str, mode: str = "r", trusted: bool = False) -> Buffer:
         """The buffer of a name: the same memory as everyone's, mapped when it is first touched.
@@ -142,9 +156,12 @@ class Store:
         """Take a name away. Whoever has the buffer keeps it, and it counts until they let go."""
         self._connection.ask("remove", name=name)
 
-    def rename(self, old: str, new: str) -> None:
-        """Give a buffer another name; one of that name is replaced, as rename(2) does."""
-        self._connection.ask("rename", name=old, to=new)
+    def rename(self, old: str, new: str, *, replace: bool = True) -> None:
+        """Give a buffer another name; one of that name is replaced, as rename(2) does.
+
+        Raises FileExistsError for one of that name without ``replace``.
+        """
+        self._connection.ask("rename", name=old, to=new, replace=replace)
 
     def truncate(self, name: str, length: int | str) -> None:
         """Say how many bytes are content, at most the buffer's size; the memory stays as it is."""
@@ -157,6 +174,16 @@ class Store:
     def chown(self, name: str, uid: int = SAME, gid: int = SAME) -> None:
         """Change its owner (root alone) or group (its owner, to one of his own); -1 leaves it."""
         self._connection.ask("chown", name=name, uid=uid, gid=gid)
+
+    def utime(self, name: str, *, accessed_ns: int = SAME, modified_ns: int = SAME) -> None:
+        """Set the times of the content, in ns since 1970; its owner may, and who may write it."""
+        self._connection.ask("utime", name=name, accessed_ns=accessed_ns, modified_ns=modified_ns)
+
+    def usage(self) -> Usage:
+        """How many bytes and names there are, and how many there may be."""
+        result, _ = self._connection.ask("usage")
+        with told(None):
+            return protocol.usage(result.get("usage"))
 
     def close(self) -> None:
         """End the connection; again and again does nothing. Buffers stay."""

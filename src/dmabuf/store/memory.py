@@ -35,7 +35,8 @@ class Memory:
         self.exporter, self.reason, self.size = exporter, reason, size
         self.slabs = tuple(slabs)
         self.memfd = memfd
-        self._lent = False  # whether anyone else was ever given the memfd
+        self.lent = False
+        """Whether anyone else was ever given the memfd."""
 
     @property
     def is_dmabuf(self) -> bool:
@@ -54,7 +55,7 @@ class Memory:
         """
         if any(_references(fd) != 1 for fd in self.slabs):
             return True
-        return self.memfd is not None and self._lent and not _alone(self.memfd)
+        return self.memfd is not None and self.lent and not _alone(self.memfd)
 
     def grant(
         self, mode: str, *, may_write: bool, trusted: bool
@@ -79,7 +80,7 @@ class Memory:
         return Grant("dma-buf", len(self.slabs), True, writable), [*self.slabs, opened], opened
 
     def _reopened(self, writable: bool) -> int:
-        self._lent = True
+        self.lent = True
         flags = os.O_RDWR if writable else os.O_RDONLY
         return os.open(f"/proc/self/fd/{self.memfd}", flags | os.O_CLOEXEC)
 

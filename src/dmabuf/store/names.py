@@ -7,6 +7,7 @@ other bits decide who opens; a name is removed and renamed by its owner; root ma
 from __future__ import annotations
 
 import errno
+import itertools
 import time
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable
@@ -23,6 +24,9 @@ class Memory(Protocol):
     @property
     def size(self) -> int:
         """Bytes."""
+
+    def in_use(self) -> bool:
+        """Whether anyone else has it."""
 
 
 class Peer(NamedTuple):
@@ -41,6 +45,7 @@ class Entry(Generic[M]):
     """Memory (None while it is made), its name (None while it has none), its owner and mode."""
 
     name: str | None
+    number: int
     uid: int
     gid: int
     mode: int
@@ -48,6 +53,8 @@ class Entry(Generic[M]):
     charge: int
     created_ns: int
     changed_ns: int
+    modified_ns: int
+    accessed_ns: int
     memory: M | None = None
 
 
@@ -88,6 +95,7 @@ class Names(Generic[M]):
         self._entries: dict[str, Entry[M]] = {}
         self._order: list[str] = []  # of those that have memory
         self._unnamed = 0
+        self._numbers = itertools.count(1)
         self._clock = clock
 
     def __len__(self) -> int:
@@ -117,7 +125,10 @@ class Names(Generic[M]):
                 name,
             )
         now = self._clock()
-        entry: Entry[M] = Entry(name, peer.uid, peer.gid, mode, length, size, now, now)
+        number = next(self._numbers)
+        entry: Entry[M] = Entry(
+            name, number, peer.uid, peer.gid, mode, length, size, now, now, now, now
+        )
         if name is None:
             self._unnamed += 1
         else:
@@ -166,9 +177,11 @@ class Names(Generic[M]):
         """Take the name away. The memory stays charged until :meth:`forget`."""
         self.drop(self._owned(name, peer, "removed"))
 
-    def rename(self, name: str, to: str, peer: Peer) -> None:
-        """Give a name's memory another one, and take that from whatever had it."""
+    def rename(self, name: str, to: str, replace: bool, peer: Peer) -> None:
+        """Give a name's memory another one; with ``replace``, take that from whatever had it."""
         entry = self._owned(name, peer, "renamed")
+        if not replace and to in self._entries:
+            raise Refusal(errno.EEXIST, "there is a buffer of that name", to)
         if name != to:
             self.link(entry, to, peer)
 
@@ -183,6 +196,33 @@ class Names(Generic[M]):
         self._entries[name] = entry
         insort(self._order, name)
 
+    def swap(self, entry: Entry[M], name: str, length: int, peer: Peer) -> None:
+        """Put memory that has no name behind one, which keeps its owner, mode and number.
+
+        Who may write the name may, while nobody else has the memory that goes.
+        """
+        named = self.open(name, peer, "r+")
+        assert entry.memory is not None and named.memory is not None
+        self._check_length(length, entry.charge, name)
+        if named.memory.in_use():
+            text = "others have its memory: it neither grows nor shrinks until they let go of it"
+            raise Refusal(errno.EBUSY, text, name)
+        self._unnamed -= 1
+        self.removed[named.memory] = named.charge
+        named.memory, named.charge, named.length = entry.memory, entry.charge, length
+        named.changed_ns = named.modified_ns = self._clock()
+
+    def utime(self, name: str, accessed_ns: int, modified_ns: int, peer: Peer) -> None:
+        """Set the times of the content, in ns since 1970: its owner, and who may write."""
+        entry = self.find(name)
+        if peer.uid != entry.uid:
+            self.open(name, peer, "r+")
+        if accessed_ns != SAME:
+            entry.accessed_ns = accessed_ns
+        if modified_ns != SAME:
+            entry.modified_ns = modified_ns
+        entry.changed_ns = self._clock()
+
     def chmod(self, name: str, mode: int, peer: Peer) -> None:
         """Change who may open it from now on; what is open stays open."""
         entry = self._owned(name, peer, "changed")
@@ -191,10 +231,9 @@ class Names(Generic[M]):
     def truncate(self, name: str, length: int, peer: Peer) -> None:
         """Say how many bytes of the memory are content: who may write may."""
         entry = self.open(name, peer, "r+")
-        if length > entry.charge:
-            text = f"a buffer does not grow: this one has {entry.charge} bytes, not {length}"
-            raise Refusal(errno.EFBIG, text, name)
-        entry.length, entry.changed_ns = length, self._clock()
+        self._check_length(length, entry.charge, name)
+        entry.length = length
+        entry.changed_ns = entry.modified_ns = self._clock()
 
     def chown(self, name: str, uid: int, gid: int, peer: Peer) -> None:
         """Give it away, as chown(2): root may, and an owner may choose among his own groups."""
@@ -223,6 +262,12 @@ class Names(Generic[M]):
         if peer.uid not in (0, entry.uid):
             raise Refusal(errno.EPERM, f"is {verb} by its owner (or root) alone", name)
         return entry
+
+    @staticmethod
+    def _check_length(length: int, size: int, name: str) -> None:
+        if length > size:
+            text = f"a buffer does not grow: this one has {size} bytes, not {length}"
+            raise Refusal(errno.EFBIG, text, name)
 
     def _unname(self, entry: Entry[M]) -> None:
         if entry.name is None:

@@ -53,8 +53,11 @@ class Status(NamedTuple):
     ``size`` is the memory's, in bytes and whole pages, and ``length`` how many of them are content:
     what was asked for, or set by truncate. ``mode`` is the nine permission bits. The times are in
     ns since 1970: of its making, and of the last change of its name, owner, mode or length.
-    ``in_use`` is whether anyone but the store has a descriptor, a mapping or an attached device of
-    the memory; None in a listing, where it is not asked.
+    ``number`` is never another's while the store serves, whatever it is called. ``modified_ns`` and
+    ``accessed_ns`` are the content's times: of its making, or set by truncate, swap and utime; the
+    store does not see who writes the memory. ``in_use`` is whether anyone but the store has a
+    descriptor, a mapping or an attached device of the memory; None in a listing, where it is not
+    asked.
     """
 
     name: str
@@ -69,7 +72,19 @@ class Status(NamedTuple):
     reason: str
     slabs: int
     is_dmabuf: bool
+    number: int
+    modified_ns: int
+    accessed_ns: int
     in_use: bool | None
+
+
+class Usage(NamedTuple):
+    """How full the store is: bytes and names, and the most of each. A frozen record."""
+
+    charged: int
+    max_memory: int
+    names: int
+    max_names: int
 
 
 class Grant(NamedTuple):
@@ -128,6 +143,7 @@ def _name(value: object) -> bool:
 
 
 _ID = _integer(SAME, _ID_MAX)
+_NS = _integer(SAME, 2**63 - 1)
 _OPERATIONS: dict[str, dict[str, Callable[[object], bool]]] = {
     "create": {
         "name": lambda value: value is None or _name(value),
@@ -142,10 +158,13 @@ _OPERATIONS: dict[str, dict[str, Callable[[object], bool]]] = {
     "stat": {"name": _name},
     "list": {"after": _text(NAME_BYTES)},
     "remove": {"name": _name},
-    "rename": {"name": _name, "to": _name},
+    "swap": {"number": _integer(0, _SIZE_MAX), "name": _name, "length": _integer(0, _SIZE_MAX)},
+    "rename": {"name": _name, "to": _name, "replace": _flag},
     "truncate": {"name": _name, "length": _integer(0, _SIZE_MAX)},
     "chmod": {"name": _name, "mode": _integer(0, 0o777)},
     "chown": {"name": _name, "uid": _ID, "gid": _ID},
+    "utime": {"name": _name, "accessed_ns": _NS, "modified_ns": _NS},
+    "usage": {},
 }
 
 
@@ -214,9 +233,17 @@ def status(value: object) -> Status:
     match value:
         case [
             str(), int(), int(), int(), int(), int(), int(), int(), str(), str(), int(),
-            bool(), None | bool(),
+            bool(), int(), int(), int(), None | bool(),
         ]:  # fmt: skip
             return Status(*cast("list[Any]", value))
+    raise Refusal(errno.EPROTO, _ANOTHER_VERSION)
+
+
+def usage(value: object) -> Usage:
+    """A Usage out of a reply. Raises Refusal(EPROTO)."""
+    match value:
+        case [int(), int(), int(), int()]:
+            return Usage(*value)
     raise Refusal(errno.EPROTO, _ANOTHER_VERSION)
 
 

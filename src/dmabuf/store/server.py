@@ -226,12 +226,25 @@ class Server:
             self._reply(client, protocol.pack_error(refusal))
 
     def _do_link(self, client: Client, number: int, name: str) -> None:
+        self._names.link(self._unnamed(client, number, name), name, client.peer)
+        del client.unnamed[number]
+        self._reply(client, protocol.pack_result({}))
+
+    def _do_swap(self, client: Client, number: int, name: str, length: int) -> None:
+        entry = self._unnamed(client, number, name)
+        owner = self._names.find(name).uid
+        if entry.memory is not None and entry.memory.lent and client.peer.uid not in (0, owner):
+            text = "its owner's memory is not to have a memory file that you have (trusted=True)"
+            raise Refusal(errno.EPERM, text, name)
+        self._names.swap(entry, name, length, client.peer)
+        del client.unnamed[number]
+        self._reply(client, protocol.pack_result({}))
+
+    def _unnamed(self, client: Client, number: int, name: str) -> Entry[Memory]:
         entry = client.unnamed.get(number)
         if entry is None:
             raise Refusal(errno.ENOENT, "nothing without a name has that number", name)
-        self._names.link(entry, name, client.peer)
-        del client.unnamed[number]
-        self._reply(client, protocol.pack_result({}))
+        return entry
 
     def _do_open(self, client: Client, name: str, mode: str, trusted: bool) -> None:
         entry = self._names.open(name, client.peer, mode)
@@ -288,8 +301,8 @@ class Server:
         self._names.remove(name, client.peer)
         self._reply(client, protocol.pack_result({}))
 
-    def _do_rename(self, client: Client, name: str, to: str) -> None:
-        self._names.rename(name, to, client.peer)
+    def _do_rename(self, client: Client, name: str, to: str, replace: bool) -> None:
+        self._names.rename(name, to, replace, client.peer)
         self._reply(client, protocol.pack_result({}))
 
     def _do_chmod(self, client: Client, name: str, mode: int) -> None:
@@ -303,6 +316,16 @@ class Server:
     def _do_chown(self, client: Client, name: str, uid: int, gid: int) -> None:
         self._names.chown(name, uid, gid, client.peer)
         self._reply(client, protocol.pack_result({}))
+
+    def _do_utime(self, client: Client, name: str, accessed_ns: int, modified_ns: int) -> None:
+        self._names.utime(name, accessed_ns, modified_ns, client.peer)
+        self._reply(client, protocol.pack_result({}))
+
+    def _do_usage(self, client: Client) -> None:
+        self._keeper.sweep()
+        names = self._names
+        usage = (names.charged, names.max_memory, len(names), names.max_names)
+        self._reply(client, protocol.pack_result({"usage": usage}))
 
 
 def _may_make_udmabufs(peer: Peer) -> bool:
@@ -333,5 +356,8 @@ def _status(entry: Entry[Memory], in_use: bool | None = None) -> Status:
         memory.reason,
         max(len(memory.slabs), 1),
         memory.is_dmabuf,
+        entry.number,
+        entry.modified_ns,
+        entry.accessed_ns,
         in_use,
     )
