@@ -13,7 +13,21 @@ from typing import Annotated, Any
 
 import typer
 
-from dmabuf.cli import _output, bench, cp, doctor, ls, record, serve, top, verify
+from dmabuf.cli import (
+    _output,
+    bench,
+    cp,
+    doctor,
+    get,
+    ls,
+    put,
+    record,
+    rm,
+    serve,
+    stat,
+    top,
+    verify,
+)
 
 __all__ = ["app", "main"]
 
@@ -51,6 +65,8 @@ bench.add_to(app)
 ls.add_to(app)
 top.add_to(app)
 serve.add_to(app)
+for command in (serve, put, get, stat, rm):
+    command.add_to(app)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,6 +18,7 @@ Socket = Annotated[
         help="The store's. [default: $XDG_RUNTIME_DIR/dmabuf.sock; root: /run/dmabuf.sock]",
     ),
 ]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The buffer's name in the store.")]
 Json = Annotated[bool, typer.Option("--json", help="The result for programs.")]
 Progress = Annotated[
     bool | None,

@@ -42,15 +42,18 @@ def _leg_as_json(leg: Leg | None) -> dict[str, Any] | None:
     }
 
 
-def sentence(record: Copy, verified: Verified | None) -> str:
-    """The result for people, in a line; a second for the comparison."""
+def sentence(record: Copy, verified: Verified | None, exporter: str | None = None) -> str:
+    """The result for people, in a line; a second for the comparison.
+
+    ``exporter`` is that of a buffer which is one of the ends.
+    """
     if not record.nbytes:
         return "0 B: there was nothing to copy"
     speed = _output.decimal(record.nbytes / max(record.seconds, 1e-9), "B/s")
     text = f"{_output.decimal(record.nbytes)} in {record.seconds:.2f} s, {speed}: "
-    assert record.read is not None
-    assert record.write is not None
-    text += f"read {_way(record.read)}, written {_way(record.write)}, {record.exporter}"
+    ways = [f"read {_way(record.read)}"] if record.read else []
+    ways += [f"written {_way(record.write)}"] if record.write else []
+    text += ", ".join([*ways, exporter or str(record.exporter)])
     if verified is not None:
         how = (
             verified.reason

@@ -6,12 +6,13 @@ from typing import Annotated
 
 import typer
 
-from dmabuf.cli import _options, _output, _system
+from dmabuf.cli import _options, _output, _store, _system
 
 _HELP = """\
-List buffers. With --system, every dma-buf on the machine that this user may see.
+List the buffers of the store: mode, owner, group, bytes, what made the memory, time, name. With
+--system, every dma-buf on the machine that this user may see.
 
-Of each: its inode, which no other has until the next boot, its size, exporter and name, which
+Of each of those: its inode, which no other has until the next boot, its size, exporter and name, which
 processes hold it, by which descriptors and how many mappings, and the attached devices where the
 kernel tells. "kernel" are references of no process: an importer's, a registration with io_uring, a
 message under way. Then totals by process and exporter, each buffer counted once; a process's share
@@ -25,6 +26,7 @@ _EXAMPLES = """\
 Examples:
 
 \b
+  dmabuf ls
   sudo dmabuf ls --system
   dmabuf ls --system --process ffmpeg
   sudo dmabuf ls --system --json | jq '.buffers[] | select(.holders == [])'
@@ -40,9 +42,15 @@ def _command(
     system: Annotated[bool, typer.Option("--system", help="Every dma-buf on the machine.")] = False,
     process: _options.Process = None,
     exporter: _options.Made = None,
+    socket: _options.Socket = None,
     json: _options.Json = False,
 ) -> None:
-    if not system:
-        raise typer.BadParameter("say what to list: --system lists every dma-buf on the machine")
+    if not system and (process is not None or exporter is not None):
+        raise typer.BadParameter("--process and --exporter are for --system")
+    if system and socket is not None:
+        raise typer.BadParameter("--socket is the store's, and --system asks no store")
     with _output.orderly():
+        if not system:
+            _store.run(socket, json=json)
+            return
         _system.run(process=process, exporter=exporter, json=json)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Annotated
 
 import typer
@@ -58,13 +58,17 @@ def run(path: str | None, max_memory: int | None) -> None:
         OSError: there is no socket to be had.
     """
     limit = default_limit() if max_memory is None else max_memory
-    path = place.default_path() if path is None else path
     descriptors = _most_descriptors()
-    with place.listening(path) as listener:
+    with ExitStack() as stack:
+        listener = place.activated() if path is None else None
+        if listener is None:
+            path = place.default_path() if path is None else path
+            listener = stack.enter_context(place.listening(path))
         server = Server(listener, limit, descriptors)
-        with _ending(server):
-            _output.note(f"serving at {path}, {format_size(limit)} at most")
-            server.run()
+        stack.enter_context(_ending(server))
+        _output.note(f"serving at {listener.getsockname()}, {format_size(limit)} at most")
+        place.tell_systemd("READY=1")
+        server.run()
 
 
 def _most_descriptors() -> int:

@@ -76,7 +76,7 @@ class Memory:
             )
         if not trusted or self.memfd is None:
             return Grant("dma-buf", len(self.slabs), False, writable), [*self.slabs], None
-        opened = self._reopened(True)
+        opened = self._reopened(writable)
         return Grant("dma-buf", len(self.slabs), True, writable), [*self.slabs, opened], opened
 
     def _reopened(self, writable: bool) -> int:

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 
 _PATH_BYTES = 107  # sockaddr_un has room for these and a zero
 _BACKLOG = 128
+_FIRST_OF_SYSTEMD = 3  # SD_LISTEN_FDS_START
 
 
 def default_path() -> str:
@@ -65,6 +66,36 @@ def listening(path: str) -> Iterator[socket.socket]:
                     os.unlink(path)
     finally:
         listener.close()
+
+
+def activated() -> socket.socket | None:
+    """The socket that systemd listens on for us (sd_listen_fds(3)), None without one.
+
+    Raises OSError(EINVAL) for another kind of descriptor.
+    """
+    if os.environ.get("LISTEN_PID") != str(os.getpid()) or "LISTEN_FDS" not in os.environ:
+        return None
+    del os.environ["LISTEN_PID"], os.environ["LISTEN_FDS"]
+    with suppress(OSError):
+        listener = socket.socket(fileno=_FIRST_OF_SYSTEMD)
+        listener.set_inheritable(False)
+        if (
+            listener.family == socket.AF_UNIX
+            and listener.type == socket.SOCK_SEQPACKET
+            and listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        ):
+            return listener
+        listener.detach()
+    text = "what systemd handed over is no socket that listens (ListenSequentialPacket=)"
+    raise OSError(errno.EINVAL, text)
+
+
+def tell_systemd(state: str) -> None:
+    """Such as READY=1, where systemd waits for that (sd_notify(3))."""
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    if path[:1] in ("/", "@"):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as manager:
+            manager.sendto(state.encode(), "\0" + path[1:] if path[0] == "@" else path)
 
 
 @contextmanager

@@ -1,0 +1,233 @@
+"""`dmabuf serve`, and put, get, ls, stat and rm against it."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import dmabuf.store
+from tests.serving import as_a_program, in_a_thread
+from tests.support import assert_same, pattern
+from tests.unit.command import dmabuf as command
+from tests.unit.command import finish, start
+
+DATA = pattern(300_001, 7)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "store.sock"
+
+
+@pytest.fixture
+def store(path: Path) -> Iterator[dmabuf.store.Store]:
+    with in_a_thread(path), dmabuf.store.connect(path) as store:
+        yield store
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    file = tmp_path / "source"
+    file.write_bytes(DATA)
+    return file
+
+
+def test_a_file_there_and_back(store, source, path, tmp_path, capsys) -> None:
+    ended = command(capsys, "put", "--socket", path, "--mode", "640", source, "name")
+    assert (ended.status, ended.err) == (0, "")
+    assert "300.0 kB in " in ended.out and ": read " in ended.out and "written" not in ended.out
+    status = store.stat("name")
+    assert (status.length, status.mode, status.in_use) == (len(DATA), 0o640, False)
+    with store.open("name") as buffer:
+        assert_same(buffer.pread(buffer.size, 0), DATA.ljust(buffer.size, b"\0"), "the buffer")
+    ended = command(capsys, "get", "--socket", path, "name", tmp_path / "target")
+    assert (ended.status, ended.err) == (0, "")
+    assert ": written " in ended.out and "read " not in ended.out.split("(")[0]
+    assert_same((tmp_path / "target").read_bytes(), DATA, "the target")
+    assert not store.stat("name").in_use
+
+
+def test_the_record_tells_the_route(store, source, path, tmp_path, capsys) -> None:
+    ended = command(capsys, "put", "--socket", path, "--json", source, "name")
+    record = json.loads(ended.out)
+    assert record["nbytes"] == record["read"]["nbytes"] == len(DATA)
+    assert record["read"]["route"] and record["write"] is None
+    assert (record["name"], record["buffer"]) == ("name", store.stat("name").exporter)
+    ended = command(capsys, "get", "--socket", path, "--json", "name", tmp_path / "t")
+    assert json.loads(ended.out)["write"]["nbytes"] == len(DATA)
+
+
+def test_pipes(store, path, capsys) -> None:
+    process = start("put", "--socket", path, "--size", "1MiB", "-", "pipe", stdin=subprocess.PIPE)
+    assert finish(process, DATA).status == 0
+    assert (store.stat("pipe").length, store.stat("pipe").size) == (len(DATA), 1 << 20)
+    process = start("get", "--socket", path, "pipe", "-")
+    out, err = process.communicate(timeout=60)
+    assert_same(out, DATA, "standard output")
+    assert b": written " in err
+    process = start("put", "--socket", path, "-", "none", stdin=subprocess.PIPE)
+    ended = finish(process, b"")
+    assert ended.status == 1
+    assert "standard input: is a stream: say with --size how many bytes" in ended.err
+
+
+def test_an_empty_file(store, path, tmp_path, capsys) -> None:
+    (tmp_path / "empty").touch()
+    assert command(capsys, "put", "--socket", path, tmp_path / "empty", "none").status == 0
+    assert store.stat("none").length == 0
+    assert command(capsys, "get", "--socket", path, "none", tmp_path / "back").status == 0
+    assert (tmp_path / "back").read_bytes() == b""
+
+
+def test_a_name_is_whole_or_as_it_was(store, source, path, tmp_path, capsys) -> None:
+    command(capsys, "put", "--socket", path, source, "name")
+    (tmp_path / "other").write_bytes(b"other")
+    with store.open("name") as kept:
+        assert command(capsys, "put", "--socket", path, tmp_path / "other", "name").status == 0
+        assert kept.pread(5, 0) == DATA[:5]
+    with store.open("name") as now:
+        assert now.pread(5, 0) == b"other"
+    ended = command(capsys, "put", "--socket", path, tmp_path / "missing", "name")
+    assert (ended.status, store.stat("name").length) == (1, 5)
+    ended = command(capsys, "get", "--socket", path, "missing", source)
+    assert (ended.status, ended.err) == (1, "error: missing: no buffer of that name\n")
+    assert_same(source.read_bytes(), DATA, "the file that was not replaced")
+
+
+def test_what_there_is(store, path, capsys) -> None:
+    assert command(capsys, "ls", "--socket", path).out == ""
+    store.create("b", 10, mode=0o604).close()
+    store.create("a", 12345).close()
+    lines = command(capsys, "ls", "--socket", path).out.splitlines()
+    assert [line.split()[0] for line in lines] == ["-rw-------", "-rw----r--"]
+    assert [line.split()[3] for line in lines] == ["12345", "10"]
+    assert [line.split()[-1] for line in lines] == ["a", "b"]
+    listed = json.loads(command(capsys, "ls", "--socket", path, "--json").out)
+    assert [one["name"] for one in listed] == ["a", "b"]
+    told = command(capsys, "stat", "--socket", path, "b").out
+    assert "content  10 bytes" in told and "in use   no" in told
+    with store.open("b"):
+        assert "in use   yes" in command(capsys, "stat", "--socket", path, "b").out
+        assert json.loads(command(capsys, "stat", "--socket", path, "--json", "b").out)["in_use"]
+    assert command(capsys, "rm", "--socket", path, "a", "b").status == 0
+    assert store.list() == []
+    ended = command(capsys, "rm", "--socket", path, "a")
+    assert (ended.status, ended.err) == (1, "error: a: no buffer of that name\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["put", "--mode", "888", "f", "n"], "three octal digits"),
+        (["put", "--mode", "1777", "f", "n"], "three octal digits"),
+        (["put", "--size", "much", "f", "n"], "is no size"),
+        (["get", "--size", "-1", "n", "f"], "is no size"),
+        (["serve", "--max-memory", "all"], "is no size"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(arguments, why, capsys) -> None:
+    ended = command(capsys, *arguments)
+    assert ended.status == 2
+    assert why in ended.err
+
+
+def test_a_name_is_checked_before_anything_is_copied(store, path, source, capsys) -> None:
+    ended = command(capsys, "put", "--socket", path, source, "a/b")
+    assert ended.status == 1
+    assert 'error: a/b: a name is neither empty nor "."' in ended.err
+
+
+def test_without_a_server(path, capsys) -> None:
+    ended = command(capsys, "ls", "--socket", path)
+    assert ended.status == 1
+    assert ended.err == f"error: {path}: no store serves there (start one: dmabuf serve)\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_the_ordinary_end(path: Path, number: int) -> None:
+    with as_a_program(path) as server:
+        with dmabuf.store.connect(path) as store:
+            store.create("left", 4096).close()
+            server.send_signal(number)
+            assert server.wait(timeout=30) == 0
+    assert not path.exists()
+    assert server.stderr.closed
+
+
+def test_a_second_server_is_refused(path: Path) -> None:
+    with as_a_program(path) as first:
+        ended = finish(start("serve", "--socket", path))
+        assert ended.status == 1
+        assert ended.err == f"error: {path}: another server listens there already\n"
+        with dmabuf.store.connect(path) as store:
+            assert store.list() == []
+        assert first.poll() is None
+
+
+def test_a_killed_server_leaves_what_its_clients_have(path: Path) -> None:
+    with as_a_program(path) as server, dmabuf.store.connect(path) as store:
+        with store.create("left", 4096) as buffer:
+            buffer.pwrite(b"before", 0)
+            server.kill()
+            server.wait(timeout=30)
+            assert path.exists(), "nobody took the socket away"
+            with pytest.raises(ConnectionError) as caught:
+                store.list()
+            assert caught.value.filename == str(path)
+            assert buffer.pread(6, 0) == b"before"
+            buffer.pwrite(b"after.", 0)
+            assert buffer.pread(6, 0) == b"after."
+    with pytest.raises(ConnectionRefusedError, match="is gone"):
+        dmabuf.store.connect(path)
+    with as_a_program(path), dmabuf.store.connect(path) as store:
+        assert store.list() == [], "the stale socket was replaced"
+
+
+def test_what_is_no_socket_is_left_alone(path: Path) -> None:
+    path.write_text("a file of somebody's")
+    ended = finish(start("serve", "--socket", path))
+    assert ended.status == 1
+    assert "is there, and no socket: nothing was changed" in ended.err
+    assert path.read_text() == "a file of somebody's"
+
+
+_ACTIVATED = """
+import os, socket, sys
+listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+listener.bind(sys.argv[1])
+listener.listen()
+os.dup2(listener.fileno(), 3)
+os.set_inheritable(3, True)
+os.environ |= {"LISTEN_FDS": "1", "LISTEN_PID": str(os.getpid())}
+os.execv(sys.executable, [sys.executable, "-m", "dmabuf.cli", "serve"])
+"""
+
+
+def test_a_socket_of_systemd(path: Path, tmp_path: Path) -> None:
+    """Socket activation and readiness, as sd_listen_fds(3) and sd_notify(3) have them."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(30)
+        environment = os.environ | {"NOTIFY_SOCKET": str(tmp_path / "notify")}
+        process = subprocess.Popen([sys.executable, "-c", _ACTIVATED, path], env=environment)
+        try:
+            assert manager.recv(100) == b"READY=1"
+            with dmabuf.store.connect(path) as store:
+                store.create("name", 1).close()
+        finally:
+            process.terminate()
+            assert process.wait(timeout=30) == 0
+    assert path.exists(), "the socket is systemd's"
+
+
+def test_a_descriptor_that_does_not_listen(path: Path) -> None:
+    other = _ACTIVATED.replace("listener.listen()", "")
+    done = subprocess.run([sys.executable, "-c", other, path], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "is no socket that listens (ListenSequentialPacket=)" in done.stderr
