@@ -165,3 +165,24 @@ def test_what_is_no_name(name: object, number: int) -> None:
 @pytest.mark.parametrize("name", ["a", "a b", ".hidden", "-", "é" * 127, "a" * 255, "漢字", "..."])
 def test_what_is_a_name(name: str) -> None:
     assert protocol.check_name(name) == name
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"op": "create", "name": "n", "size": True},
+        {"op": "create", "name": "n", "size": 0},
+        {"op": "create", "name": "n", "size": 2**62 + 1},
+        {"op": "create", "name": "n", "mode": 0o1000},
+        {"op": "create", "name": "n", "mode": -1},
+        {"op": "create", "name": "n", "trusted": 1},
+        {"op": "create", "name": "n", "exporter": "x" * 65},
+        {"op": "create", "name": "n", "huge_pages": 0},
+    ],
+)
+def test_values_that_cannot_be(fields: dict[str, object]) -> None:
+    good = {"size": 1, "mode": 0, "exporter": "auto", "huge_pages": False, "trusted": False}
+    found = whatever(json.dumps({**good, **fields}).encode())
+    assert isinstance(found, Refusal)
+    assert found.errno == errno.EINVAL
+    assert isinstance(whatever(json.dumps({"op": "create", "name": "n", **good}).encode()), Request)

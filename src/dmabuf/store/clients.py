@@ -96,6 +96,8 @@ class Clients:
         """End a connection."""
         client.alive = False
         self._all.discard(client)
+        with suppress(OSError):  # the peer is told now, however long the rest takes
+            client.connection.shutdown(socket.SHUT_RDWR)
         if self._refuses_descriptors:
             client.close()
             self._users[client.peer.uid] -= 1

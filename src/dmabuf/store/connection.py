@@ -67,12 +67,12 @@ class Connection:
         try:
             with suppress(BrokenPipeError, ConnectionResetError):  # it may have said why
                 self._socket.send(request)
-            data, descriptors, flags, _ = socket.recv_fds(
-                self._socket,
-                protocol.REPLY_BYTES + 1,
-                protocol.MOST_DESCRIPTORS,
-                socket.MSG_CMSG_CLOEXEC,
-            )
+            try:
+                data, descriptors, flags, _ = self._receive()
+            except (
+                ConnectionResetError
+            ):  # the kernel tells of the end first, and then what was said
+                data, descriptors, flags, _ = self._receive()
         except OSError as error:
             self._socket.close()
             text = f"the store is gone, or ended the connection: {error.strerror}"
@@ -89,6 +89,14 @@ class Connection:
                 os.close(fd)
             raise OSError(errno.EMFILE, "too many open descriptors (ulimit -n)", self.path)
         return data, descriptors
+
+    def _receive(self) -> tuple[bytes, list[int], int, object]:
+        return socket.recv_fds(
+            self._socket,
+            protocol.REPLY_BYTES + 1,
+            protocol.MOST_DESCRIPTORS,
+            socket.MSG_CMSG_CLOEXEC,
+        )
 
 
 @contextmanager
