@@ -251,6 +251,9 @@ int dmb_fallocate(int fd, uint64_t offset, uint64_t size);
 int dmb_populate(uint64_t address, uint64_t size);
 /* mbind(2) with MPOL_BIND to one node. */
 int dmb_bind_node(uint64_t address, uint64_t size, unsigned node);
+/* mmap(2) with MAP_SHARED | MAP_FIXED: a file's bytes from 0 on, in the place of a mapping of ours.
+ */
+int dmb_map_over(uint64_t address, uint64_t size, int fd, int writable);
 /* seccomp-free test of what io_uring_setup(2) answers: 0 or -errno. */
 int dmb_uring_probe(void);
 

@@ -55,6 +55,15 @@ int dmb_populate(uint64_t address, uint64_t size)
 	return madvise((void *)(uintptr_t)address, size, DMB_MADV_POPULATE_WRITE) ? -errno : 0;
 }
 
+int dmb_map_over(uint64_t address, uint64_t size, int fd, int writable)
+{
+	int protection = PROT_READ | (writable ? PROT_WRITE : 0);
+	void *mapped =
+		mmap((void *)(uintptr_t)address, size, protection, MAP_SHARED | MAP_FIXED, fd, 0);
+
+	return mapped == MAP_FAILED ? -errno : 0;
+}
+
 int dmb_bind_node(uint64_t address, uint64_t size, unsigned node)
 {
 	unsigned long mask[16] = {0};

@@ -28,6 +28,28 @@ static_assert(__NR_cachestat == DMB_SYS_CACHESTAT, "cachestat(2)");
 static_assert(MADV_POPULATE_WRITE == DMB_MADV_POPULATE_WRITE, "madvise(2)");
 #endif
 
+static void mapping_over(void)
+{
+	uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
+	int fd = memfd_create("test", MFD_CLOEXEC);
+	char *memory = mmap(NULL, 3 * page, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	uint64_t address = (uint64_t)(uintptr_t)memory;
+
+	context("mapping over", 0);
+	CHECK(memory != MAP_FAILED);
+	CHECK_EQUAL(ftruncate(fd, (off_t)page), 0);
+	CHECK_EQUAL(dmb_map_over(address + page, page, fd, 1), 0);
+	memory[page] = 'x';
+	CHECK_EQUAL(pread(fd, memory + page + 1, 1, 0), 1);
+	CHECK_EQUAL(memory[page + 1], 'x');
+	CHECK_EQUAL(memory[0], 0);
+	CHECK_EQUAL(memory[2 * page], 0);
+	CHECK_EQUAL(dmb_map_over(address, page, -1, 0), -EBADF);
+	CHECK_EQUAL(dmb_map_over(address + 1, page, fd, 0), -EINVAL);
+	munmap(memory, 3 * page);
+	close(fd);
+}
+
 static void alignments(void)
 {
 	uint32_t memory = 77, offset = 77;
@@ -129,6 +151,7 @@ static void lone(void)
 
 int main(void)
 {
+	mapping_over();
 	alignments();
 	cache();
 	populate();

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dmabuf import _uapi, exporters
+from dmabuf.buffer import Slab
 from dmabuf.exporters import _memory, allocate, foreign, from_fd, heap, memfd, udmabuf
 from tests.resources import held
 from tests.unit.fake_kernel import FakeKernel
@@ -638,3 +639,28 @@ def test_a_device_node_is_asked_nothing(kernel, monkeypatch, tmp_path):
     with pytest.raises(OSError, match="a character device"):
         from_fd(null)
     os.close(null)
+
+
+def test_several_slabs_are_one_mapping():
+    fds = [os.memfd_create("slab") for _ in range(3)]
+    sizes = [8192, 4096, 12288]
+    slabs, offset = [], 0
+    for fd, size in zip(fds, sizes, strict=True):
+        os.truncate(fd, size)
+        os.pwrite(fd, bytes([fd]) * size, 0)
+        slabs.append(Slab(fd, offset, size))
+        offset += size
+    for writable in (True, False):
+        memory, refusal = foreign.map_slabs(slabs, "test", writable=writable)
+        assert refusal is None
+        with memory:
+            assert memory[:] == b"".join(bytes([fd]) * size for fd, size in zip(fds, sizes))  # noqa: B905
+            if writable:
+                memory[8192] = 7
+                assert os.pread(fds[1], 2, 0) == bytes([7, fds[1]])
+                memory[8192] = fds[1]
+            else:
+                with pytest.raises(TypeError):
+                    memory[0] = 1
+    for fd in fds:
+        os.close(fd)

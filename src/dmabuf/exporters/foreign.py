@@ -5,10 +5,14 @@ import fcntl
 import mmap
 import os
 import stat
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from dmabuf import _described, _sysfs, _uapi
+from dmabuf._ffi import check, lib
+from dmabuf._mapping import address_of
 from dmabuf.buffer import Buffer, Slab
+from dmabuf.sizes import format_size
 
 FDINFO = "/proc/self/fdinfo"
 
@@ -121,6 +125,31 @@ def map_dmabuf(
             f"the CPU cannot map this dma-buf of {exporter} ({error.strerror}): only devices can "
             "read and write it"
         )
+
+
+def map_slabs(
+    slabs: Sequence[Slab], exporter: str, *, writable: bool
+) -> tuple[mmap.mmap | None, str | None]:
+    """One mapping of consecutive dma-bufs, or None and why the CPU cannot have one."""
+    if len(slabs) == 1:
+        return map_dmabuf(slabs[0].fd, slabs[0].size, exporter, writable=writable)
+    for slab in slabs:  # whether it may be mapped at all
+        memory, refusal = map_dmabuf(slab.fd, slab.size, exporter, writable=writable)
+        if memory is None:
+            return None, refusal
+        memory.close()
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+    whole = mmap.mmap(-1, sum(slab.size for slab in slabs), flags, protection)
+    try:
+        address = address_of(whole)
+        for slab in slabs:
+            rc = lib.dmb_map_over(address + slab.offset, slab.size, slab.fd, writable)
+            check(rc, f"mapping a dma-buf of {format_size(slab.size)}")
+    except BaseException:
+        whole.close()
+        raise
+    return whole, None
 
 
 def pin_refusal(exporter: str) -> str:

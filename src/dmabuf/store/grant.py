@@ -36,7 +36,7 @@ def as_buffer(status: Status, grant: Grant, descriptors: Sequence[int]) -> Buffe
         memory: mmap.mmap | None = _map_memfd(descriptors[-1], size, grant.writable)
         pin_refusal, reason = None, "with its memory file: the store's grant is trusted"
     else:
-        memory, refusal = foreign.map_dmabuf(slabs[0].fd, size, exporter, writable=grant.writable)
+        memory, refusal = foreign.map_slabs(slabs, exporter, writable=grant.writable)
         pin_refusal = _ALONE if exporter == "udmabuf" else foreign.pin_refusal(exporter)
         reason = "the store's grant"
     return Buffer(

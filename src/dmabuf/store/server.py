@@ -232,10 +232,11 @@ class Server:
 
     def _do_swap(self, client: Client, number: int, name: str, length: int) -> None:
         entry = self._unnamed(client, number, name)
-        owner = self._names.find(name).uid
-        if entry.memory is not None and entry.memory.lent and client.peer.uid not in (0, owner):
-            text = "its owner's memory is not to have a memory file that you have (trusted=True)"
-            raise Refusal(errno.EPERM, text, name)
+        owner, new = self._names.open(name, client.peer, "r+").uid, entry.memory
+        assert new is not None
+        if new.is_dmabuf and new.lent and client.peer.uid not in (0, owner):
+            text = "is another user's, who is not to have memory whose memory file you have"
+            raise Refusal(errno.EPERM, f"{text} (trusted=True)", name)
         self._names.swap(entry, name, length, client.peer)
         del client.unnamed[number]
         self._reply(client, protocol.pack_result({}))
