@@ -1,0 +1,77 @@
+"""A camera, a GPU and NumPy in three processes, on one memory that a store holds by name.
+
+    python examples/three_processes.py /dev/video0
+
+Starts a store (`dmabuf serve`), makes the buffer `picture` there, and then runs itself three times:
+the camera's driver writes a frame into it, a compute shader swaps the bytes of each of its words,
+and NumPy reads it. Nobody copies the picture, and the first two are gone when the third looks.
+Needs pip install dmabuf[v4l2,vulkan,arrays], and a Vulkan driver.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack
+
+import dmabuf.store
+
+WIDTH, HEIGHT, FORMAT = 320, 180, "RGB3"
+SIZE = WIDTH * HEIGHT * 3
+
+
+def camera(store: dmabuf.store.Store, device: str) -> None:
+    from dmabuf.devices import v4l2
+
+    with store.open("picture", "r+") as buffer:
+        shape = {"width": WIDTH, "height": HEIGHT, "format": FORMAT}
+        with v4l2.capture(device, buffers=[buffer], **shape) as source:
+            with next(source) as frame:
+                print(f"camera {os.getpid()}: frame {frame.sequence} written into {buffer!r}")
+
+
+def gpu(store: dmabuf.store.Store, device: str) -> None:
+    import vulkan as vk
+    from gpu_swap import record
+
+    from dmabuf.devices import vulkan
+
+    with vulkan.open() as card, store.open("picture", "r+") as buffer, ExitStack() as undo:
+        memory = undo.enter_context(card.import_buffer(buffer))
+        about = vk.VkSubmitInfo(pCommandBuffers=[record(card, memory, undo)])
+        vk.vkQueueSubmit(card.queue, 1, [about], vk.VK_NULL_HANDLE)
+        card.wait_idle()
+        print(f"gpu {os.getpid()}: words swapped by {card.name}")
+
+
+def reader(store: dmabuf.store.Store, device: str) -> None:
+    with store.open("picture") as buffer:
+        picture = buffer.asarray(shape=(HEIGHT, WIDTH, 3))
+        digest = hashlib.sha256(picture).hexdigest()
+        print(f"reader {os.getpid()}: a picture of {picture.shape}, sha256 {digest}")
+        del picture
+
+
+def main(device: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "store.sock")
+        serve = [sys.executable, "-m", "dmabuf.cli", "serve", "--socket", path]
+        with subprocess.Popen(serve, stderr=subprocess.PIPE) as server:
+            try:
+                server.stderr.readline()
+                with dmabuf.store.connect(path) as store:
+                    store.create("picture", SIZE, exporter="udmabuf").close()
+                    for role in ("camera", "gpu", "reader"):
+                        command = [sys.executable, __file__, device, role, path]
+                        subprocess.run(command, check=True)
+            finally:
+                server.terminate()
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 2:
+        main(sys.argv[1])
+    else:
+        with dmabuf.store.connect(sys.argv[3]) as store:
+            {"camera": camera, "gpu": gpu, "reader": reader}[sys.argv[2]](store, sys.argv[1])
