@@ -159,8 +159,11 @@ def test_printable(name: str, shown: str) -> None:
     assert printable(name) == shown
 
 
-def test_ls_of_nothing_in_particular(capsys: Capture) -> None:
-    ended = dmabuf(capsys, "ls")
+@pytest.mark.parametrize(
+    "arguments", [("--process", "1"), ("--exporter", "system"), ("--system", "--socket", "/run/s")]
+)
+def test_ls_of_the_store_and_of_the_system_are_apart(capsys: Capture, arguments) -> None:
+    ended = dmabuf(capsys, "ls", *arguments)
     assert ended.status == 2
     assert "--system" in ended.err
 

@@ -12,11 +12,11 @@ _HELP = """\
 List the buffers of the store: mode, owner, group, bytes, what made the memory, time, name. With
 --system, every dma-buf on the machine that this user may see.
 
-Of each of those: its inode, which no other has until the next boot, its size, exporter and name, which
-processes hold it, by which descriptors and how many mappings, and the attached devices where the
-kernel tells. "kernel" are references of no process: an importer's, a registration with io_uring, a
-message under way. Then totals by process and exporter, each buffer counted once; a process's share
-is its size divided by the number of processes that hold it.
+Of each of those: its inode, which no other has until the next boot, its size, exporter and name,
+which processes hold it, by which descriptors and how many mappings, and the attached devices where
+the kernel tells. "kernel" are references of no process: an importer's, a registration with
+io_uring, a message under way. Then totals by process and exporter, each buffer counted once; a
+process's share is its size divided by the number of processes that hold it.
 
 It is read from /proc and debugfs, and no buffer is touched. What this user may not see is told, and
 the exit status is 0 all the same.

@@ -18,7 +18,7 @@ import signal
 from collections.abc import Sequence
 from contextlib import suppress
 
-from dmabuf import _sysfs, exporters
+from dmabuf import _described, _sysfs, exporters
 from dmabuf.exporters import _memory, foreign, memfd, udmabuf
 from dmabuf.sizes import round_up
 from dmabuf.store.protocol import MOST_DESCRIPTORS, Grant, Refusal
@@ -161,11 +161,8 @@ def _label(name: str) -> str:
 
 def _references(fd: int) -> int | None:
     """How many references there are to a dma-buf, this descriptor's included."""
-    for line in _sysfs.read(foreign.FDINFO, str(fd)).splitlines():
-        key, _, value = line.partition(":")
-        if key == "count":  # before the label, which is anyone's text
-            return int(value)
-    return None
+    described = _described.description(_sysfs.read(foreign.FDINFO, str(fd)))
+    return None if described is None else described.references
 
 
 def _alone(fd: int) -> bool:
