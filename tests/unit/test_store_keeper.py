@@ -1,0 +1,147 @@
+"""What the store's server holds: freed before its place is taken, and within what it may have."""
+
+import contextlib
+import errno
+import os
+import queue
+import resource
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import dmabuf.store
+from dmabuf.store import keeper, memory
+from dmabuf.store.keeper import Keeper
+from dmabuf.store.memory import Memory
+from dmabuf.store.names import Names, Peer
+from dmabuf.store.protocol import Refusal
+from tests.serving import as_a_program
+
+ROOT = Peer(0, 0)
+MIB = 1 << 20
+
+
+class Loop:
+    """The server's, one call at a time."""
+
+    def __init__(self) -> None:
+        self._calls: queue.Queue[Callable[[], None]] = queue.Queue()
+
+    def later(self, what: Callable[..., None], *arguments: object) -> None:
+        self._calls.put(lambda: what(*arguments))
+
+    def until(self, done: Callable[[], object]) -> None:
+        while not done():
+            self._calls.get(timeout=30)()
+
+
+def test_what_takes_the_place_of_memory_is_made_when_that_is_gone(monkeypatch) -> None:
+    loop, names, made = Loop(), Names[Memory](MIB, 10), []
+    kept = Keeper(names, 100, loop.later)
+    entry = names.begin("one", ROOT, 0o600, MIB, MIB)
+    kept.make(MIB, "memfd", "one", False, made.append)
+    loop.until(lambda: made)
+    names.finish(entry, made.pop())
+
+    may_close, close, events = threading.Event(), Memory.close, []
+
+    def slow_close(self: Memory) -> None:
+        may_close.wait(30)
+        events.append("closed")
+        close(self)
+
+    make = memory.make
+    monkeypatch.setattr(Memory, "close", slow_close)
+    monkeypatch.setattr(memory, "make", lambda *what: events.append("made") or make(*what))
+    names.remove("one", ROOT)
+    kept.sweep()
+    assert names.left == MIB, "the loop may give it away again at once"
+    names.begin("two", ROOT, 0o600, MIB, MIB)
+    kept.make(MIB, "memfd", "two", False, made.append)
+    assert not events
+    may_close.set()
+    loop.until(lambda: made)
+    assert events == ["closed", "made"]
+    made.pop().close()
+    kept.end()
+    kept.release_all()
+
+
+def test_asking_about_much_that_was_removed_takes_a_share_of_the_time(monkeypatch) -> None:
+    now = [0.0]
+    asked = []
+    monkeypatch.setattr(keeper.time, "monotonic", lambda: now[0])
+
+    class Held:
+        size = 1
+
+        def in_use(self) -> bool:
+            asked.append(now[0])
+            now[0] += 0.01
+            return True
+
+    names: Names[Held] = Names(1 << 20, 1000)
+    for number in range(50):
+        names.finish(names.begin(f"{number}", ROOT, 0, 1, 1), Held())
+        names.remove(f"{number}", ROOT)
+    kept = Keeper(names, 100, lambda *what: None)
+    began = now[0]
+    for _ in range(1000):
+        kept.sweep()
+        now[0] += 0.01
+    assert asked, "it is asked"
+    assert len(asked) * 0.01 < 0.2 * (now[0] - began) + 0.6
+    kept.end()
+    names.removed.clear()
+    kept.release_all()
+
+
+def test_descriptors_are_kept_for_clients(tmp_path: Path) -> None:
+    """Under a limit of 96: half for memory, a quarter for clients."""
+    path = tmp_path / "store.sock"
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (96, 96))
+
+    with as_a_program(path, preexec_fn=limit) as server, contextlib.ExitStack() as stack:
+        store = stack.enter_context(dmabuf.store.connect(path))
+        count = 0
+        with pytest.raises(OSError, match="as many descriptors as it may") as caught:
+            for _ in range(100):
+                store.create(f"{count}", 4096, exporter="memfd").close()
+                count += 1
+        assert (caught.value.errno, count) == (errno.ENOSPC, 48)
+        assert store.usage().names == 48
+        for _ in range(11):
+            stack.enter_context(dmabuf.store.connect(path)).list()
+        with dmabuf.store.connect(path) as more, pytest.raises(OSError) as caught:
+            more.list()
+        assert caught.value.errno == errno.EUSERS
+        store.remove("0")
+        store.create("again", 4096, exporter="memfd").close()
+        assert len(os.listdir(f"/proc/{server.pid}/fd")) < 96
+
+
+def test_no_descriptors_left_to_accept_with(tmp_path: Path) -> None:
+    """The loop does not spin, and goes on when there are some again."""
+    path = tmp_path / "store.sock"
+    with as_a_program(path) as server, dmabuf.store.connect(path) as store:
+        store.list()
+        now = len(os.listdir(f"/proc/{server.pid}/fd"))
+        before = resource.prlimit(server.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (now, before[1]))
+        with dmabuf.store.connect(path) as waiting:
+            store.list()
+            with pytest.raises(OSError):
+                store.create("n", 4096)
+            resource.prlimit(server.pid, resource.RLIMIT_NOFILE, before)
+            assert waiting.list() == []
+        store.create("n", 4096).close()
+
+
+def test_a_refusal_says_what_was_asked(tmp_path: Path) -> None:
+    with pytest.raises(Refusal) as caught:
+        Names[Memory](10, 1).begin("n", ROOT, 0, 11, 11)
+    assert "11 B are more than the store has left: 10 B of 10 B" in caught.value.text
