@@ -64,3 +64,13 @@ def test_a_rename_may_be_one_that_replaces_nothing(store: Store) -> None:
         assert caught.value.filename == "two"
         store.rename("one", "three", replace=False)
         assert [one.name for one in store.list()] == ["three", "two"]
+
+
+def test_what_gets_no_name_is_let_go_of(store: Store) -> None:
+    buffer = store.create(None, SIZE)
+    assert store.usage().charged == SIZE
+    store.discard(buffer)
+    assert buffer.closed
+    assert (store.usage().charged, store.usage().names) == (0, 0)
+    with pytest.raises(ValueError, match="without a name"):
+        store.discard(buffer)

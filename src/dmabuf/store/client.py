@@ -110,6 +110,13 @@ class Store:
         self._connection.ask("swap", number=self._number(buffer), name=name, length=content)
         del self._unnamed[buffer]
 
+    def discard(self, buffer: Buffer) -> None:
+        """Close a Buffer that was created without a name: its memory is free again."""
+        number = self._number(buffer)
+        buffer.close()
+        del self._unnamed[buffer]
+        self._connection.ask("discard", number=number)
+
     def _number(self, buffer: Buffer) -> int:
         number = self._unnamed.get(buffer)
         if number is None:

@@ -159,6 +159,7 @@ _OPERATIONS: dict[str, dict[str, Callable[[object], bool]]] = {
     "list": {"after": _text(NAME_BYTES)},
     "remove": {"name": _name},
     "swap": {"number": _integer(0, _SIZE_MAX), "name": _name, "length": _integer(0, _SIZE_MAX)},
+    "discard": {"number": _integer(0, _SIZE_MAX)},
     "rename": {"name": _name, "to": _name, "replace": _flag},
     "truncate": {"name": _name, "length": _integer(0, _SIZE_MAX)},
     "chmod": {"name": _name, "mode": _integer(0, 0o777)},

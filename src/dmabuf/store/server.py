@@ -241,6 +241,12 @@ class Server:
         del client.unnamed[number]
         self._reply(client, protocol.pack_result({}))
 
+    def _do_discard(self, client: Client, number: int) -> None:
+        self._names.drop(self._unnamed(client, number, ""))
+        del client.unnamed[number]
+        self._keeper.sweep()
+        self._reply(client, protocol.pack_result({}))
+
     def _unnamed(self, client: Client, number: int, name: str) -> Entry[Memory]:
         entry = client.unnamed.get(number)
         if entry is None:
