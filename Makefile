@@ -29,11 +29,11 @@ soak: $(VENV)/ready
 
 # What the system must bring; asks apt only for what is missing.
 $(VENV)/ready: pyproject.toml setup.py csrc/core.h $(wildcard csrc/*.c csrc/*.h csrc/build_ffi.py)
-	tools/install-system-packages gcc libc6-dev liburing-dev python3-dev python3-venv
+	tools/install-system-packages gcc libc6-dev libfuse3-dev liburing-dev pkg-config python3-dev python3-venv
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dmabuf needs Python 3.11 or later: make PYTHON=python3.12 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip setuptools cffi
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[test,dev]'
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools setuptools_scm cffi cython
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[test,dev,fuse]'
 	touch $@
 
 lint: $(VENV)/ready
@@ -51,6 +51,7 @@ c-tests: $(VENV)/ready
 	$(MAKE) -C csrc test tsan
 
 unit: $(VENV)/ready
+	tools/install-system-packages fio fuse3 rsync xxd
 	$(BIN)/python -m pytest tests/unit
 
 lab-tests: $(VENV)/ready

@@ -25,6 +25,7 @@ GUEST_TESTS = (
     "btrfs-progs",
     "e2fsprogs",
     "fio",
+    "fuse3",
     "glslang-tools",
     "liburing2",
     "libvulkan1",
@@ -34,8 +35,11 @@ GUEST_TESTS = (
     "python3",
     "python3-cffi",
     "python3-numpy",
+    "python3-pyfuse3",
+    "rsync",
     "strace",
     "xfsprogs",
+    "xxd",
 )
 """What the tests call."""
 

@@ -209,6 +209,26 @@ def _program(name: str, package: str) -> str | None:
     return None if shutil.which(name) else f"no {name} (apt install {package})"
 
 
+def _fuse() -> str | None:
+    if importlib.util.find_spec("pyfuse3") is None:
+        return "no module pyfuse3 (apt install libfuse3-dev pkg-config; pip install pyfuse3)"
+    if required("fuse") and not os.path.exists("/dev/fuse"):
+        subprocess.run(["modprobe", "fuse"], check=False)
+    return _device("/dev/fuse", "modprobe fuse") or _program("fusermount3", "fuse3")
+
+
+def _rsync() -> str | None:
+    return _program("rsync", "rsync")
+
+
+def _fio() -> str | None:
+    return _program("fio", "fio")
+
+
+def _xxd() -> str | None:
+    return _program("xxd", "xxd")
+
+
 def _torch() -> str | None:
     found = importlib.util.find_spec("torch") is not None
     return None if found else "no module torch (pip install torch; its CPU build is 200 MB)"
@@ -287,6 +307,10 @@ _GUARDS: dict[str, Callable[[], str | None]] = {
     "zram": _zram,
     "null_blk": _null_blk,
     "scsi_debug": _scsi_debug,
+    "fuse": _fuse,
+    "rsync": _rsync,
+    "fio": _fio,
+    "xxd": _xxd,
     "torch": _torch,
     "sentence_model": _sentence_model,
     "ext4": _ext4,

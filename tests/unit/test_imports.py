@@ -21,6 +21,7 @@ LAYERS: list[set[str]] = [
     {"buffer"},
     {"exporters"},
     {"store"},
+    {"mount"},
     {"route", "facts", "nvme"},
     {"ring"},
     {"engine"},
@@ -48,6 +49,7 @@ RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 WITHIN = {
     "exporters",
     "store",
+    "mount",
     "devices",
     "bench",
     "cli",

@@ -20,6 +20,7 @@ from dmabuf.cli import (
     doctor,
     get,
     ls,
+    mount,
     put,
     record,
     rm,
@@ -62,10 +63,7 @@ record.add_to(app)
 doctor.add_to(app)
 verify.add_to(app)
 bench.add_to(app)
-ls.add_to(app)
-top.add_to(app)
-serve.add_to(app)
-for command in (serve, put, get, stat, rm):
+for command in (ls, top, serve, put, get, stat, rm, mount):
     command.add_to(app)
 
 

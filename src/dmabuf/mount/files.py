@@ -1,0 +1,428 @@
+"""The directory and what is done to its files, in terms of the store: no FUSE in here."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+from dmabuf.errors import ClosedError, os_error
+from dmabuf.mount.content import Growing
+from dmabuf.mount.node import Attributes, Node
+from dmabuf.sizes import format_size
+from dmabuf.store import Status, Store, Usage, connect
+
+_ATTRIBUTES: dict[str, Callable[[Status], object]] = {
+    "user.dmabuf.exporter": lambda status: status.exporter,
+    "user.dmabuf.in_use": lambda status: "yes" if status.in_use else "no",
+    "user.dmabuf.is_dmabuf": lambda status: "yes" if status.is_dmabuf else "no",
+    "user.dmabuf.reason": lambda status: status.reason,
+    "user.dmabuf.size": lambda status: status.size,
+    "user.dmabuf.slabs": lambda status: status.slabs,
+}
+
+
+class Files:
+    """The files of a store, for one mount. Not thread-safe but for what says so.
+
+    Every method raises OSErrors, ConnectionError where the store is gone among them; the next call
+    tries to reach it again.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._connections: dict[str, Store] = {}
+        self._nodes: dict[int, Node] = {}  # by inode number
+        self._numbered: dict[int, Node] = {}  # by the store's number
+        self._coming: dict[str, Node] = {}  # names that the store does not have yet
+        self._inodes = itertools.count(2)  # 1 is the directory
+        self._uid = os.geteuid()
+        self._store("names")  # there has to be one
+
+    def _store(self, use: str) -> Store:
+        """A connection: one for "names", one for "memory", since making memory takes its time."""
+        found = self._connections.get(use)
+        if found is None:
+            found = self._connections[use] = connect(self._path)
+        return found
+
+    @contextmanager
+    def _asking(self, use: str = "names") -> Iterator[Store]:
+        try:
+            store = self._store(use)
+        except OSError as error:
+            raise os_error(errno.EIO, f"the store is gone: {error.strerror}", self._path) from None
+        try:
+            yield store
+        except (ConnectionError, ClosedError) as error:
+            self._lost()
+            text = f"the store is gone: {getattr(error, 'strerror', error)}"
+            raise os_error(errno.EIO, text, self._path) from None
+
+    def _lost(self) -> None:
+        """The store has ended. One that comes after it knows nothing of what there was."""
+        for store in self._connections.values():
+            store.close()
+        self._connections.clear()
+        for node in self._numbered.values():
+            node.name = None
+        self._numbered.clear()
+
+    def close(self) -> None:
+        """Give the store what was written so far, and let go of everything."""
+        for node in list(self._nodes.values()):
+            with suppress(OSError):
+                self.settle(node)
+            if node.growing is not None:
+                with suppress(OSError):
+                    node.growing.discard()
+            if node.buffer is not None:
+                node.buffer.close()
+        for store in self._connections.values():
+            store.close()
+
+    # Names.
+
+    def lookup(self, name: str) -> Node:
+        """The file of a name."""
+        node = self._coming.get(name)
+        if node is not None:
+            return node
+        with self._asking() as store:
+            return self._known(store.stat(name))
+
+    def listing(self) -> list[tuple[str, Node]]:
+        """Every name and its file."""
+        with self._asking() as store:
+            found = {status.name: status for status in store.list()}
+        names = {name: self._known(status) for name, status in found.items()}
+        return sorted({**names, **self._coming}.items())
+
+    def _known(self, status: Status) -> Node:
+        node = self._numbered.get(status.number)
+        if node is None:
+            node = Node(next(self._inodes), status.name, status.number, status)
+            self._nodes[node.ino] = self._numbered[status.number] = node
+        node.name = status.name
+        node.refresh(status)
+        return node
+
+    def node(self, ino: int) -> Node:
+        """The file that the kernel calls by this number."""
+        return self._nodes[ino]
+
+    def forget(self, ino: int, lookups: int) -> None:
+        """The kernel has forgotten as many lookups."""
+        node = self._nodes.get(ino)
+        if node is not None:
+            node.lookups -= lookups
+            self.drop_if_unknown(node)
+
+    def drop_if_unknown(self, node: Node) -> None:
+        """Forget a file that nobody knows of."""
+        if node.lookups <= 0 and not node.handles and node.name not in self._coming:
+            self._nodes.pop(node.ino, None)
+            if node.number is not None:
+                self._numbered.pop(node.number, None)
+
+    def create(self, name: str, mode: int, uid: int, gid: int) -> Node:
+        """A new file, which takes no memory yet; the store gets to know it by :meth:`settle`."""
+        with self._asking() as store:
+            try:
+                store.stat(name)
+            except FileNotFoundError:
+                pass
+            else:
+                raise os_error(errno.EEXIST, "there is a buffer of that name", name)
+            usage = store.usage()
+        if name in self._coming:
+            raise os_error(errno.EEXIST, "there is a file of that name", name)
+        if usage.names + len(self._coming) >= usage.max_names:
+            raise os_error(errno.ENOSPC, f"the store takes no more than {usage.max_names} names")
+        now = time.time_ns()
+        status = Status(name, 0, 0, mode & 0o777, uid, gid, now, now, "", "", 0, False, 0, now, now,
+                        False)  # fmt: skip
+        node = Node(next(self._inodes), name, None, status)
+        node.growing = self._new_content(node)
+        self._nodes[node.ino] = self._coming[name] = node
+        return node
+
+    def _new_content(self, node: Node) -> Growing:
+        return Growing(self._store("memory"), node.status.mode)
+
+    def coming(self, name: str) -> Node | None:
+        """The file of a name that the store does not have yet, if it is one."""
+        return self._coming.get(name)
+
+    def unlink(self, name: str) -> None:
+        """Take a name away; who has the file open keeps it."""
+        node = self._coming.pop(name, None)
+        if node is not None:
+            node.name = None
+            self._end_unnamed(node)
+            return
+        with self._asking() as store:
+            status = store.stat(name)
+            store.remove(name)
+        self._lost_name(status.number)
+
+    def _lost_name(self, number: int) -> None:
+        node = self._numbered.get(number)
+        if node is not None:
+            node.name = None
+            self._end_unnamed(node)
+
+    def _end_unnamed(self, node: Node) -> None:
+        if not node.handles and node.growing is not None:
+            node.growing.discard()
+            node.growing = None
+        self.drop_if_unknown(node)
+
+    def rename(self, old: str, new: str, *, replace: bool) -> None:
+        """Give a file another name, and replace what has it."""
+        node = self.lookup(old)
+        if old == new:
+            return
+        coming = self._coming.get(new)
+        if coming is not None:
+            if not replace:
+                raise os_error(errno.EEXIST, "there is a file of that name", new)
+            self.settle(coming)
+        if node.number is None:
+            self.settle(node)
+        with self._asking() as store:
+            replaced = None
+            with suppress(FileNotFoundError):
+                replaced = store.stat(new).number
+            store.rename(old, new, replace=replace)
+        if replaced is not None:
+            self._lost_name(replaced)
+        node.name = new
+
+    # A file.
+
+    def attributes(self, node: Node) -> Attributes:
+        """What stat(2) tells of it."""
+        self._look(node)
+        return node.attributes()
+
+    def _look(self, node: Node) -> None:
+        """Ask the store about it, if it is there."""
+        if node.name is None or node.number is None:
+            return
+        with self._asking() as store:
+            try:
+                status = store.stat(node.name)
+            except FileNotFoundError:
+                status = None
+        if status is None or status.number != node.number:  # another client took it away
+            node.name = None
+            if not node.handles:
+                raise os_error(errno.ESTALE, "its name is gone", node.status.name)
+        else:
+            node.refresh(status)
+
+    def chmod(self, node: Node, mode: int) -> None:
+        """Change who may open it."""
+        node.status = node.status._replace(mode=mode & 0o777)
+        if node.name is not None and node.number is not None:
+            with self._asking() as store:
+                store.chmod(node.name, mode & 0o777)
+
+    def chown(self, node: Node, uid: int, gid: int) -> None:
+        """Change its owner and group."""
+        if node.name is not None and node.number is not None:
+            with self._asking() as store:
+                store.chown(node.name, uid, gid)
+        node.status = node.status._replace(uid=uid, gid=gid)
+
+    def utime(self, node: Node, accessed_ns: int | None, modified_ns: int | None) -> None:
+        """Set its times, each left as it is for None."""
+        if accessed_ns is not None:
+            node.accessed_ns = max(accessed_ns, 0)
+        if modified_ns is not None:
+            node.modified_ns = max(modified_ns, 0)
+        if node.growing is None:
+            self._tell(node)
+
+    def extended(self, node: Node) -> dict[str, bytes]:
+        """The extended attributes, in so far as the store knows it."""
+        self._look(node)
+        if node.number is None:
+            return {}
+        return {name: str(tell(node.status)).encode() for name, tell in _ATTRIBUTES.items()}
+
+    def usage(self) -> Usage:
+        """How full the store is."""
+        with self._asking() as store:
+            return store.usage()
+
+    # Its bytes.
+
+    def open(self, node: Node, *, write: bool) -> None:
+        """Have its memory here. One :meth:`release` belongs to each."""
+        if node.growing is None and (node.buffer is None or (write and not node.buffer.writable())):
+            if node.name is None:
+                raise os_error(errno.ESTALE, "its name is gone", node.status.name)
+            trusted = self._uid in (0, node.status.uid)
+            with self._asking() as store:
+                buffer = store.open(node.name, "r+" if write else "r", trusted)
+            if node.buffer is not None:
+                node.buffer.close()
+            node.buffer = buffer
+        node.handles += 1
+
+    def release(self, node: Node) -> None:
+        """One that had it open is done."""
+        node.handles -= 1
+        if node.handles:
+            return
+        if node.growing is not None and node.name is not None:
+            self._give_up(node, node.growing)
+        if node.name is None:
+            self._end_unnamed(node)
+        if node.growing is None and node.buffer is not None:
+            node.buffer.close()
+            node.buffer = None
+        self.drop_if_unknown(node)
+
+    def _give_up(self, node: Node, growing: Growing) -> None:
+        """Its last close(2) was told that it did not get the memory: it keeps what it had."""
+        try:
+            self.settle(node)
+        except OSError:
+            growing.discard()
+            node.growing = node.modified_ns = None
+            node.length = node.status.length
+            if node.number is None and node.name is not None:
+                self._coming.pop(node.name, None)
+                node.name = None
+
+    def wrote(self, node: Node) -> None:
+        """Its content has changed now."""
+        node.modified_ns = time.time_ns()
+
+    def make_room(self, node: Node, end: int) -> None:
+        """Have room for bytes up to ``end``. May take long; from any thread.
+
+        Raises OSError: EBUSY while others have its memory, ENOSPC for more than the store takes.
+        """
+        if node.fits(end):
+            return
+        if node.growing is None:
+            self._begin_growing(node, keep=True)
+        assert node.growing is not None
+        with self._asking("memory"):
+            try:
+                node.growing.reserve(end)
+            except OSError as error:
+                more = format_size(end)
+                text = f"it cannot grow to {more}: {error.strerror}"
+                raise os_error(error.errno or errno.EIO, text, node.name) from None
+
+    def _begin_growing(self, node: Node, *, keep: bool) -> None:
+        assert node.buffer is not None
+        if node.name is None:
+            raise os_error(errno.EFBIG, "it has no name any more, and does not grow")
+        if self._others_have(node):
+            raise os_error(
+                errno.EBUSY,
+                f"others have its {format_size(node.status.size)} of memory, which they would not "
+                "share any more if it got other memory: it grows when they have let go of it",
+                node.name,
+            )
+        store, mode = self._store("memory"), node.status.mode
+        if keep:
+            node.growing = Growing(store, mode, node.buffer, node.length)
+        else:
+            node.growing = Growing(store, mode)
+            node.buffer.close()
+        node.buffer = None
+
+    def _others_have(self, node: Node) -> bool:
+        """Whether anyone but this mount has its memory: told while the mount has it not."""
+        assert node.buffer is not None and node.name is not None
+        node.buffer.close()
+        trusted = self._uid in (0, node.status.uid)
+        with self._asking() as store:
+            try:
+                return bool(store.stat(node.name).in_use)
+            finally:
+                node.buffer = store.open(node.name, "r+", trusted)
+
+    def resize(self, node: Node, length: int) -> None:
+        """Cut its content short, or lengthen it with zeros. May take long; from any thread."""
+        if length == 0 and node.growing is None and node.size and node.name is not None:
+            with suppress(OSError):  # where others have it, the memory stays
+                self._begin_growing(node, keep=False)
+        self.make_room(node, length)
+        if node.growing is not None:
+            node.growing.resize(length)
+            if length:  # its length is known now, and so others can have it
+                self.wrote(node)
+                self.settle(node)
+        else:
+            node.lengthen(length)
+            node.length = length
+        self.wrote(node)
+
+    def settle_if_whole(self, node: Node) -> None:
+        """Give the store what it has to know of a file that nobody has open for writing now."""
+        if node.handles == 1:
+            self.settle(node)
+        else:
+            self._tell(node)
+
+    def settle(self, node: Node) -> None:
+        """Give the store what it has to know. May take long; from any thread."""
+        if node.growing is not None and node.name is not None:
+            with self._asking("memory") as store:
+                self._seal(store, node, node.growing)
+        self._tell(node)
+
+    def _seal(self, store: Store, node: Node, growing: Growing) -> None:
+        """Growing content becomes one buffer, under the name of the file."""
+        name, length = node.name, growing.length
+        assert name is not None
+        whole = growing.whole()
+        growing.become(whole)
+        if node.number is None:
+            store.link(whole, name)
+        else:
+            store.swap(whole, name, length)
+        node.growing = None
+        self._coming.pop(name, None)
+        status = store.stat(name)
+        wanted = node.status
+        if status.mode != wanted.mode:
+            store.chmod(name, wanted.mode)
+        if (status.uid, status.gid) != (wanted.uid, wanted.gid):
+            store.chown(name, wanted.uid, wanted.gid)
+        node.number, node.length = status.number, length
+        self._numbered[status.number] = node
+        node.status = status._replace(mode=wanted.mode, uid=wanted.uid, gid=wanted.gid)
+        if node.handles:
+            node.buffer = whole
+        else:
+            whole.close()
+
+    def _tell(self, node: Node) -> None:
+        if node.name is None or node.number is None:
+            return
+        with self._asking() as store:
+            if node.length != node.status.length:
+                store.truncate(node.name, node.length)
+                if node.modified_ns is None:
+                    node.modified_ns = node.status.modified_ns
+            if node.accessed_ns is not None or node.modified_ns is not None:
+                accessed, modified = node.accessed_ns, node.modified_ns
+                store.utime(
+                    node.name,
+                    accessed_ns=-1 if accessed is None else accessed,
+                    modified_ns=-1 if modified is None else modified,
+                )
+                node.accessed_ns = node.modified_ns = None
+                node.refresh(store.stat(node.name))

@@ -1,0 +1,444 @@
+"""What the kernel asks of a file system (fuse(4)), answered by the files of a store.
+
+Each request is a task of one event loop. What is quick is done in it; what waits for memory, for
+fences or for a long copy does so aside, and holds up its own file alone.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple
+
+import pyfuse3
+import trio
+
+from dmabuf.errors import ClosedError
+from dmabuf.fence import Access
+from dmabuf.mount.content import Part
+from dmabuf.mount.files import Files
+from dmabuf.mount.node import Attributes, Node
+
+FENCE_SECONDS = 10.0
+"""How long a read or write waits for the devices that use the memory, before it is ETIMEDOUT."""
+
+_ASIDE_BYTES = 4 << 20  # making or copying more than this is done in a thread
+_TOLD = {errno.EBUSY, errno.ENOSPC, errno.ENOMEM, errno.EIO, errno.ETIMEDOUT, errno.EFBIG}
+_BLOCK = 4096
+_ACCESS = os.O_RDONLY | os.O_WRONLY | os.O_RDWR
+
+
+class Handle(NamedTuple):
+    """An open file."""
+
+    node: Node
+    write: bool
+
+
+class Operations(pyfuse3.Operations):
+    """The requests. ``tell`` gets the sentence behind an errno that says too little."""
+
+    supports_dot_lookup = True
+    enable_writeback_cache = False
+
+    def __init__(self, files: Files, *, shared: bool, tell: Callable[[str], None]) -> None:
+        super().__init__()
+        self._files, self._tell = files, tell
+        self._mode = stat.S_IFDIR | (0o1777 if shared else 0o700)
+        self._handles: dict[int, Handle] = {}
+        self._listings: dict[int, list[tuple[str, Node]]] = {}
+        self._next = 0
+        self._busy: dict[Node, trio.Event] = {}
+        self._changed_ns = time.time_ns()
+
+    # Errors.
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        try:
+            yield
+        except pyfuse3.FUSEError:
+            raise
+        except OSError as error:
+            number = error.errno or errno.EIO
+            if isinstance(error, io.UnsupportedOperation):
+                number = error.errno or errno.EOPNOTSUPP
+            if isinstance(error, ConnectionError):
+                number = errno.EIO
+            if number in _TOLD:
+                name = "" if error.filename is None else f"{error.filename}: "
+                self._tell(f"{name}{error.strerror or error}")
+            raise pyfuse3.FUSEError(number) from None
+        except MemoryError:
+            raise pyfuse3.FUSEError(errno.ENOMEM) from None
+        except (ClosedError, BufferError) as error:
+            self._tell(str(error))
+            raise pyfuse3.FUSEError(errno.EIO) from None
+
+    # One file at a time.
+
+    @contextmanager
+    def _alone(self, node: Node) -> Iterator[None]:
+        event = self._busy[node] = trio.Event()
+        try:
+            yield
+        finally:
+            del self._busy[node]
+            event.set()
+
+    async def _settled(self, node: Node) -> None:
+        while node in self._busy:
+            await self._busy[node].wait()
+
+    async def _aside(self, node: Node, nbytes: int, work: Callable[[], None]) -> None:
+        """Do what changes a file as a whole: in a thread if it is about much memory."""
+        await self._settled(node)
+        if nbytes <= _ASIDE_BYTES:
+            work()
+            return
+        with self._alone(node):
+            await trio.to_thread.run_sync(work)
+
+    def _node(self, ino: int) -> Node:
+        try:
+            return self._files.node(ino)
+        except KeyError:
+            raise pyfuse3.FUSEError(errno.ESTALE) from None
+
+    # Attributes.
+
+    def _directory(self) -> pyfuse3.EntryAttributes:
+        entry = _entry(
+            Attributes(
+                pyfuse3.ROOT_INODE, 2, 0, os.geteuid(), os.getegid(), 0, 0,
+                self._changed_ns, self._changed_ns, self._changed_ns,
+            )
+        )  # fmt: skip
+        entry.st_mode = self._mode
+        return entry
+
+    def _found(self, node: Node) -> pyfuse3.EntryAttributes:
+        entry = _entry(node.attributes())
+        node.lookups += 1
+        return entry
+
+    async def lookup(
+        self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        """Find a name."""
+        if name in (b".", b".."):
+            return self._directory()
+        with self._refusing():
+            return self._found(self._files.lookup(_name(name)))
+
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        """The kernel lets go of inodes."""
+        for ino, lookups in inode_list:
+            self._files.forget(ino, lookups)
+
+    async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        """stat(2)."""
+        if inode == pyfuse3.ROOT_INODE:
+            return self._directory()
+        with self._refusing():
+            return _entry(self._files.attributes(self._node(inode)))
+
+    async def setattr(
+        self,
+        inode: int,
+        attr: pyfuse3.EntryAttributes,
+        fields: pyfuse3.SetattrFields,
+        fh: int | None,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        """chmod(2), chown(2), truncate(2), utimensat(2)."""
+        if inode == pyfuse3.ROOT_INODE:
+            raise pyfuse3.FUSEError(errno.EPERM)
+        node = self._node(inode)
+        with self._refusing():
+            if fields.update_size:
+                await self._resize(node, attr.st_size)
+            if fields.update_mode:
+                self._files.chmod(node, stat.S_IMODE(attr.st_mode))
+            if fields.update_uid or fields.update_gid:
+                status = node.status
+                self._files.chown(
+                    node,
+                    attr.st_uid if fields.update_uid else status.uid,
+                    attr.st_gid if fields.update_gid else status.gid,
+                )
+            if fields.update_atime or fields.update_mtime:
+                self._files.utime(
+                    node,
+                    attr.st_atime_ns if fields.update_atime else None,
+                    attr.st_mtime_ns if fields.update_mtime else None,
+                )
+            return _entry(self._files.attributes(node))
+
+    async def _resize(self, node: Node, length: int) -> None:
+        await self._settled(node)
+        self._files.open(node, write=True)
+        try:
+            much = max(length, node.size)
+            await self._aside(node, much, partial(self._files.resize, node, length))
+            await self._aside(node, 0, partial(self._files.settle_if_whole, node))
+        finally:
+            self._files.release(node)
+
+    async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
+        """One of what the store says of a buffer."""
+        if inode != pyfuse3.ROOT_INODE and name.startswith(b"user.dmabuf."):
+            with self._refusing():
+                found = self._files.extended(self._node(inode)).get(os.fsdecode(name))
+            if found is not None:
+                return found
+        raise pyfuse3.FUSEError(pyfuse3.ENOATTR)
+
+    async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> list[bytes]:
+        """The names of all of it."""
+        if inode == pyfuse3.ROOT_INODE:
+            return []
+        with self._refusing():
+            return [os.fsencode(name) for name in self._files.extended(self._node(inode))]
+
+    async def setxattr(
+        self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext
+    ) -> None:
+        """None can be set."""
+        raise pyfuse3.FUSEError(errno.EOPNOTSUPP)
+
+    async def removexattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        """None can be removed."""
+        raise pyfuse3.FUSEError(errno.EOPNOTSUPP)
+
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        """How full the store is."""
+        with self._refusing():
+            usage = self._files.usage()
+        told = pyfuse3.StatvfsData()
+        told.f_bsize = told.f_frsize = _BLOCK
+        told.f_blocks = usage.max_memory // _BLOCK
+        told.f_bfree = told.f_bavail = (usage.max_memory - usage.charged) // _BLOCK
+        told.f_files = usage.max_names
+        told.f_ffree = told.f_favail = usage.max_names - usage.names
+        told.f_namemax = 255
+        return told
+
+    # The directory.
+
+    async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
+        """The names as they are now."""
+        with self._refusing():
+            listing = self._files.listing()
+        self._next += 1
+        self._listings[self._next] = listing
+        return self._next
+
+    async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        """As many of them as go into the answer."""
+        listing = self._listings[fh]
+        for index in range(start_id, len(listing) + 2):
+            if index < 2:
+                if not pyfuse3.readdir_reply(
+                    token, (b".", b"..")[index], self._directory(), index + 1
+                ):
+                    return
+                continue
+            name, node = listing[index - 2]
+            entry = _entry(node.attributes())
+            if not pyfuse3.readdir_reply(token, os.fsencode(name), entry, index + 1):
+                return
+            node.lookups += 1
+
+    async def releasedir(self, fh: int) -> None:
+        """It was read."""
+        for _, node in self._listings.pop(fh):
+            self._files.drop_if_unknown(node)
+
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        """Names are the store's as soon as they are there."""
+
+    async def create(
+        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext
+    ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
+        """open(2) with O_CREAT of what is not there."""
+        with self._refusing():
+            node = self._files.create(_name(name), mode & ~ctx.umask, ctx.uid, ctx.gid)
+            self._files.open(node, write=True)
+            self._changed_ns = time.time_ns()
+            return self._opened(node, flags), self._found(node)
+
+    async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        """unlink(2)."""
+        with self._refusing():
+            self._files.unlink(_name(name))
+            self._changed_ns = time.time_ns()
+
+    async def rename(
+        self,
+        parent_inode_old: int,
+        name_old: bytes,
+        parent_inode_new: int,
+        name_new: bytes,
+        flags: int,
+        ctx: pyfuse3.RequestContext,
+    ) -> None:
+        """rename(2), and renameat2(2) with RENAME_NOREPLACE."""
+        if flags & ~pyfuse3.RENAME_NOREPLACE:
+            raise pyfuse3.FUSEError(errno.EINVAL)
+        old, new = _name(name_old), _name(name_new)
+        with self._refusing():
+            for name in (old, new):
+                node = self._files.coming(name)
+                if node is not None:
+                    await self._aside(node, node.size, partial(self._files.settle, node))
+            self._files.rename(old, new, replace=not flags)
+            self._changed_ns = time.time_ns()
+
+    async def mkdir(
+        self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        """There is one directory."""
+        raise pyfuse3.FUSEError(errno.EPERM)
+
+    async def mknod(
+        self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        """There are files, and nothing else."""
+        raise pyfuse3.FUSEError(errno.EPERM)
+
+    async def symlink(
+        self, parent_inode: int, name: bytes, target: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        """There are files, and nothing else."""
+        raise pyfuse3.FUSEError(errno.EPERM)
+
+    async def link(
+        self, inode: int, new_parent_inode: int, new_name: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        """A buffer has one name."""
+        raise pyfuse3.FUSEError(errno.EPERM)
+
+    # An open file.
+
+    async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        """open(2) of what is there."""
+        node = self._node(inode)
+        write = flags & _ACCESS != os.O_RDONLY
+        await self._settled(node)
+        with self._refusing():
+            self._files.open(node, write=write or bool(flags & os.O_TRUNC))
+            try:
+                if flags & os.O_TRUNC:
+                    await self._aside(node, 0, partial(self._files.resize, node, 0))
+                return self._opened(node, flags)
+            except BaseException:
+                self._files.release(node)
+                raise
+
+    def _opened(self, node: Node, flags: int) -> pyfuse3.FileInfo:
+        self._next += 1
+        self._handles[self._next] = Handle(node, flags & _ACCESS != os.O_RDONLY)
+        # Past the page cache, since others write the same memory without a word.
+        return pyfuse3.FileInfo(fh=self._next, direct_io=True, keep_cache=False)
+
+    async def read(  # type: ignore[override]  # it takes any buffer
+        self, fh: int, off: int, size: int
+    ) -> Part:
+        """read(2)."""
+        node = self._handles[fh].node
+        with self._refusing():
+            if node in self._busy:
+                await self._settled(node)
+            await self._fences(node, "read")
+            return node.read(off, size)
+
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        """write(2)."""
+        node = self._handles[fh].node
+        with self._refusing():
+            if node in self._busy:
+                await self._settled(node)
+            end = off + len(buf)
+            while not node.fits(end):
+                await self._aside(node, end, partial(self._files.make_room, node, end))
+            await self._fences(node, "write")
+            node.write(off, buf)
+            self._files.wrote(node)
+        return len(buf)
+
+    async def _fences(self, node: Node, direction: Access) -> None:
+        """Wait, aside, for the devices that write the memory, or for all that use it."""
+        buffer = node.buffer
+        if buffer is None or not buffer.is_dmabuf:
+            return
+        try:
+            buffer.wait(direction, 0)
+            return
+        except TimeoutError:
+            pass
+        with trio.move_on_after(FENCE_SECONDS) as scope:
+            for slab in buffer.slabs:
+                own = os.dup(slab.fd)
+                try:
+                    wait = (
+                        trio.lowlevel.wait_readable
+                        if direction == "read"
+                        else trio.lowlevel.wait_writable
+                    )
+                    await wait(own)
+                finally:
+                    os.close(own)
+        if scope.cancelled_caught:
+            text = f"a device has not done with it for {FENCE_SECONDS:.0f} s"
+            raise OSError(errno.ETIMEDOUT, text, node.name)
+
+    async def flush(self, fh: int) -> None:
+        """close(2): what was written is the store's when it returns."""
+        handle = self._handles[fh]
+        if handle.write:
+            await self._settle(handle.node)
+
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        """fsync(2): likewise."""
+        await self._settle(self._handles[fh].node)
+
+    async def _settle(self, node: Node) -> None:
+        with self._refusing():
+            much = 0 if node.growing is None else node.size
+            await self._aside(node, much, partial(self._files.settle, node))
+
+    async def release(self, fh: int) -> None:
+        """The last descriptor of an open file is gone."""
+        handle = self._handles.pop(fh)
+        await self._settled(handle.node)
+        with self._refusing():
+            self._files.release(handle.node)
+
+
+def _name(name: bytes) -> str:
+    if len(name) > 255:
+        raise pyfuse3.FUSEError(errno.ENAMETOOLONG)
+    try:
+        return name.decode()
+    except UnicodeDecodeError:
+        raise pyfuse3.FUSEError(errno.EILSEQ) from None
+
+
+def _entry(told: Attributes) -> pyfuse3.EntryAttributes:
+    entry = pyfuse3.EntryAttributes()
+    # Nothing is kept by the kernel: other clients of the store change it without a word.
+    entry.entry_timeout = entry.attr_timeout = 0
+    entry.st_ino = told.ino
+    entry.st_mode = stat.S_IFREG | told.mode
+    entry.st_nlink, entry.st_uid, entry.st_gid = told.links, told.uid, told.gid
+    entry.st_size, entry.st_blocks, entry.st_blksize = told.size, told.memory // 512, 1 << 20
+    entry.st_atime_ns, entry.st_mtime_ns = told.accessed_ns, told.modified_ns
+    entry.st_ctime_ns = told.changed_ns
+    return entry

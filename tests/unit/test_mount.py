@@ -1,0 +1,402 @@
+"""`dmabuf mount`: a store's buffers as files, as the system calls see them."""
+
+import errno
+import json
+import os
+import signal
+import stat
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.guards import needs
+from tests.mounting import Mounted, attributes, mount, mounted, start
+from tests.serving import as_a_program
+from tests.support import assert_same, pattern, together
+
+SIZE = 3 << 20
+
+pytestmark = [pytest.mark.usefixtures("needs_fuse")]
+
+
+@pytest.fixture(scope="module")
+@needs("fuse")
+def needs_fuse() -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mounted]:
+    with mounted(tmp_path_factory.mktemp("mount")) as made:
+        yield made
+
+
+@pytest.fixture
+def files(world: Mounted) -> Iterator[Mounted]:
+    """An empty store and its mount; at the end it is empty again, and has all its memory."""
+    yield world
+    for status in world.store.list():
+        world.store.remove(status.name)
+    for _ in range(200):  # the end of a file's last descriptor is told after close(2)
+        if world.store.usage().charged == 0:
+            break
+        time.sleep(0.02)
+    assert (world.store.usage().charged, world.store.usage().names) == (0, 0)
+
+
+def failing(number: int, function, *arguments: object) -> None:
+    with pytest.raises(OSError) as caught:
+        function(*arguments)
+    assert caught.value.errno == number, caught.value
+
+
+def test_a_buffer_is_a_file_and_a_file_is_a_buffer(files: Mounted) -> None:
+    with files.store.create("made", 5000, mode=0o640) as buffer:
+        buffer.pwrite(pattern(5000, 1), 0)
+        path = files.path / "made"
+        assert_same(path.read_bytes(), pattern(5000, 1), "the file")
+        told = path.stat()
+        assert (told.st_size, told.st_blocks, told.st_mode) == (5000, 16, stat.S_IFREG | 0o640)
+        assert (told.st_uid, told.st_gid, told.st_nlink) == (os.geteuid(), os.getegid(), 1)
+        with path.open("r+b") as file:
+            file.seek(100)
+            file.write(pattern(77, 2))
+        expected = bytearray(pattern(5000, 1))
+        expected[100:177] = pattern(77, 2)
+        assert_same(buffer.pread(5000, 0), bytes(expected), "the buffer")
+        buffer.pwrite(b"now", 0)
+        assert path.read_bytes()[:3] == b"now"
+    path = files.path / "written"
+    path.write_bytes(pattern(SIZE + 1, 3))
+    with files.store.open("written") as buffer:
+        assert buffer.size == SIZE + 4096
+        assert_same(buffer.pread(SIZE + 1, 0), pattern(SIZE + 1, 3), "the new buffer")
+        assert buffer.pread(4095, SIZE + 1) == bytes(4095)
+    assert files.store.stat("written").length == SIZE + 1
+
+
+@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 4097, (1 << 20) + 1, (5 << 20) + 12345])
+def test_a_file_of_any_size_comes_back(files: Mounted, size: int) -> None:
+    path = files.path / "x"
+    path.write_bytes(pattern(size, 1))
+    assert_same(path.read_bytes(), pattern(size, 1), "read")
+    assert path.stat().st_size == size == files.store.stat("x").length
+    assert files.store.stat("x").size == max(-(-size // 4096), 1) * 4096
+    assert files.store.usage().charged == files.store.stat("x").size
+
+
+def test_content_grows_by_appending_and_by_writing_past_its_end(files: Mounted) -> None:
+    path = files.path / "x"
+    expected = b""
+    for number, size in enumerate([10, 4086, 1, 1 << 20, 100, 2 << 20]):
+        with path.open("ab") as file:
+            file.write(pattern(size, number))
+        expected += pattern(size, number)
+        assert_same(path.read_bytes(), expected, f"after {number} appends")
+        with files.store.open("x") as buffer:
+            assert_same(buffer.pread(len(expected), 0), expected, "the buffer")
+    with path.open("r+b") as file:
+        file.seek(len(expected) + 5000)
+        file.write(b"end")
+    assert_same(path.read_bytes(), expected + bytes(5000) + b"end", "with a hole")
+
+
+def test_truncate_cuts_and_lengthens_with_zeros(files: Mounted) -> None:
+    path = files.path / "x"
+    path.write_bytes(pattern(10000, 1))
+    os.truncate(path, 5000)
+    assert_same(path.read_bytes(), pattern(10000, 1)[:5000], "cut")
+    os.truncate(path, 9000)
+    assert_same(path.read_bytes(), pattern(10000, 1)[:5000] + bytes(4000), "lengthened")
+    os.truncate(path, 100000)
+    assert_same(path.read_bytes(), pattern(10000, 1)[:5000] + bytes(95000), "past its memory")
+    os.truncate(path, 0)
+    assert path.read_bytes() == b""
+    assert files.store.stat("x").length == 0
+    os.truncate(path, 7)
+    assert path.read_bytes() == bytes(7)
+
+
+def test_a_size_that_is_known_first_makes_the_buffer_at_once(files: Mounted) -> None:
+    with (files.path / "x").open("xb", buffering=0) as file:
+        assert files.store.list() == []
+        os.ftruncate(file.fileno(), SIZE)
+        assert files.store.stat("x").length == SIZE
+        with files.store.open("x") as buffer:
+            os.pwrite(file.fileno(), b"seen at once", SIZE - 12)
+            assert buffer.pread(12, SIZE - 12) == b"seen at once"
+        assert files.store.usage().charged == SIZE
+
+
+def test_what_others_have_neither_grows_nor_moves(tmp_path: Path) -> None:
+    with mounted(tmp_path) as files:
+        _others_have(files)
+        files.process.send_signal(signal.SIGTERM)
+        assert "x: others have its 4 KiB of memory" in files.process.stderr.read()
+
+
+def _others_have(files: Mounted) -> None:
+    path = files.path / "x"
+    path.write_bytes(pattern(4096, 1))
+    with files.store.open("x", "r+") as buffer:
+        with path.open("ab", buffering=0) as file:
+            failing(errno.EBUSY, file.write, b"more")
+        failing(errno.EBUSY, os.truncate, path, 4097)
+        assert_same(path.read_bytes(), pattern(4096, 1), "as it was")
+        path.write_bytes(b"short")  # in the same memory
+        assert buffer.pread(5, 0) == b"short"
+        assert path.read_bytes() == b"short"
+    with path.open("ab") as file:
+        file.write(bytes(5000))
+    assert path.stat().st_size == 5005
+
+
+def test_a_full_store_is_a_full_disk(files: Mounted) -> None:
+    room = os.statvfs(files.path)
+    assert room.f_blocks * room.f_frsize == 256 << 20
+    assert room.f_bavail == room.f_blocks
+    with (files.path / "x").open("xb", buffering=0) as file:
+        failing(errno.ENOSPC, os.ftruncate, file.fileno(), (256 << 20) + 1)
+        file.write(b"fits")
+    assert (files.path / "x").read_bytes() == b"fits"
+    assert os.statvfs(files.path).f_bavail == room.f_blocks - 1
+
+
+def test_names_come_and_go(files: Mounted) -> None:
+    path, other = files.path / "one", files.path / "two"
+    path.write_bytes(b"1")
+    with pytest.raises(FileExistsError):
+        path.open("xb")
+    other.write_bytes(b"2")
+    inode = path.stat().st_ino
+    with other.open("rb") as replaced:
+        path.rename(other)
+        assert os.listdir(files.path) == ["two"]
+        assert (other.read_bytes(), replaced.read()) == (b"1", b"2")
+        assert os.fstat(replaced.fileno()).st_nlink == 0
+    assert other.stat().st_ino == inode
+    with other.open("r+b", buffering=0) as unlinked:
+        other.unlink()
+        assert os.listdir(files.path) == []
+        unlinked.write(b"still")
+        assert os.pread(unlinked.fileno(), 9, 0) == b"still"
+    with pytest.raises(FileNotFoundError):
+        other.open("rb")
+    with path.open("x+b", buffering=0) as never:
+        path.unlink()
+        never.write(pattern(SIZE, 1))
+        assert_same(os.pread(never.fileno(), SIZE, 0), pattern(SIZE, 1), "a file without a name")
+    assert files.store.list() == []
+
+
+def test_a_file_may_be_renamed_while_it_is_written(files: Mounted) -> None:
+    (files.path / "kept").write_bytes(b"old")
+    with (files.path / ".kept.tmp").open("xb", buffering=0) as file:
+        file.write(pattern(SIZE, 1))
+        os.rename(files.path / ".kept.tmp", files.path / "kept")
+        file.write(pattern(SIZE, 2))
+    assert_same((files.path / "kept").read_bytes(), pattern(SIZE, 1) + pattern(SIZE, 2), "both")
+    assert os.listdir(files.path) == ["kept"]
+
+
+def test_modes_and_times_are_kept(files: Mounted) -> None:
+    path = files.path / "x"
+    with path.open("xb", buffering=0) as file:
+        file.write(b"content")
+        os.fchmod(file.fileno(), 0o604)
+        os.utime(file.fileno(), ns=(10**18 + 1, 10**18 + 2))
+    told = path.stat()
+    assert (told.st_atime_ns, told.st_mtime_ns) == (10**18 + 1, 10**18 + 2)
+    assert stat.S_IMODE(told.st_mode) == files.store.stat("x").mode == 0o604
+    assert files.store.stat("x").modified_ns == 10**18 + 2
+    before = time.time_ns()
+    with path.open("r+b") as file:
+        file.write(b"C")
+    assert path.stat().st_mtime_ns >= before
+    assert path.stat().st_atime_ns == 10**18 + 1
+    path.chmod(0o600)
+    os.utime(path, ns=(5, 6))
+    assert (path.stat().st_atime_ns, path.stat().st_mtime_ns) == (5, 6)
+    assert files.store.stat("x").mode == 0o600
+
+
+def test_what_a_name_may_be(files: Mounted) -> None:
+    for name in ("ä" * 127, "a" * 255, "-rf", " ", "%s", "..."):
+        (files.path / name).write_bytes(name.encode())
+        assert (files.path / name).read_bytes() == name.encode()
+        assert files.store.stat(name).length == len(name.encode())
+    failing(errno.ENAMETOOLONG, (files.path / ("a" * 256)).write_bytes, b"")
+    failing(errno.EINVAL, (files.path / "new\nline").write_bytes, b"")
+    failing(errno.EILSEQ, open, os.fsencode(files.path) + b"/\xff", "wb")
+    assert (files.path / ".." / "mnt" / " ").exists()
+
+
+def test_there_are_files_in_one_directory_and_nothing_else(files: Mounted) -> None:
+    (files.path / "x").write_bytes(b"")
+    failing(errno.EPERM, (files.path / "d").mkdir)
+    failing(errno.EPERM, (files.path / "l").symlink_to, "x")
+    failing(errno.EPERM, os.link, files.path / "x", files.path / "l")
+    failing(errno.EPERM, os.mkfifo, files.path / "p")
+    assert os.listdir(files.path) == ["x"]
+
+
+def test_extended_attributes_tell_what_the_memory_is(files: Mounted) -> None:
+    path = files.path / "x"
+    path.write_bytes(bytes(5000))
+    status = files.store.stat("x")
+    told = attributes(path)
+    assert told.pop("user.dmabuf.reason") == status.reason
+    assert told == {
+        "user.dmabuf.exporter": status.exporter,
+        "user.dmabuf.in_use": "no",
+        "user.dmabuf.is_dmabuf": "yes" if status.is_dmabuf else "no",
+        "user.dmabuf.size": "8192",
+        "user.dmabuf.slabs": "1",
+    }
+    with files.store.open("x"):
+        assert attributes(path)["user.dmabuf.in_use"] == "yes"
+    failing(errno.ENODATA, os.getxattr, path, "user.other")
+    failing(errno.EOPNOTSUPP, os.setxattr, path, "user.dmabuf.size", b"1")
+
+
+def test_mappings_are_private_ones(files: Mounted) -> None:
+    import mmap
+
+    path = files.path / "x"
+    path.write_bytes(pattern(10000, 1))
+    with path.open("r+b") as file:
+        with mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ) as view:
+            assert_same(bytes(view), pattern(10000, 1), "the mapping")
+        failing(errno.ENODEV, mmap.mmap, file.fileno(), 0)
+
+
+def test_seeking_for_holes_finds_none(files: Mounted) -> None:
+    path = files.path / "x"
+    path.write_bytes(bytes(10000))
+    with path.open("rb") as file:
+        assert os.lseek(file.fileno(), 5, os.SEEK_DATA) == 5
+        assert os.lseek(file.fileno(), 5, os.SEEK_HOLE) == 10000
+        failing(errno.ENXIO, os.lseek, file.fileno(), 10000, os.SEEK_DATA)
+
+
+def test_many_names_are_listed(files: Mounted) -> None:
+    for number in range(1000):
+        files.store.create(f"{number:04d}", 1).close()
+    assert sorted(os.listdir(files.path)) == [f"{number:04d}" for number in range(1000)]
+    assert [(files.path / f"{number:04d}").stat().st_size for number in range(50)] == [1] * 50
+
+
+def test_what_other_clients_do_is_seen_at_once(files: Mounted) -> None:
+    path = files.path / "x"
+    files.store.create("x", 100).close()
+    assert path.stat().st_size == 100
+    files.store.truncate("x", 50)
+    files.store.chmod("x", 0o644)
+    assert (path.stat().st_size, stat.S_IMODE(path.stat().st_mode)) == (50, 0o644)
+    files.store.rename("x", "y")
+    assert not path.exists()
+    files.store.remove("y")
+    files.store.create("y", 200).close()
+    assert (files.path / "y").stat().st_size == 200
+
+
+def test_many_at_once(files: Mounted) -> None:
+    def work(number: int) -> None:
+        path = files.path / f"file {number}"
+        for turn in range(5):
+            path.write_bytes(pattern(SIZE // 2 + turn, number + turn))
+            assert_same(path.read_bytes(), pattern(SIZE // 2 + turn, number + turn), path.name)
+            os.rename(path, files.path / f"file {number}b")
+            path = files.path / f"file {number}b"
+            path.rename(path := files.path / f"file {number}")
+
+    together(work, 8)
+    assert len(os.listdir(files.path)) == 8
+
+
+def test_a_mount_ends_when_it_is_told_to(tmp_path: Path) -> None:
+    folder, socket = tmp_path / "mnt", tmp_path / "store.sock"
+    folder.mkdir()
+    with as_a_program(socket):
+        for end in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            process = start(folder, socket, "--json")
+            told = json.loads("".join(process.stdout.readline() for _ in range(4)))
+            assert told == {"mounted": str(folder), "store": str(socket)}
+            assert os.path.ismount(folder)
+            with (folder / f"by {end.name}").open("xb", buffering=0) as file:
+                file.write(b"kept")
+                process.send_signal(end)
+                assert process.communicate(timeout=30) == ("", "")
+                assert process.returncode == 0
+                failing(errno.ENOTCONN, file.write, b"too late")
+                with pytest.raises(OSError):
+                    file.close()
+            assert not os.path.ismount(folder)
+        with mount(folder, socket) as process:
+            assert sorted(os.listdir(folder)) == ["by SIGHUP", "by SIGINT", "by SIGTERM"]
+            assert (folder / "by SIGINT").read_bytes() == b"kept"
+            subprocess.run(["fusermount3", "-u", folder], check=True)
+            assert process.wait(timeout=30) == 0
+        assert not os.path.ismount(folder)
+
+
+def test_a_dead_mount_is_taken_away(tmp_path: Path) -> None:
+    folder, socket = tmp_path / "mnt", tmp_path / "store.sock"
+    folder.mkdir()
+    with as_a_program(socket):
+        process = start(folder, socket)
+        assert process.stdout.readline().startswith("mounted")
+        process.kill()
+        process.communicate()
+        failing(errno.ENOTCONN, os.listdir, folder)
+        with mount(folder, socket) as process:
+            (folder / "x").write_bytes(b"works")
+            assert (folder / "x").read_bytes() == b"works"
+            process.send_signal(signal.SIGTERM)
+            assert "whose process had died" in process.stderr.read()
+        assert not os.path.ismount(folder)
+
+
+def test_where_it_cannot_be_mounted_it_says_why(tmp_path: Path) -> None:
+    folder, socket = tmp_path / "mnt", tmp_path / "store.sock"
+
+    def refused(match: str, where: Path = folder) -> None:
+        process = start(where, socket)
+        out, err = process.communicate(timeout=30)
+        assert (process.returncode, out) == (1, "")
+        assert err.startswith("error: ") and match in err and err.count("\n") == 1, err
+
+    folder.mkdir()
+    refused("no store serves there (start one: dmabuf serve)")
+    with as_a_program(socket):
+        refused("No such file or directory", tmp_path / "none")
+        (tmp_path / "file").write_bytes(b"")
+        refused("Not a directory", tmp_path / "file")
+        (folder / "x").write_bytes(b"")
+        refused("has 1 entries, which a mount would hide")
+        (folder / "x").unlink()
+        with mount(folder, socket):
+            refused("a store is mounted there already")
+    assert not os.path.ismount(folder)
+
+
+def test_a_store_that_is_gone_is_an_error_until_it_is_back(tmp_path: Path) -> None:
+    with mounted(tmp_path) as files:
+        path = files.path / "x"
+        path.write_bytes(pattern(5000, 1))
+        with path.open("rb") as file:
+            files.server.terminate()
+            files.server.wait(timeout=30)
+            failing(errno.EIO, path.stat)
+            failing(errno.EIO, os.listdir, files.path)
+            failing(errno.EIO, (files.path / "new").write_bytes, b"")
+            assert_same(file.read(), pattern(5000, 1), "what is open stays")
+        with as_a_program(tmp_path / "store.sock"):
+            assert os.listdir(files.path) == []
+            path.write_bytes(b"again")
+            assert path.read_bytes() == b"again"
+        files.process.send_signal(signal.SIGTERM)
+        assert "the store is gone" in files.process.stderr.read()
