@@ -22,7 +22,36 @@ _MOST_MORE = 256 << 20
 _ZEROS = bytes(1 << 20)
 _COPIED = 8 << 20
 
+_BLOCK = 8 << 20
+_MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 22, 23  # Linux 5.14; not in Python's mmap
+
 _lent: set[weakref.ref[memoryview]] = set()
+_touched: weakref.WeakKeyDictionary[Buffer, set[int]] = weakref.WeakKeyDictionary()
+
+
+def _touch(buffer: Buffer, offset: int, size: int) -> None:
+    """Fill the page tables of the blocks that are touched for the first time, each in one go.
+
+    A fault a page was seen to take longer than the copy of the page.
+    """
+    memory = buffer._memory
+    if memory is None or buffer._pin_refusal is not None:
+        return
+    known = _touched.setdefault(buffer, set())
+    for block in range(offset // _BLOCK, (offset + size - 1) // _BLOCK + 1):
+        if block not in known:
+            known.add(block)
+            start = block * _BLOCK
+            advice = _MADV_POPULATE_WRITE if buffer.writable() else _MADV_POPULATE_READ
+            with suppress(OSError):  # the pages then come one by one
+                memory.madvise(advice, start, min(_BLOCK, buffer.size - start))
+
+
+def put(buffer: Buffer, offset: int, data: Part) -> None:
+    """Put bytes into a buffer."""
+    if len(data) > _PAGE:
+        _touch(buffer, offset, len(data))
+    buffer.pwrite(data, offset)
 
 
 def lend(buffer: Buffer, offset: int, size: int) -> Part:
@@ -32,6 +61,8 @@ def lend(buffer: Buffer, offset: int, size: int) -> Part:
     """
     if buffer._pin_refusal is not None:  # the kernel takes a reply from pages, and there are none
         return buffer.pread(size, offset)
+    if size > _PAGE:
+        _touch(buffer, offset, size)
     view = buffer._view(offset, size)
     if buffer.is_dmabuf:
         access = buffer._cpu_access(True, False, offset, size)
@@ -61,7 +92,7 @@ def copy(source: Buffer, target: Buffer, start: int, size: int, target_start: in
     for at in range(0, size, _COPIED):
         part = min(_COPIED, size - at)
         with source.map("r", start + at, part) as view:
-            target.pwrite(view, target_start + at)
+            put(target, target_start + at, view)
 
 
 class Growing:
@@ -103,7 +134,7 @@ class Growing:
         self._zero(self.length, offset)
         view = memoryview(data)
         for buffer, start, size in self._parts(offset, len(data)):
-            buffer.pwrite(view[:size], start)
+            put(buffer, start, view[:size])
             view = view[size:]
         self.length, self._reached = max(self.length, end), max(self._reached, end)
 

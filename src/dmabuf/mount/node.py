@@ -96,7 +96,7 @@ class Node:
             return
         assert self.buffer is not None
         self.lengthen(offset)
-        self.buffer.pwrite(data, offset)
+        content.put(self.buffer, offset, data)
         self.length = max(self.length, offset + len(data))
 
     def lengthen(self, length: int) -> None:
