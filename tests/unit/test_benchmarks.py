@@ -30,7 +30,8 @@ def run(script, *arguments):
 
 
 @pytest.mark.parametrize(
-    "script", ["aio.py", "bars.py", "beside_fio.py", "beside_peers.py", "census.py"]
+    "script",
+    ["aio.py", "bars.py", "beside_fio.py", "beside_peers.py", "census.py", "mount.py"],
 )
 def test_command_lines_tell_what_they_take(script):
     assert "usage:" in run(script, "--help")

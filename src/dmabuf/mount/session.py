@@ -17,6 +17,7 @@ from dmabuf.store import default_path
 
 _DEVICE = "/dev/fuse"
 _KIND = "fuse.dmabuf"
+_IDLE = 3  # tasks that wait for the next request; others end, and their 1 MiB goes
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -101,7 +102,7 @@ async def _loop(pyfuse3: Any, ready: Callable[[], None]) -> None:
         async with trio.open_nursery() as nursery:
 
             async def serve() -> None:
-                await pyfuse3.main()
+                await pyfuse3.main(min_tasks=_IDLE)
                 nursery.cancel_scope.cancel()
 
             nursery.start_soon(serve)
