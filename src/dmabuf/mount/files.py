@@ -6,14 +6,15 @@ import errno
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 
-from dmabuf.errors import ClosedError, os_error
+from dmabuf.errors import os_error
+from dmabuf.mount.connections import Connections
 from dmabuf.mount.content import Growing
 from dmabuf.mount.node import Attributes, Node
 from dmabuf.sizes import format_size
-from dmabuf.store import Status, Store, Usage, connect
+from dmabuf.store import Status, Store, Usage
 
 _ATTRIBUTES: dict[str, Callable[[Status], object]] = {
     "user.dmabuf.exporter": lambda status: status.exporter,
@@ -33,40 +34,16 @@ class Files:
     """
 
     def __init__(self, path: str) -> None:
-        self._path = path
-        self._connections: dict[str, Store] = {}
+        self._stores = Connections(path, self._lost)
         self._nodes: dict[int, Node] = {}  # by inode number
         self._numbered: dict[int, Node] = {}  # by the store's number
         self._coming: dict[str, Node] = {}  # names that the store does not have yet
         self._inodes = itertools.count(2)  # 1 is the directory
         self._uid = os.geteuid()
-        self._store("names")  # there has to be one
-
-    def _store(self, use: str) -> Store:
-        """A connection: one for "names", one for "memory", since making memory takes its time."""
-        found = self._connections.get(use)
-        if found is None:
-            found = self._connections[use] = connect(self._path)
-        return found
-
-    @contextmanager
-    def _asking(self, use: str = "names") -> Iterator[Store]:
-        try:
-            store = self._store(use)
-        except OSError as error:
-            raise os_error(errno.EIO, f"the store is gone: {error.strerror}", self._path) from None
-        try:
-            yield store
-        except (ConnectionError, ClosedError) as error:
-            self._lost()
-            text = f"the store is gone: {getattr(error, 'strerror', error)}"
-            raise os_error(errno.EIO, text, self._path) from None
+        self._stores.get("names")  # there has to be one
 
     def _lost(self) -> None:
         """The store has ended. One that comes after it knows nothing of what there was."""
-        for store in self._connections.values():
-            store.close()
-        self._connections.clear()
         for node in self._numbered.values():
             node.name = None
         self._numbered.clear()
@@ -81,8 +58,7 @@ class Files:
                     node.growing.discard()
             if node.buffer is not None:
                 node.buffer.close()
-        for store in self._connections.values():
-            store.close()
+        self._stores.close()
 
     # Names.
 
@@ -91,12 +67,12 @@ class Files:
         node = self._coming.get(name)
         if node is not None:
             return node
-        with self._asking() as store:
+        with self._stores.asking() as store:
             return self._known(store.stat(name))
 
     def listing(self) -> list[tuple[str, Node]]:
         """Every name and its file."""
-        with self._asking() as store:
+        with self._stores.asking() as store:
             found = {status.name: status for status in store.list()}
         names = {name: self._known(status) for name, status in found.items()}
         return sorted({**names, **self._coming}.items())
@@ -130,7 +106,7 @@ class Files:
 
     def create(self, name: str, mode: int, uid: int, gid: int) -> Node:
         """A new file, which takes no memory yet; the store gets to know it by :meth:`settle`."""
-        with self._asking() as store:
+        with self._stores.asking() as store:
             try:
                 store.stat(name)
             except FileNotFoundError:
@@ -151,7 +127,7 @@ class Files:
         return node
 
     def _new_content(self, node: Node) -> Growing:
-        return Growing(self._store("memory"), node.status.mode)
+        return Growing(self._stores.get("memory"), node.status.mode)
 
     def coming(self, name: str) -> Node | None:
         """The file of a name that the store does not have yet, if it is one."""
@@ -164,7 +140,7 @@ class Files:
             node.name = None
             self._end_unnamed(node)
             return
-        with self._asking() as store:
+        with self._stores.asking() as store:
             status = store.stat(name)
             store.remove(name)
         self._lost_name(status.number)
@@ -193,7 +169,7 @@ class Files:
             self.settle(coming)
         if node.number is None:
             self.settle(node)
-        with self._asking() as store:
+        with self._stores.asking() as store:
             replaced = None
             with suppress(FileNotFoundError):
                 replaced = store.stat(new).number
@@ -213,7 +189,7 @@ class Files:
         """Ask the store about it, if it is there."""
         if node.name is None or node.number is None:
             return
-        with self._asking() as store:
+        with self._stores.asking() as store:
             try:
                 status = store.stat(node.name)
             except FileNotFoundError:
@@ -229,13 +205,13 @@ class Files:
         """Change who may open it."""
         node.status = node.status._replace(mode=mode & 0o777)
         if node.name is not None and node.number is not None:
-            with self._asking() as store:
+            with self._stores.asking() as store:
                 store.chmod(node.name, mode & 0o777)
 
     def chown(self, node: Node, uid: int, gid: int) -> None:
         """Change its owner and group."""
         if node.name is not None and node.number is not None:
-            with self._asking() as store:
+            with self._stores.asking() as store:
                 store.chown(node.name, uid, gid)
         node.status = node.status._replace(uid=uid, gid=gid)
 
@@ -257,7 +233,7 @@ class Files:
 
     def usage(self) -> Usage:
         """How full the store is."""
-        with self._asking() as store:
+        with self._stores.asking() as store:
             return store.usage()
 
     # Its bytes.
@@ -268,7 +244,7 @@ class Files:
             if node.name is None:
                 raise os_error(errno.ESTALE, "its name is gone", node.status.name)
             trusted = self._uid in (0, node.status.uid)
-            with self._asking() as store:
+            with self._stores.asking() as store:
                 buffer = store.open(node.name, "r+" if write else "r", trusted)
             if node.buffer is not None:
                 node.buffer.close()
@@ -315,7 +291,7 @@ class Files:
         if node.growing is None:
             self._begin_growing(node, keep=True)
         assert node.growing is not None
-        with self._asking("memory"):
+        with self._stores.asking("memory"):
             try:
                 node.growing.reserve(end)
             except OSError as error:
@@ -334,7 +310,7 @@ class Files:
                 "share any more if it got other memory: it grows when they have let go of it",
                 node.name,
             )
-        store, mode = self._store("memory"), node.status.mode
+        store, mode = self._stores.get("memory"), node.status.mode
         if keep:
             node.growing = Growing(store, mode, node.buffer, node.length)
         else:
@@ -347,7 +323,7 @@ class Files:
         assert node.buffer is not None and node.name is not None
         node.buffer.close()
         trusted = self._uid in (0, node.status.uid)
-        with self._asking() as store:
+        with self._stores.asking() as store:
             try:
                 return bool(store.stat(node.name).in_use)
             finally:
@@ -379,7 +355,7 @@ class Files:
     def settle(self, node: Node) -> None:
         """Give the store what it has to know. May take long; from any thread."""
         if node.growing is not None and node.name is not None:
-            with self._asking("memory") as store:
+            with self._stores.asking("memory") as store:
                 self._seal(store, node, node.growing)
         self._tell(node)
 
@@ -412,7 +388,7 @@ class Files:
     def _tell(self, node: Node) -> None:
         if node.name is None or node.number is None:
             return
-        with self._asking() as store:
+        with self._stores.asking() as store:
             if node.length != node.status.length:
                 store.truncate(node.name, node.length)
                 if node.modified_ns is None:

@@ -22,6 +22,7 @@ import trio
 from dmabuf.errors import ClosedError
 from dmabuf.fence import Access
 from dmabuf.mount.content import Part
+from dmabuf.mount.entries import entry_of, name_of
 from dmabuf.mount.files import Files
 from dmabuf.mount.node import Attributes, Node
 
@@ -114,7 +115,7 @@ class Operations(pyfuse3.Operations):
     # Attributes.
 
     def _directory(self) -> pyfuse3.EntryAttributes:
-        entry = _entry(
+        entry = entry_of(
             Attributes(
                 pyfuse3.ROOT_INODE, 2, 0, os.geteuid(), os.getegid(), 0, 0,
                 self._changed_ns, self._changed_ns, self._changed_ns,
@@ -124,7 +125,7 @@ class Operations(pyfuse3.Operations):
         return entry
 
     def _found(self, node: Node) -> pyfuse3.EntryAttributes:
-        entry = _entry(node.attributes())
+        entry = entry_of(node.attributes())
         node.lookups += 1
         return entry
 
@@ -135,7 +136,7 @@ class Operations(pyfuse3.Operations):
         if name in (b".", b".."):
             return self._directory()
         with self._refusing():
-            return self._found(self._files.lookup(_name(name)))
+            return self._found(self._files.lookup(name_of(name)))
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         """The kernel lets go of inodes."""
@@ -147,7 +148,7 @@ class Operations(pyfuse3.Operations):
         if inode == pyfuse3.ROOT_INODE:
             return self._directory()
         with self._refusing():
-            return _entry(self._files.attributes(self._node(inode)))
+            return entry_of(self._files.attributes(self._node(inode)))
 
     async def setattr(
         self,
@@ -179,7 +180,7 @@ class Operations(pyfuse3.Operations):
                     attr.st_atime_ns if fields.update_atime else None,
                     attr.st_mtime_ns if fields.update_mtime else None,
                 )
-            return _entry(self._files.attributes(node))
+            return entry_of(self._files.attributes(node))
 
     async def _resize(self, node: Node, length: int) -> None:
         await self._settled(node)
@@ -251,7 +252,7 @@ class Operations(pyfuse3.Operations):
                     return
                 continue
             name, node = listing[index - 2]
-            entry = _entry(node.attributes())
+            entry = entry_of(node.attributes())
             if not pyfuse3.readdir_reply(token, os.fsencode(name), entry, index + 1):
                 return
             node.lookups += 1
@@ -269,7 +270,7 @@ class Operations(pyfuse3.Operations):
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
         """open(2) with O_CREAT of what is not there."""
         with self._refusing():
-            node = self._files.create(_name(name), mode & ~ctx.umask, ctx.uid, ctx.gid)
+            node = self._files.create(name_of(name), mode & ~ctx.umask, ctx.uid, ctx.gid)
             self._files.open(node, write=True)
             self._changed_ns = time.time_ns()
             return self._opened(node, flags), self._found(node)
@@ -277,7 +278,7 @@ class Operations(pyfuse3.Operations):
     async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
         """unlink(2)."""
         with self._refusing():
-            self._files.unlink(_name(name))
+            self._files.unlink(name_of(name))
             self._changed_ns = time.time_ns()
 
     async def rename(
@@ -292,7 +293,7 @@ class Operations(pyfuse3.Operations):
         """rename(2), and renameat2(2) with RENAME_NOREPLACE."""
         if flags & ~pyfuse3.RENAME_NOREPLACE:
             raise pyfuse3.FUSEError(errno.EINVAL)
-        old, new = _name(name_old), _name(name_new)
+        old, new = name_of(name_old), name_of(name_new)
         with self._refusing():
             for name in (old, new):
                 node = self._files.coming(name)
@@ -420,25 +421,3 @@ class Operations(pyfuse3.Operations):
         await self._settled(handle.node)
         with self._refusing():
             self._files.release(handle.node)
-
-
-def _name(name: bytes) -> str:
-    if len(name) > 255:
-        raise pyfuse3.FUSEError(errno.ENAMETOOLONG)
-    try:
-        return name.decode()
-    except UnicodeDecodeError:
-        raise pyfuse3.FUSEError(errno.EILSEQ) from None
-
-
-def _entry(told: Attributes) -> pyfuse3.EntryAttributes:
-    entry = pyfuse3.EntryAttributes()
-    # Nothing is kept by the kernel: other clients of the store change it without a word.
-    entry.entry_timeout = entry.attr_timeout = 0
-    entry.st_ino = told.ino
-    entry.st_mode = stat.S_IFREG | told.mode
-    entry.st_nlink, entry.st_uid, entry.st_gid = told.links, told.uid, told.gid
-    entry.st_size, entry.st_blocks, entry.st_blksize = told.size, told.memory // 512, 1 << 20
-    entry.st_atime_ns, entry.st_mtime_ns = told.accessed_ns, told.modified_ns
-    entry.st_ctime_ns = told.changed_ns
-    return entry

@@ -1,0 +1,131 @@
+"""The mount on real dma-bufs: their memory, their fences, and the programs that use the files."""
+
+import errno
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.guards import needs
+from tests.kernel.test_fence import Card
+from tests.mounting import Mounted, attributes, mounted
+from tests.support import assert_same, pattern
+from tests.unit import test_mount_tools as tools
+
+SIZE = (5 << 20) + 123
+
+
+@pytest.fixture(scope="module")
+@needs("fuse", "udmabuf")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mounted]:
+    with mounted(tmp_path_factory.mktemp("mount")) as made:
+        yield made
+
+
+@pytest.fixture
+def files(world: Mounted) -> Iterator[Mounted]:
+    yield world
+    for status in world.store.list():
+        world.store.remove(status.name)
+
+
+def test_a_file_is_a_udmabuf(files: Mounted) -> None:
+    path = files.path / "x"
+    path.write_bytes(pattern(SIZE, 1))
+    assert_same(path.read_bytes(), pattern(SIZE, 1), "the file")
+    told = attributes(path)
+    assert (told["user.dmabuf.exporter"], told["user.dmabuf.is_dmabuf"]) == ("udmabuf", "yes")
+    with files.store.open("x", "r+") as buffer:
+        assert buffer.is_dmabuf
+        assert_same(buffer.pread(SIZE, 0), pattern(SIZE, 1), "the dma-buf")
+        buffer.pwrite(pattern(70000, 2), 4000)
+        with path.open("rb", buffering=0) as file:
+            assert_same(os.pread(file.fileno(), 70000, 4000), pattern(70000, 2), "the change")
+
+
+@needs("dma_heap")
+def test_memory_without_pages_is_copied(files: Mounted) -> None:
+    files.store.create("heap", SIZE, exporter="system", mode=0o600).close()
+    path = files.path / "heap"
+    assert attributes(path)["user.dmabuf.exporter"] == "system"
+    assert_same(path.read_bytes(), bytes(SIZE), "new memory")
+    with path.open("r+b", buffering=0) as file:
+        assert file.write(pattern(1 << 20, 1)) == 1 << 20
+        os.pwrite(file.fileno(), pattern(999, 2), SIZE - 999)
+    expected = bytearray(SIZE)
+    expected[: 1 << 20], expected[-999:] = pattern(1 << 20, 1), pattern(999, 2)
+    assert_same(path.read_bytes(), bytes(expected), "the file")
+    with files.store.open("heap") as buffer:
+        assert_same(buffer.pread(SIZE, 0), bytes(expected), "the dma-buf")
+
+
+@needs("vgem")
+@pytest.mark.parametrize("access", ["read", "write"])
+def test_a_request_waits_for_the_device_and_others_do_not(files: Mounted, access: str) -> None:
+    card = Card()
+    try:
+        (files.path / "other").write_bytes(b"other")
+        with files.store.create("busy", 1 << 20) as buffer:
+            fence, fd = card.sync_file()
+            buffer.import_fence(fd, "write")
+            os.close(fd)
+            done: list[object] = []
+
+            def work() -> None:
+                with (files.path / "busy").open("r+b", buffering=0) as file:
+                    done.append(
+                        os.pread(file.fileno(), 5, 0)
+                        if access == "read"
+                        else os.pwrite(file.fileno(), b"there", 0)
+                    )
+
+            thread = threading.Thread(target=work)
+            thread.start()
+            begun = time.monotonic()
+            while time.monotonic() - begun < 1:
+                assert (files.path / "other").read_bytes() == b"other"
+            assert done == []
+            card.done(fence)
+            thread.join()
+            assert done == [bytes(5) if access == "read" else 5]
+            assert buffer.pread(5, 0) == (bytes(5) if access == "read" else b"there")
+    finally:
+        card.close()
+
+
+@needs("vgem")
+def test_a_device_that_never_ends_is_a_timeout(files: Mounted) -> None:
+    card = Card()
+    try:
+        with files.store.create("busy", 1 << 20) as buffer:
+            _, fd = card.sync_file()
+            buffer.import_fence(fd, "write")
+            os.close(fd)
+            with pytest.raises(OSError) as caught:
+                (files.path / "busy").read_bytes()
+            assert caught.value.errno == errno.ETIMEDOUT
+    finally:
+        card.close()
+
+
+def test_programs(files: Mounted, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    for number, check in enumerate((tools.test_dd, tools.test_cp_cmp_and_sums)):
+        source.write_bytes(pattern(tools.SIZE, 1))
+        check(files, source)
+        for name in os.listdir(files.path):
+            (files.path / name).unlink()
+        assert os.listdir(files.path) == [], number
+    for number, check in enumerate(
+        (tools.test_tar_extracts_to_it_and_packs_it, tools.test_rsync_both_ways_and_again)
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        check(files, folder)
+        for name in os.listdir(files.path):
+            (files.path / name).unlink()
+    tools.test_a_shells_redirections(files)
+    tools.test_fio_verifies_what_it_wrote(files)
