@@ -6,6 +6,7 @@ import os
 import signal
 import stat
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -400,3 +401,44 @@ def test_a_store_that_is_gone_is_an_error_until_it_is_back(tmp_path: Path) -> No
             assert path.read_bytes() == b"again"
         files.process.send_signal(signal.SIGTERM)
         assert "the store is gone" in files.process.stderr.read()
+
+
+NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "bash", "-c"]
+OTHER = ["setpriv", "--reuid=1234", "--regid=1234", "--clear-groups", "bash", "-c"]
+
+
+@needs("root")
+def test_roots_mount_is_for_every_user_by_owner_and_mode() -> None:
+    def run(user: list[str], script: str, folder: Path) -> tuple[int, str, str]:
+        done = subprocess.run([*user, script], cwd=folder, capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        with mounted(folder) as files:
+            assert (
+                run(NOBODY, "umask 027; echo mine > x; echo all > y; chmod 644 y", files.path)[0]
+                == 0
+            )
+            told = (files.path / "x").stat()
+            assert (told.st_uid, told.st_gid, told.st_mode & 0o777) == (65534, 65534, 0o640)
+            status = files.store.stat("x")
+            assert (status.uid, status.gid, status.mode) == (65534, 65534, 0o640)
+            assert (
+                run(NOBODY, "cat x; echo more >> x; cat x", files.path)[1] == "mine\nmine\nmore\n"
+            )
+            for script in ("cat x", "echo bad > x", "echo bad > y", "chmod 666 x", "mv -f x z"):
+                code, _, err = run(OTHER, script, files.path)
+                assert code and ("denied" in err or "not permitted" in err), (script, err)
+            assert run(OTHER, "rm -f x", files.path)[0]
+            assert run(OTHER, "cat y", files.path)[1] == "all\n"
+            assert (files.path / "x").read_text() == "mine\nmore\n"
+            assert run(NOBODY, "rm x y", files.path)[0] == 0
+            assert os.listdir(files.path) == []
+
+
+def test_space_is_not_reserved_without_a_size(files: Mounted) -> None:
+    with (files.path / "x").open("xb", buffering=0) as file:
+        os.posix_fallocate(file.fileno(), 0, 10000)  # the C library's own, by writing
+    assert (files.path / "x").read_bytes() == bytes(10000)
