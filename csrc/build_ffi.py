@@ -22,6 +22,8 @@ SOURCES = (
     "sys.c",
     "nvme.c",
     "emulate.c",
+    "fuse.c",
+    "fuse_mount.c",
 )
 
 

@@ -234,6 +234,30 @@ struct dmb_completion {
 typedef int32_t (*dmb_filter)(void *arg, const struct dmb_completion *completion);
 void dmb_ring_set_filter(struct dmb_ring *ring, dmb_filter filter, void *arg);
 
+/*
+ * Memory as a file, by FUSE: a file system that is one file and is mounted nowhere. It is gone with
+ * the last descriptor of the file, and dmb_fuse_serve returns.
+ */
+struct dmb_fuse_slab {
+	void *memory;
+	uint64_t size;
+	int32_t dmabuf; /* whose fences and caches are seen to; -1: none */
+};
+enum dmb_fuse_step {
+	DMB_FUSE_DEVICE = 0,	 /* opening /dev/fuse */
+	DMB_FUSE_NAMESPACES = 1, /* making namespaces of its own, where this user may not mount */
+	DMB_FUSE_MOUNT = 2,
+};
+/*
+ * Makes it, perhaps in namespaces of its own that the process stays in: 0 or -errno, and what was
+ * refused in *ret_step. *ret_device is what dmb_fuse_serve answers, and *ret_root the file as
+ * O_PATH has it: any process of this user opens it by /proc/self/fd. Its size is asked for at the
+ * first fstat(2) or lseek(2) to the end, and what is mapped before that is empty.
+ */
+int dmb_fuse_mount(int *ret_device, int *ret_root, int *ret_step);
+/* Answers until the file is gone: 0 or -errno. Nothing else in the process waits for it. */
+int dmb_fuse_serve(int device, const struct dmb_fuse_slab *slabs, size_t count, int writable);
+
 /* System calls that Python has no names for. */
 
 /*

@@ -119,6 +119,31 @@ static_assert(offsetof(struct dmb_nvme_cmd, result) == 68, "struct nvme_uring_cm
 #define DMB_NVME_IOCTL_IO_CMD _IOWR('N', 0x43, struct dmb_nvme_cmd)
 #define DMB_NVME_URING_CMD_IO _IOWR('N', 0x80, struct dmb_nvme_cmd)
 
+/*
+ * FUSE, of include/uapi/linux/fuse.h what came later than the headers of the systems this builds
+ * on: Linux 5.17 for the second word of flags, 6.6 for FUSE_DIRECT_IO_ALLOW_MMAP.
+ */
+#define DMB_FUSE_INIT_EXT (1U << 30)
+#define DMB_FUSE_DIRECT_IO_ALLOW_MMAP_2 (1U << (36 - 32)) /* in flags2 */
+
+struct dmb_fuse_init_out {
+	uint32_t major;
+	uint32_t minor;
+	uint32_t max_readahead;
+	uint32_t flags;
+	uint16_t max_background;
+	uint16_t congestion_threshold;
+	uint32_t max_write;
+	uint32_t time_gran;
+	uint16_t max_pages;
+	uint16_t map_alignment;
+	uint32_t flags2;
+	uint32_t unused[7];
+};
+
+static_assert(sizeof(struct dmb_fuse_init_out) == 64, "struct fuse_init_out");
+static_assert(offsetof(struct dmb_fuse_init_out, flags2) == 32, "struct fuse_init_out");
+
 /* madvise(2): include/uapi/asm-generic/mman-common.h, Linux 5.14. */
 #define DMB_MADV_POPULATE_WRITE 23
 
