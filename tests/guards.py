@@ -257,6 +257,12 @@ def _root() -> str | None:
     return None if os.geteuid() == 0 else "not root (lab/run is)"
 
 
+def _fuse() -> str | None:
+    if not os.path.exists("/dev/fuse") and required("fuse"):
+        subprocess.run(["modprobe", "fuse"], check=False)
+    return _device("/dev/fuse", "modprobe fuse; lab/run has it")
+
+
 def _gcc() -> str | None:
     return _program("gcc", "gcc")
 
@@ -316,6 +322,7 @@ _GUARDS: dict[str, Callable[[], str | None]] = {
     "ext4": _ext4,
     "xfs": _xfs,
     "btrfs": _btrfs,
+    "fuse": _fuse,
     "gcc": _gcc,
     "cuda-bindings": _cuda_bindings,
 }

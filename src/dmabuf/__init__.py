@@ -24,6 +24,7 @@ from dmabuf.errors import (
 
 TYPE_CHECKING = False  # typing's own, without what importing typing costs
 if TYPE_CHECKING:
+    from dmabuf._as_file import BufferFile, as_file
     from dmabuf.buffer import Buffer, Slab
     from dmabuf.engine import Engine, Transfer
     from dmabuf.exporters import allocate, from_dlpack, from_fd
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Buffer",
+    "BufferFile",
     "BusyError",
     "ClosedError",
     "Copy",
@@ -46,6 +48,7 @@ __all__ = [
     "Slab",
     "Transfer",
     "allocate",
+    "as_file",
     "copy",
     "from_dlpack",
     "from_fd",
@@ -55,6 +58,7 @@ __all__ = [
 if not TYPE_CHECKING:
     _HOMES = {
         "Buffer": "buffer",
+        "BufferFile": "_as_file",
         "Copy": "pipeline",
         "Engine": "engine",
         "File": "file",
@@ -63,6 +67,7 @@ if not TYPE_CHECKING:
         "Slab": "buffer",
         "Transfer": "engine",
         "allocate": "exporters",
+        "as_file": "_as_file",
         "copy": "pipeline",
         "from_dlpack": "exporters",
         "from_fd": "exporters",

@@ -29,6 +29,7 @@ from dmabuf.cli import (
     top,
     verify,
 )
+from dmabuf.cli import exec as execute
 
 __all__ = ["app", "main"]
 
@@ -58,12 +59,10 @@ def _dmabuf(
     """Files into dma-bufs and back: move bytes at device speed, and see how they went."""
 
 
-cp.add_to(app)
-record.add_to(app)
-doctor.add_to(app)
-verify.add_to(app)
-bench.add_to(app)
-for command in (ls, top, serve, put, get, stat, rm, mount):
+for command in (
+    *(cp, record, doctor, verify, bench, ls, top),
+    *(serve, put, get, stat, rm, mount, execute),
+):
     command.add_to(app)
 
 

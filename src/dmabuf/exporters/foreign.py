@@ -86,12 +86,23 @@ def _behaves_like_dmabuf(fd: int) -> bool:
     return False
 
 
-def _describe(fd: int) -> str:
+def is_memfd(fd: int) -> bool:
+    """Whether a descriptor is a memfd's; False also for one that is closed."""
+    return _target(fd).startswith("/memfd:")
+
+
+def _target(fd: int) -> str:
     try:
-        target = os.readlink(f"/proc/self/fd/{fd}")
+        return os.readlink(f"/proc/self/fd/{fd}")
     except OSError:
+        return ""
+
+
+def _describe(fd: int) -> str:
+    target = _target(fd)
+    if not target:
         return "something else"
-    if target.startswith("/memfd:"):
+    if is_memfd(fd):
         return (
             f'a memfd ("{target}"): make a buffer with dmabuf.allocate() and copy, or make a '
             "udmabuf of it and hand that in"

@@ -1,0 +1,284 @@
+"""as_file(): a Buffer as a descriptor that any program can use, where it takes no real dma-buf.
+
+What goes by FUSE is shown on a memfd that is taken for one of huge pages, which has no write(2).
+"""
+
+import errno
+import fcntl
+import io
+import json
+import mmap
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import dmabuf
+from dmabuf import _as_file, _file_server
+from dmabuf._ffi import lib
+from tests.file_programs import check_readers, check_writers
+from tests.guards import needs
+from tests.resources import held
+from tests.support import assert_same, in_child, pattern
+
+SIZE = (1 << 20) + 3 * mmap.PAGESIZE
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind():
+    before = held()
+    yield
+    assert held() == before
+
+
+@pytest.fixture
+def buf():
+    with dmabuf.allocate(SIZE, exporter="memfd") as buf:
+        buf.pwrite(pattern(buf.size, 1), 0)
+        yield buf
+
+
+@pytest.fixture
+def by_fuse(monkeypatch):
+    monkeypatch.setattr(_as_file, "_has_huge_pages", lambda memfd: True)
+
+
+def servers():
+    """The processes behind files by FUSE that this user has."""
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if b"_file_server.main" in (folder / "cmdline").read_bytes():
+                found.add(int(folder.name))
+        except OSError:  # ended meanwhile
+            continue
+    return found
+
+
+def server_of(make):
+    before = servers()
+    file = make()
+    (pid,) = servers() - before
+    return file, pid
+
+
+def ended(pid):
+    for _ in range(500):
+        if not Path(f"/proc/{pid}").exists() or b"Z" in _state(pid):
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def _state(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_bytes().split()[2]
+    except OSError:
+        return b"Z"
+
+
+# -- the memory file itself
+
+
+def test_a_memfd_is_the_file(buf):
+    with dmabuf.as_file(buf) as file:
+        assert (file.way, file.mode) == ("memfd", "rb+")
+        assert file.reason == "the memory is a memfd, which is a file already"
+        assert os.path.samestat(os.fstat(file.fileno()), os.fstat(buf.fileno()))
+        assert not os.get_inheritable(file.fileno())
+        assert_same(file.read(), pattern(SIZE, 1), "what the file reads")
+        assert file.seek(10) == 10
+        file.write(b"new bytes")
+        assert buf.pread(9, 10) == b"new bytes"
+        assert os.lseek(buf.fileno(), 0, os.SEEK_CUR) == 0, "the position is its own"
+
+
+def test_programs_on_a_memfd(buf, tmp_path):
+    def look():
+        return buf.pread(SIZE, 0)
+
+    def fill(data):
+        buf.pwrite(data, 0)
+
+    with dmabuf.as_file(buf) as file:
+        check_readers(file.fileno(), fill, SIZE, tmp_path)
+        check_writers(file.fileno(), fill, look, tmp_path, truncating=False)
+
+
+@pytest.mark.parametrize("mode", ["r", "w", "rw", "r+", "rb"])
+def test_modes(buf, mode):
+    plain = mode.replace("b", "").replace("r+", "rw")
+    with dmabuf.as_file(buf, mode) as file:
+        assert (file.readable(), file.writable()) == ("r" in plain, "w" in plain)
+        access = fcntl.fcntl(file.fileno(), fcntl.F_GETFL) & os.O_ACCMODE
+        assert access == {"r": os.O_RDONLY, "w": os.O_WRONLY, "rw": os.O_RDWR}[plain]
+    assert_same(buf.pread(SIZE, 0), pattern(SIZE, 1), "the buffer, which was not truncated")
+
+
+def test_what_is_refused(buf):
+    with pytest.raises(ValueError, match="mode must be"):
+        dmabuf.as_file(buf, "x")
+    buf.close()
+    with pytest.raises(dmabuf.ClosedError):
+        dmabuf.as_file(buf)
+
+
+def test_memory_that_the_cpu_cannot_map(buf, monkeypatch):
+    monkeypatch.setattr(buf, "_map_refusal", "the CPU cannot map this dma-buf")
+    with pytest.raises(io.UnsupportedOperation, match="cannot map") as caught:
+        dmabuf.as_file(buf)
+    assert caught.value.errno == errno.EOPNOTSUPP
+
+
+def test_the_file_outlives_the_buffer():
+    with dmabuf.allocate(SIZE, exporter="memfd") as buf:
+        buf.pwrite(b"kept", 0)
+        file = dmabuf.as_file(buf)
+    with file:
+        assert file.read(4) == b"kept"
+
+
+# -- by FUSE
+
+
+@needs("fuse")
+def test_programs_on_a_file_by_fuse(buf, by_fuse, tmp_path):
+    def look():
+        return buf.pread(SIZE, 0)
+
+    def fill(data):
+        buf.pwrite(data, 0)
+
+    with dmabuf.as_file(buf) as file:
+        assert (file.way, file.mode) == ("fuse", "rb+")
+        assert "huge pages has no write(2)" in file.reason
+        check_readers(file.fileno(), fill, SIZE, tmp_path)
+        check_writers(file.fileno(), fill, look, tmp_path, truncating=True)
+
+
+@needs("fuse")
+def test_its_process_ends_with_the_last_descriptor(buf, by_fuse):
+    file, pid = server_of(lambda: dmabuf.as_file(buf))
+    other = os.dup(file.fileno())
+    file.close()
+    assert os.pread(other, 100, 7) == pattern(SIZE, 1)[7:107]
+    assert pid in servers()
+    os.close(other)
+    assert ended(pid)
+
+
+@needs("fuse")
+def test_its_process_is_nobodys_child_and_holds_the_buffer_alone(buf, by_fuse):
+    file, pid = server_of(lambda: dmabuf.as_file(buf))
+    with file:
+        with pytest.raises(ChildProcessError):
+            os.waitpid(-1, os.WNOHANG)
+        assert os.getsid(pid) == pid
+        links = [os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()]
+        kinds = sorted(link.split("/")[1].split(":")[0] for link in links)
+        # null three times, fuse, and the memfd once more by its mapping
+        assert kinds == ["dev"] * 4 + ["memfd"] * 2, links
+        assert os.readlink(f"/proc/{pid}/cwd") == "/"
+    assert ended(pid)
+
+
+@needs("fuse")
+def test_when_its_process_dies_every_call_is_an_error(buf, by_fuse):
+    file, pid = server_of(lambda: dmabuf.as_file(buf))
+    os.kill(pid, signal.SIGKILL)
+    assert ended(pid)
+    for program in (["cat"], ["head", "-c1"]):
+        done = subprocess.run(program, stdin=file.fileno(), capture_output=True, timeout=20)
+        assert done.returncode != 0
+    for call in (lambda: file.read(1), lambda: file.write(b"x"), file.close):
+        with pytest.raises(OSError) as caught:
+            call()
+        assert caught.value.errno == errno.ENOTCONN
+    assert file.closed
+
+
+@needs("fuse")
+def test_read_only_is_read_only(buf, by_fuse, monkeypatch):
+    fd = _as_file._start([(buf.fileno(), buf.size, False)], False)
+    path = f"/proc/self/fd/{fd}"
+    try:
+        with open(path, "rb", buffering=0) as file:
+            assert_same(file.read(), pattern(SIZE, 1), "the file")
+            assert os.fstat(file.fileno()).st_mode & 0o777 == 0o400
+            with pytest.raises(PermissionError):
+                os.open(path, os.O_RDWR)
+    finally:
+        os.close(fd)
+    assert_same(buf.pread(SIZE, 0), pattern(SIZE, 1), "the buffer")
+
+
+_CLOSING = """
+import os, sys
+import dmabuf
+from dmabuf import _as_file
+_as_file._has_huge_pages = lambda memfd: True
+with dmabuf.allocate(4096, exporter="memfd") as buf:
+    sys.exit(dmabuf.as_file(buf).fileno() < 0)
+"""
+
+
+@needs("fuse")
+def test_a_program_that_ends_leaves_no_process():
+    before = servers()
+    in_child("import warnings; warnings.simplefilter('ignore')" + _CLOSING)
+    assert all(ended(pid) for pid in servers() - before)
+
+
+@pytest.mark.parametrize(
+    ("step", "said"),
+    [
+        ("DMB_FUSE_DEVICE", "opening /dev/fuse: Permission denied (modprobe fuse"),
+        ("DMB_FUSE_NAMESPACES", "a namespace to mount FUSE in: Permission denied (as root: sysctl"),
+        ("DMB_FUSE_MOUNT", "mounting FUSE: Permission denied (Linux 5.2 with CONFIG_FUSE_FS"),
+    ],
+)
+def test_where_fuse_is_not_to_be_had(buf, step, said, monkeypatch):
+    class Refusing:
+        DMB_FUSE_DEVICE, DMB_FUSE_NAMESPACES = lib.DMB_FUSE_DEVICE, lib.DMB_FUSE_NAMESPACES
+
+        @staticmethod
+        def dmb_fuse_mount(device, root, ret_step):
+            ret_step[0] = getattr(lib, step)
+            return -errno.EACCES
+
+    monkeypatch.setattr(_file_server, "lib", Refusing)
+    ours, theirs = socket.socketpair()
+    with ours:
+        _file_server.main(theirs.detach(), True, [(buf.fileno(), buf.size, False)])
+        number, text = json.loads(ours.recv(4096))
+    assert number == errno.EOPNOTSUPP
+    assert text.startswith(said)
+
+
+def test_no_program_to_start(buf, by_fuse, monkeypatch):
+    for executable in ("", None):
+        monkeypatch.setattr(sys, "executable", executable)
+        with pytest.raises(OSError, match=r"sys\.executable is empty") as caught:
+            dmabuf.as_file(buf)
+        assert caught.value.errno == errno.EOPNOTSUPP
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(OSError, match="did not start: /bin/false ended with 1") as caught:
+        dmabuf.as_file(buf)
+    assert caught.value.errno == errno.EOPNOTSUPP
+
+
+def test_no_descriptor_left(buf, by_fuse):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")), hard))
+    try:
+        with pytest.raises(OSError) as caught:
+            dmabuf.as_file(buf)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert caught.value.errno == errno.EMFILE
