@@ -4,8 +4,8 @@
  * 5.2, and never attached. Its root is a regular file (rootmode), so there is nothing but that.
  *
  * Mounting FUSE is allowed to whoever is CAP_SYS_ADMIN in a user namespace, so to whoever may make
- * one. There the kernel lets only processes of the same user stat or open the file again; the
- * administrator's own is for all, and who may open it is up to its mode.
+ * one. There the kernel lets only processes of the same user stat the file or open it again. The
+ * administrator's may be used by all who are handed it, and opened again as its mode says.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -63,6 +63,11 @@ static int set(int fs, const char *key, const char *format, unsigned value)
 	return syscall(SYS_fsconfig, fs, FSCONFIG_SET_STRING, key, text, 0) ? -errno : 0;
 }
 
+static int set_flag(int fs, const char *key)
+{
+	return syscall(SYS_fsconfig, fs, FSCONFIG_SET_FLAG, key, NULL, 0) ? -errno : 0;
+}
+
 static int configure(int fs, int device, int everyone)
 {
 	int rc = set(fs, "fd", "%u", device);
@@ -72,8 +77,8 @@ static int configure(int fs, int device, int everyone)
 	rc = rc ? rc : set(fs, "group_id", "%u", getegid());
 	rc = rc ? rc : set(fs, "source", "dmabuf", 0);
 	rc = rc ? rc : set(fs, "subtype", "dmabuf", 0);
-	if (!rc && everyone && syscall(SYS_fsconfig, fs, FSCONFIG_SET_FLAG, "allow_other", NULL, 0))
-		rc = -errno;
+	rc = rc ? rc : set_flag(fs, "default_permissions");
+	rc = rc || !everyone ? rc : set_flag(fs, "allow_other");
 	if (!rc && syscall(SYS_fsconfig, fs, FSCONFIG_CMD_CREATE, NULL, NULL, 0))
 		rc = -errno;
 	return rc;

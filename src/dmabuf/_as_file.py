@@ -97,6 +97,10 @@ def _make(slabs: list[tuple[int, int]], is_dmabuf: bool, read: bool, write: bool
     }[read, write]
     try:
         fd = os.open(f"/proc/self/fd/{root}", flags | direct | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise OSError(
+            errno.EOPNOTSUPP, "a file is opened through /proc/self/fd: mount /proc"
+        ) from None
     finally:
         os.close(root)
     file = BufferFile(fd, mode)  # asks for its size, without which no mapping would work

@@ -136,12 +136,48 @@ def test_memory_that_the_cpu_cannot_map(buf, monkeypatch):
     assert caught.value.errno == errno.EOPNOTSUPP
 
 
-def test_the_file_outlives_the_buffer():
+@needs("fuse")
+@pytest.mark.parametrize("way", ["memfd", "fuse"])
+def test_the_file_outlives_the_buffer(way, monkeypatch):
+    monkeypatch.setattr(_as_file, "_has_huge_pages", lambda memfd: way == "fuse")
     with dmabuf.allocate(SIZE, exporter="memfd") as buf:
         buf.pwrite(b"kept", 0)
         file = dmabuf.as_file(buf)
     with file:
+        assert file.way == way
         assert file.read(4) == b"kept"
+
+
+_WITHOUT_PROC = """
+import os, sys
+import dmabuf
+dmabuf.as_file
+with dmabuf.allocate(4096, exporter="memfd") as buf:
+    os.chroot(sys.argv[1])
+    try:
+        dmabuf.as_file(buf)
+    except OSError as error:
+        print(error.errno, error.strerror)
+"""
+
+
+@needs("root")
+def test_without_proc(tmp_path):
+    told = in_child(_WITHOUT_PROC, tmp_path)
+    assert told == f"{errno.EOPNOTSUPP} a file is opened through /proc/self/fd: mount /proc\n"
+
+
+@needs("fuse", "root")
+def test_another_user_keeps_what_the_descriptor_allows(buf, by_fuse):
+    """And cannot open it again, for it is the maker's alone."""
+    with dmabuf.as_file(buf) as file:
+        fd = file.fileno()
+        script = f"head -c 9 <&{fd}; stat -Lc %s /proc/self/fd/{fd}; cat /dev/fd/{fd}"
+        done = subprocess.run(
+            ["bash", "-c", script], pass_fds=[fd], capture_output=True, user=65534, group=65534
+        )
+        assert done.stdout == pattern(SIZE, 1)[:9] + f"{SIZE}\n".encode()
+        assert b"Permission denied" in done.stderr
 
 
 # -- by FUSE
