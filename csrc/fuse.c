@@ -375,7 +375,10 @@ static int handle(struct server *server, struct fuse_in_header *header)
 	}
 }
 
-/* 1: a request was handled; 0: none was there; or -errno, -ENODEV where the file is gone. */
+/*
+ * 1: a request was handled; 0: none was there; or -errno: -ENODEV where the file is gone, and
+ * -ECONNABORTED where it went in the middle of a request, its closing for one.
+ */
 static int take_one(struct server *server)
 {
 	ssize_t got = read(server->device, server->in, HEADERS + BLOCK);
@@ -440,5 +443,5 @@ int dmb_fuse_serve(int device, const struct dmb_fuse_slab *slabs, size_t count, 
 	}
 	free(server.in);
 	free(server.out);
-	return rc == -ENODEV ? 0 : rc;
+	return rc == -ENODEV || rc == -ECONNABORTED ? 0 : rc;
 }
