@@ -4,8 +4,8 @@
  * 5.2, and never attached. Its root is a regular file (rootmode), so there is nothing but that.
  *
  * Mounting FUSE is allowed to whoever is CAP_SYS_ADMIN in a user namespace, so to whoever may make
- * one. There the kernel lets only processes of the same user stat the file or open it again. The
- * administrator's may be used by all who are handed it, and opened again as its mode says.
+ * one. There the kernel lets only processes of the same user use the file: others are EOVERFLOW.
+ * The administrator's may be used by all who are handed it, and opened again as its mode says.
  */
 #include <errno.h>
 #include <fcntl.h>

@@ -148,6 +148,28 @@ def test_the_file_outlives_the_buffer(way, monkeypatch):
         assert file.read(4) == b"kept"
 
 
+@needs("fuse")
+@pytest.mark.parametrize(
+    ("way", "past_the_end", "truncating"),
+    [("memfd", "EPERM", "EPERM"), ("fuse", "ENOSPC", "EINVAL")],
+)
+def test_the_size_is_fixed(buf, way, past_the_end, truncating, monkeypatch):
+    """As the table in docs/exec.md has it."""
+    monkeypatch.setattr(_as_file, "_has_huge_pages", lambda memfd: way == "fuse")
+    with dmabuf.as_file(buf) as file:
+        for attempt, expected in (
+            (lambda: os.pwrite(file.fileno(), b"x", SIZE), past_the_end),
+            (lambda: os.ftruncate(file.fileno(), SIZE + 1), truncating),
+            (lambda: os.ftruncate(file.fileno(), 0), truncating),
+        ):
+            with pytest.raises(OSError) as caught:
+                attempt()
+            assert errno.errorcode[caught.value.errno] == expected
+        assert os.fstat(file.fileno()).st_size == SIZE
+        assert os.pread(file.fileno(), 10, SIZE) == b""
+    assert_same(buf.pread(SIZE, 0), pattern(SIZE, 1), "the buffer")
+
+
 _WITHOUT_PROC = """
 import os, sys
 import dmabuf
