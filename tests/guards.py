@@ -209,12 +209,10 @@ def _program(name: str, package: str) -> str | None:
     return None if shutil.which(name) else f"no {name} (apt install {package})"
 
 
-def _fuse() -> str | None:
+def _pyfuse3() -> str | None:
     if importlib.util.find_spec("pyfuse3") is None:
         return "no module pyfuse3 (apt install libfuse3-dev pkg-config; pip install pyfuse3)"
-    if required("fuse") and not os.path.exists("/dev/fuse"):
-        subprocess.run(["modprobe", "fuse"], check=False)
-    return _device("/dev/fuse", "modprobe fuse") or _program("fusermount3", "fuse3")
+    return _program("fusermount3", "fuse3")
 
 
 def _rsync() -> str | None:
@@ -313,7 +311,7 @@ _GUARDS: dict[str, Callable[[], str | None]] = {
     "zram": _zram,
     "null_blk": _null_blk,
     "scsi_debug": _scsi_debug,
-    "fuse": _fuse,
+    "pyfuse3": _pyfuse3,
     "rsync": _rsync,
     "fio": _fio,
     "xxd": _xxd,

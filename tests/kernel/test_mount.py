@@ -19,7 +19,7 @@ SIZE = (5 << 20) + 123
 
 
 @pytest.fixture(scope="module")
-@needs("fuse", "udmabuf")
+@needs("fuse", "pyfuse3", "udmabuf")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mounted]:
     with mounted(tmp_path_factory.mktemp("mount")) as made:
         yield made

@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.usefixtures("needs_fuse")]
 
 
 @pytest.fixture(scope="module")
-@needs("fuse")
+@needs("fuse", "pyfuse3")
 def needs_fuse() -> None:
     pass
 

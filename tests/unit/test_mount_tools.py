@@ -15,7 +15,7 @@ SIZE = (3 << 20) + 777
 
 
 @pytest.fixture(scope="module")
-@needs("fuse")
+@needs("fuse", "pyfuse3")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mounted]:
     with mounted(tmp_path_factory.mktemp("tools")) as made:
         yield made
