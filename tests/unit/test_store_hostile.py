@@ -4,8 +4,8 @@ import contextlib
 import errno
 import os
 import random
-import signal
 import select
+import signal
 import socket
 import struct
 import subprocess
