@@ -21,7 +21,7 @@ _FIXES = {
     lib.DMB_FUSE_NAMESPACES: "a namespace to mount FUSE in: {} (as root: sysctl "
     "user.max_user_namespaces=10000, kernel.unprivileged_userns_clone=1 on Debian, "
     "kernel.apparmor_restrict_unprivileged_userns=0 on Ubuntu; or be root)",
-    lib.DMB_FUSE_MOUNT: "mounting FUSE: {} (Linux 5.2 with CONFIG_FUSE_FS, and in a container the "
+    lib.DMB_FUSE_MOUNT: "mounting FUSE: {} (Linux 5.4 with CONFIG_FUSE_FS, and in a container the "
     "right to mount)",
 }
 

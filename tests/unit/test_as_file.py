@@ -298,7 +298,7 @@ def test_a_program_that_ends_leaves_no_process():
     [
         ("DMB_FUSE_DEVICE", "opening /dev/fuse: Permission denied (modprobe fuse"),
         ("DMB_FUSE_NAMESPACES", "a namespace to mount FUSE in: Permission denied (as root: sysctl"),
-        ("DMB_FUSE_MOUNT", "mounting FUSE: Permission denied (Linux 5.2 with CONFIG_FUSE_FS"),
+        ("DMB_FUSE_MOUNT", "mounting FUSE: Permission denied (Linux 5.4 with CONFIG_FUSE_FS"),
     ],
 )
 def test_where_fuse_is_not_to_be_had(buf, step, said, monkeypatch):
