@@ -301,9 +301,7 @@ class Files:
 
     def _begin_growing(self, node: Node, *, keep: bool) -> None:
         assert node.buffer is not None
-        if node.name is None:
-            raise os_error(errno.EFBIG, "it has no name any more, and does not grow")
-        if self._others_have(node):
+        if node.name is not None and self._others_have(node):
             raise os_error(
                 errno.EBUSY,
                 f"others have its {format_size(node.status.size)} of memory, which they would not "
