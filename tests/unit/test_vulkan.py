@@ -512,6 +512,7 @@ def test_a_buffer_is_held_until_the_driver_has_let_go(fake, buf):
     fake._destroy = watching
     with vulkan.open() as device:
         device.import_buffer(buf).close()
+        assert [kind for kind, _ in fake.alive] == ["Instance", "Device"]
     assert sorted(seen) == ["vkDestroyBuffer", "vkFreeMemory"]
     buf.close()
 
