@@ -39,6 +39,15 @@ def since(release: tuple[int, int], what: str) -> pytest.MarkDecorator:
     return pytest.mark.xfail(before, reason=f"{what}: since Linux {number}", strict=True)
 
 
+def demand(*guards: str) -> None:
+    """The same for a fixture, where a decorator skips nothing."""
+    for guard in guards:
+        problem = problem_with(guard)
+        if problem is not None:
+            end = pytest.fail if required(guard) else pytest.skip
+            end(f"needs {guard}: {problem}")
+
+
 def _failing(reason: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     def decorate(test: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(test)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.guards import needs
+from tests.guards import demand, needs
 from tests.kernel.test_fence import Card
 from tests.mounting import Mounted, attributes, mounted
 from tests.support import assert_same, pattern
@@ -19,8 +19,8 @@ SIZE = (5 << 20) + 123
 
 
 @pytest.fixture(scope="module")
-@needs("fuse", "pyfuse3", "udmabuf")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mounted]:
+    demand("fuse", "pyfuse3", "udmabuf")
     with mounted(tmp_path_factory.mktemp("mount")) as made:
         yield made
 

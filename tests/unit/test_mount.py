@@ -13,20 +13,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.guards import needs
+from tests.guards import demand, needs
 from tests.mounting import Mounted, attributes, mount, mounted, start
 from tests.serving import as_a_program
 from tests.support import assert_same, pattern, together
 
 SIZE = 3 << 20
 
-pytestmark = [pytest.mark.usefixtures("needs_fuse")]
 
-
-@pytest.fixture(scope="module")
-@needs("fuse", "pyfuse3")
-def needs_fuse() -> None:
-    pass
+@pytest.fixture(scope="module", autouse=True)
+def fuse() -> None:
+    demand("fuse", "pyfuse3")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.guards import needs
+from tests.guards import demand
 from tests.mounting import Mounted, mounted
 from tests.support import together
 
@@ -16,8 +16,8 @@ STEPS = 600
 
 
 @pytest.fixture(scope="module")
-@needs("fuse")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mounted]:
+    demand("fuse", "pyfuse3")
     with mounted(tmp_path_factory.mktemp("model")) as made:
         yield made
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.guards import needs
+from tests.guards import demand, needs
 from tests.mounting import Mounted, mounted, shell
 from tests.support import assert_same, pattern, together
 
@@ -15,8 +15,8 @@ SIZE = (3 << 20) + 777
 
 
 @pytest.fixture(scope="module")
-@needs("fuse", "pyfuse3")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mounted]:
+    demand("fuse", "pyfuse3")
     with mounted(tmp_path_factory.mktemp("tools")) as made:
         yield made
 
