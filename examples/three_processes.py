@@ -24,11 +24,14 @@ SIZE = WIDTH * HEIGHT * 3
 def camera(store: dmabuf.store.Store, device: str) -> None:
     from dmabuf.devices import v4l2
 
-    with store.open("picture", "r+") as buffer:
-        shape = {"width": WIDTH, "height": HEIGHT, "format": FORMAT}
-        with v4l2.capture(device, buffers=[buffer], **shape) as source:
-            with next(source) as frame:
-                print(f"camera {os.getpid()}: frame {frame.sequence} written into {buffer!r}")
+    shape = {"width": WIDTH, "height": HEIGHT, "format": FORMAT}
+    with store.open("picture", "r+") as buffer, dmabuf.allocate(SIZE, exporter="udmabuf") as spare:
+        with v4l2.capture(device, buffers=[buffer, spare], **shape) as source:  # two at least
+            frame = next(source)
+            while frame.buffer is not buffer:
+                frame.release()
+                frame = next(source)
+            print(f"camera {os.getpid()}: frame {frame.sequence} written into {buffer!r}")
 
 
 def gpu(store: dmabuf.store.Store, device: str) -> None:
