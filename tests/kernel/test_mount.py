@@ -42,8 +42,9 @@ def test_a_file_is_a_udmabuf(files: Mounted) -> None:
         assert buffer.is_dmabuf
         assert_same(buffer.pread(SIZE, 0), pattern(SIZE, 1), "the dma-buf")
         buffer.pwrite(pattern(70000, 2), 4000)
-        with path.open("rb", buffering=0) as file:
-            assert_same(os.pread(file.fileno(), 70000, 4000), pattern(70000, 2), "the change")
+        for mode in ("rb", "r+b"):
+            with path.open(mode, buffering=0) as file:
+                assert_same(os.pread(file.fileno(), 70000, 4000), pattern(70000, 2), "the change")
 
 
 @needs("dma_heap")

@@ -25,7 +25,7 @@ _COPIED = 8 << 20
 _BLOCK = 8 << 20
 _MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 22, 23  # Linux 5.14; not in Python's mmap
 
-_lent: set[weakref.ref[memoryview]] = set()
+_lent: dict[int, weakref.ref[memoryview]] = {}  # by id: a reference's hash is its memory's
 _touched: weakref.WeakKeyDictionary[Buffer, set[int]] = weakref.WeakKeyDictionary()
 
 
@@ -69,13 +69,14 @@ def lend(buffer: Buffer, offset: int, size: int) -> Part:
         access.__enter__()
 
         def end(reference: weakref.ref[memoryview]) -> None:
-            _lent.discard(reference)
+            del _lent[id(reference)]
             try:
                 access.__exit__(None, None, None)
             except OSError as error:
                 _log.info("ending the access to %r: %s", buffer, error)
 
-        _lent.add(weakref.ref(view, end))
+        kept = weakref.ref(view, end)
+        _lent[id(kept)] = kept
     return view
 
 
