@@ -364,10 +364,13 @@ def test_import_carries_a_fence_to_another_buffer(card, access):
 
 @needs("vgem")
 def test_what_is_no_sync_file_is_refused(buf):
-    for fd in (0, buf.fileno(), 1 << 20, -1):
+    for fd in (0, buf.fileno(), 1 << 20):
         with pytest.raises(OSError, match="is no sync file") as caught:
             buf.import_fence(fd)
         assert caught.value.errno == errno.EINVAL
+    with pytest.raises(OSError, match="descriptor -1") as caught:
+        buf.import_fence(-1)
+    assert caught.value.errno == errno.EBADF
 
 
 @pytest.fixture
