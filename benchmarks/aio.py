@@ -3,7 +3,8 @@
     python benchmarks/aio.py [--backend trio] [--count 20000] [--json] TARGET
 
 TARGET is a file or block device, which is only read. Prints the machine, then time and processor
-time of each read, and the ratio of the two in the same run: the best of `--rounds`.
+time of each read, beside them of the event loop with the same tasks and no reads, and the ratio of
+the first two in the same run: the best of `--rounds`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from common import PAGE, machine
 
 import dmabuf
 from dmabuf import aio
+from dmabuf._waits import Wake, call_soon, kind_of_wake
 
 
 @dataclasses.dataclass
@@ -51,6 +53,30 @@ async def by_aio(path: str, buffer: dmabuf.Buffer, offsets: list[int], flight: i
             group.start_soon(worker, file, buffer.size // PAGE)
 
 
+async def loop_alone(count: int, flight: int) -> None:
+    """What any library pays here: the same tasks, each of whose reads is one wake of the loop's."""
+    new_wake, soon = kind_of_wake(), call_soon()
+    todo, waiting = iter(range(count)), list[Wake]()
+
+    def wake_them() -> None:
+        woken = waiting.copy()
+        waiting.clear()
+        for wake in woken:
+            wake.set_result(None)
+
+    async def worker() -> None:
+        for _ in todo:
+            wake = new_wake()
+            if not waiting:
+                soon(wake_them)
+            waiting.append(wake)
+            await wake
+
+    async with anyio.create_task_group() as group:
+        for _ in range(flight):
+            group.start_soon(worker)
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -79,7 +105,7 @@ def main() -> None:
 def run(how: argparse.Namespace, engine: dmabuf.Engine) -> dict[str, Meter]:
     """Both, in turn, round by round."""
     buffer = dmabuf.allocate(how.flight * 4 * PAGE, exporter="memfd")
-    segments, loop = Meter(), Meter()
+    segments, loop, alone = Meter(), Meter(), Meter()
     with buffer, dmabuf.open(how.target, engine=engine) as file:
         if not (pages := (file.size or 0) // PAGE):
             raise SystemExit(f"{how.target} has less than {PAGE} bytes to read")
@@ -96,7 +122,10 @@ def run(how: argparse.Namespace, engine: dmabuf.Engine) -> dict[str, Meter]:
             cpu, wall = time.process_time(), time.perf_counter()
             anyio.run(by_aio, how.target, buffer, offsets, how.flight, backend=how.backend)
             loop.add(time.perf_counter() - wall, time.process_time() - cpu, how.count)
-    return {"read_segments": segments, "aio": loop}
+            cpu, wall = time.process_time(), time.perf_counter()
+            anyio.run(loop_alone, how.count, how.flight, backend=how.backend)
+            alone.add(time.perf_counter() - wall, time.process_time() - cpu, how.count)
+    return {"read_segments": segments, "aio": loop, "the loop alone": alone}
 
 
 if __name__ == "__main__":

@@ -230,7 +230,7 @@ static bool is_heavy(struct dmb_batch *batch)
  */
 static void judge(struct dmb_batch *batch, uint32_t in_flight)
 {
-	if (in_flight < TELLING)
+	if (in_flight < TELLING || batch->job->nsid)
 		return;
 	batch->at_once = batch->ring->ready < in_flight ? 0 : batch->at_once + 1;
 	if (batch->at_once == 2) /* once may be because we had to wait for a CPU */

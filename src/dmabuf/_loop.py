@@ -30,9 +30,7 @@ from dmabuf._ffi import failure, ffi, lib
 from dmabuf._flight import BatchFlight, CallFlight, Flight, LoneFlight
 from dmabuf._waits import Wake, call_soon, kind_of_wake, watch
 from dmabuf.engine import (
-    BLOCK,
     DEPTH,
-    STAGED_BLOCK,
     STAGED_DEPTH,
     Engine,
     Job,
@@ -225,9 +223,9 @@ class LoopEngine(Engine):
 
     def shape(self, job: Job) -> tuple[int, int]:
         """As Engine.shape, and no more memory for staging than the job can use."""
-        most, block = (STAGED_DEPTH, STAGED_BLOCK) if job.route is Route.STAGED else (DEPTH, BLOCK)
+        most = STAGED_DEPTH if job.route is Route.STAGED else DEPTH
         align = max(job.offset_align, job.memory_align)
-        block = min(block, round_up(job.nbytes + 2 * align, align))
+        block = min(super().shape(job)[1], round_up(job.nbytes + 2 * align, align))
         return min(most, 2 * job.count + job.nbytes // block + 2), block
 
     async def in_thread(

@@ -4,6 +4,8 @@ from typing import Annotated
 
 import typer
 
+from dmabuf.sizes import parse_size
+
 Exporter = Annotated[
     str, typer.Option(metavar="NAME", help="What makes the buffer: auto, udmabuf, memfd, a heap.")
 ]
@@ -24,6 +26,13 @@ Progress = Annotated[
     bool | None,
     typer.Option("--progress/--no-progress", help="After a second. [default: on a terminal]"),
 ]
+Sync = Annotated[bool, typer.Option("--sync", help="End when it is on the medium.")]
+Force = Annotated[
+    bool,
+    typer.Option(
+        "--force", "-f", help="Write to a mounted device; replace a file without permission."
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No result, only errors.")]
 Process = Annotated[
     str | None,
@@ -33,3 +42,11 @@ Made = Annotated[
     str | None,
     typer.Option("--exporter", metavar="NAME", help="Only buffers of this exporter."),
 ]
+
+
+def limit(size: str | None) -> int | None:
+    """What --size says, in bytes. Raises typer.BadParameter."""
+    try:
+        return None if size is None else parse_size(size, "--size")
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None

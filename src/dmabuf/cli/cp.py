@@ -18,7 +18,6 @@ from dmabuf.cli._ends import End, advance, find_source, find_target, telling
 from dmabuf.file import File
 from dmabuf.pipeline import Copy, copy
 from dmabuf.route import ALLOWED, Route
-from dmabuf.sizes import parse_size
 
 _HELP = """\
 Copy SRC to DST: files, block devices, pipes, or - for standard input and output.
@@ -94,13 +93,8 @@ def _command(
         bool,
         typer.Option("--verify", help="Read DST back past the page cache, compare every byte."),
     ] = False,
-    sync: Annotated[bool, typer.Option("--sync", help="End when it is on the medium.")] = False,
-    force: Annotated[
-        bool,
-        typer.Option(
-            "--force", "-f", help="Write to a mounted device; replace a file without permission."
-        ),
-    ] = False,
+    sync: _options.Sync = False,
+    force: _options.Force = False,
     preserve: Annotated[
         bool, typer.Option("--preserve", "-p", help="Keep the source's mode and times.")
     ] = False,
@@ -112,10 +106,7 @@ def _command(
     _one_of("--require", require, list(ALLOWED))
     _one_of("--route", route, [known.value for known in Route])
     _one_of("--prefer", prefer, ["zero-copy", "fastest"])
-    try:
-        nbytes = None if size is None else parse_size(size, "--size")
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+    nbytes = _options.limit(size)
     options = Options(
         src, dst, nbytes, require, route, prefer, exporter, verify, sync, force,  # type: ignore[arg-type]
         preserve, json, False if quiet and progress is None else progress, quiet,

@@ -15,7 +15,6 @@ from dmabuf._replace import Replacement
 from dmabuf.cli import _options, _output, _progress, _result
 from dmabuf.cli._ends import End, advance, find_target, telling
 from dmabuf.pipeline import Copy, copy
-from dmabuf.sizes import parse_size
 from dmabuf.store import connect
 
 _HELP = """\
@@ -60,22 +59,14 @@ def _command(
     size: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Bytes at most. [default: the content]")
     ] = None,
-    sync: Annotated[bool, typer.Option("--sync", help="End when it is on the medium.")] = False,
-    force: Annotated[
-        bool,
-        typer.Option(
-            "--force", "-f", help="Write to a mounted device; replace a file without permission."
-        ),
-    ] = False,
+    sync: _options.Sync = False,
+    force: _options.Force = False,
     socket: _options.Socket = None,
     json: _options.Json = False,
     progress: _options.Progress = None,
     quiet: _options.Quiet = False,
 ) -> None:
-    try:
-        limit = None if size is None else parse_size(size, "--size")
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+    limit = _options.limit(size)
     shown = False if quiet and progress is None else progress
     with _output.orderly():
         run(Options(name, file, limit, sync, force, socket, json, shown, quiet))

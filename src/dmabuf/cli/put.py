@@ -13,7 +13,6 @@ from dmabuf.cli import _options, _output, _progress, _result
 from dmabuf.cli._ends import End, advance, find_source, telling
 from dmabuf.file import File
 from dmabuf.pipeline import copy
-from dmabuf.sizes import parse_size
 from dmabuf.store import connect
 from dmabuf.store.connection import told
 from dmabuf.store.protocol import check_name
@@ -71,10 +70,7 @@ def _command(
     progress: _options.Progress = None,
     quiet: _options.Quiet = False,
 ) -> None:
-    try:
-        limit = None if size is None else parse_size(size, "--size")
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+    limit = _options.limit(size)
     if re.fullmatch("[0-7]{3,4}", mode) is None or int(mode, 8) > 0o777:
         raise typer.BadParameter(f"--mode {mode}: three octal digits, such as 640")
     shown = False if quiet and progress is None else progress

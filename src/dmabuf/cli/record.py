@@ -107,7 +107,7 @@ def _command(
     require: Annotated[
         str, typer.Option(metavar="zero-copy|uncached|any", help="Which routes to OUT will do.")
     ] = "any",
-    sync: Annotated[bool, typer.Option("--sync", help="End when it is on the medium.")] = False,
+    sync: _options.Sync = False,
     force: Annotated[
         bool, typer.Option("--force", "-f", help="Replace a file without permission.")
     ] = False,
