@@ -56,7 +56,7 @@ unit: $(VENV)/ready
 
 lab-tests: $(VENV)/ready
 	tools/install-system-packages $$(lab/run --apt-packages)
-	lab/run --devices all -- python3 -m pytest tests/kernel tests/device
+	lab/run --timeout 2700 --devices all -- python3 -m pytest tests/kernel tests/device
 
 # Beside other loaders: minutes, 2 GiB of downloads, 5 GiB of disk and (as root) 10 of memory.
 benchmarks: $(PEERS)/ready

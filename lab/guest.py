@@ -99,10 +99,13 @@ def run(cache: Cache, job: Run) -> int:
     with cache.run_folder() as folder:
         token = os.urandom(6).hex()
         _lay_out(job, folder, token)
-        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
-        log = cache.logs / name
-        guest = Guest(job, folder, token, log)
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        guest = Guest(job, folder, token, cache.logs / f"{name}.log")
         status = guest.run()
+        if guest.never_began and status == BROKEN:
+            host.say("COMMAND had not begun: a second try")
+            guest = Guest(job, folder, token, cache.logs / f"{name}-2.log")
+            status = guest.run()
         if job.out and guest.status is not None:
             _unpack(folder / "out", job.out)
     return status
@@ -213,6 +216,14 @@ class Guest:
     status: int | None = None
     """COMMAND's exit status, once it is known."""
     _rest: bytes = b""
+
+    @property
+    def never_began(self) -> bool:
+        """Whether it ended before COMMAND was started.
+
+        Under QEMU's emulation a kernel that patched its own code while it booted was seen to crash.
+        """
+        return not self.ready and self.status is None
 
     def run(self) -> int:
         """Run the guest, pass its streams on, and return the exit status of lab/run."""

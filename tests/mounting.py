@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,18 +23,26 @@ class Mounted(NamedTuple):
     server: subprocess.Popen
 
 
-def start(directory: Path, socket: Path, *options: object) -> subprocess.Popen:
-    """`dmabuf mount`, not waited for."""
-    command = [sys.executable, "-m", "dmabuf.cli", "mount", "--socket", socket, directory, *options]
+COMMAND = ("-m", "dmabuf.cli")
+
+
+def start(
+    directory: Path, socket: Path, *options: object, program: Sequence[str] = COMMAND
+) -> subprocess.Popen:
+    """`dmabuf mount`, not waited for; `program` is what Python runs as `dmabuf`."""
+    command = [sys.executable, *program, "mount", "--socket", socket, directory, *options]
     return subprocess.Popen(
         list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
 @contextlib.contextmanager
-def mount(directory: Path, socket: Path) -> Iterator[subprocess.Popen]:
+def mount(
+    directory: Path, socket: Path, program: Sequence[str] = COMMAND
+) -> Iterator[subprocess.Popen]:
     """`dmabuf mount`, once it is ready; at the end SIGTERM, unless it is gone already."""
-    process = start(directory, socket)
+    directory.mkdir(exist_ok=True)
+    process = start(directory, socket, program=program)
     try:
         first = process.stdout.readline()
         assert first.startswith("mounted at "), first + process.stderr.read()
@@ -52,7 +60,6 @@ def mount(directory: Path, socket: Path) -> Iterator[subprocess.Popen]:
 def mounted(folder: Path, max_memory: str = "256MiB", **how: object) -> Iterator[Mounted]:
     """A store of its own, and its mount."""
     directory, socket = folder / "mnt", folder / "store.sock"
-    directory.mkdir()
     with (
         as_a_program(socket, "--max-memory", max_memory, **how) as server,
         dmabuf.store.connect(socket) as store,

@@ -126,7 +126,8 @@ MEMORY_FILESYSTEMS = {
     0x958458F6: "hugetlbfs",
 }
 
-HONEST_ABOUT_DIRECT_IO = {0xEF53, 0x58465342}  # ext4, xfs
+EXT4 = 0xEF53
+HONEST_ABOUT_DIRECT_IO = {EXT4, 0x58465342}  # and xfs
 
 _SYNC = struct.Struct("=Q")
 

@@ -32,7 +32,7 @@ def fenced(text: str) -> list[str]:
 def alike(text: str) -> str:
     """Without what is another on another machine: addresses, nodes, Mesa's versions."""
     text = re.sub(r"0000:\w\w:\w\w\.\d", "ADDRESS", text)
-    text = re.sub(r"/dev/dri/card\d|/dev/video\d", "NODE", text)
+    text = re.sub(r"/dev/dri/card\d|/dev/video\d|/dev/nvme\dn\d", "NODE", text)
     return re.sub(r"llvmpipe \([^)]*\)", "llvmpipe", text)
 
 

@@ -89,10 +89,12 @@ class Card:
         return fence, _uapi.export_sync_file(self.fd, _uapi.DMA_BUF_SYNC_WRITE)
 
     def close(self):
-        for fence in list(self.fences):
-            self.done(fence)
-        os.close(self.fd)
-        os.close(self.card)
+        try:
+            for fence in list(self.fences):
+                self.done(fence)
+        finally:  # one that has expired is an error
+            os.close(self.fd)
+            os.close(self.card)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 
 from tests.guards import demand, needs
 from tests.kernel.test_fence import Card
-from tests.mounting import Mounted, attributes, mounted
+from tests.mounting import Mounted, attributes, mount, mounted
 from tests.support import assert_same, pattern
 from tests.unit import test_mount_tools as tools
 
@@ -97,16 +97,30 @@ def test_a_request_waits_for_the_device_and_others_do_not(files: Mounted, access
         card.close()
 
 
+_HURRIED = """
+import sys
+from dmabuf.cli import main
+from dmabuf.mount import operations
+operations.FENCE_SECONDS = 2.0
+sys.exit(main(sys.argv[1:]))
+"""
+"""A mount that gives up long before the kernel does, whose vgem fence ends after ten seconds."""
+
+
 @needs("vgem")
-def test_a_device_that_never_ends_is_a_timeout(files: Mounted) -> None:
+def test_a_device_that_never_ends_is_a_timeout(files: Mounted, tmp_path: Path) -> None:
     card = Card()
+    socket = files.path.parent / "store.sock"
     try:
-        with files.store.create("busy", 1 << 20) as buffer:
+        with (
+            files.store.create("busy", 1 << 20) as buffer,
+            mount(tmp_path / "hurried", socket, program=["-c", _HURRIED]),
+        ):
             _, fd = card.sync_file()
             buffer.import_fence(fd, "write")
             os.close(fd)
             with pytest.raises(OSError) as caught:
-                (files.path / "busy").read_bytes()
+                (tmp_path / "hurried" / "busy").read_bytes()
             assert caught.value.errno == errno.ETIMEDOUT
     finally:
         card.close()

@@ -30,6 +30,7 @@ from tests.support import (
     zram,
 )
 
+MIB = 1 << 20
 LIMIT = 300 << 10
 ALL = ("direct", "staged", "buffered")
 
@@ -228,17 +229,50 @@ def test_a_full_disk(tmp_path, route):
         assert_same(other.read_bytes(), pattern(100_000, 1), "the other file")
 
 
+@needs("loop", "ext4")
+@pytest.mark.parametrize("extents", [True, False])
+def test_holes_of_a_file_on_a_full_disk(tmp_path, extents):
+    """Their blocks are there before the first byte is written, where ext4 can have them so."""
+    options = [] if extents else ["-O", "^extents,^64bit"]
+    with (
+        loop_device(tmp_path / "image", 8 << 20) as device,
+        mounted(device, "ext4", tmp_path / "mount", *options) as folder,
+        dmabuf.allocate(8 << 20, exporter="memfd") as buffer,
+    ):
+        path = folder / "file"
+        path.write_bytes(pattern(MIB, 1))
+        os.truncate(path, 64 << 20)
+        buffer.pwrite(pattern(8 << 20, 2), 0)
+        with dmabuf.open(path, "r+") as file:
+            assert file.write_from(buffer, MIB, file_offset=2 * MIB).nbytes == MIB
+            match = "allocating a hole's blocks" if extents else "No space left"
+            with pytest.raises(OSError, match=match) as caught:
+                file.write_from(buffer, 8 << 20, file_offset=8 << 20)
+            assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(path))
+            if extents:
+                assert caught.value.nbytes == 0
+            assert path.stat().st_size == 64 << 20
+            assert file.write_from(buffer, MIB, file_offset=0).nbytes == MIB
+        with path.open("rb") as file:
+            assert_same(file.read(MIB), pattern(8 << 20, 2)[:MIB], "what was there, overwritten")
+            assert_same(file.read(MIB), bytes(MIB), "a hole")
+            assert_same(file.read(MIB), pattern(8 << 20, 2)[:MIB], "a hole, written")
+            assert_same(file.read(5 * MIB), bytes(5 * MIB), "a hole")
+
+
 def _free(folder):
     return os.statvfs(folder).f_bfree * os.statvfs(folder).f_bsize
 
 
-@needs("ext4")
+@needs("xfs")
 def test_a_disk_that_fills_while_a_hole_is_written(tmp_path):
-    """Within a sparse file nothing is allocated first: ENOSPC comes from the writes themselves."""
+    """But on ext4 nothing is allocated first: ENOSPC comes from the writes themselves."""
     with (
-        loop_device(tmp_path / "image", 4 << 20) as device,
-        mounted(device, "ext4", tmp_path / "mount") as folder,
+        loop_device(tmp_path / "image", 320 << 20) as device,
+        mounted(device, "xfs", tmp_path / "mount") as folder,
     ):
+        with (folder / "filler").open("wb") as filler:
+            os.posix_fallocate(filler.fileno(), 0, _free(folder) - (4 << 20))
         path = folder / "sparse"
         with path.open("wb") as plain:
             plain.truncate(8 << 20)
