@@ -4,7 +4,7 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from tests.support import assert_same, pattern
 from tests.unit import test_mount_tools as tools
 
 SIZE = (5 << 20) + 123
+Check = Callable[[Mounted, Path], None]
 
 
 @pytest.fixture(scope="module")
@@ -126,21 +127,22 @@ def test_a_device_that_never_ends_is_a_timeout(files: Mounted, tmp_path: Path) -
         card.close()
 
 
-def test_programs(files: Mounted, tmp_path: Path) -> None:
+@pytest.mark.parametrize("check", [tools.test_dd, tools.test_cp_cmp_and_sums])
+def test_programs_on_a_file(files: Mounted, tmp_path: Path, check: Check) -> None:
     source = tmp_path / "source"
-    for number, check in enumerate((tools.test_dd, tools.test_cp_cmp_and_sums)):
-        source.write_bytes(pattern(tools.SIZE, 1))
-        check(files, source)
-        for name in os.listdir(files.path):
-            (files.path / name).unlink()
-        assert os.listdir(files.path) == [], number
-    for number, check in enumerate(
-        (tools.test_tar_extracts_to_it_and_packs_it, tools.test_rsync_both_ways_and_again)
-    ):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        check(files, folder)
-        for name in os.listdir(files.path):
-            (files.path / name).unlink()
-    tools.test_a_shells_redirections(files)
-    tools.test_fio_verifies_what_it_wrote(files)
+    source.write_bytes(pattern(tools.SIZE, 1))
+    check(files, source)
+
+
+@pytest.mark.parametrize(
+    "check", [tools.test_tar_extracts_to_it_and_packs_it, tools.test_rsync_both_ways_and_again]
+)
+def test_programs_on_a_folder(files: Mounted, tmp_path: Path, check: Check) -> None:
+    check(files, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "check", [tools.test_a_shells_redirections, tools.test_fio_verifies_what_it_wrote]
+)
+def test_programs(files: Mounted, check: Callable[[Mounted], None]) -> None:
+    check(files)

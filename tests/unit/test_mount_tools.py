@@ -11,7 +11,7 @@ from tests.guards import demand, needs
 from tests.mounting import Mounted, mounted, shell
 from tests.support import assert_same, pattern, together
 
-SIZE = (3 << 20) + 777
+SIZE = (1 << 20) + 70_777
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def test_rsync_both_ways_and_again(files: Mounted, tmp_path: Path) -> None:
 
 @needs("fio")
 def test_fio_verifies_what_it_wrote(files: Mounted) -> None:
-    options = "--name=x --filename=fio --size=8M --verify=crc32c --do_verify=1 --verify_fatal=1"
+    options = "--name=x --filename=fio --size=2M --verify=crc32c --do_verify=1 --verify_fatal=1"
     for how in ("--rw=randwrite --bs=4k", "--rw=write --bs=1M", "--rw=randrw --bsrange=512-128k",
                 "--rw=randwrite --bs=4k --direct=1 --ioengine=psync --numjobs=1"):  # fmt: skip
         shell(f"fio --minimal {options} {how} --ioengine=psync", files.path)
