@@ -41,7 +41,6 @@ def mount(
     directory: Path, socket: Path, program: Sequence[str] = COMMAND
 ) -> Iterator[subprocess.Popen]:
     """`dmabuf mount`, once it is ready; at the end SIGTERM, unless it is gone already."""
-    directory.mkdir(exist_ok=True)
     process = start(directory, socket, program=program)
     try:
         first = process.stdout.readline()
@@ -60,6 +59,7 @@ def mount(
 def mounted(folder: Path, max_memory: str = "256MiB", **how: object) -> Iterator[Mounted]:
     """A store of its own, and its mount."""
     directory, socket = folder / "mnt", folder / "store.sock"
+    directory.mkdir()
     with (
         as_a_program(socket, "--max-memory", max_memory, **how) as server,
         dmabuf.store.connect(socket) as store,

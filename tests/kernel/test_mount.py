@@ -111,17 +111,18 @@ sys.exit(main(sys.argv[1:]))
 @needs("vgem")
 def test_a_device_that_never_ends_is_a_timeout(files: Mounted, tmp_path: Path) -> None:
     card = Card()
-    socket = files.path.parent / "store.sock"
+    hurried, socket = tmp_path / "hurried", files.path.parent / "store.sock"
+    hurried.mkdir()
     try:
         with (
             files.store.create("busy", 1 << 20) as buffer,
-            mount(tmp_path / "hurried", socket, program=["-c", _HURRIED]),
+            mount(hurried, socket, program=["-c", _HURRIED]),
         ):
             _, fd = card.sync_file()
             buffer.import_fence(fd, "write")
             os.close(fd)
             with pytest.raises(OSError) as caught:
-                (tmp_path / "hurried" / "busy").read_bytes()
+                (hurried / "busy").read_bytes()
             assert caught.value.errno == errno.ETIMEDOUT
     finally:
         card.close()
