@@ -66,6 +66,16 @@ def test_a_rename_may_be_one_that_replaces_nothing(store: Store) -> None:
         assert [one.name for one in store.list()] == ["three", "two"]
 
 
+def test_a_link_may_be_one_that_replaces_nothing(store: Store) -> None:
+    with store.create("one", 1), store.create(None, SIZE) as buffer:
+        with pytest.raises(FileExistsError) as caught:
+            store.link(buffer, "one", replace=False)
+        assert caught.value.filename == "one"
+        assert [(one.name, one.length) for one in store.list()] == [("one", 1)]
+        store.link(buffer, "two", replace=False)
+        assert [(one.name, one.length) for one in store.list()] == [("one", 1), ("two", SIZE)]
+
+
 def test_what_gets_no_name_is_let_go_of(store: Store) -> None:
     buffer = store.create(None, SIZE)
     assert store.usage().charged == SIZE

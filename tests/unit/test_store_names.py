@@ -115,6 +115,7 @@ def test_a_name_that_is_just_being_made() -> None:
     refused(errno.ENOENT, names.find, "new")
     refused(errno.ENOENT, names.remove, "new", ROOT)
     refused(errno.EBUSY, names.rename, "n", "new", True, OWNER)
+    refused(errno.EEXIST, names.rename, "n", "new", False, OWNER)
     assert names.listing("", 9) == ["n"]
     names.abandon(begun)
     names.rename("n", "new", True, OWNER)
@@ -198,15 +199,15 @@ class Model(RuleBasedStateMachine):
                 self.left[old] = self.expected[to][1]
             self.expected[to] = self.expected.pop(name)
 
-    @rule(name=NAMES, peer=PEERS)
-    def link(self, name: str, peer: Peer) -> None:
+    @rule(name=NAMES, peer=PEERS, replace=st.booleans())
+    def link(self, name: str, peer: Peer, replace: bool) -> None:
         if not self.unnamed:
             return
         exists = name in self.expected
         being_made = name in [one.name for one in self.begun]
-        good = not being_made and (not exists or self.owned(name, peer))
+        good = not being_made and (not exists or (replace and self.owned(name, peer)))
         old = self.names.find(name).memory if exists else None
-        if self.attempt(good, self.names.link, self.unnamed[-1], name, peer):
+        if self.attempt(good, self.names.link, self.unnamed[-1], name, replace, peer):
             linked = self.unnamed.pop()
             if exists:
                 self.left[old] = self.expected[name][1]

@@ -364,7 +364,7 @@ class Files:
         whole = growing.whole()
         growing.become(whole)
         if node.number is None:
-            store.link(whole, name)
+            store.link(whole, name, replace=False)
         else:
             store.swap(whole, name, length)
         node.growing = None

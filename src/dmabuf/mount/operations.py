@@ -30,7 +30,9 @@ FENCE_SECONDS = 10.0
 """How long a read or write waits for the devices that use the memory, before it is ETIMEDOUT."""
 
 _ASIDE_BYTES = 4 << 20  # making or copying more than this is done in a thread
-_TOLD = {errno.EBUSY, errno.ENOSPC, errno.ENOMEM, errno.EIO, errno.ETIMEDOUT, errno.EFBIG}
+_TOLD = {
+    errno.EBUSY, errno.EEXIST, errno.EFBIG, errno.EIO, errno.ENOMEM, errno.ENOSPC, errno.ETIMEDOUT,
+}  # fmt: skip
 _BLOCK = 4096
 _ACCESS = os.O_RDONLY | os.O_WRONLY | os.O_RDWR
 

@@ -91,12 +91,14 @@ class Store:
             self._unnamed[buffer] = number
         return buffer
 
-    def link(self, buffer: Buffer, name: str) -> None:
+    def link(self, buffer: Buffer, name: str, *, replace: bool = True) -> None:
         """Give a Buffer that :meth:`create` made without a name one, in the place of any other's.
 
-        Raises ValueError for a Buffer that has one, or is not of this Store.
+        Raises ValueError for a Buffer that has one, or is not of this Store; FileExistsError for
+        one of that name without ``replace``.
         """
-        self._connection.ask("link", number=self._number(buffer), name=name)
+        number = self._number(buffer)
+        self._connection.ask("link", number=number, name=name, replace=replace)
         del self._unnamed[buffer]
 
     def swap(self, buffer: Buffer, name: str, length: int | str) -> None:

@@ -180,14 +180,17 @@ class Names(Generic[M]):
     def rename(self, name: str, to: str, replace: bool, peer: Peer) -> None:
         """Give a name's memory another one; with ``replace``, take that from whatever had it."""
         entry = self._owned(name, peer, "renamed")
-        if not replace and to in self._entries:
-            raise Refusal(errno.EEXIST, "there is a buffer of that name", to)
-        if name != to:
-            self.link(entry, to, peer)
+        if name != to or not replace:
+            self.link(entry, to, replace, peer)
 
-    def link(self, entry: Entry[M], name: str, peer: Peer) -> None:
-        """Give memory a name, in the place of what it is called and of what is called that."""
+    def link(self, entry: Entry[M], name: str, replace: bool, peer: Peer) -> None:
+        """Give memory a name, in the place of what it is called.
+
+        With ``replace``, in the place of what is called that, too.
+        """
         if name in self._entries:
+            if not replace:
+                raise Refusal(errno.EEXIST, "there is a buffer of that name", name)
             if self._entries[name].memory is None:
                 raise Refusal(errno.EBUSY, "a buffer of that name is just being made", name)
             self.drop(self._owned(name, peer, "replaced"))

@@ -154,7 +154,7 @@ _OPERATIONS: dict[str, dict[str, Callable[[object], bool]]] = {
         "trusted": _flag,
     },
     "open": {"name": _name, "mode": lambda value: value in MODES, "trusted": _flag},
-    "link": {"number": _integer(0, _SIZE_MAX), "name": _name},
+    "link": {"number": _integer(0, _SIZE_MAX), "name": _name, "replace": _flag},
     "stat": {"name": _name},
     "list": {"after": _text(NAME_BYTES)},
     "remove": {"name": _name},
