@@ -111,6 +111,10 @@ class Growing:
         self._starts: list[int] = [] if first is None else [0]
         self.capacity = self._reached = 0 if first is None else first.size
 
+    def of(self, store: Store) -> bool:
+        """Whether it is this connection that it has its memory by."""
+        return store is self._store
+
     def reserve(self, end: int) -> None:
         """Have room for bytes up to ``end``. It takes as long as the memory takes to be made."""
         if end <= self.capacity:

@@ -6,8 +6,8 @@ import errno
 import itertools
 import os
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 from dmabuf.errors import os_error
 from dmabuf.mount.connections import Connections
@@ -40,11 +40,10 @@ class Files:
         self._coming: dict[str, Node] = {}  # names that the store does not have yet
         self._inodes = itertools.count(2)  # 1 is the directory
         self._uid = os.geteuid()
-        self._stores.get("names")  # there has to be one
 
     def _lost(self) -> None:
         """The store has ended. One that comes after it knows nothing of what there was."""
-        for node in self._numbered.values():
+        for node in list(self._numbered.values()):
             node.name = None
         self._numbered.clear()
 
@@ -291,7 +290,7 @@ class Files:
         if node.growing is None:
             self._begin_growing(node, keep=True)
         assert node.growing is not None
-        with self._stores.asking("memory"):
+        with self._held_by(node, node.growing):
             try:
                 node.growing.reserve(end)
             except OSError as error:
@@ -352,10 +351,23 @@ class Files:
 
     def settle(self, node: Node) -> None:
         """Give the store what it has to know. May take long; from any thread."""
-        if node.growing is not None and node.name is not None:
-            with self._stores.asking("memory") as store:
-                self._seal(store, node, node.growing)
+        if node.growing is not None:
+            with self._held_by(node, node.growing) as store:
+                if node.name is not None:
+                    self._seal(store, node, node.growing)
         self._tell(node)
+
+    @contextmanager
+    def _held_by(self, node: Node, growing: Growing) -> Iterator[Store]:
+        """The connection that growing content has its memory by. Raises OSError(EIO) if it ended.
+
+        Its store let go of the name and the memory then, and the next store does not know them.
+        """
+        with self._stores.asking("memory") as store:
+            if not growing.of(store):
+                text = "the store that had it is gone"
+                raise os_error(errno.EIO, text, node.name or node.status.name)
+            yield store
 
     def _seal(self, store: Store, node: Node, growing: Growing) -> None:
         """Growing content becomes one buffer, under the name of the file."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
 import stat
 import time
@@ -25,6 +26,8 @@ from dmabuf.mount.content import Part
 from dmabuf.mount.entries import entry_of, name_of
 from dmabuf.mount.files import Files
 from dmabuf.mount.node import Attributes, Node
+
+log = logging.getLogger("dmabuf")
 
 FENCE_SECONDS = 10.0
 """How long a read or write waits for the devices that use the memory, before it is ETIMEDOUT."""
@@ -82,6 +85,9 @@ class Operations(pyfuse3.Operations):
             raise pyfuse3.FUSEError(errno.ENOMEM) from None
         except (ClosedError, BufferError) as error:
             self._tell(str(error))
+            raise pyfuse3.FUSEError(errno.EIO) from None
+        except Exception:  # a mistake of ours is to fail one request, and not the mount
+            log.exception("dmabuf mount: a request")
             raise pyfuse3.FUSEError(errno.EIO) from None
 
     # One file at a time.

@@ -53,6 +53,11 @@ class Store:
         """Where the store's socket is."""
         return self._connection.path
 
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed, or the server has ended the connection."""
+        return self._connection.closed
+
     def create(
         self,
         name: str | None,
@@ -210,7 +215,7 @@ class Store:
         self.close()
 
     def __repr__(self) -> str:
-        closed = " closed" if self._connection.closed else ""
+        closed = " closed" if self.closed else ""
         return f"<dmabuf.store.Store {self.path!r}{closed}>"
 
 
