@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import signal
 import subprocess
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 from dmabuf.errors import os_error
@@ -18,6 +18,7 @@ from dmabuf.store import default_path
 _DEVICE = "/dev/fuse"
 _KIND = "fuse.dmabuf"
 _IDLE = 3  # tasks that wait for the next request; others end, and their 1 MiB goes
+_ESCAPE = re.compile(rb"\\([0-7]{3})")  # blanks, newlines and backslashes in mountinfo
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -39,7 +40,7 @@ def mount(
     """
     pyfuse3 = _import()
     path = default_path() if store is None else os.fspath(store)
-    directory = os.path.abspath(directory)
+    directory = os.path.realpath(directory)
     if _take_away_dead(directory):
         tell(f"{directory}: a mount whose process had died was there, and was taken away")
     _check_directory(directory)
@@ -136,21 +137,20 @@ def _take_away_dead(directory: str) -> bool:
 
 
 def _mounted(directory: str) -> str | None:
-    """The kind of file system that is mounted at a directory."""
+    """The kind of file system that is mounted at a directory, whose path has no symlinks."""
     kind = None
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+    with open("/proc/self/mountinfo", "rb") as lines:
         for line in lines:
-            head, _, tail = line.partition(" - ")
-            point = head.split()[4].encode("latin-1", "surrogateescape").decode("unicode_escape")
-            if point == directory:
-                kind = tail.split()[0]
+            head, _, tail = line.partition(b" - ")
+            point = _ESCAPE.sub(lambda match: bytes([int(match[1], 8)]), head.split(b" ")[4])
+            if point == os.fsencode(directory):
+                kind = os.fsdecode(tail.partition(b" ")[0])
     return kind
 
 
 def _check_directory(directory: str) -> None:
-    with suppress(ValueError):
-        if _mounted(directory) == _KIND:
-            raise os_error(errno.EBUSY, "a store is mounted there already", directory)
+    if _mounted(directory) == _KIND:
+        raise os_error(errno.EBUSY, "a store is mounted there already", directory)
     try:
         there = os.listdir(directory)
     except OSError as error:
