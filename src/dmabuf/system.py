@@ -218,7 +218,7 @@ class _Look:
             _buffer(inode, found, (listed or {}).get(inode)) for inode, found in self._found.items()
         )
         unlisted = _procfs.unlisted(self._root, pids)
-        refusals = [unlisted, self._refused(), refusal]
+        refusals = [self._undecided(listed), unlisted, self._refused(), refusal]
         return Census(
             tuple(sorted(buffers, key=lambda buffer: (-buffer.size, buffer.inode))),
             self._processes,
@@ -295,10 +295,19 @@ class _Look:
         return None if inode is None else (inode, int(fd), told)
 
     def _is_dma_buf(self, mapping: Mapping, listed: dict[int, _described.Entry] | None) -> bool:
-        """Whether it is one, and no file of that name."""
+        """Whether it is known to be one, and no file of that name."""
         if self._device is not None:
             return mapping.device == self._device
-        return listed is None or mapping.inode in listed
+        return listed is not None and mapping.inode in listed
+
+    def _undecided(self, listed: dict[int, _described.Entry] | None) -> str | None:
+        if not self._mapped or self._device is not None or listed is not None:
+            return None
+        return (
+            f"mappings ({len(self._mapped)}) that may be of dma-bufs, or of files called like one, "
+            "are left out: any dma-buf's descriptor that you may look at tells them apart, as does "
+            "the kernel's list"
+        )
 
     def _refused(self) -> str | None:
         if not self._hidden:

@@ -1,8 +1,11 @@
 """A made-up /proc and /sys, with dma-bufs in them."""
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 FIRST_NAMESPACE = "pid:[4026531836]"
 
@@ -41,6 +44,23 @@ class Made:
         label = (self.name or "").replace("\n", "\\012")
         head = f"{address:x}-{address + nbytes:x} rw-s 100000000 {device} {self.inode} "
         return f"{head:<73}/dmabuf:{label}\n"
+
+
+@contextmanager
+def statted(fd: Path, made: Made) -> Iterator[None]:
+    """What stat(2) says of a descriptor, as of the kernel's; no other descriptor may be asked."""
+    real = os.stat
+    fields = list(real("/"))
+    fields[1:3] = made.inode, os.makedev(0, 14)
+
+    def status(path, *arguments, **how):
+        if "/fd/" not in str(path):
+            return real(path, *arguments, **how)
+        assert path == str(fd)
+        return os.stat_result(fields)
+
+    with mock.patch.object(os, "stat", status):
+        yield
 
 
 def bufinfo(made: Iterable[Made]) -> str:

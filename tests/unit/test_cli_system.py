@@ -15,7 +15,7 @@ from dmabuf import system
 from dmabuf.cli import top
 from dmabuf.cli._output import printable
 from tests.unit.command import PROGRAM, dmabuf, finish, start
-from tests.unit.fake_machine import FakeMachine, Made
+from tests.unit.fake_machine import FakeMachine, Made, statted
 
 Capture = pytest.CaptureFixture[str]
 
@@ -116,10 +116,12 @@ def test_ls_of_one_exporter(busy: FakeMachine, capsys: Capture) -> None:
 
 def test_what_could_not_be_seen(machine: FakeMachine, capsys: Capture) -> None:
     machine.process(20, "one", maps=[SCREEN.mapped(4096, MIB)])
-    machine.process(21, "two", fds={3: Made(9, MIB, references=3)})
+    held = Made(9, MIB, references=3)
+    fd = machine.process(21, "two", fds={3: held}) / "fd/3"
     (machine.root / "proc/1/ns/pid").unlink()
     (machine.root / "proc/1/ns/pid").symlink_to("pid:[1]")
-    ended = dmabuf(capsys, "ls", "--system")
+    with statted(fd, held):
+        ended = dmabuf(capsys, "ls", "--system")
     assert ended.status == 0
     assert "?" in next(line for line in ended.out.splitlines() if line.split()[:1] == ["8"])
     assert ">=1 MiB" in ended.out

@@ -8,7 +8,7 @@ import pytest
 
 from dmabuf import _procfs, system
 from dmabuf.system import Process, Total
-from tests.unit.fake_machine import FakeMachine, Made
+from tests.unit.fake_machine import FakeMachine, Made, statted
 
 KIB = 1024
 KTHREAD = 0x00200000
@@ -221,30 +221,20 @@ def test_a_process_whose_first_thread_has_ended(machine: FakeMachine) -> None:
     made = Made(1, references=2)
     thread = machine.process(21, "thread", fds={3: made}, folder="20/task/21")
     (thread / "maps").write_text(made.mapped(4096, 4096))
-    (buffer,) = look(machine).buffers
+    with statted(thread / "fd/3", made):
+        (buffer,) = look(machine).buffers
     (holder,) = buffer.holders
     assert str(holder.process) == "early[20]"
     assert (holder.fds, len(holder.mappings)) == ((3,), 1)
 
 
-def test_a_file_that_is_called_like_a_dma_buf(
-    machine: FakeMachine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_is_called_like_a_dma_buf(machine: FakeMachine) -> None:
     made = Made(1)
     real = machine.process(20, fds={3: made})
     path = machine.process(21, fds={3: made}, maps=[made.mapped(4096, 4096, "fe:01")])
     (path / "fdinfo/3").write_text("pos:\t0\nflags:\t02\nmnt_id:\t5\nino:\t1\n")
     machine.list(made)
-    inode = (machine.root / "proc").stat()
-
-    def status(path):
-        assert path == str(real / "fd/3")  # the file is not asked
-        fields = list(inode)
-        fields[1:3] = 1, os.makedev(0, 14)
-        return os.stat_result(fields)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "stat", status)
+    with statted(real / "fd/3", made):  # the file is not asked
         census = look(machine)
     (buffer,) = census.buffers
     assert [holder.process.pid for holder in buffer.holders] == [20]
@@ -252,12 +242,24 @@ def test_a_file_that_is_called_like_a_dma_buf(
 
 def test_nothing_but_a_mapping(machine: FakeMachine) -> None:
     """For those who may not read debugfs: what is mapped is the least it can be."""
-    made = Made(5, 64 * KIB, "drm", "x\ny")
-    machine.process(20, maps=[made.mapped(1 << 32, 8 * KIB), made.mapped(1 << 33, 4 * KIB)])
-    census = look(machine)
-    (buffer,) = census.buffers
+    made, held = Made(5, 64 * KIB, "drm", "x\ny"), Made(6)
+    maps = [made.mapped(1 << 32, 8 * KIB), made.mapped(1 << 33, 4 * KIB)]
+    machine.process(20, maps=[*maps, Made(7, name="evil").mapped(1 << 34, 1 << 40, "00:1f")])
+    census = look(machine)  # a file may have such a path, and nothing tells which are files
+    assert census.buffers == ()
+    assert census.refusals[0] == (
+        "mappings (3) that may be of dma-bufs, or of files called like one, are left out: any "
+        "dma-buf's descriptor that you may look at tells them apart, as does the kernel's list"
+    )
+    fd = machine.process(21, fds={3: held}) / "fd/3"
+    with statted(fd, held):
+        census = look(machine)
+    assert [one.inode for one in census.buffers] == [5, 6]
+    assert all("left out" not in refusal for refusal in census.refusals)
+    buffer = census.buffers[0]
     assert (buffer.size, buffer.exact, buffer.exporter) == (8 * KIB, False, None)
     assert (buffer.name, buffer.references, buffer.unseen) == ("x\ny", None, 0)
+    machine.process(21)
     machine.list(made)
     (buffer,) = look(machine).buffers
     assert (buffer.size, buffer.exact, buffer.exporter) == (64 * KIB, True, "drm")
