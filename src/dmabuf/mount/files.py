@@ -157,17 +157,10 @@ class Files:
         self.drop_if_unknown(node)
 
     def rename(self, old: str, new: str, *, replace: bool) -> None:
-        """Give a file another name, and replace what has it."""
+        """Give a file another name, and replace what has it; the store has to have both."""
         node = self.lookup(old)
         if old == new:
             return
-        coming = self._coming.get(new)
-        if coming is not None:
-            if not replace:
-                raise os_error(errno.EEXIST, "there is a file of that name", new)
-            self.settle(coming)
-        if node.number is None:
-            self.settle(node)
         with self._stores.asking() as store:
             replaced = None
             with suppress(FileNotFoundError):

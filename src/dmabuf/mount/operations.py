@@ -105,6 +105,14 @@ class Operations(pyfuse3.Operations):
         while node in self._busy:
             await self._busy[node].wait()
 
+    async def _names_settled(self, *names: str) -> None:
+        """Until no file of these names is changed aside, which ends under the name it began with.
+
+        What is done to the names is then to be done without an await.
+        """
+        while node := next((busy for busy in self._busy if busy.name in names), None):
+            await self._settled(node)
+
     async def _aside(self, node: Node, nbytes: int, work: Callable[[], None]) -> None:
         """Do what changes a file as a whole: in a thread if it is about much memory."""
         await self._settled(node)
@@ -286,6 +294,7 @@ class Operations(pyfuse3.Operations):
     async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
         """unlink(2)."""
         with self._refusing():
+            await self._names_settled(name_of(name))
             self._files.unlink(name_of(name))
             self._changed_ns = time.time_ns()
 
@@ -303,10 +312,10 @@ class Operations(pyfuse3.Operations):
             raise pyfuse3.FUSEError(errno.EINVAL)
         old, new = name_of(name_old), name_of(name_new)
         with self._refusing():
-            for name in (old, new):
-                node = self._files.coming(name)
-                if node is not None:
-                    await self._aside(node, node.size, partial(self._files.settle, node))
+            await self._names_settled(old, new)
+            while node := self._files.coming(old) or self._files.coming(new):
+                await self._aside(node, node.size, partial(self._files.settle, node))
+                await self._names_settled(old, new)
             self._files.rename(old, new, replace=not flags)
             self._changed_ns = time.time_ns()
 

@@ -1,0 +1,168 @@
+"""The mount's requests, each a task, stopped where they cross: no kernel is in between."""
+
+import os
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+import dmabuf.store
+from dmabuf.store import Store
+from tests.guards import demand
+from tests.serving import in_a_thread
+from tests.support import assert_same, pattern
+
+CALLER = SimpleNamespace(uid=os.geteuid(), gid=os.getegid(), pid=0, umask=0)
+ROOT = 1
+MUCH = pattern(6 << 20, 1)  # what is sealed in a thread
+
+Task = Callable[[], Awaitable[object]]
+
+
+class World:
+    """A store, and the requests of a mount of it."""
+
+    def __init__(self, path: Path, store: Store) -> None:
+        from dmabuf.mount.files import Files
+        from dmabuf.mount.operations import Operations
+
+        self.store = store
+        self.said: list[str] = []
+        self.files = Files(str(path))
+        self.ask = Operations(self.files, shared=False, tell=self.said.append)
+
+    async def create(self, name: str, data: bytes = b"") -> int:
+        info, _ = await self.ask.create(ROOT, name.encode(), 0o644, os.O_RDWR, CALLER)
+        await self.ask.write(info.fh, 0, data)
+        return info.fh
+
+    async def put(self, name: str, data: bytes) -> None:
+        await self.close(await self.create(name, data))
+
+    async def open(self, name: str, flags: int = os.O_RDWR) -> int:
+        found = await self.ask.lookup(ROOT, name.encode(), CALLER)
+        return (await self.ask.open(found.st_ino, flags, CALLER)).fh
+
+    async def close(self, fh: int) -> None:
+        try:
+            await self.ask.flush(fh)
+        finally:
+            await self.ask.release(fh)
+
+    async def size(self, name: str) -> int:
+        return (await self.ask.lookup(ROOT, name.encode(), CALLER)).st_size
+
+    async def read(self, name: str) -> bytes:
+        fh = await self.open(name)
+        try:
+            return bytes(await self.ask.read(fh, 0, 1 << 30))
+        finally:
+            await self.ask.release(fh)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    demand("fuse", "pyfuse3")
+    path = tmp_path / "store.sock"
+    with in_a_thread(path), dmabuf.store.connect(path) as store:
+        made = World(path, store)
+        yield made
+        made.files.close()
+
+
+@contextmanager
+def held(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> Iterator[trio.Event]:
+    """The next call of a method, which a thread makes, waits at its beginning until the block ends.
+
+    The Event is set when it has come there.
+    """
+    came, go_on = trio.Event(), threading.Event()
+    function = getattr(owner, name)
+
+    def waiting(*arguments: object) -> object:
+        if threading.current_thread() is not threading.main_thread() and not came.is_set():
+            trio.from_thread.run_sync(came.set)
+            assert go_on.wait(60)
+        return function(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, waiting)
+        try:
+            yield came
+        finally:
+            go_on.set()
+
+
+def run(body: Task) -> None:
+    async def limited() -> None:
+        with trio.fail_after(60):
+            await body()
+
+    trio.run(limited)
+
+
+def crossing(
+    monkeypatch: pytest.MonkeyPatch, owner: object, method: str, first: Task, *then: Task
+) -> None:
+    """Begin ``first``, and the others one by one when a thread of it is in ``method``; end all."""
+
+    async def body() -> None:
+        async with trio.open_nursery() as nursery:
+            with held(monkeypatch, owner, method) as came:
+                nursery.start_soon(first)
+                await came.wait()
+                for task in then:
+                    nursery.start_soon(task)
+                    await wait_all_tasks_blocked(0.01)
+
+    run(body)
+
+
+def test_a_name_that_is_unlinked_while_it_is_sealed_is_gone(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dmabuf.mount.content import Growing
+
+    async def closes() -> None:
+        await world.put("x", MUCH)
+
+    async def unlinks() -> None:
+        await world.ask.unlink(ROOT, b"x", CALLER)
+
+    crossing(monkeypatch, Growing, "become", closes, unlinks)
+    assert world.store.list() == []
+    assert world.files.listing() == []
+    assert world.store.usage().charged == 0
+
+
+def test_names_that_are_renamed_while_a_file_is_sealed_keep_their_bytes(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dmabuf.mount.content import Growing
+
+    async def before() -> None:
+        await world.put("x", b"small")
+        await world.put("y", b"Y" * 100)
+
+    async def closes() -> None:
+        fh = await world.open("x")
+        await world.ask.write(fh, 0, MUCH)
+        await world.close(fh)
+
+    async def renames() -> None:
+        await world.ask.rename(ROOT, b"x", ROOT, b"x.bak", 0, CALLER)
+        await world.ask.rename(ROOT, b"y", ROOT, b"x", 0, CALLER)
+
+    async def after() -> None:
+        assert_same(await world.read("x.bak"), MUCH, "the file that was sealed")
+        assert_same(await world.read("x"), b"Y" * 100, "the one that got its name")
+
+    run(before)
+    crossing(monkeypatch, Growing, "become", closes, renames)
+    run(after)
+    assert [status.name for status in world.store.list()] == ["x", "x.bak"]
