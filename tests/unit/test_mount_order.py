@@ -54,8 +54,19 @@ class World:
         finally:
             await self.ask.release(fh)
 
-    async def size(self, name: str) -> int:
-        return (await self.ask.lookup(ROOT, name.encode(), CALLER)).st_size
+    async def truncate(self, name: str, length: int) -> None:
+        from pyfuse3 import EntryAttributes
+
+        attributes = EntryAttributes()
+        attributes.st_size = length
+        await self.set(name, attributes, "size")
+
+    async def set(self, name: str, attributes: object, *fields: str) -> None:
+        found = await self.ask.lookup(ROOT, name.encode(), CALLER)
+        wanted = dict.fromkeys(("size", "mode", "uid", "gid", "atime", "mtime"), False)
+        wanted |= dict.fromkeys(fields, True)
+        chosen = SimpleNamespace(**{f"update_{name}": value for name, value in wanted.items()})
+        await self.ask.setattr(found.st_ino, attributes, chosen, None, CALLER)
 
     async def read(self, name: str) -> bytes:
         fh = await self.open(name)
@@ -100,7 +111,7 @@ def held(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> Iterator[
 
 def run(body: Task) -> None:
     async def limited() -> None:
-        with trio.fail_after(60):
+        with trio.fail_after(20):
             await body()
 
     trio.run(limited)
@@ -166,3 +177,52 @@ def test_names_that_are_renamed_while_a_file_is_sealed_keep_their_bytes(
     crossing(monkeypatch, Growing, "become", closes, renames)
     run(after)
     assert [status.name for status in world.store.list()] == ["x", "x.bak"]
+
+
+@pytest.mark.parametrize("method", ["discard", "link", "stat", "swap"])
+def test_a_file_keeps_its_size_and_inode_while_it_is_sealed(
+    world: World, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    seen = []
+
+    async def looks() -> None:
+        found = await world.ask.lookup(ROOT, b"x", CALLER)
+        ((name, node),) = world.files.listing()
+        same = await world.ask.getattr(found.st_ino, CALLER)
+        told = {found.st_size, same.st_size, node.size}
+        seen.append((name, told, {found.st_ino, node.ino}))
+
+    async def before() -> None:
+        await world.put("x", b"small")
+
+    async def closes() -> None:
+        fh = await world.open("x") if method == "swap" else await world.create("x")
+        await world.ask.write(fh, 0, MUCH[:5000])
+        await world.ask.write(fh, 5000, MUCH[5000:])
+        await looks()
+        await world.ask.flush(fh)
+        await looks()
+        await world.ask.release(fh)
+
+    if method == "swap":
+        run(before)
+    crossing(monkeypatch, Store, method, closes, looks)
+    assert len(seen) == 3
+    assert seen == [("x", {len(MUCH)}, seen[0][2])] * 3, seen
+    assert len(seen[0][2]) == 1
+
+
+def test_what_was_cut_is_no_hole_although_others_kept_it_from_being_sealed(world: World) -> None:
+    from pyfuse3 import FUSEError
+
+    async def body() -> None:
+        await world.put("x", b"old")
+        fh = await world.open("x", os.O_RDWR | os.O_TRUNC)
+        await world.ask.write(fh, 0, b"A" * 4000)
+        with world.store.open("x"), pytest.raises(FUSEError):
+            await world.truncate("x", 100)
+        await world.ask.write(fh, 200, b"B")
+        await world.close(fh)
+        assert_same(await world.read("x"), b"A" * 100 + bytes(100) + b"B", "with a hole")
+
+    run(body)

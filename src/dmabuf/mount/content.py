@@ -174,19 +174,22 @@ class Growing:
 
     def become(self, whole: Buffer) -> None:
         """Have all of it in one buffer from now on, and let go of the memory that was there."""
-        length = self.length
-        self.discard(whole)
+        buffers, first = self._buffers, self._first
+        if not any(buffer is whole for buffer in buffers):
+            self._reached = self.length
         self._first, self._buffers, self._starts = None, [whole], [0]
-        self.capacity, self.length, self._reached = whole.size, length, length
+        self.capacity = whole.size
+        self._let_go([buffer for buffer in buffers if buffer is not whole], first)
 
-    def discard(self, kept: Buffer | None = None) -> None:
-        """Let go of all memory but ``kept``."""
+    def discard(self) -> None:
+        """Let go of all memory."""
         buffers, self._buffers, self._starts = self._buffers, [], []
         self.capacity = self.length = self._reached = 0
+        self._let_go(buffers, self._first)
+
+    def _let_go(self, buffers: list[Buffer], first: Buffer | None) -> None:
         for buffer in buffers:
-            if buffer is kept:
-                continue
-            if buffer is self._first:
+            if buffer is first:
                 buffer.close()
             else:
                 with suppress(ConnectionError, ClosedError):  # it has let go of it by itself

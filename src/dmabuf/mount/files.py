@@ -71,18 +71,20 @@ class Files:
 
     def listing(self) -> list[tuple[str, Node]]:
         """Every name and its file."""
+        names = dict(self._coming)
         with self._stores.asking() as store:
-            found = {status.name: status for status in store.list()}
-        names = {name: self._known(status) for name, status in found.items()}
-        return sorted({**names, **self._coming}.items())
+            found = store.list()
+        names.update((s.name, self._known(s)) for s in found if s.name not in names)
+        return sorted(names.items())
 
     def _known(self, status: Status) -> Node:
         node = self._numbered.get(status.number)
         if node is None:
             node = Node(next(self._inodes), status.name, status.number, status)
             self._nodes[node.ino] = self._numbered[status.number] = node
-        node.name = status.name
-        node.refresh(status)
+        if not node.aside:
+            node.name = status.name
+            node.refresh(status)
         return node
 
     def node(self, ino: int) -> Node:
@@ -179,7 +181,7 @@ class Files:
 
     def _look(self, node: Node) -> None:
         """Ask the store about it, if it is there."""
-        if node.name is None or node.number is None:
+        if node.name is None or node.number is None or node.aside:
             return
         with self._stores.asking() as store:
             try:
@@ -372,20 +374,20 @@ class Files:
             store.link(whole, name, replace=False)
         else:
             store.swap(whole, name, length)
-        node.growing = None
-        self._coming.pop(name, None)
         status = store.stat(name)
         wanted = node.status
         if status.mode != wanted.mode:
             store.chmod(name, wanted.mode)
         if (status.uid, status.gid) != (wanted.uid, wanted.gid):
             store.chown(name, wanted.uid, wanted.gid)
-        node.number, node.length = status.number, length
-        self._numbered[status.number] = node
+        # In this order, since the loop looks at the file meanwhile.
+        node.number, node.length, node.buffer = status.number, length, whole
         node.status = status._replace(mode=wanted.mode, uid=wanted.uid, gid=wanted.gid)
-        if node.handles:
-            node.buffer = whole
-        else:
+        self._numbered[status.number] = node
+        node.growing = None
+        self._coming.pop(name, None)
+        if not node.handles:
+            node.buffer = None
             whole.close()
 
     def _tell(self, node: Node) -> None:

@@ -37,6 +37,8 @@ class Node:
         self.name: str | None = name
         self.lookups = 0
         self.handles = 0
+        self.aside = False
+        """Whether a thread changes it: what the store says now may be older than what that sets."""
         self.buffer: Buffer | None = None
         self.growing: Growing | None = None
         self.length = status.length
@@ -47,12 +49,13 @@ class Node:
     @property
     def size(self) -> int:
         """Bytes of content."""
-        return self.length if self.growing is None else self.growing.length
+        growing = self.growing  # once: a thread may end it meanwhile
+        return self.length if growing is None else growing.length
 
     def attributes(self) -> Attributes:
         """What is known of it."""
-        status = self.status
-        memory = status.size if self.growing is None else self.growing.capacity
+        status, growing = self.status, self.growing
+        memory = status.size if growing is None else growing.capacity
         accessed, modified = self.accessed_ns, self.modified_ns
         return Attributes(
             self.ino,

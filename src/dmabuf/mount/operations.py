@@ -95,9 +95,11 @@ class Operations(pyfuse3.Operations):
     @contextmanager
     def _alone(self, node: Node) -> Iterator[None]:
         event = self._busy[node] = trio.Event()
+        node.aside = True
         try:
             yield
         finally:
+            node.aside = False
             del self._busy[node]
             event.set()
 
