@@ -1,5 +1,6 @@
 """The mount's requests, each a task, stopped where they cross: no kernel is in between."""
 
+import errno
 import os
 import threading
 from collections.abc import Awaitable, Callable, Iterator
@@ -224,5 +225,54 @@ def test_what_was_cut_is_no_hole_although_others_kept_it_from_being_sealed(world
         await world.ask.write(fh, 200, b"B")
         await world.close(fh)
         assert_same(await world.read("x"), b"A" * 100 + bytes(100) + b"B", "with a hole")
+
+    run(body)
+
+
+def test_who_may_open_a_file_is_the_last_word_of_whoever_said_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body() -> None:
+        await world.put("x", b"small")
+        fh = await world.open("x")
+        await world.ask.write(fh, 0, bytes(5000))
+        world.store.chmod("x", 0o640)
+        await world.close(fh)
+        assert world.store.stat("x").mode == 0o640
+
+    async def closes() -> None:
+        await world.put("y", MUCH)
+
+    async def changes() -> None:
+        from pyfuse3 import EntryAttributes
+
+        attributes = EntryAttributes()
+        attributes.st_mode = 0o600
+        await world.set("y", attributes, "mode")
+
+    run(body)
+    crossing(monkeypatch, Store, "link", closes, changes)
+    assert world.store.stat("y").mode == 0o600
+
+
+def test_a_file_whose_owner_cannot_be_set_is_there_all_the_same(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pyfuse3 import FUSEError
+
+    def refused(*arguments: object) -> None:
+        raise PermissionError(errno.EPERM, "as the store says it")
+
+    async def body() -> None:
+        monkeypatch.setattr(CALLER, "gid", os.getegid() + 1)
+        monkeypatch.setattr(Store, "chown", refused)
+        fh = await world.create("x", b"content")
+        with pytest.raises(FUSEError) as caught:
+            await world.ask.flush(fh)
+        assert caught.value.errno == errno.EPERM
+        assert bytes(await world.ask.read(fh, 0, 100)) == b"content"
+        await world.ask.write(fh, 7, bytes(5000))
+        await world.close(fh)
+        assert await world.read("x") == b"content" + bytes(5000)
 
     run(body)

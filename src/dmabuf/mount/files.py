@@ -370,16 +370,13 @@ class Files:
         assert name is not None
         whole = growing.whole()
         growing.become(whole)
-        if node.number is None:
+        new = node.number is None
+        if new:
             store.link(whole, name, replace=False)
         else:
             store.swap(whole, name, length)
         status = store.stat(name)
-        wanted = node.status
-        if status.mode != wanted.mode:
-            store.chmod(name, wanted.mode)
-        if (status.uid, status.gid) != (wanted.uid, wanted.gid):
-            store.chown(name, wanted.uid, wanted.gid)
+        wanted = node.status if new else status
         # In this order, since the loop looks at the file meanwhile.
         node.number, node.length, node.buffer = status.number, length, whole
         node.status = status._replace(mode=wanted.mode, uid=wanted.uid, gid=wanted.gid)
@@ -389,6 +386,10 @@ class Files:
         if not node.handles:
             node.buffer = None
             whole.close()
+        if status.mode != wanted.mode:
+            store.chmod(name, wanted.mode)
+        if (status.uid, status.gid) != (wanted.uid, wanted.gid):
+            store.chown(name, wanted.uid, wanted.gid)
 
     def _tell(self, node: Node) -> None:
         if node.name is None or node.number is None:

@@ -183,6 +183,7 @@ class Operations(pyfuse3.Operations):
         with self._refusing():
             if fields.update_size:
                 await self._resize(node, attr.st_size)
+            await self._settled(node)
             if fields.update_mode:
                 self._files.chmod(node, stat.S_IMODE(attr.st_mode))
             if fields.update_uid or fields.update_gid:
