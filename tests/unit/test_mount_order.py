@@ -276,3 +276,108 @@ def test_a_file_whose_owner_cannot_be_set_is_there_all_the_same(
         assert await world.read("x") == b"content" + bytes(5000)
 
     run(body)
+
+
+@pytest.mark.parametrize("size", [10, 9000], ids=["in place", "growing"])
+def test_a_name_that_another_client_gave_away_is_left_alone(world: World, size: int) -> None:
+    async def body() -> None:
+        await world.put("x", b"old")
+        fh = await world.open("x")
+        with world.store.create(None, 1 << 20, mode=0o640) as newer:
+            newer.pwrite(pattern(1 << 20, 2), 0)
+            world.store.link(newer, "x")
+        old = world.ask._handles[fh].node
+        await world.ask.write(fh, 3, pattern(size, 3))
+        world.files.chmod(old, 0o777)
+        world.files.chown(old, os.geteuid(), os.getegid())
+        world.files.utime(old, 1, 1)
+        await world.ask.fsync(fh, False)
+        assert_same(
+            bytes(await world.ask.read(fh, 0, 1 << 20)), b"old" + pattern(size, 3), "the old file"
+        )
+        assert (await world.ask.getattr(old.ino, CALLER)).st_nlink == 0
+        await world.close(fh)
+        assert_same(await world.read("x"), pattern(1 << 20, 2), "the new one")
+        status = world.store.stat("x")
+        assert (status.length, status.mode) == (1 << 20, 0o640)
+        assert status.modified_ns > 1
+
+    run(body)
+
+
+def test_a_file_that_another_client_removed_lives_while_it_is_open(world: World) -> None:
+    async def body() -> None:
+        await world.put("x", b"precious")
+        fh = await world.open("x")
+        world.store.remove("x")
+        await world.ask.write(fh, 8, bytes(5000))
+        assert_same(bytes(await world.ask.read(fh, 0, 9000)), b"precious" + bytes(5000), "it")
+        await world.close(fh)
+        assert world.store.list() == []
+
+    run(body)
+
+
+def test_a_file_that_another_client_renamed_is_written_under_its_new_name(world: World) -> None:
+    async def body() -> None:
+        await world.put("x", b"12345678")
+        fh = await world.open("x")
+        world.store.rename("x", "y")
+        await world.ask.write(fh, 8, b"9")
+        await world.ask.fsync(fh, False)
+        assert world.store.stat("y").length == 9
+        world.store.rename("y", "z")
+        await world.ask.write(fh, 9, pattern(9000, 1))
+        world.store.rename("z", "x")
+        world.store.create("z", 1).close()
+        await world.close(fh)
+        assert_same(await world.read("x"), b"123456789" + pattern(9000, 1), "under its name")
+        assert world.store.stat("z").length == 1
+
+    run(body)
+
+
+def test_memory_that_went_while_the_mount_looked_who_has_it_is_an_error(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pyfuse3 import FUSEError
+
+    from dmabuf.buffer import Buffer
+
+    async def body() -> None:
+        await world.put("x", b"12345678")
+        fh = await world.open("x")
+        buffer = world.ask._handles[fh].node.buffer
+        close = Buffer.close
+
+        def closes(closed: Buffer) -> None:
+            if closed is buffer and "x" in {status.name for status in world.store.list()}:
+                world.store.remove("x")
+            close(closed)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Buffer, "close", closes)
+            for _ in range(2):
+                with pytest.raises(FUSEError) as caught:
+                    await world.ask.write(fh, 0, bytes(5000))
+                assert caught.value.errno == errno.ESTALE
+        with pytest.raises(FUSEError):
+            await world.ask.read(fh, 0, 8)
+        await world.close(fh)
+
+    run(body)
+
+
+def test_a_file_is_one_however_often_its_directory_is_read(world: World) -> None:
+    async def body() -> None:
+        world.store.create("x", 100).close()
+        first, second = [await world.ask.opendir(ROOT, CALLER) for _ in range(2)]
+        await world.ask.releasedir(second)
+        fh = await world.open("x")
+        await world.ask.releasedir(first)
+        again = await world.open("x")
+        assert world.ask._handles[fh].node is world.ask._handles[again].node
+        await world.close(fh)
+        await world.close(again)
+
+    run(body)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
+from dmabuf.buffer import Buffer
 from dmabuf.errors import os_error
 from dmabuf.mount.connections import Connections
 from dmabuf.mount.content import Growing
@@ -102,8 +103,8 @@ class Files:
         """Forget a file that nobody knows of."""
         if node.lookups <= 0 and not node.handles and node.name not in self._coming:
             self._nodes.pop(node.ino, None)
-            if node.number is not None:
-                self._numbered.pop(node.number, None)
+            if node.number is not None and self._numbered.get(node.number) is node:
+                del self._numbered[node.number]
 
     def create(self, name: str, mode: int, uid: int, gid: int) -> Node:
         """A new file, which takes no memory yet; the store gets to know it by :meth:`settle`."""
@@ -181,32 +182,54 @@ class Files:
 
     def _look(self, node: Node) -> None:
         """Ask the store about it, if it is there."""
-        if node.name is None or node.number is None or node.aside:
+        if not node.stored or node.aside:
             return
         with self._stores.asking() as store:
-            try:
-                status = store.stat(node.name)
-            except FileNotFoundError:
-                status = None
-        if status is None or status.number != node.number:  # another client took it away
-            node.name = None
-            if not node.handles:
-                raise os_error(errno.ESTALE, "its name is gone", node.status.name)
-        else:
+            status = self._found(store, node)
+        if status is not None:
             node.refresh(status)
+        elif not node.handles:
+            raise os_error(errno.ESTALE, "its name is gone", node.status.name)
+
+    def _found(self, store: Store, node: Node) -> Status | None:
+        """What the store has under its number, whatever other clients call it now.
+
+        A name may be another file's by now, so it is asked for before each request by name. None,
+        and the file has no name any more, where others took it away.
+        """
+        name = node.name if node.stored else None
+        while name is not None:
+            with suppress(FileNotFoundError):
+                status = store.stat(name)
+                if status.number == node.number:
+                    node.name = name
+                    return status
+            name = next((s.name for s in store.list() if s.number == node.number), None)
+        if node.stored:
+            node.name = None
+        return None
+
+    def _memory(self, store: Store, node: Node, mode: str) -> Buffer:
+        """Its memory from the store."""
+        status = self._found(store, node)
+        if status is None:
+            raise os_error(errno.ESTALE, "its name is gone", node.status.name)
+        return store.open(status.name, mode, self._uid in (0, status.uid))
 
     def chmod(self, node: Node, mode: int) -> None:
         """Change who may open it."""
-        node.status = node.status._replace(mode=mode & 0o777)
-        if node.name is not None and node.number is not None:
+        if node.stored:
             with self._stores.asking() as store:
-                store.chmod(node.name, mode & 0o777)
+                if status := self._found(store, node):
+                    store.chmod(status.name, mode & 0o777)
+        node.status = node.status._replace(mode=mode & 0o777)
 
     def chown(self, node: Node, uid: int, gid: int) -> None:
         """Change its owner and group."""
-        if node.name is not None and node.number is not None:
+        if node.stored:
             with self._stores.asking() as store:
-                store.chown(node.name, uid, gid)
+                if status := self._found(store, node):
+                    store.chown(status.name, uid, gid)
         node.status = node.status._replace(uid=uid, gid=gid)
 
     def utime(self, node: Node, accessed_ns: int | None, modified_ns: int | None) -> None:
@@ -235,11 +258,8 @@ class Files:
     def open(self, node: Node, *, write: bool) -> None:
         """Have its memory here. One :meth:`release` belongs to each."""
         if node.growing is None and (node.buffer is None or (write and not node.buffer.writable())):
-            if node.name is None:
-                raise os_error(errno.ESTALE, "its name is gone", node.status.name)
-            trusted = self._uid in (0, node.status.uid)
             with self._stores.asking() as store:
-                buffer = store.open(node.name, "r+" if write else "r", trusted)
+                buffer = self._memory(store, node, "r+" if write else "r")
             if node.buffer is not None:
                 node.buffer.close()
             node.buffer = buffer
@@ -294,32 +314,34 @@ class Files:
                 raise os_error(error.errno or errno.EIO, text, node.name) from None
 
     def _begin_growing(self, node: Node, *, keep: bool) -> None:
-        assert node.buffer is not None
-        if node.name is not None and self._others_have(node):
+        if self._others_have(node):
             raise os_error(
                 errno.EBUSY,
                 f"others have its {format_size(node.status.size)} of memory, which they would not "
                 "share any more if it got other memory: it grows when they have let go of it",
                 node.name,
             )
-        store, mode = self._stores.get("memory"), node.status.mode
+        store, mode, buffer = self._stores.get("memory"), node.status.mode, node.memory()
         if keep:
-            node.growing = Growing(store, mode, node.buffer, node.length)
+            node.growing = Growing(store, mode, buffer, node.length)
         else:
             node.growing = Growing(store, mode)
-            node.buffer.close()
+            buffer.close()
         node.buffer = None
 
     def _others_have(self, node: Node) -> bool:
         """Whether anyone but this mount has its memory: told while the mount has it not."""
-        assert node.buffer is not None and node.name is not None
-        node.buffer.close()
-        trusted = self._uid in (0, node.status.uid)
+        buffer = node.memory()
+        if not node.stored:
+            return False
         with self._stores.asking() as store:
-            try:
-                return bool(store.stat(node.name).in_use)
-            finally:
-                node.buffer = store.open(node.name, "r+", trusted)
+            if self._found(store, node) is None:
+                return False
+            buffer.close()
+            node.buffer = None
+            status = self._found(store, node)
+            node.buffer = self._memory(store, node, "r+")
+        return status is None or bool(status.in_use)
 
     def resize(self, node: Node, length: int) -> None:
         """Cut its content short, or lengthen it with zeros. May take long; from any thread."""
@@ -373,8 +395,11 @@ class Files:
         new = node.number is None
         if new:
             store.link(whole, name, replace=False)
-        else:
+        elif found := self._found(store, node):
+            name = found.name
             store.swap(whole, name, length)
+        else:
+            return
         status = store.stat(name)
         wanted = node.status if new else status
         # In this order, since the loop looks at the file meanwhile.
@@ -392,19 +417,22 @@ class Files:
             store.chown(name, wanted.uid, wanted.gid)
 
     def _tell(self, node: Node) -> None:
-        if node.name is None or node.number is None:
+        cut = node.length != node.status.length
+        if not node.stored or (cut, node.accessed_ns, node.modified_ns) == (False, None, None):
             return
         with self._stores.asking() as store:
-            if node.length != node.status.length:
-                store.truncate(node.name, node.length)
+            status = self._found(store, node)
+            if status is None:
+                return
+            if cut:
+                store.truncate(status.name, node.length)
                 if node.modified_ns is None:
-                    node.modified_ns = node.status.modified_ns
-            if node.accessed_ns is not None or node.modified_ns is not None:
-                accessed, modified = node.accessed_ns, node.modified_ns
-                store.utime(
-                    node.name,
-                    accessed_ns=-1 if accessed is None else accessed,
-                    modified_ns=-1 if modified is None else modified,
-                )
-                node.accessed_ns = node.modified_ns = None
-                node.refresh(store.stat(node.name))
+                    node.modified_ns = status.modified_ns
+            accessed, modified = node.accessed_ns, node.modified_ns
+            store.utime(
+                status.name,
+                accessed_ns=-1 if accessed is None else accessed,
+                modified_ns=-1 if modified is None else modified,
+            )
+            node.accessed_ns = node.modified_ns = None
+            node.refresh(store.stat(status.name))

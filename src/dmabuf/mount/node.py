@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 from typing import NamedTuple
 
 from dmabuf.buffer import Buffer
+from dmabuf.errors import os_error
 from dmabuf.mount import content
 from dmabuf.mount.content import Growing, Part
 from dmabuf.store import Status
@@ -47,6 +49,11 @@ class Node:
         self.modified_ns: int | None = None
 
     @property
+    def stored(self) -> bool:
+        """Whether the store has it, as far as is known."""
+        return self.name is not None and self.number is not None
+
+    @property
     def size(self) -> int:
         """Bytes of content."""
         growing = self.growing  # once: a thread may end it meanwhile
@@ -76,6 +83,12 @@ class Node:
             self.length = status.length
         self.status = status
 
+    def memory(self) -> Buffer:
+        """Its buffer, while it is open. Raises OSError(ESTALE) where the store took it back."""
+        if self.buffer is None:
+            raise os_error(errno.ESTALE, "its memory is gone: open it again", self.status.name)
+        return self.buffer
+
     def fits(self, end: int) -> bool:
         """Whether there is room for bytes up to ``end``."""
         if self.growing is not None:
@@ -89,22 +102,19 @@ class Node:
             return b""
         if self.growing is not None:
             return self.growing.read(offset, size)
-        assert self.buffer is not None
-        return content.lend(self.buffer, offset, size)
+        return content.lend(self.memory(), offset, size)
 
     def write(self, offset: int, data: bytes) -> None:
         """Put bytes at an offset, for which there is room."""
         if self.growing is not None:
             self.growing.write(offset, data)
             return
-        assert self.buffer is not None
         self.lengthen(offset)
-        content.put(self.buffer, offset, data)
+        content.put(self.memory(), offset, data)
         self.length = max(self.length, offset + len(data))
 
     def lengthen(self, length: int) -> None:
         """Have zeros up to ``length``, for which there is room in its buffer."""
-        assert self.buffer is not None
         if length > self.length:
-            content.zero(self.buffer, self.length, length)
+            content.zero(self.memory(), self.length, length)
             self.length = length

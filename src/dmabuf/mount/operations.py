@@ -256,6 +256,8 @@ class Operations(pyfuse3.Operations):
         """The names as they are now."""
         with self._refusing():
             listing = self._files.listing()
+        for _, node in listing:
+            node.lookups += 1  # until releasedir
         self._next += 1
         self._listings[self._next] = listing
         return self._next
@@ -279,7 +281,7 @@ class Operations(pyfuse3.Operations):
     async def releasedir(self, fh: int) -> None:
         """It was read."""
         for _, node in self._listings.pop(fh):
-            self._files.drop_if_unknown(node)
+            self._files.forget(node.ino, 1)
 
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
         """Names are the store's as soon as they are there."""
