@@ -381,3 +381,21 @@ def test_a_file_is_one_however_often_its_directory_is_read(world: World) -> None
         await world.close(again)
 
     run(body)
+
+
+def test_times_that_the_store_cannot_keep_are_the_nearest_that_it_can(world: World) -> None:
+    from pyfuse3 import EntryAttributes
+
+    async def body() -> None:
+        await world.put("x", b"old")
+        times = EntryAttributes()
+        times.st_atime_ns, times.st_mtime_ns = 10**19, -5
+        await world.set("x", times, "atime", "mtime")
+        status = world.store.stat("x")
+        assert (status.accessed_ns, status.modified_ns) == (2**63 - 1, 0)
+        fh = await world.open("x")
+        await world.ask.write(fh, 0, b"n")
+        await world.close(fh)
+        assert world.store.stat("x").modified_ns > 0
+
+    run(body)

@@ -26,6 +26,8 @@ _ATTRIBUTES: dict[str, Callable[[Status], object]] = {
     "user.dmabuf.slabs": lambda status: status.slabs,
 }
 
+_LATEST_NS = 2**63 - 1  # in the year 2262
+
 
 class Files:
     """The files of a store, for one mount. Not thread-safe but for what says so.
@@ -235,9 +237,9 @@ class Files:
     def utime(self, node: Node, accessed_ns: int | None, modified_ns: int | None) -> None:
         """Set its times, each left as it is for None."""
         if accessed_ns is not None:
-            node.accessed_ns = max(accessed_ns, 0)
+            node.accessed_ns = min(max(accessed_ns, 0), _LATEST_NS)
         if modified_ns is not None:
-            node.modified_ns = max(modified_ns, 0)
+            node.modified_ns = min(max(modified_ns, 0), _LATEST_NS)
         if node.growing is None:
             self._tell(node)
 
