@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dmabuf.buffer import Buffer
 from dmabuf.errors import os_error
 from dmabuf.mount.connections import Connections
-from dmabuf.mount.content import Growing
+from dmabuf.mount.content import Growing, copy
 from dmabuf.mount.node import Attributes, Node
 from dmabuf.sizes import format_size
 from dmabuf.store import Status, Store, Usage
@@ -394,25 +394,34 @@ class Files:
         assert name is not None
         whole = growing.whole()
         growing.become(whole)
+        memory = whole
         new = node.number is None
         if new:
             store.link(whole, name, replace=False)
         elif found := self._found(store, node):
             name = found.name
-            store.swap(whole, name, length)
+            try:
+                store.swap(whole, name, length)
+            except OSError as error:
+                if error.errno != errno.EBUSY or length > found.size:
+                    raise
+                memory = self._memory(store, node, "r+")  # others came to have it meanwhile
+                copy(whole, memory, 0, length, 0)
         else:
             return
         status = store.stat(name)
         wanted = node.status if new else status
         # In this order, since the loop looks at the file meanwhile.
-        node.number, node.length, node.buffer = status.number, length, whole
+        node.number, node.length, node.buffer = status.number, length, memory
         node.status = status._replace(mode=wanted.mode, uid=wanted.uid, gid=wanted.gid)
         self._numbered[status.number] = node
         node.growing = None
         self._coming.pop(name, None)
+        if memory is not whole:
+            growing.discard()
         if not node.handles:
             node.buffer = None
-            whole.close()
+            memory.close()
         if status.mode != wanted.mode:
             store.chmod(name, wanted.mode)
         if (status.uid, status.gid) != (wanted.uid, wanted.gid):
