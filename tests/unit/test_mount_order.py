@@ -151,16 +151,94 @@ def test_who_may_open_a_file_is_the_last_word_of_whoever_said_it(
         await world.close(fh)
         assert world.store.stat("x").mode == 0o640
 
-    async def closes() -> None:
-        await world.put("y", MUCH)
-
-    async def changes() -> None:
+    async def chmod(mode: int) -> None:
         from pyfuse3 import EntryAttributes
 
         attributes = EntryAttributes()
-        attributes.st_mode = 0o600
+        attributes.st_mode = mode
         await world.set("y", attributes, "mode")
 
+    async def closes() -> None:
+        fh = await world.create("y")
+        await world.ask.write(fh, 0, MUCH)
+        await chmod(0o640)
+        await world.close(fh)
+
+    async def changes() -> None:
+        await chmod(0o600)
+
     run(body)
-    crossing(monkeypatch, Store, "link", closes, changes)
+    crossing(monkeypatch, Store, "chmod", closes, changes)
     assert world.store.stat("y").mode == 0o600
+
+
+def test_large_memory_that_is_being_made_holds_up_its_own_file_alone(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dmabuf.store.connection import Connection
+
+    done = []
+    unlinked = 0
+
+    async def before() -> None:
+        nonlocal unlinked
+        await world.put("other", b"small")
+        unlinked = await world.create("unlinked", b"growing")
+        await world.ask.unlink(ROOT, b"unlinked", CALLER)
+
+    async def large() -> None:
+        await world.put("large", MUCH)
+        done.append("large")
+
+    async def small() -> None:
+        await world.put("small", b"small")
+        done.append("small")
+
+    async def lets_go() -> None:
+        await world.ask.release(unlinked)
+
+    async def truncates() -> None:
+        await world.truncate("other", 5000)
+
+    async def looks() -> None:
+        assert (await world.ask.lookup(ROOT, b"large", CALLER)).st_size == 0
+        assert "small" in {name for name, _ in world.files.listing()}
+        done.append("looked")
+
+    run(before)
+    crossing(monkeypatch, Connection, "_exchange", large, small, lets_go, truncates, looks)
+    assert done[0] == "looked"
+    assert sorted(done) == ["large", "looked", "small"]
+    sizes = {status.name: status.length for status in world.store.list()}
+    assert sizes == {"large": len(MUCH), "other": 5000, "small": 5}
+    assert world.store.usage().charged == len(MUCH) + 8192 + 4096
+
+
+def test_after_a_device_was_waited_for_a_file_is_looked_at_anew(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dmabuf.mount.operations import Operations
+
+    async def body() -> None:
+        waits, over = [trio.Event()], trio.Event()
+
+        async def device(asking: Operations, node: object, direction: str) -> bool:
+            if not waits:
+                return False
+            waits.pop().set()
+            await over.wait()
+            return True
+
+        waiting = waits[0]
+        await world.put("x", b"12345678")
+        fh = await world.open("x")
+        monkeypatch.setattr(Operations, "_fences", device)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(world.ask.write, fh, 4, b"late")
+            await waiting.wait()
+            await world.truncate("x", 0)
+            over.set()
+        await world.close(fh)
+        assert await world.read("x") == bytes(4) + b"late"
+
+    run(body)

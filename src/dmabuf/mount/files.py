@@ -103,7 +103,7 @@ class Files:
 
     def drop_if_unknown(self, node: Node) -> None:
         """Forget a file that nobody knows of."""
-        if node.lookups <= 0 and not node.handles and node.name not in self._coming:
+        if node.lookups <= 0 and not node.handles and node.growing is None:
             self._nodes.pop(node.ino, None)
             if node.number is not None and self._numbered.get(node.number) is node:
                 del self._numbered[node.number]
@@ -142,7 +142,7 @@ class Files:
         node = self._coming.pop(name, None)
         if node is not None:
             node.name = None
-            self._end_unnamed(node)
+            self.drop_if_unknown(node)
             return
         with self._stores.asking() as store:
             status = store.stat(name)
@@ -153,13 +153,7 @@ class Files:
         node = self._numbered.get(number)
         if node is not None:
             node.name = None
-            self._end_unnamed(node)
-
-    def _end_unnamed(self, node: Node) -> None:
-        if not node.handles and node.growing is not None:
-            node.growing.discard()
-            node.growing = None
-        self.drop_if_unknown(node)
+            self.drop_if_unknown(node)
 
     def rename(self, old: str, new: str, *, replace: bool) -> None:
         """Give a file another name, and replace what has it; the store has to have both."""
@@ -272,21 +266,20 @@ class Files:
         node.handles -= 1
         if node.handles:
             return
-        if node.growing is not None and node.name is not None:
-            self._give_up(node, node.growing)
-        if node.name is None:
-            self._end_unnamed(node)
-        if node.growing is None and node.buffer is not None:
+        if node.buffer is not None:
             node.buffer.close()
             node.buffer = None
         self.drop_if_unknown(node)
 
-    def _give_up(self, node: Node, growing: Growing) -> None:
-        """Its last close(2) was told that it did not get the memory: it keeps what it had."""
-        try:
+    def leave(self, node: Node) -> None:
+        """Its last descriptor goes: the store gets its content, or it keeps what it had.
+
+        May take long; from any thread. The last close(2) was told of what did not fit.
+        """
+        with suppress(OSError):
             self.settle(node)
-        except OSError:
-            growing.discard()
+        if node.growing is not None:
+            node.growing.discard()
             node.growing = node.modified_ns = None
             node.length = node.status.length
             if node.number is None and node.name is not None:

@@ -22,6 +22,7 @@ import trio
 
 from dmabuf.errors import ClosedError
 from dmabuf.fence import Access
+from dmabuf.mount.absent import Absent
 from dmabuf.mount.content import Part
 from dmabuf.mount.entries import entry_of, name_of
 from dmabuf.mount.files import Files
@@ -47,7 +48,7 @@ class Handle(NamedTuple):
     write: bool
 
 
-class Operations(pyfuse3.Operations):
+class Operations(Absent):
     """The requests. ``tell`` gets the sentence behind an errno that says too little."""
 
     supports_dot_lookup = True
@@ -115,14 +116,26 @@ class Operations(pyfuse3.Operations):
         while node := next((busy for busy in self._busy if busy.name in names), None):
             await self._settled(node)
 
-    async def _aside(self, node: Node, nbytes: int, work: Callable[[], None]) -> None:
-        """Do what changes a file as a whole: in a thread if it is about much memory."""
+    async def _aside(self, node: Node, end: int, work: Callable[[], None]) -> None:
+        """Do what changes a file as a whole, up to ``end`` or more.
+
+        In a thread, where it touches much, or asks for memory: that waits for all else being made.
+        """
         await self._settled(node)
-        if nbytes <= _ASIDE_BYTES:
+        if node.growing is None and node.fits(end) and end <= _ASIDE_BYTES:
             work()
             return
         with self._alone(node):
             await trio.to_thread.run_sync(work)
+
+    async def _ready(self, node: Node, direction: Access, end: int = 0) -> None:
+        """Until a file has room, and no thread and no device changes it: for what has no await."""
+        waited = True
+        while waited:
+            await self._settled(node)
+            if not node.fits(end):
+                await self._aside(node, end, partial(self._files.make_room, node, end))
+            waited = await self._fences(node, direction)
 
     def _node(self, ino: int) -> Node:
         try:
@@ -205,11 +218,12 @@ class Operations(pyfuse3.Operations):
         await self._settled(node)
         self._files.open(node, write=True)
         try:
-            much = max(length, node.size)
-            await self._aside(node, much, partial(self._files.resize, node, length))
+            if length > node.size:
+                await self._ready(node, "write")
+            await self._aside(node, length, partial(self._files.resize, node, length))
             await self._aside(node, 0, partial(self._files.settle_if_whole, node))
         finally:
-            self._files.release(node)
+            await self._release(node)
 
     async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
         """One of what the store says of a buffer."""
@@ -226,16 +240,6 @@ class Operations(pyfuse3.Operations):
             return []
         with self._refusing():
             return [os.fsencode(name) for name in self._files.extended(self._node(inode))]
-
-    async def setxattr(
-        self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext
-    ) -> None:
-        """None can be set."""
-        raise pyfuse3.FUSEError(errno.EOPNOTSUPP)
-
-    async def removexattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        """None can be removed."""
-        raise pyfuse3.FUSEError(errno.EOPNOTSUPP)
 
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
         """How full the store is."""
@@ -319,34 +323,10 @@ class Operations(pyfuse3.Operations):
         with self._refusing():
             await self._names_settled(old, new)
             while node := self._files.coming(old) or self._files.coming(new):
-                await self._aside(node, node.size, partial(self._files.settle, node))
+                await self._aside(node, 0, partial(self._files.settle, node))
                 await self._names_settled(old, new)
             self._files.rename(old, new, replace=not flags)
             self._changed_ns = time.time_ns()
-
-    async def mkdir(
-        self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext
-    ) -> pyfuse3.EntryAttributes:
-        """There is one directory."""
-        raise pyfuse3.FUSEError(errno.EPERM)
-
-    async def mknod(
-        self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext
-    ) -> pyfuse3.EntryAttributes:
-        """There are files, and nothing else."""
-        raise pyfuse3.FUSEError(errno.EPERM)
-
-    async def symlink(
-        self, parent_inode: int, name: bytes, target: bytes, ctx: pyfuse3.RequestContext
-    ) -> pyfuse3.EntryAttributes:
-        """There are files, and nothing else."""
-        raise pyfuse3.FUSEError(errno.EPERM)
-
-    async def link(
-        self, inode: int, new_parent_inode: int, new_name: bytes, ctx: pyfuse3.RequestContext
-    ) -> pyfuse3.EntryAttributes:
-        """A buffer has one name."""
-        raise pyfuse3.FUSEError(errno.EPERM)
 
     # An open file.
 
@@ -362,7 +342,7 @@ class Operations(pyfuse3.Operations):
                     await self._aside(node, 0, partial(self._files.resize, node, 0))
                 return self._opened(node, flags)
             except BaseException:
-                self._files.release(node)
+                await self._release(node)
                 raise
 
     def _opened(self, node: Node, flags: int) -> pyfuse3.FileInfo:
@@ -377,33 +357,26 @@ class Operations(pyfuse3.Operations):
         """read(2)."""
         node = self._handles[fh].node
         with self._refusing():
-            if node in self._busy:
-                await self._settled(node)
-            await self._fences(node, "read")
+            await self._ready(node, "read")
             return node.read(off, size)
 
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         """write(2)."""
         node = self._handles[fh].node
         with self._refusing():
-            if node in self._busy:
-                await self._settled(node)
-            end = off + len(buf)
-            while not node.fits(end):
-                await self._aside(node, end, partial(self._files.make_room, node, end))
-            await self._fences(node, "write")
+            await self._ready(node, "write", off + len(buf))
             node.write(off, buf)
             self._files.wrote(node)
         return len(buf)
 
-    async def _fences(self, node: Node, direction: Access) -> None:
-        """Wait, aside, for the devices that write the memory, or for all that use it."""
+    async def _fences(self, node: Node, direction: Access) -> bool:
+        """Wait for the devices that write the memory, or for all that use it; whether it had to."""
         buffer = node.buffer
         if buffer is None or not buffer.is_dmabuf:
-            return
+            return False
         try:
             buffer.wait(direction, 0)
-            return
+            return False
         except TimeoutError:
             pass
         with trio.move_on_after(FENCE_SECONDS) as scope:
@@ -421,6 +394,7 @@ class Operations(pyfuse3.Operations):
         if scope.cancelled_caught:
             text = f"a device has not done with it for {FENCE_SECONDS:.0f} s"
             raise OSError(errno.ETIMEDOUT, text, node.name)
+        return True
 
     async def flush(self, fh: int) -> None:
         """close(2): what was written is the store's when it returns."""
@@ -434,12 +408,17 @@ class Operations(pyfuse3.Operations):
 
     async def _settle(self, node: Node) -> None:
         with self._refusing():
-            much = 0 if node.growing is None else node.size
-            await self._aside(node, much, partial(self._files.settle, node))
+            await self._aside(node, 0, partial(self._files.settle, node))
 
     async def release(self, fh: int) -> None:
         """The last descriptor of an open file is gone."""
-        handle = self._handles.pop(fh)
-        await self._settled(handle.node)
         with self._refusing():
-            self._files.release(handle.node)
+            await self._release(self._handles.pop(fh).node)
+
+    async def _release(self, node: Node) -> None:
+        await self._settled(node)
+        try:
+            if node.handles == 1:
+                await self._aside(node, 0, partial(self._files.leave, node))
+        finally:
+            self._files.release(node)
