@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import dmabuf.store
+from dmabuf.store.connection import Connection
 from tests.serving import as_a_program, in_a_thread
 from tests.support import assert_same, pattern
 from tests.unit.command import dmabuf as command
@@ -98,6 +99,59 @@ def test_a_name_is_whole_or_as_it_was(store, source, path, tmp_path, capsys) -> 
     ended = command(capsys, "get", "--socket", path, "missing", source)
     assert (ended.status, ended.err) == (1, "error: missing: no buffer of that name\n")
     assert_same(source.read_bytes(), DATA, "the file that was not replaced")
+
+
+def between(monkeypatch, store, what) -> None:
+    """Have something happen before and after each request of others."""
+    ask, ours = Connection.ask, store._connection
+
+    def asking(self, op, **fields):
+        if self is not ours:
+            what()
+        try:
+            return ask(self, op, **fields)
+        finally:
+            if self is not ours:
+                what()
+
+    monkeypatch.setattr(Connection, "ask", asking)
+
+
+def test_nobody_sees_a_stream_that_ended_early_at_another_length(
+    store, path, tmp_path, capsys, monkeypatch
+) -> None:
+    seen = []
+    between(monkeypatch, store, lambda: seen.append([one.length for one in store.list()]))
+    reading, writing = os.pipe()
+    os.write(writing, DATA[:5000])
+    os.close(writing)
+    standard = os.dup(0)
+    os.dup2(reading, 0)
+    try:
+        assert command(capsys, "put", "--socket", path, "--size", "1MiB", "-", "n").status == 0
+    finally:
+        os.dup2(standard, 0)
+        os.close(standard)
+        os.close(reading)
+    assert [] in seen and [5000] in seen
+    assert all(one in ([], [5000]) for one in seen), seen
+
+
+def test_what_is_got_is_of_one_put(store, path, tmp_path, capsys, monkeypatch) -> None:
+    puts = []
+
+    def another() -> None:
+        size = 100 + 5000 * (len(puts) % 3)
+        puts.append(pattern(size, len(puts)))
+        with store.create(None, size) as buffer:
+            buffer.pwrite(puts[-1], 0)
+            store.link(buffer, "name")
+
+    another()
+    between(monkeypatch, store, another)
+    assert command(capsys, "get", "--socket", path, "name", tmp_path / "got").status == 0
+    assert len(puts) > 2
+    assert (tmp_path / "got").read_bytes() in puts
 
 
 def test_what_there_is(store, path, capsys) -> None:

@@ -76,6 +76,27 @@ def test_a_link_may_be_one_that_replaces_nothing(store: Store) -> None:
         assert [(one.name, one.length) for one in store.list()] == [("one", 1), ("two", SIZE)]
 
 
+def test_a_link_may_say_how_much_is_content(store: Store) -> None:
+    store.create("one", 1).close()
+    with store.create(None, SIZE) as buffer:
+        with pytest.raises(OSError, match="does not grow") as caught:
+            store.link(buffer, "one", length=SIZE + 1)
+        assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, "one")
+        assert [(one.name, one.length) for one in store.list()] == [("one", 1)]
+        store.link(buffer, "one", length=0)
+        told = store.stat("one")
+        assert (told.length, told.size) == (0, SIZE)
+        assert told.modified_ns == told.changed_ns > told.created_ns
+
+
+def test_what_was_opened_is_told_with_its_status(store: Store) -> None:
+    store.create("one", 5000, mode=0o640).close()
+    buffer, told = store.open_with_status("one", "r+")
+    with buffer:
+        assert told == store.stat("one")._replace(in_use=None)
+        assert (buffer.size, buffer.mode) == (told.size, "rb+")
+
+
 def test_what_gets_no_name_is_let_go_of(store: Store) -> None:
     buffer = store.create(None, SIZE)
     assert store.usage().charged == SIZE

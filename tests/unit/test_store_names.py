@@ -199,16 +199,19 @@ class Model(RuleBasedStateMachine):
                 self.left[old] = self.expected[to][1]
             self.expected[to] = self.expected.pop(name)
 
-    @rule(name=NAMES, peer=PEERS, replace=st.booleans())
-    def link(self, name: str, peer: Peer, replace: bool) -> None:
+    @rule(name=NAMES, peer=PEERS, replace=st.booleans(), length=st.none() | st.integers(0, 60))
+    def link(self, name: str, peer: Peer, replace: bool, length: int | None) -> None:
         if not self.unnamed:
             return
         exists = name in self.expected
         being_made = name in [one.name for one in self.begun]
         good = not being_made and (not exists or (replace and self.owned(name, peer)))
+        before = self.unnamed[-1].length
+        good = good and (length is None or length <= self.unnamed[-1].charge)
         old = self.names.find(name).memory if exists else None
-        if self.attempt(good, self.names.link, self.unnamed[-1], name, replace, peer):
+        if self.attempt(good, self.names.link, self.unnamed[-1], name, replace, length, peer):
             linked = self.unnamed.pop()
+            assert linked.length == (before if length is None else length)
             if exists:
                 self.left[old] = self.expected[name][1]
             self.expected[name] = linked.uid, linked.charge

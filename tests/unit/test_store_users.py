@@ -83,6 +83,37 @@ print(store.stat("secret").uid, store.stat("mine").uid, store.stat("mine").gid)
     store.remove("mine")
 
 
+def test_what_its_owner_may_not_write_is_put_and_got_whole(store: Store, path: Path) -> None:
+    store.create("public", 5000, mode=0o644).close()
+    in_child(
+        """
+import dmabuf
+from dmabuf.cli import get, put  # while Python's own files may be read
+dmabuf.allocate(4096, exporter="memfd").close()
+"""
+        + _AS
+        + """
+reading, writing = os.pipe()
+os.write(writing, b"hi")
+os.close(writing)
+os.dup2(reading, 0)
+put.run(put.Options("-", "n", 8192, 0o444, "memfd", sys.argv[1], False, False, True))
+with open(f"/proc/self/fd/{os.memfd_create('out')}", "wb") as out:
+    for name, length in ("n", 2), ("public", 5000):
+        os.dup2(out.fileno(), 1)
+        os.truncate(out.fileno(), 0)
+        os.lseek(out.fileno(), 0, os.SEEK_SET)
+        get.run(get.Options(name, "-", None, False, False, sys.argv[1], False, False, True))
+        assert os.fstat(out.fileno()).st_size == length
+""",
+        path,
+        "4001,4002",
+    )
+    assert [(one.name, one.length, one.mode) for one in store.list()] == [
+        ("n", 2, 0o444), ("public", 5000, 0o644),
+    ]  # fmt: skip
+
+
 def test_groups_are_the_kernels(store: Store, path: Path) -> None:
     store.create("ours", SIZE, mode=0o660).close()
     store.chown("ours", 4001, 4003)

@@ -102,9 +102,7 @@ def run(options: Options) -> None:
                 src_offset=source.offset,
                 progress=lambda done, total: shown.show("putting", done, total),
             )
-        store.link(buffer, options.name)
-        if record.nbytes != max(size, 1):  # a stream that ended before
-            store.truncate(options.name, record.nbytes)
+        store.link(buffer, options.name, length=record.nbytes)  # a stream may have ended before
         exporter = buffer.exporter
     advance(source, target, record.nbytes)
     if options.json:

@@ -91,19 +91,25 @@ class Store:
             huge_pages=huge,
             trusted=trusted,
         )
-        buffer, number = _buffer(name, result, descriptors)
+        buffer, _, number = _buffer(name, result, descriptors)
         if number is not None:
             self._unnamed[buffer] = number
         return buffer
 
-    def link(self, buffer: Buffer, name: str, *, replace: bool = True) -> None:
+    def link(
+        self, buffer: Buffer, name: str, *, replace: bool = True, length: int | str | None = None
+    ) -> None:
         """Give a Buffer that :meth:`create` made without a name one, in the place of any other's.
 
+        ``length`` is that of the content, by default what was asked for: the name is there with it
+        at once, whatever its mode.
+
         Raises ValueError for a Buffer that has one, or is not of this Store; FileExistsError for
-        one of that name without ``replace``.
+        one of that name without ``replace``; OSError(EFBIG) for more content than memory.
         """
         number = self._number(buffer)
-        self._connection.ask("link", number=number, name=name, replace=replace)
+        content = None if length is None else parse_size(length, "length")
+        self._connection.ask("link", number=number, name=name, replace=replace, length=content)
         del self._unnamed[buffer]
 
     def swap(self, buffer: Buffer, name: str, length: int | str) -> None:
@@ -142,8 +148,17 @@ class Store:
         behind a udmabuf, and with it the ``direct`` route. What that hands over is in
         docs/security.md.
         """
+        return self.open_with_status(name, mode, trusted)[0]
+
+    def open_with_status(
+        self, name: str, mode: str = "r", trusted: bool = False
+    ) -> tuple[Buffer, Status]:
+        """As :meth:`open`, and what the name stood for in that moment; ``in_use`` is None.
+
+        What is asked with :meth:`stat`, before or after, may be another buffer of that name.
+        """
         result, descriptors = self._connection.ask("open", name=name, mode=mode, trusted=trusted)
-        return _buffer(name, result, descriptors)[0]
+        return _buffer(name, result, descriptors)[:2]
 
     def list(self) -> list[Status]:
         """Every name with its status, sorted by name; ``in_use`` is not asked, and None.
@@ -221,8 +236,8 @@ class Store:
 
 def _buffer(
     name: str | None, result: dict[str, Any], descriptors: Sequence[int]
-) -> tuple[Buffer, int | None]:
-    """The Buffer that was granted, and its number; descriptors that it does not take are closed."""
+) -> tuple[Buffer, Status, int | None]:
+    """The Buffer that was granted, its status and number; what it does not take is closed."""
     left = list(descriptors)
     try:
         with told(name):
@@ -230,7 +245,7 @@ def _buffer(
             grant = protocol.grant(result.get("grant"))
             buffer = as_buffer(status, grant, descriptors)
         del left[: grant.slabs]
-        return buffer, grant.number
+        return buffer, status, grant.number
     finally:
         for fd in left:
             os.close(fd)

@@ -181,13 +181,18 @@ class Names(Generic[M]):
         """Give a name's memory another one; with ``replace``, take that from whatever had it."""
         entry = self._owned(name, peer, "renamed")
         if name != to or not replace:
-            self.link(entry, to, replace, peer)
+            self.link(entry, to, replace, None, peer)
 
-    def link(self, entry: Entry[M], name: str, replace: bool, peer: Peer) -> None:
+    def link(
+        self, entry: Entry[M], name: str, replace: bool, length: int | None, peer: Peer
+    ) -> None:
         """Give memory a name, in the place of what it is called.
 
-        With ``replace``, in the place of what is called that, too.
+        With ``replace``, in the place of what is called that, too; with ``length`` (not None), that
+        many bytes of it are content.
         """
+        if length is not None:
+            self._check_length(length, entry.charge, name)
         if name in self._entries:
             if not replace:
                 raise Refusal(errno.EEXIST, "there is a buffer of that name", name)
@@ -196,6 +201,8 @@ class Names(Generic[M]):
             self.drop(self._owned(name, peer, "replaced"))
         self._unname(entry)
         entry.name, entry.changed_ns = name, self._clock()
+        if length is not None:
+            entry.length, entry.modified_ns = length, entry.changed_ns
         self._entries[name] = entry
         insort(self._order, name)
 

@@ -54,10 +54,10 @@ class Status(NamedTuple):
     what was asked for, or set by truncate. ``mode`` is the nine permission bits. The times are in
     ns since 1970: of its making, and of the last change of its name, owner, mode or length.
     ``number`` is never another's while the store serves, whatever it is called. ``modified_ns`` and
-    ``accessed_ns`` are the content's times: of its making, or set by truncate, swap and utime; the
-    store does not see who writes the memory. ``in_use`` is whether anyone but the store has a
-    descriptor, a mapping or an attached device of the memory; None in a listing, where it is not
-    asked.
+    ``accessed_ns`` are the content's times: of its making, or set by link, truncate, swap and
+    utime; the store does not see who writes the memory. ``in_use`` is whether anyone but the store
+    has a descriptor, a mapping or an attached device of the memory; None where it is not asked: in
+    a listing, and with what was opened.
     """
 
     name: str
@@ -154,7 +154,12 @@ _OPERATIONS: dict[str, dict[str, Callable[[object], bool]]] = {
         "trusted": _flag,
     },
     "open": {"name": _name, "mode": lambda value: value in MODES, "trusted": _flag},
-    "link": {"number": _integer(0, _SIZE_MAX), "name": _name, "replace": _flag},
+    "link": {
+        "number": _integer(0, _SIZE_MAX),
+        "name": _name,
+        "replace": _flag,
+        "length": lambda value: value is None or _integer(0, _SIZE_MAX)(value),
+    },
     "stat": {"name": _name},
     "list": {"after": _text(NAME_BYTES)},
     "remove": {"name": _name},

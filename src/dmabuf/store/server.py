@@ -225,8 +225,10 @@ class Server:
         except Refusal as refusal:
             self._reply(client, protocol.pack_error(refusal))
 
-    def _do_link(self, client: Client, number: int, name: str, replace: bool) -> None:
-        self._names.link(self._unnamed(client, number, name), name, replace, client.peer)
+    def _do_link(
+        self, client: Client, number: int, name: str, replace: bool, length: int | None
+    ) -> None:
+        self._names.link(self._unnamed(client, number, name), name, replace, length, client.peer)
         del client.unnamed[number]
         self._reply(client, protocol.pack_result({}))
 
