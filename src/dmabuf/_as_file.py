@@ -19,6 +19,10 @@ __all__ = ["BufferFile", "as_file", "of_descriptor"]
 _IS_MEMFD = "the memory is a memfd, which is a file already"
 _IS_DMABUF = "a dma-buf has no read(2) and write(2), so a process of its own copies for each call"
 _HUGE_PAGES = "a memfd of huge pages has no write(2), so a process of its own copies for each call"
+_ANOTHERS = (
+    "the memfd is another user's and may not be opened again, so a process of its own copies for "
+    "each call"
+)
 
 
 class BufferFile(io.FileIO):
@@ -42,10 +46,11 @@ def as_file(buffer: Buffer, mode: str | None = None) -> BufferFile:
     ``mode`` is "r", "w" or "rw" ("r+" and "b" are understood), by default all that the buffer
     allows. The file has a position of its own, at 0, and the buffer's size, which is fixed.
 
-    Where the memory is a memfd, that is the file, at no cost. A dma-buf cannot be read(2), so there
-    FUSE makes one: a process of its own, which ends with the file's last descriptor, answers each
-    call and copies, within DMA_BUF_IOCTL_SYNC. What mmap(2) gives then is docs/exec.md's to tell.
-    ``BufferFile.way`` and ``reason`` say which it is.
+    Where the memory is a memfd, that is the file, at no cost. A dma-buf cannot be read(2), and a
+    memfd of another user's cannot be opened again, so there FUSE makes one: a process of its own,
+    which ends with the file's last descriptor, answers each call and copies, within
+    DMA_BUF_IOCTL_SYNC. What mmap(2) gives then is docs/exec.md's to tell. ``BufferFile.way`` and
+    ``reason`` say which it is.
 
     Raises OSError(EOPNOTSUPP) with the fix where FUSE is not to be had, or where the CPU cannot map
     the memory (io.UnsupportedOperation); PermissionError for writing where the buffer's descriptor
@@ -80,29 +85,37 @@ def of_descriptor(fd: int, *, read_only: bool) -> BufferFile:
 
 
 def _make(slabs: list[tuple[int, int]], is_dmabuf: bool, read: bool, write: bool) -> BufferFile:
-    reason = _IS_DMABUF if is_dmabuf else _HUGE_PAGES
-    way = "fuse"
-    if not is_dmabuf and not (write and _has_huge_pages(slabs[0][0])):
-        way, reason = "memfd", _IS_MEMFD
-    if way == "memfd":
-        root = os.dup(slabs[0][0])
-        direct = 0
-    else:
-        root = _start([(fd, size, is_dmabuf) for fd, size in slabs], write)
-        direct = os.O_DIRECT  # else sendfile(2) and splice(2) see what a mapping once saw
     flags, mode = {
         (True, True): (os.O_RDWR, "rb+"),
         (True, False): (os.O_RDONLY, "rb"),
         (False, True): (os.O_WRONLY, "wb"),
     }[read, write]
+    if is_dmabuf:
+        reason = _IS_DMABUF
+    elif write and _has_huge_pages(slabs[0][0]):
+        reason = _HUGE_PAGES
+    else:
+        try:
+            return _file(_reopened(slabs[0][0], flags), mode, "memfd", _IS_MEMFD)
+        except PermissionError:
+            reason = _ANOTHERS
+    root = _start([(fd, size, is_dmabuf) for fd, size in slabs], write)
+    try:  # O_DIRECT: else sendfile(2) and splice(2) see what a mapping once saw
+        return _file(_reopened(root, flags | os.O_DIRECT), mode, "fuse", reason)
+    finally:
+        os.close(root)
+
+
+def _reopened(fd: int, flags: int) -> int:
     try:
-        fd = os.open(f"/proc/self/fd/{root}", flags | direct | os.O_CLOEXEC)
+        return os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC)
     except FileNotFoundError:
         raise OSError(
             errno.EOPNOTSUPP, "a file is opened through /proc/self/fd: mount /proc"
         ) from None
-    finally:
-        os.close(root)
+
+
+def _file(fd: int, mode: str, way: str, reason: str) -> BufferFile:
     file = BufferFile(fd, mode)  # asks for its size, without which no mapping would work
     file.way, file.reason = way, reason
     return file

@@ -202,6 +202,55 @@ def test_another_user_keeps_what_the_descriptor_allows(buf, by_fuse):
         assert b"Permission denied" in done.stderr
 
 
+_ANOTHERS = """
+import mmap, os, sys
+import dmabuf
+from dmabuf import _as_file
+from dmabuf.exporters import foreign
+from tests.resources import held
+from tests.support import pattern
+
+SIZE = 3 * mmap.PAGESIZE
+memory = os.memfd_create("foreign", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+os.truncate(memory, SIZE)
+os.pwrite(memory, pattern(SIZE, 1), 0)
+reading = os.open(f"/proc/self/fd/{memory}", os.O_RDONLY | os.O_CLOEXEC)
+os.fchown(memory, 4001, 4001)
+os.fchmod(memory, 0o600)
+try:
+    os.open(f"/proc/self/fd/{memory}", os.O_RDONLY)
+except PermissionError:
+    before = held()
+else:
+    sys.exit("it is to be opened")
+for fd, mode in (memory, "rb+"), (memory, "rb"), (reading, "rb"):
+    with _as_file.of_descriptor(fd, read_only=mode == "rb") as file:
+        assert (file.way, file.mode) == ("fuse", mode)
+        assert "another user's" in file.reason
+        assert file.read() == pattern(SIZE, 1)
+        if mode == "rb+":
+            file.seek(5)
+            file.write(b"written")
+            assert os.pread(memory, 7, 5) == b"written"
+            os.pwrite(memory, pattern(SIZE, 1), 0)
+assert held() == before
+"""
+
+
+@needs("fuse", "root")
+def test_a_memfd_that_may_not_be_opened_again():
+    """As root, who may open all that is his own, and /dev/fuse, and nothing of another user's."""
+    caps = "-dac_override,-dac_read_search"
+    without = ["setpriv", "--inh-caps", caps, "--bounding-set", caps]
+    done = subprocess.run(
+        [*without, sys.executable, "-c", _ANOTHERS],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 # -- by FUSE
 
 
