@@ -43,12 +43,14 @@ def listening(path: str) -> Iterator[socket.socket]:
     Root's is for every user, since the names have modes of their own; another user's is for that
     user. One that is left of a server that was killed is replaced.
 
-    Raises OSError: EADDRINUSE where a server listens already, EEXIST for what is no socket.
+    Raises OSError: EADDRINUSE where a server listens already, EEXIST for what is no socket, EPERM
+    where another user made the lock (``path`` and ".lock"), which is there for as long as this
+    takes.
     """
     check_path(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
     try:
-        with _alone(os.path.dirname(path) or "."):
+        with _alone(path):
             _take_away_stale(path)
             try:
                 listener.bind(path)
@@ -99,14 +101,49 @@ def tell_systemd(state: str) -> None:
 
 
 @contextmanager
-def _alone(folder: str) -> Iterator[None]:
-    """One server at a time looks at what is in a folder and makes its socket there."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _alone(path: str) -> Iterator[None]:
+    """One server at a time looks at what is at a path and makes its socket there.
+
+    The lock is on a file that nobody else may open: a folder is locked by whoever may read it.
+    """
+    lock = f"{path}.lock"
+    fd = _locked(lock)
+    while not _is_at(fd, lock):  # whoever had it took it away
+        os.close(fd)
+        fd = _locked(lock)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
         yield
     finally:
+        with suppress(FileNotFoundError):
+            os.unlink(lock)
         os.close(fd)
+
+
+def _locked(lock: str) -> int:
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        fd = os.open(lock, flags, 0o600)
+    except FileNotFoundError as error:
+        folder = os.path.dirname(lock) or "."
+        raise OSError(error.errno, "there is no such directory", folder) from None
+    try:
+        status = os.fstat(fd)
+        private = not status.st_mode & 0o077 and status.st_uid == os.geteuid()
+        if not private or not stat.S_ISREG(status.st_mode):
+            text = "is no lock of this user's: take it away, or serve at another --socket PATH"
+            raise OSError(errno.EPERM, text, lock)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _is_at(fd: int, path: str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), os.lstat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _take_away_stale(path: str) -> None:
