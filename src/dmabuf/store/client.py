@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
 from dmabuf.buffer import Buffer
+from dmabuf.errors import ClosedError
 from dmabuf.sizes import parse_size
 from dmabuf.store import place, protocol
 from dmabuf.store.connection import Connection, told
@@ -79,7 +82,8 @@ class Store:
         Without a name (None) nobody else sees it, until :meth:`link` gives it one: so a buffer can
         be filled first. It counts as the others do, and is gone with this Store if it has none.
 
-        Raises FileExistsError, and what allocate raises, as OSErrors.
+        Raises FileExistsError, and what allocate raises, as OSErrors; EMFILE and ENOMEM where this
+        process may not have or map what came, and then there is neither name nor memory.
         """
         huge: bool | int = huge_pages if isinstance(huge_pages, bool) else parse_size(huge_pages)
         result, descriptors = self._connection.ask(
@@ -91,10 +95,24 @@ class Store:
             huge_pages=huge,
             trusted=trusted,
         )
-        buffer, _, number = _buffer(name, result, descriptors)
+        try:
+            buffer, _, number = _buffer(name, result, descriptors)
+        except BaseException:
+            self._undo(name, result)
+            raise
         if number is not None:
             self._unnamed[buffer] = number
         return buffer
+
+    def _undo(self, name: str | None, result: dict[str, Any]) -> None:
+        """Have the store forget what it made, as far as its reply can be read."""
+        with suppress(OSError, ClosedError), told(name):
+            number = protocol.grant(result.get("grant")).number
+            if number is not None:
+                self._connection.ask("discard", number=number)
+            elif name is not None:
+                made = protocol.status(result.get("status")).number
+                self._connection.ask("remove", name=name, number=made)
 
     def link(
         self, buffer: Buffer, name: str, *, replace: bool = True, length: int | str | None = None
@@ -183,7 +201,7 @@ class Store:
 
     def remove(self, name: str) -> None:
         """Take a name away. Whoever has the buffer keeps it, and it counts until they let go."""
-        self._connection.ask("remove", name=name)
+        self._connection.ask("remove", name=name, number=None)
 
     def rename(self, old: str, new: str, *, replace: bool = True) -> None:
         """Give a buffer another name; one of that name is replaced, as rename(2) does.
@@ -235,9 +253,11 @@ class Store:
 
 
 def _buffer(
-    name: str | None, result: dict[str, Any], descriptors: Sequence[int]
+    name: str | None, result: dict[str, Any], descriptors: Sequence[int] | None
 ) -> tuple[Buffer, Status, int | None]:
     """The Buffer that was granted, its status and number; what it does not take is closed."""
+    if descriptors is None:
+        raise OSError(errno.EMFILE, "too many open descriptors (ulimit -n)", name)
     left = list(descriptors)
     try:
         with told(name):

@@ -46,8 +46,11 @@ class Connection:
         with self._lock:
             self._socket.close()
 
-    def ask(self, op: str, **fields: Any) -> tuple[dict[str, Any], list[int]]:
-        """What the store answers, and the descriptors that came along: the caller's to close."""
+    def ask(self, op: str, **fields: Any) -> tuple[dict[str, Any], list[int] | None]:
+        """What the store answers, and the descriptors that came along: the caller's to close.
+
+        None in their place: this process may not have as many.
+        """
         name = fields.get("name")
         with told(name):
             request = protocol.pack_request(op, **fields)
@@ -59,11 +62,11 @@ class Connection:
             with told(name):
                 return protocol.parse_reply(data), descriptors
         except BaseException:
-            for fd in descriptors:
+            for fd in descriptors or ():
                 os.close(fd)
             raise
 
-    def _exchange(self, request: bytes) -> tuple[bytes, list[int]]:
+    def _exchange(self, request: bytes) -> tuple[bytes, list[int] | None]:
         try:
             with suppress(BrokenPipeError, ConnectionResetError):  # it may have said why
                 self._socket.send(request)
@@ -87,7 +90,7 @@ class Connection:
         if flags & socket.MSG_CTRUNC:
             for fd in descriptors:
                 os.close(fd)
-            raise OSError(errno.EMFILE, "too many open descriptors (ulimit -n)", self.path)
+            return data, None
         return data, descriptors
 
     def _receive(self) -> tuple[bytes, list[int], int, object]:

@@ -173,9 +173,12 @@ class Names(Generic[M]):
             )
         return entry
 
-    def remove(self, name: str, peer: Peer) -> None:
-        """Take the name away. The memory stays charged until :meth:`forget`."""
-        self.drop(self._owned(name, peer, "removed"))
+    def remove(self, name: str, peer: Peer, number: int | None = None) -> None:
+        """Take the name away, if it is (still) that number's. The memory stays charged."""
+        entry = self._owned(name, peer, "removed")
+        if number not in (None, entry.number):
+            raise Refusal(errno.ENOENT, f"no buffer of that name has the number {number}", name)
+        self.drop(entry)
 
     def rename(self, name: str, to: str, replace: bool, peer: Peer) -> None:
         """Give a name's memory another one; with ``replace``, take that from whatever had it."""

@@ -142,11 +142,15 @@ def _name(value: object) -> bool:
     return True
 
 
+def _optional(good: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: value is None or good(value)
+
+
 _ID = _integer(SAME, _ID_MAX)
 _NS = _integer(SAME, 2**63 - 1)
 _OPERATIONS: dict[str, dict[str, Callable[[object], bool]]] = {
     "create": {
-        "name": lambda value: value is None or _name(value),
+        "name": _optional(_name),
         "size": _integer(1, _SIZE_MAX),
         "mode": _integer(0, 0o777),
         "exporter": _text(64),
@@ -158,11 +162,11 @@ _OPERATIONS: dict[str, dict[str, Callable[[object], bool]]] = {
         "number": _integer(0, _SIZE_MAX),
         "name": _name,
         "replace": _flag,
-        "length": lambda value: value is None or _integer(0, _SIZE_MAX)(value),
+        "length": _optional(_integer(0, _SIZE_MAX)),
     },
     "stat": {"name": _name},
     "list": {"after": _text(NAME_BYTES)},
-    "remove": {"name": _name},
+    "remove": {"name": _name, "number": _optional(_integer(0, _SIZE_MAX))},
     "swap": {"number": _integer(0, _SIZE_MAX), "name": _name, "length": _integer(0, _SIZE_MAX)},
     "discard": {"number": _integer(0, _SIZE_MAX)},
     "rename": {"name": _name, "to": _name, "replace": _flag},

@@ -213,17 +213,20 @@ class Server:
             self._reply(client, protocol.pack_error(made))
             return
         self._names.finish(entry, made)
-        if not client.alive:  # nobody knows of it
-            self._names.drop(entry)
-            return
         number = None
         if entry.name is None:
             number = client.created = client.created + 1
-            client.unnamed[number] = entry
         try:
-            self._grant(client, entry, "r+", trusted=trusted, may_write=True, number=number)
+            if client.alive:
+                self._grant(client, entry, "r+", trusted=trusted, may_write=True, number=number)
         except Refusal as refusal:
+            self._names.drop(entry)
             self._reply(client, protocol.pack_error(refusal))
+            return
+        if not client.alive:  # nobody knows of it
+            self._names.drop(entry)
+        elif number is not None:
+            client.unnamed[number] = entry
 
     def _do_link(
         self, client: Client, number: int, name: str, replace: bool, length: int | None
@@ -306,8 +309,8 @@ class Server:
         found = (_status(self._names.find(name)) for name in names)
         self._reply(client, protocol.pack_listing(found))
 
-    def _do_remove(self, client: Client, name: str) -> None:
-        self._names.remove(name, client.peer)
+    def _do_remove(self, client: Client, name: str, number: int | None) -> None:
+        self._names.remove(name, client.peer, number)
         self._reply(client, protocol.pack_result({}))
 
     def _do_rename(self, client: Client, name: str, to: str, replace: bool) -> None:
