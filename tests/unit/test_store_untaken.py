@@ -126,3 +126,16 @@ def test_a_client_that_is_gone_when_it_is_granted(name, store: Store, path, monk
             other.create(name, SIZE)
     nothing_there(store)
     works(store)
+
+
+@pytest.mark.parametrize("name", [None, "linked", "named"])
+def test_a_server_that_ended_has_nothing(name, path: Path) -> None:
+    before = held()
+    with in_a_thread(path):
+        store = dmabuf.store.connect(path)
+        with store.create(None if name == "linked" else name, SIZE) as buffer:
+            if name == "linked":
+                store.link(buffer, name)
+    with store, pytest.raises(ConnectionError):
+        store.list()
+    assert held() == before

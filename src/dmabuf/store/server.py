@@ -100,6 +100,9 @@ class Server:
         self._keeper.end()
         while self._done:
             self._done.popleft()()
+        for key in list(self._selector.get_map().values()):
+            if isinstance(key.data, Client):
+                self._drop(key.data)
         self._clients.drop_all()
         for name in self._names.listing("", len(self._names)):
             self._names.remove(name, Peer(0, 0))
