@@ -123,9 +123,10 @@ def _make_udmabuf(size: int, label: str | None, huge_pages: bool | int, reason: 
     nbytes = len(made.memory)
     made.memory.close()
     try:
-        if len(slabs) >= MOST_DESCRIPTORS:
-            raise OSError(errno.E2BIG, f"{len(slabs)} dma-bufs do not go into one message")
         own = _own(made.memfd)
+        if len(slabs) >= MOST_DESCRIPTORS:
+            os.close(own)
+            raise OSError(errno.E2BIG, f"{len(slabs)} dma-bufs do not go into one message")
     except BaseException:
         for fd in slabs:
             os.close(fd)
