@@ -320,6 +320,28 @@ def test_memory_counts_until_the_last_lets_go(store: Store) -> None:
     assert store.usage().charged == 5 * MIB
 
 
+def test_memory_that_somebody_refers_to_without_having_it_open(store: Store) -> None:
+    """O_PATH (open(2)) and inotify keep a memory file and are no open file of it."""
+    with store.create("one", 16 * MIB, exporter="memfd") as one:
+        reference = os.open(f"/proc/self/fd/{one.fileno()}", os.O_PATH)
+    assert os.fstat(reference).st_blocks == 16 * MIB // 512
+    store.remove("one")
+    store.create("two", 16 * MIB, exporter="memfd").close()  # made when the other's is gone
+    assert os.fstat(reference).st_blocks == 0
+    os.close(reference)
+
+
+def test_memory_of_a_server_that_ended_is_whole(path: Path) -> None:
+    """What clients have stays theirs."""
+    with in_a_thread(path), dmabuf.store.connect(path) as store:
+        kept = store.create("kept", MIB, exporter="memfd")
+        kept.pwrite(pattern(MIB, 1), 0)
+        store.remove("kept")
+        assert store.usage().charged == MIB
+    with kept:
+        assert kept.pread(MIB, 0) == pattern(MIB, 1)
+
+
 def test_more_than_there_is_and_other_mistakes(store: Store) -> None:
     for size, number in ((17 * MIB, errno.ENOSPC), (2**62, errno.ENOSPC)):
         with pytest.raises(OSError) as caught:

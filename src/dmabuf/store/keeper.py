@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -11,6 +12,8 @@ from dmabuf.store import memory as _memory
 from dmabuf.store.memory import Memory
 from dmabuf.store.names import Names
 from dmabuf.store.protocol import Refusal
+
+log = logging.getLogger("dmabuf")
 
 _MAKING, _FREEING = 4, 2  # threads
 _SHARE = 0.1
@@ -58,7 +61,7 @@ class Keeper:
     def _made(self, made: Memory | Refusal, done: Callable[[Memory | Refusal], None]) -> None:
         if isinstance(made, Memory):
             if made.descriptors > self._room:
-                self._free(made)
+                self._leave(made.close)
                 made = Refusal(
                     errno.ENOSPC,
                     "the store has as many descriptors as it may (ulimit -Hn, or LimitNOFILE=)",
@@ -77,25 +80,30 @@ class Keeper:
         self._counted = now
         if self._credit > 0:
             for kept in [kept for kept in self._names.removed if not kept.in_use()]:
-                self._release(kept)
+                self._release(kept, kept.free)
             self._credit -= time.monotonic() - now
 
-    def _release(self, kept: Memory) -> None:
+    def _release(self, kept: Memory, how: Callable[[], None]) -> None:
         self._names.forget(kept)
         self._room += kept.descriptors
-        self._free(kept)
+        self._leave(how)
 
-    def _free(self, memory: Memory) -> None:
-        leaving = self._freeing.submit(memory.close)
+    def _leave(self, how: Callable[[], None]) -> None:
+        leaving = self._freeing.submit(how)
         self._leaving.add(leaving)
-        leaving.add_done_callback(lambda done: self._later(self._leaving.discard, done))
+        leaving.add_done_callback(lambda done: self._later(self._left, done))
+
+    def _left(self, leaving: Future[None]) -> None:
+        self._leaving.discard(leaving)
+        if (error := leaving.exception()) is not None:
+            log.error("dmabuf store: freeing memory: %s", error)
 
     def end(self) -> None:
         """Wait for what is being made; :meth:`release_all` comes after what that leaves to do."""
         self._making.shutdown()
 
     def release_all(self) -> None:
-        """Let go of everything that was removed."""
+        """Let go of everything that was removed; others may still have it, and keep its content."""
         for kept in list(self._names.removed):
-            self._release(kept)
+            self._release(kept, kept.close)
         self._freeing.shutdown()

@@ -84,6 +84,19 @@ class Memory:
         flags = os.O_RDWR if writable else os.O_RDONLY
         return os.open(f"/proc/self/fd/{self.memfd}", flags | os.O_CLOEXEC)
 
+    def free(self) -> None:
+        """Let go of what nobody else has open, and of its pages.
+
+        Those of a memory file outlive its last open file where somebody refers to it without having
+        it open: an O_PATH descriptor (open(2)) or an inotify watch does that, and no lease tells.
+        """
+        try:
+            if self.memfd is not None and self.lent:
+                with mmap.mmap(self.memfd, self.size) as pages:
+                    pages.madvise(mmap.MADV_REMOVE)
+        finally:
+            self.close()
+
     def close(self) -> None:
         """Let go of it: where nobody else has it, the kernel frees it now, which takes its time."""
         for fd in self.slabs:
