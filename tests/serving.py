@@ -15,23 +15,28 @@ from dmabuf.store.server import Server
 @contextlib.contextmanager
 def in_a_thread(path: Path | str, max_memory: int = 64 << 20) -> Iterator[Server]:
     """The server; its loop runs in a thread until the block ends."""
-    with place.listening(str(path)) as listener:
-        server = Server(listener, max_memory)
-        failed: list[BaseException] = []
+    with place.listening(str(path)) as listener, serving(Server(listener, max_memory)) as server:
+        yield server
 
-        def run() -> None:
-            try:
-                server.run()
-            except BaseException as error:
-                failed.append(error)
 
-        thread = threading.Thread(target=run)
-        thread.start()
+@contextlib.contextmanager
+def serving(server: Server) -> Iterator[Server]:
+    """A server whose loop runs in a thread until the block ends."""
+    failed: list[BaseException] = []
+
+    def run() -> None:
         try:
-            yield server
-        finally:
-            server.stop()
-            thread.join()
+            server.run()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+        thread.join()
     if failed:
         raise failed[0]
 

@@ -20,9 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dmabuf.store
-from dmabuf.store import Store, clients, protocol
+from dmabuf.store import Store, place, protocol
 from dmabuf.store.server import Server
-from tests.serving import as_a_program, in_a_thread
+from tests.serving import as_a_program, in_a_thread, serving
 from tests.support import in_child, pattern
 
 MIB = 1 << 20
@@ -175,7 +175,7 @@ def test_requests_without_reading_end_the_connection(path: Path, store: Store) -
 def older_kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As on Linux before 6.16, where the server cannot refuse descriptors."""
     with monkeypatch.context() as patch:
-        patch.setattr(clients, "_SO_PASSRIGHTS", 0x7FFF)
+        patch.setattr(place, "_SO_PASSRIGHTS", 0x7FFF)
         yield
 
 
@@ -208,27 +208,54 @@ def test_descriptors_that_nobody_asked_for(path: Path, older: bool, monkeypatch)
         assert no_more_than(before - 3)
 
 
-def test_a_descriptor_that_takes_long_to_close_holds_nobody_up(path: Path, monkeypatch) -> None:
-    """A TCP socket that lingers for data that nobody reads, sent away and closed by its sender."""
-    with older_kernel(monkeypatch), in_a_thread(path), dmabuf.store.connect(path) as store:
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            slow = socket.create_connection(listener.getsockname())
-            peer, _ = listener.accept()
+@contextlib.contextmanager
+def slow_to_close() -> Iterator[socket.socket]:
+    """A TCP socket that lingers for data that nobody reads until the block ends."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        slow = socket.create_connection(listener.getsockname())
+        peer, _ = listener.accept()
+    with peer:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 600))
         slow.setblocking(False)
         with contextlib.suppress(BlockingIOError):
             while True:
                 slow.send(bytes(1 << 16))
-        with peer, raw(path) as connection:
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        yield slow
+
+
+def systemds(path: Path, backlog: int) -> socket.socket:
+    """A socket that listens before there is a server, which refuses nothing yet."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(str(path))
+    listener.listen(backlog)
+    return listener
+
+
+def closing() -> list[threading.Thread]:
+    return [one for one in threading.enumerate() if "closing" in one.name]
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_descriptor_that_takes_long_to_close_holds_nobody_up(
+    path: Path, older: bool, monkeypatch
+) -> None:
+    """It was sent, and closed by its sender, before the server came to refuse any."""
+    with contextlib.ExitStack() as stack:
+        if older:
+            stack.enter_context(older_kernel(monkeypatch))
+        listener = systemds(path, 2)
+        with slow_to_close() as slow, raw(path) as connection:
             socket.send_fds(connection, [b"{}"], [slow.fileno()])
             slow.close()
+            place.refuse_descriptors(listener)
+            stack.enter_context(serving(Server(listener, MIB)))
             assert reply(connection) == b""
-            works(store)
-            closing = [one for one in threading.enumerate() if "closing" in one.name]
-            assert closing, "it is still being closed"
-            peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        for thread in closing:
-            thread.join(30)
+            with dmabuf.store.connect(path) as store:
+                works(store)
+            threads = closing()
+            assert len(threads) == 1, "it is still being closed"
+        threads[0].join(30)
 
 
 def test_more_clients_than_there_may_be(path: Path) -> None:

@@ -12,13 +12,12 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 
-from dmabuf.store import protocol
+from dmabuf.store import place, protocol
 from dmabuf.store.memory import Memory
 from dmabuf.store.names import Entry, Peer
 from dmabuf.store.protocol import Refusal
 
 _SO_PEERGROUPS = 59
-_SO_PASSRIGHTS = 83
 _GROUPS_BYTES = 1024  # Python's most for a socket option: 256 groups
 
 
@@ -29,6 +28,12 @@ class Client:
         connection.setblocking(False)
         self.connection = connection
         self.peer = _peer(connection)
+        self.closes_slowly = place.may_carry_descriptors(connection)
+        """Whether the end may take as long as the peer likes.
+
+        Closing a descriptor may (SO_LINGER on a socket, for one), and so may closing a connection
+        on which some are under way.
+        """
         self.busy = False
         self.alive = True
         self.unnamed: dict[int, Entry[Memory]] = {}
@@ -69,14 +74,6 @@ class Clients:
         self._users: Counter[int] = Counter()
         self._closing: set[threading.Thread] = set()
         listener.setblocking(False)
-        # Closing a descriptor may take as long as its sender likes (SO_LINGER on a socket, for
-        # one), and so may closing a connection on which some are under way. Linux 6.16 lets none be
-        # sent, which connections inherit; before that each is closed by a thread of its own.
-        self._refuses_descriptors = True
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
-        except OSError:
-            self._refuses_descriptors = False
 
     def accept(self) -> Client | None:
         """The next one, or None where it was turned away. Raises OSError as accept(2)."""
@@ -93,12 +90,12 @@ class Clients:
         return None
 
     def drop(self, client: Client) -> None:
-        """End a connection."""
+        """End a connection: in a thread of its own, if that may take long."""
         client.alive = False
         self._all.discard(client)
         with suppress(OSError):  # the peer is told now, however long the rest takes
             client.connection.shutdown(socket.SHUT_RDWR)
-        if self._refuses_descriptors:
+        if not client.closes_slowly:
             client.close()
             self._users[client.peer.uid] -= 1
             return

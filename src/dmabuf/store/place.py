@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 _PATH_BYTES = 107  # sockaddr_un has room for these and a zero
 _BACKLOG = 128
 _FIRST_OF_SYSTEMD = 3  # SD_LISTEN_FDS_START
+_SO_PASSRIGHTS = 83
 
 
 def default_path() -> str:
@@ -58,6 +59,7 @@ def listening(path: str) -> Iterator[socket.socket]:
                 raise OSError(error.errno, error.strerror, path) from None
             # Nobody can connect before it listens.
             os.chmod(path, 0o666 if os.geteuid() == 0 else 0o600)
+            refuse_descriptors(listener)
             listener.listen(_BACKLOG)
             ours = os.stat(path)
         try:
@@ -86,10 +88,28 @@ def activated() -> socket.socket | None:
             and listener.type == socket.SOCK_SEQPACKET
             and listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
         ):
+            refuse_descriptors(listener)
             return listener
         listener.detach()
     text = "what systemd handed over is no socket that listens (ListenSequentialPacket=)"
     raise OSError(errno.EINVAL, text)
+
+
+def refuse_descriptors(listener: socket.socket) -> None:
+    """Have the kernel refuse what clients send along, where it can (Linux 6.16).
+
+    Connections inherit this when they are made, and not when they are accepted.
+    """
+    with suppress(OSError):
+        listener.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
+
+
+def may_carry_descriptors(connection: socket.socket) -> bool:
+    """Whether descriptors may have come on a connection."""
+    try:
+        return connection.getsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS) != 0
+    except OSError:
+        return True
 
 
 def tell_systemd(state: str) -> None:
