@@ -258,6 +258,63 @@ def test_a_descriptor_that_takes_long_to_close_holds_nobody_up(
         threads[0].join(30)
 
 
+def turn(server: Server, times: int) -> None:
+    """The server's loop, by hand."""
+    for _ in range(times):
+        server._later()  # so that it waits for nothing
+        server._turn()
+
+
+def close_all(server: Server, times: int) -> None:
+    """The server's loop, by hand, and the threads that close."""
+    for _ in range(times):
+        turn(server, 1)
+        for thread in closing():
+            thread.join(30)
+    turn(server, 1)
+    assert server._clients._users.total() == 0
+
+
+def test_no_more_threads_close_than_there_may_be_clients(path: Path) -> None:
+    """Who waits for them to come to an end is served then."""
+    listener = systemds(path, 20)
+    with contextlib.ExitStack() as stack:
+        for _ in range(12):
+            slow = stack.enter_context(slow_to_close())
+            connection = stack.enter_context(raw(path))
+            socket.send_fds(connection, [b"{}"], [slow.fileno()])
+            slow.close()
+        server = Server(listener, MIB)
+        server._clients._most = 4
+        turn(server, 40)
+        assert len(closing()) == 4
+    close_all(server, 40)
+    with serving(server), dmabuf.store.connect(path) as store:
+        works(store)
+
+
+def test_no_thread_to_close_with(path: Path, monkeypatch, caplog) -> None:
+    start = threading.Thread.start
+
+    def no_room(thread: threading.Thread) -> None:
+        if "closing" in thread.name:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    server = Server(systemds(path, 2), MIB)
+    with raw(path) as connection:
+        socket.send_fds(connection, [b"{}"], [connection.fileno()])
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", no_room)
+            turn(server, 4)
+            assert reply(connection) == b"", "the peer is told all the same"
+            assert not server._listening
+        assert "can't start new thread" in caplog.text
+        close_all(server, 1)
+        with serving(server), dmabuf.store.connect(path) as store:
+            works(store)
+
+
 def test_more_clients_than_there_may_be(path: Path) -> None:
     with in_a_thread(path) as server, contextlib.ExitStack() as stack:
         server._clients._most = 10  # half of them one user's

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import functools
+import logging
 import os
 import socket
 import struct
@@ -16,6 +18,8 @@ from dmabuf.store import place, protocol
 from dmabuf.store.memory import Memory
 from dmabuf.store.names import Entry, Peer
 from dmabuf.store.protocol import Refusal
+
+log = logging.getLogger("dmabuf")
 
 _SO_PEERGROUPS = 59
 _GROUPS_BYTES = 1024  # Python's most for a socket option: 256 groups
@@ -72,6 +76,7 @@ class Clients:
         self._listener, self._most, self._later = listener, most, later
         self._all: set[Client] = set()
         self._users: Counter[int] = Counter()
+        self._dropped: list[Client] = []
         self._closing: set[threading.Thread] = set()
         listener.setblocking(False)
 
@@ -95,22 +100,39 @@ class Clients:
         self._all.discard(client)
         with suppress(OSError):  # the peer is told now, however long the rest takes
             client.connection.shutdown(socket.SHUT_RDWR)
-        if not client.closes_slowly:
+        if client.closes_slowly:
+            self._dropped.append(client)
+            self.close_dropped()
+        else:
             client.close()
             self._users[client.peer.uid] -= 1
-            return
 
-        def close() -> None:
-            client.close()
-            self._later(closed)
+    def close_dropped(self) -> None:
+        """Have threads close what was dropped: as many as there may be clients, at most."""
+        while self._dropped and len(self._closing) < self._most:
+            client = self._dropped[-1]
+            closing = functools.partial(self._close, client)
+            thread = threading.Thread(target=closing, name="dmabuf store: closing", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # no room for one now: later there may be
+                log.error("dmabuf store: closing a connection: %s", error)
+                return
+            self._dropped.pop()
+            self._closing.add(thread)
 
-        def closed() -> None:
-            self._closing.discard(thread)
-            self._users[client.peer.uid] -= 1  # not before: no more threads than connections
+    def _close(self, client: Client) -> None:
+        client.close()
+        self._later(self._closed, client, threading.current_thread())
 
-        thread = threading.Thread(target=close, name="dmabuf store: closing", daemon=True)
-        self._closing.add(thread)
-        thread.start()
+    def _closed(self, client: Client, thread: threading.Thread) -> None:
+        self._closing.discard(thread)
+        self._users[client.peer.uid] -= 1  # not before: it counts while it has a descriptor
+
+    @property
+    def full(self) -> bool:
+        """Whether so many are being closed that no further one may be accepted."""
+        return bool(self._dropped) or len(self._closing) >= self._most
 
     def drop_all(self) -> None:
         """End them all. What takes longer than a second to close is left to the process's end."""

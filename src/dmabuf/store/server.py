@@ -76,12 +76,13 @@ class Server:
         """Serve until :meth:`stop`; then every connection and descriptor is closed."""
         try:
             while not self._stopping.is_set():
-                self._listen()
                 self._turn()
         finally:
             self._end()
 
     def _turn(self) -> None:
+        self._clients.close_dropped()
+        self._listen(not self._clients.full)
         ticking = self._names.removed or not self._listening
         for key, _ in self._selector.select(_TICK if ticking else None):
             if key.fileobj is self._listener:
@@ -120,10 +121,12 @@ class Server:
 
     # Connections.
 
-    def _listen(self) -> None:
-        if not self._listening:
+    def _listen(self, wanted: bool = True) -> None:
+        if wanted and not self._listening:
             self._selector.register(self._listener, selectors.EVENT_READ)
-            self._listening = True
+        elif not wanted and self._listening:
+            self._selector.unregister(self._listener)
+        self._listening = wanted
 
     def _accept(self) -> None:
         try:
@@ -132,8 +135,7 @@ class Server:
             return
         except OSError as error:  # no descriptors or memory: others may give up some
             log.error("dmabuf store: accept: %s", error.strerror)
-            self._selector.unregister(self._listener)
-            self._listening = False
+            self._listen(False)
             return
         if client is not None:
             self._selector.register(client.connection, selectors.EVENT_READ, client)
