@@ -31,11 +31,11 @@ def held(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> Iterator[
     came, go_on = trio.Event(), threading.Event()
     function = getattr(owner, name)
 
-    def waiting(*arguments: object) -> object:
+    def waiting(*arguments: object, **named: object) -> object:
         if threading.current_thread() is not threading.main_thread() and not came.is_set():
             trio.from_thread.run_sync(came.set)
-            assert go_on.wait(60)
-        return function(*arguments)
+            assert go_on.wait(20)
+        return function(*arguments, **named)
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, waiting)
