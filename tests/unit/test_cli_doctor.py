@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dmabuf import exporters
+from dmabuf import _sysfs, exporters
+from dmabuf._sysfs import Mount
 from dmabuf.cli import _path
 from dmabuf.route import Route
 from tests.support import assert_same, pattern
@@ -125,12 +126,12 @@ def test_a_name_that_is_not_utf8(tmp_path: Path, capsys: Capture) -> None:
 
 
 def test_filesystem_of_the_innermost_mount(monkeypatch, tmp_path: Path) -> None:
-    table = (
-        "1 0 8:1 / / rw - ext4 /dev/a rw\n"
-        "2 1 8:2 / /mnt rw,x shared:1 - xfs /dev/b rw\n"
-        "3 2 8:3 / /mnt/a\\040b rw - btrfs /dev/c rw\n"
-    )
-    monkeypatch.setattr(Path, "read_text", lambda *_a, **_k: table)
+    table = [
+        Mount("/", "/", "ext4", "rw"),
+        Mount("/mnt", "/", "xfs", "rw"),
+        Mount("/mnt/a b", "/", "btrfs", "rw"),
+    ]
+    monkeypatch.setattr(_sysfs, "mounts", lambda: iter(table))
     monkeypatch.setattr(os.path, "realpath", lambda path: path)
     assert _path.filesystem("/home/x") == "ext4"
     assert _path.filesystem("/mnt/x") == "xfs"

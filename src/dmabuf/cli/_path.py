@@ -8,10 +8,9 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-from dmabuf import exporters, facts, nvme
+from dmabuf import _sysfs, exporters, facts, nvme
 from dmabuf.buffer import Buffer
 from dmabuf.errors import RouteUnavailable
 from dmabuf.file import File
@@ -162,21 +161,11 @@ def filesystem(path: str) -> str | None:
     real = os.path.realpath(path)
     best: tuple[int, str] | None = None
     with suppress(OSError):
-        text = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
-        for line in text.splitlines():
-            head, _, tail = line.partition(" - ")
-            point = _unescape(head.split()[4])
+        for point, _, kind, _ in _sysfs.mounts():
             inside = point == "/" or real == point or real.startswith(point + "/")
             if inside and (best is None or len(point) >= best[0]):
-                best = len(point), tail.split()[0]
+                best = len(point), kind
     return best and best[1]
-
-
-def _unescape(text: str) -> str:
-    """A mount point without the octal escapes of proc(5)."""
-    for code in ("040", "011", "012", "134"):
-        text = text.replace(f"\\{code}", chr(int(code, 8)))
-    return text
 
 
 Format = Literal[1]

@@ -10,6 +10,7 @@ their own.
 
 import errno
 import os
+from contextlib import suppress
 from typing import NamedTuple
 
 from dmabuf import _sysfs
@@ -82,14 +83,12 @@ def _cgroup_figures(root: str) -> list[tuple[int, str]]:
 def _cgroup_mounts(root: str, version: int) -> list[tuple[str, str]]:
     """(mount point, folder of the hierarchy that is mounted there)."""
     mounts = []
-    for line in _sysfs.read(root, "proc/self/mountinfo").splitlines():
-        head, _, tail = line.partition(" - ")
-        kind, _, options = tail.split(" ", 2)
-        if (version == 2 and kind == "cgroup2") or (
-            version == 1 and kind == "cgroup" and "memory" in options.split(",")
-        ):
-            words = head.split()
-            mounts.append((words[4], words[3]))
+    with suppress(OSError):
+        for mount in _sysfs.mounts(root):
+            if (version == 2 and mount.kind == "cgroup2") or (
+                version == 1 and mount.kind == "cgroup" and "memory" in mount.options.split(",")
+            ):
+                mounts.append((mount.point, mount.below))
     return mounts
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import shutil
 import signal
 import subprocess
 from collections.abc import Callable
 from typing import Any
 
+from dmabuf import _sysfs
 from dmabuf.errors import os_error
 from dmabuf.mount.files import Files
 from dmabuf.store import default_path
@@ -18,7 +18,6 @@ from dmabuf.store import default_path
 _DEVICE = "/dev/fuse"
 _KIND = "fuse.dmabuf"
 _IDLE = 3  # tasks that wait for the next request; others end, and their 1 MiB goes
-_ESCAPE = re.compile(rb"\\([0-7]{3})")  # blanks, newlines and backslashes in mountinfo
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -139,12 +138,9 @@ def _take_away_dead(directory: str) -> bool:
 def _mounted(directory: str) -> str | None:
     """The kind of file system that is mounted at a directory, whose path has no symlinks."""
     kind = None
-    with open("/proc/self/mountinfo", "rb") as lines:
-        for line in lines:
-            head, _, tail = line.partition(b" - ")
-            point = _ESCAPE.sub(lambda match: bytes([int(match[1], 8)]), head.split(b" ")[4])
-            if point == os.fsencode(directory):
-                kind = os.fsdecode(tail.partition(b" ")[0])
+    for mount in _sysfs.mounts():
+        if mount.point == directory:
+            kind = mount.kind
     return kind
 
 
