@@ -1,9 +1,11 @@
 """Clients that send garbage, too much, descriptors or nothing, or die: nobody else is harmed."""
 
 import contextlib
+import ctypes
 import errno
 import os
 import random
+import resource
 import select
 import signal
 import socket
@@ -26,6 +28,7 @@ from tests.serving import as_a_program, in_a_thread, serving
 from tests.support import in_child, pattern
 
 MIB = 1 << 20
+PR_CAPBSET_DROP, CAP_SYS_ADMIN, CAP_SYS_RESOURCE = 24, 21, 24
 
 
 @pytest.fixture
@@ -169,6 +172,32 @@ def test_requests_without_reading_end_the_connection(path: Path, store: Store) -
             connection.send(request)
             assert reply(connection)
     works(store)
+
+
+def test_grants_that_nobody_reads_end_no_other_connection(path: Path) -> None:
+    """As many as may be under way, of a server without privileges (unix(7), ETOOMANYREFS)."""
+
+    def unprivileged() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (96, 96))
+        for capability in (CAP_SYS_ADMIN, CAP_SYS_RESOURCE):
+            ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
+
+    request = protocol.pack_request("open", name="n", mode="r+", trusted=False)
+    with as_a_program(path, preexec_fn=unprivileged), dmabuf.store.connect(path) as store:
+        store.create("n", 4096, exporter="memfd").close()
+        with contextlib.ExitStack() as stack:
+            with pytest.raises(OSError, match="do not read what they are granted") as caught:
+                for _ in range(200):
+                    connection = stack.enter_context(raw(path))
+                    connection.send(request)
+                    connection.send(request)  # which ends it, and the first reply stays unread
+                    ended = select.poll()
+                    ended.register(connection, select.POLLRDHUP)
+                    assert ended.poll(10_000)
+                    store.open("n").close()
+            assert (caught.value.errno, caught.value.filename) == (errno.ETOOMANYREFS, "n")
+            assert [one.name for one in store.list()] == ["n"]
+        store.open("n").close()
 
 
 @contextlib.contextmanager

@@ -34,6 +34,10 @@ log = logging.getLogger("dmabuf")
 MOST_NAMES = 1 << 16
 MOST_CLIENTS = 1024
 
+_UNREAD = (
+    "others do not read what they are granted, and no more descriptors may be under way "
+    "(later they may; or run the server as root, or with more: ulimit -Hn, LimitNOFILE=)"
+)
 _LISTED = 256  # names in a reply, at most
 _TICK = 1.0
 """Seconds between looks at memory that was removed and is still in use."""
@@ -174,7 +178,9 @@ class Server:
             return
         try:
             client.send(data, descriptors or [])
-        except OSError:
+        except OSError as error:
+            if error.errno == errno.ETOOMANYREFS:
+                raise Refusal(error.errno, _UNREAD) from None
             self._drop(client)
 
     def _pause(self, client: Client) -> None:
