@@ -1,11 +1,11 @@
 """The memory of the store: made, granted, watched and let go of, by descriptors alone.
 
-The server maps nothing. It keeps one descriptor of each dma-buf and one of the memfd behind them,
-and these tell whether anyone else still has the memory. A dma-buf's fdinfo has the references to it
-(descriptors, mappings, attached devices, messages under way); and a write lease on a memfd
-(fcntl(2), F_SETLEASE) is granted only while nobody else has it open, since each grant of it is an
-open file of its own. On memfds of huge pages the kernel has no leases: one that was ever granted
-counts as in use for as long as the store is there.
+The server maps nothing, but to empty what it frees. It keeps one descriptor of each dma-buf and one
+of the memfd behind them, and these tell whether anyone else still has the memory. A dma-buf's
+fdinfo has the references to it (descriptors, mappings, attached devices, messages under way); and a
+write lease on a memfd (fcntl(2), F_SETLEASE) is granted only while nobody else has it open, since
+each grant of it is an open file of its own. On memfds of huge pages the kernel has no leases: one
+that was ever granted counts as in use for as long as the store is there.
 """
 
 from __future__ import annotations
