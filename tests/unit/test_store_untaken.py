@@ -139,3 +139,22 @@ def test_a_server_that_ended_has_nothing(name, path: Path) -> None:
     with store, pytest.raises(ConnectionError):
         store.list()
     assert held() == before
+
+
+@names
+def test_a_grant_that_the_kernel_does_not_send(name, store: Store, monkeypatch) -> None:
+    """As where others of this user's have left so many descriptors unread."""
+    send = clients.Client.send
+
+    def sending(self: clients.Client, data: bytes, descriptors: list[int]) -> None:
+        if descriptors:
+            raise OSError(errno.ETOOMANYREFS, os.strerror(errno.ETOOMANYREFS))
+        send(self, data, descriptors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(clients.Client, "send", sending)
+        with pytest.raises(OSError) as caught:
+            store.create(name, SIZE)
+    assert caught.value.errno == errno.ETOOMANYREFS
+    nothing_there(store)
+    works(store)
