@@ -69,6 +69,34 @@ def test_a_name_goes_and_changes(store: Store) -> None:
         assert buf.pread(4, 0) == b"kept"
 
 
+REQUESTS = {
+    "open": lambda store, number: store.open("x", "r+", number=number).close(),
+    "truncate": lambda store, number: store.truncate("x", 5, number=number),
+    "chmod": lambda store, number: store.chmod("x", 0o604, number=number),
+    "chown": lambda store, number: store.chown("x", gid=os.getegid(), number=number),
+    "utime": lambda store, number: store.utime("x", modified_ns=5, number=number),
+    "rename": lambda store, number: store.rename("x", "y", number=number),
+    "replace": lambda store, number: store.rename("z", "x", replace=number),
+    "remove": lambda store, number: store.remove("x", number=number),
+}
+
+
+@pytest.mark.parametrize("request_", REQUESTS.values(), ids=REQUESTS)
+def test_a_request_may_be_for_the_buffer_that_was_looked_at_alone(store: Store, request_) -> None:
+    store.create("z", 1).close()
+    store.create("x", SIZE).close()
+    looked_at = store.stat("x").number
+    with store.create(None, SIZE) as newer:
+        told = store.link(newer, "x")
+    before = store.list()
+    assert told in before
+    with pytest.raises(OSError, match=f"has the number {looked_at}") as caught:
+        request_(store, looked_at)
+    assert (caught.value.errno, caught.value.filename) == (errno.ESTALE, "x")
+    assert store.list() == before
+    request_(store, told.number)
+
+
 _FILL = """
 import sys, dmabuf.store
 with dmabuf.store.connect(sys.argv[1]) as store, store.create("left", 4096) as buf:

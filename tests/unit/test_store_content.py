@@ -32,10 +32,14 @@ def test_a_name_grows_and_shrinks_by_other_memory_while_nobody_has_its_own(store
         with pytest.raises(OSError, match="does not grow") as caught:
             store.swap(larger, "grows", SIZE + 1)
         assert caught.value.errno == errno.EFBIG
-        store.swap(larger, "grows", SIZE - 1)
+        with pytest.raises(OSError, match="has the number") as caught:
+            store.swap(larger, "grows", SIZE - 1, number=before.number + 1)
+        assert caught.value.errno == errno.ESTALE
+        told = store.swap(larger, "grows", SIZE - 1, number=before.number)
         with pytest.raises(ValueError, match="without a name"):
             store.swap(larger, "grows", 1)
     after = store.stat("grows")
+    assert told == after._replace(in_use=None)
     assert (after.size, after.length) == (SIZE, SIZE - 1)
     assert (after.number, after.mode, after.created_ns) == (
         before.number, before.mode, before.created_ns,

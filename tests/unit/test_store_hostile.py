@@ -118,7 +118,7 @@ def _operations(path: Path, data: st.DataObject) -> None:
                 elif field == "mode":
                     fields[field] = data.draw(st.sampled_from(["r", "r+", "w", 0o600, 0o777, 0]))
                 else:
-                    fields[field] = data.draw(numbers)
+                    fields[field] = data.draw(numbers | st.none())
             connection.send(protocol._dump(fields))
             got, fds, _, _ = socket.recv_fds(connection, protocol.REPLY_BYTES, 253)
             for fd in fds:

@@ -122,6 +122,23 @@ def test_a_name_that_is_just_being_made() -> None:
     assert names.listing("", 9) == ["new"]
 
 
+def test_a_name_is_still_a_numbers_or_refused() -> None:
+    names = one()
+    number = names.find("n").number
+    assert names.find("n", number) is names.find("n")
+    names.rename("n", "m", True, OWNER)
+    refused(errno.ESTALE, names.find, "n", number)
+    names.finish(names.begin("n", OWNER, 0o600, 1, 1), Fake(1))
+    newer = names.find("n").number
+    refused(errno.ESTALE, names.find, "n", number)
+    refused(errno.ENOENT, names.find, "x")
+    refused(errno.ESTALE, names.rename, "m", "n", number, OWNER)
+    assert names.listing("", 9) == ["m", "n"]
+    names.rename("m", "n", newer, OWNER)
+    names.rename("n", "x", newer, OWNER)
+    assert (names.listing("", 9), names.find("x").number) == (["x"], number)
+
+
 NAMES = st.sampled_from("abcd")
 PEERS = st.sampled_from([OWNER, MEMBER, IN_GROUP, ROOT])
 

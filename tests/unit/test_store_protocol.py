@@ -16,7 +16,8 @@ FIELDS = {
     "to": st.just("other"),
     "size": st.integers(1, 2**62),
     "length": st.integers(0, 2**62),
-    "number": st.integers(0, 2**62),
+    "number": st.none() | st.integers(1, 2**62),
+    "unnamed": st.integers(1, 2**62),
     "mode": st.integers(0, 0o777),
     "exporter": st.text(max_size=64),
     "huge_pages": st.booleans() | st.integers(1, 2**40),
@@ -41,6 +42,8 @@ def requests(draw: st.DrawFn) -> Request:
     fields = {field: draw(FIELDS[field]) for field in protocol._OPERATIONS[op]}
     if op == "open":
         fields["mode"] = draw(st.sampled_from(protocol.MODES))
+    if op == "rename":
+        fields["replace"] = draw(st.booleans() | st.integers(1, 2**62))
     return Request(op, fields)
 
 
@@ -88,7 +91,8 @@ def test_a_field_that_is_another(request_: Request, data: st.DataObject) -> None
     if isinstance(found, Request):
         got = found.fields[field]
         assert type(got) in (bool, int, str, type(None))
-        assert field not in ("size", "length", "number") or 0 <= got <= 2**62
+        assert field not in ("size", "unnamed") or 1 <= got <= 2**62
+        assert field not in ("number", "length") or got is None or 0 <= got <= 2**62
         assert field != "mode" or got in protocol.MODES or 0 <= got <= 0o777
         assert field != "name" or got is None or protocol.check_name(got)
 

@@ -40,6 +40,9 @@ class Store:
     open is the mode's word, and a name is removed, renamed and changed by its owner, or root. A
     name has 1 to 255 bytes of UTF-8, printable and without "/".
 
+    A name may be another buffer's by the time a request comes. With ``number`` (Status.number) it
+    is for that buffer, or refused: OSError(ESTALE).
+
     Every method raises plain OSErrors with the name as ``filename``: FileNotFoundError,
     FileExistsError, PermissionError, ENOSPC for more than ``--max-memory``, ConnectionError where
     the server is gone; and ClosedError after :meth:`close`, and in the child of a fork.
@@ -96,65 +99,71 @@ class Store:
             trusted=trusted,
         )
         try:
-            buffer, _, number = _buffer(name, result, descriptors)
+            buffer, _, unnamed = _buffer(name, result, descriptors)
         except BaseException:
             self._undo(name, result)
             raise
-        if number is not None:
-            self._unnamed[buffer] = number
+        if unnamed is not None:
+            self._unnamed[buffer] = unnamed
         return buffer
 
     def _undo(self, name: str | None, result: dict[str, Any]) -> None:
         """Have the store forget what it made, as far as its reply can be read."""
         with suppress(OSError, ClosedError), told(name):
-            number = protocol.grant(result.get("grant")).number
-            if number is not None:
-                self._connection.ask("discard", number=number)
+            unnamed = protocol.grant(result.get("grant")).unnamed
+            if unnamed is not None:
+                self._connection.ask("discard", unnamed=unnamed)
             elif name is not None:
-                made = protocol.status(result.get("status")).number
-                self._connection.ask("remove", name=name, number=made)
+                self.remove(name, number=protocol.status(result.get("status")).number)
 
     def link(
         self, buffer: Buffer, name: str, *, replace: bool = True, length: int | str | None = None
-    ) -> None:
+    ) -> Status:
         """Give a Buffer that :meth:`create` made without a name one, in the place of any other's.
 
         ``length`` is that of the content, by default what was asked for: the name is there with it
-        at once, whatever its mode.
+        at once, whatever its mode. Returns what the name stands for then; ``in_use`` is None.
 
         Raises ValueError for a Buffer that has one, or is not of this Store; FileExistsError for
         one of that name without ``replace``; OSError(EFBIG) for more content than memory.
         """
-        number = self._number(buffer)
         content = None if length is None else parse_size(length, "length")
-        self._connection.ask("link", number=number, name=name, replace=replace, length=content)
-        del self._unnamed[buffer]
+        return self._give(buffer, "link", name=name, replace=replace, length=content)
 
-    def swap(self, buffer: Buffer, name: str, length: int | str) -> None:
+    def swap(
+        self, buffer: Buffer, name: str, length: int | str, *, number: int | None = None
+    ) -> Status:
         """Put a Buffer that was created without a name behind one: so a name grows, and shrinks.
 
         The name keeps its owner, its mode and its number; ``length`` is that of the content. Who
         may write the name may, while nobody has its old memory: else OSError(EBUSY), and your own
-        Buffer of it counts too.
+        Buffer of it counts too. Returns what the name stands for then; ``in_use`` is None.
         """
         content = parse_size(length, "length")
-        self._connection.ask("swap", number=self._number(buffer), name=name, length=content)
+        return self._give(buffer, "swap", name=name, number=number, length=content)
+
+    def _give(self, buffer: Buffer, op: str, **fields: Any) -> Status:
+        result, _ = self._connection.ask(op, unnamed=self._number(buffer), **fields)
         del self._unnamed[buffer]
+        with told(fields["name"]):
+            return protocol.status(result.get("status"))
 
     def discard(self, buffer: Buffer) -> None:
         """Close a Buffer that was created without a name: its memory is free again."""
-        number = self._number(buffer)
+        unnamed = self._number(buffer)
         buffer.close()
         del self._unnamed[buffer]
-        self._connection.ask("discard", number=number)
+        self._connection.ask("discard", unnamed=unnamed)
 
     def _number(self, buffer: Buffer) -> int:
-        number = self._unnamed.get(buffer)
-        if number is None:
+        unnamed = self._unnamed.get(buffer)
+        if unnamed is None:
             raise ValueError(f"{buffer!r} was not created without a name, by this Store")
-        return number
+        return unnamed
 
-    def open(self, name: str, mode: str = "r", trusted: bool = False) -> Buffer:
+    def open(
+        self, name: str, mode: str = "r", trusted: bool = False, *, number: int | None = None
+    ) -> Buffer:
         """The buffer of a name: the same memory as everyone's, mapped when it is first touched.
 
         ``mode`` is "r" or "r+". Who may write the name gets its dma-bufs, also for "r": the Buffer
@@ -166,16 +175,18 @@ class Store:
         behind a udmabuf, and with it the ``direct`` route. What that hands over is in
         docs/security.md.
         """
-        return self.open_with_status(name, mode, trusted)[0]
+        return self.open_with_status(name, mode, trusted, number=number)[0]
 
     def open_with_status(
-        self, name: str, mode: str = "r", trusted: bool = False
+        self, name: str, mode: str = "r", trusted: bool = False, *, number: int | None = None
     ) -> tuple[Buffer, Status]:
         """As :meth:`open`, and what the name stood for in that moment; ``in_use`` is None.
 
         What is asked with :meth:`stat`, before or after, may be another buffer of that name.
         """
-        result, descriptors = self._connection.ask("open", name=name, mode=mode, trusted=trusted)
+        result, descriptors = self._connection.ask(
+            "open", name=name, number=number, mode=mode, trusted=trusted
+        )
         return _buffer(name, result, descriptors)[:2]
 
     def list(self) -> list[Status]:
@@ -199,32 +210,46 @@ class Store:
         with told(name):
             return protocol.status(result.get("status"))
 
-    def remove(self, name: str) -> None:
+    def remove(self, name: str, *, number: int | None = None) -> None:
         """Take a name away. Whoever has the buffer keeps it, and it counts until they let go."""
-        self._connection.ask("remove", name=name, number=None)
+        self._connection.ask("remove", name=name, number=number)
 
-    def rename(self, old: str, new: str, *, replace: bool = True) -> None:
+    def rename(
+        self, old: str, new: str, *, replace: bool | int = True, number: int | None = None
+    ) -> None:
         """Give a buffer another name; one of that name is replaced, as rename(2) does.
 
-        Raises FileExistsError for one of that name without ``replace``.
+        Where ``replace`` is a number, only that one. Raises FileExistsError for one of that name
+        without ``replace``.
         """
-        self._connection.ask("rename", name=old, to=new, replace=replace)
+        self._connection.ask("rename", name=old, number=number, to=new, replace=replace)
 
-    def truncate(self, name: str, length: int | str) -> None:
+    def truncate(self, name: str, length: int | str, *, number: int | None = None) -> None:
         """Say how many bytes are content, at most the buffer's size; the memory stays as it is."""
-        self._connection.ask("truncate", name=name, length=parse_size(length, "length"))
+        content = parse_size(length, "length")
+        self._connection.ask("truncate", name=name, number=number, length=content)
 
-    def chmod(self, name: str, mode: int) -> None:
+    def chmod(self, name: str, mode: int, *, number: int | None = None) -> None:
         """Change who may open it: nine bits, as chmod(2). What is open stays open."""
-        self._connection.ask("chmod", name=name, mode=mode)
+        self._connection.ask("chmod", name=name, number=number, mode=mode)
 
-    def chown(self, name: str, uid: int = SAME, gid: int = SAME) -> None:
+    def chown(
+        self, name: str, uid: int = SAME, gid: int = SAME, *, number: int | None = None
+    ) -> None:
         """Change its owner (root alone) or group (its owner, to one of his own); -1 leaves it."""
-        self._connection.ask("chown", name=name, uid=uid, gid=gid)
+        self._connection.ask("chown", name=name, number=number, uid=uid, gid=gid)
 
-    def utime(self, name: str, *, accessed_ns: int = SAME, modified_ns: int = SAME) -> None:
+    def utime(
+        self,
+        name: str,
+        *,
+        accessed_ns: int = SAME,
+        modified_ns: int = SAME,
+        number: int | None = None,
+    ) -> None:
         """Set the times of the content, in ns since 1970; its owner may, and who may write it."""
-        self._connection.ask("utime", name=name, accessed_ns=accessed_ns, modified_ns=modified_ns)
+        times = {"accessed_ns": accessed_ns, "modified_ns": modified_ns}
+        self._connection.ask("utime", name=name, number=number, **times)
 
     def usage(self) -> Usage:
         """How many bytes and names there are, and how many there may be."""
@@ -255,7 +280,7 @@ class Store:
 def _buffer(
     name: str | None, result: dict[str, Any], descriptors: Sequence[int] | None
 ) -> tuple[Buffer, Status, int | None]:
-    """The Buffer that was granted, its status and number; what it does not take is closed."""
+    """The Buffer that was granted, its status, and what "link" calls it; the rest is closed."""
     if descriptors is None:
         raise OSError(errno.EMFILE, "too many open descriptors (ulimit -n)", name)
     left = list(descriptors)
@@ -265,7 +290,7 @@ def _buffer(
             grant = protocol.grant(result.get("grant"))
             buffer = as_buffer(status, grant, descriptors)
         del left[: grant.slabs]
-        return buffer, status, grant.number
+        return buffer, status, grant.unnamed
     finally:
         for fd in left:
             os.close(fd)

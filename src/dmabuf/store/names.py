@@ -151,9 +151,11 @@ class Names(Generic[M]):
         else:
             del self._entries[entry.name]
 
-    def find(self, name: str) -> Entry[M]:
-        """What a name stands for."""
+    def find(self, name: str, number: int | None = None) -> Entry[M]:
+        """What a name stands for; with a number (not None), only if it is (still) that one's."""
         entry = self._entries.get(name)
+        if number is not None and (entry is None or entry.number != number):
+            raise Refusal(errno.ESTALE, f"no buffer of that name has the number {number}", name)
         if entry is None or entry.memory is None:
             raise Refusal(errno.ENOENT, "no buffer of that name", name)
         return entry
@@ -173,32 +175,31 @@ class Names(Generic[M]):
             )
         return entry
 
-    def remove(self, name: str, peer: Peer, number: int | None = None) -> None:
-        """Take the name away, if it is (still) that number's. The memory stays charged."""
-        entry = self._owned(name, peer, "removed")
-        if number not in (None, entry.number):
-            raise Refusal(errno.ENOENT, f"no buffer of that name has the number {number}", name)
-        self.drop(entry)
+    def remove(self, name: str, peer: Peer) -> None:
+        """Take the name away. The memory stays charged."""
+        self.drop(self._owned(name, peer, "removed"))
 
-    def rename(self, name: str, to: str, replace: bool, peer: Peer) -> None:
-        """Give a name's memory another one; with ``replace``, take that from whatever had it."""
+    def rename(self, name: str, to: str, replace: bool | int, peer: Peer) -> None:
+        """Give a name's memory another one; with ``replace``, as :meth:`link`."""
         entry = self._owned(name, peer, "renamed")
         if name != to or not replace:
             self.link(entry, to, replace, None, peer)
 
     def link(
-        self, entry: Entry[M], name: str, replace: bool, length: int | None, peer: Peer
+        self, entry: Entry[M], name: str, replace: bool | int, length: int | None, peer: Peer
     ) -> None:
         """Give memory a name, in the place of what it is called.
 
-        With ``replace``, in the place of what is called that, too; with ``length`` (not None), that
-        many bytes of it are content.
+        With ``replace``, in the place of what is called that, too; a number is for that one alone.
+        With ``length`` (not None), that many bytes of it are content.
         """
         if length is not None:
             self._check_length(length, entry.charge, name)
         if name in self._entries:
             if not replace:
                 raise Refusal(errno.EEXIST, "there is a buffer of that name", name)
+            if replace is not True:
+                self.find(name, replace)
             if self._entries[name].memory is None:
                 raise Refusal(errno.EBUSY, "a buffer of that name is just being made", name)
             self.drop(self._owned(name, peer, "replaced"))

@@ -4,11 +4,13 @@ The socket is AF_UNIX SOCK_SEQPACKET: the kernel keeps messages apart, so there 
 wait for, and descriptors (SCM_RIGHTS) come with the message that they belong to. A message is a
 JSON object in UTF-8, a request of at most 4 KiB and a reply of at most 32 KiB::
 
-    {"op": "open", "name": "frames", "mode": "r+", "trusted": false}
+    {"op": "open", "name": "frames", "number": null, "mode": "r+", "trusted": false}
     {"result": {...}}    with the descriptors of a grant, where there is one
     {"error": [2, "no buffer of that name", "frames"]}
 
-A client has one request under way at a time: it reads the reply before it sends the next.
+A client has one request under way at a time: it reads the reply before it sends the next. Where a
+request has a ``number`` (Status.number, or null), it is refused (ESTALE) unless its name is that
+number's: so it is for the buffer that was looked at before, or for none.
 """
 
 from __future__ import annotations
@@ -90,15 +92,16 @@ class Usage(NamedTuple):
 class Grant(NamedTuple):
     """What the descriptors of a reply are: the slabs first, then the memfd if it is there too.
 
-    ``kind`` is "dma-buf", or "memfd" where the one descriptor is the memory file itself. ``number``
-    is what "link" calls memory by that was created without a name, on this connection; else None.
+    ``kind`` is "dma-buf", or "memfd" where the one descriptor is the memory file itself.
+    ``unnamed`` is what "link" calls memory by that was created without a name, on this connection;
+    else None.
     """
 
     kind: str
     slabs: int
     memfd: bool
     writable: bool
-    number: int | None = None
+    unnamed: int | None = None
 
 
 def check_name(name: object) -> str:
@@ -142,12 +145,19 @@ def _name(value: object) -> bool:
     return True
 
 
+def _replaced(value: object) -> bool:
+    return _flag(value) or _NUMBER(value)
+
+
 def _optional(good: Callable[[object], bool]) -> Callable[[object], bool]:
     return lambda value: value is None or good(value)
 
 
 _ID = _integer(SAME, _ID_MAX)
 _NS = _integer(SAME, 2**63 - 1)
+_LENGTH = _integer(0, _SIZE_MAX)
+_NUMBER = _integer(1, _SIZE_MAX)
+_STILL = _optional(_NUMBER)
 _OPERATIONS: dict[str, dict[str, Callable[[object], bool]]] = {
     "create": {
         "name": _optional(_name),
@@ -157,23 +167,28 @@ _OPERATIONS: dict[str, dict[str, Callable[[object], bool]]] = {
         "huge_pages": _page_size,
         "trusted": _flag,
     },
-    "open": {"name": _name, "mode": lambda value: value in MODES, "trusted": _flag},
+    "open": {
+        "name": _name,
+        "number": _STILL,
+        "mode": lambda value: value in MODES,
+        "trusted": _flag,
+    },
     "link": {
-        "number": _integer(0, _SIZE_MAX),
+        "unnamed": _NUMBER,
         "name": _name,
         "replace": _flag,
-        "length": _optional(_integer(0, _SIZE_MAX)),
+        "length": _optional(_LENGTH),
     },
     "stat": {"name": _name},
     "list": {"after": _text(NAME_BYTES)},
-    "remove": {"name": _name, "number": _optional(_integer(0, _SIZE_MAX))},
-    "swap": {"number": _integer(0, _SIZE_MAX), "name": _name, "length": _integer(0, _SIZE_MAX)},
-    "discard": {"number": _integer(0, _SIZE_MAX)},
-    "rename": {"name": _name, "to": _name, "replace": _flag},
-    "truncate": {"name": _name, "length": _integer(0, _SIZE_MAX)},
-    "chmod": {"name": _name, "mode": _integer(0, 0o777)},
-    "chown": {"name": _name, "uid": _ID, "gid": _ID},
-    "utime": {"name": _name, "accessed_ns": _NS, "modified_ns": _NS},
+    "remove": {"name": _name, "number": _STILL},
+    "swap": {"unnamed": _NUMBER, "name": _name, "number": _STILL, "length": _LENGTH},
+    "discard": {"unnamed": _NUMBER},
+    "rename": {"name": _name, "number": _STILL, "to": _name, "replace": _replaced},
+    "truncate": {"name": _name, "number": _STILL, "length": _LENGTH},
+    "chmod": {"name": _name, "number": _STILL, "mode": _integer(0, 0o777)},
+    "chown": {"name": _name, "number": _STILL, "uid": _ID, "gid": _ID},
+    "utime": {"name": _name, "number": _STILL, "accessed_ns": _NS, "modified_ns": _NS},
     "usage": {},
 }
 

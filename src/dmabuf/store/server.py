@@ -165,8 +165,11 @@ class Server:
             self._drop(client)
             return
         try:
-            request = protocol.parse_request(data)
-            getattr(self, f"_do_{request.op}")(client, **request.fields)
+            op, fields = protocol.parse_request(data)
+            number = fields.pop("number", None)
+            if number is not None:
+                self._names.find(fields["name"], number)  # and nothing comes in between
+            getattr(self, f"_do_{op}")(client, **fields)
         except Refusal as refusal:
             self._reply(client, protocol.pack_error(refusal))
         except Exception:  # a mistake of ours is to end one connection, and not the store
@@ -224,47 +227,49 @@ class Server:
             self._reply(client, protocol.pack_error(made))
             return
         self._names.finish(entry, made)
-        number = None
+        unnamed = None
         if entry.name is None:
-            number = client.created = client.created + 1
+            unnamed = client.created = client.created + 1
         try:
             if client.alive:
-                self._grant(client, entry, "r+", trusted=trusted, may_write=True, number=number)
+                self._grant(client, entry, "r+", trusted=trusted, may_write=True, unnamed=unnamed)
         except Refusal as refusal:
             self._names.drop(entry)
             self._reply(client, protocol.pack_error(refusal))
             return
         if not client.alive:  # nobody knows of it
             self._names.drop(entry)
-        elif number is not None:
-            client.unnamed[number] = entry
+        elif unnamed is not None:
+            client.unnamed[unnamed] = entry
 
     def _do_link(
-        self, client: Client, number: int, name: str, replace: bool, length: int | None
+        self, client: Client, unnamed: int, name: str, replace: bool, length: int | None
     ) -> None:
-        self._names.link(self._unnamed(client, number, name), name, replace, length, client.peer)
-        del client.unnamed[number]
-        self._reply(client, protocol.pack_result({}))
+        entry = self._unnamed(client, unnamed, name)
+        self._names.link(entry, name, replace, length, client.peer)
+        del client.unnamed[unnamed]
+        self._reply(client, protocol.pack_result({"status": _status(entry)}))
 
-    def _do_swap(self, client: Client, number: int, name: str, length: int) -> None:
-        entry = self._unnamed(client, number, name)
-        owner, new = self._names.open(name, client.peer, "r+").uid, entry.memory
+    def _do_swap(self, client: Client, unnamed: int, name: str, length: int) -> None:
+        entry = self._unnamed(client, unnamed, name)
+        named = self._names.open(name, client.peer, "r+")
+        new = entry.memory
         assert new is not None
-        if new.is_dmabuf and new.lent and client.peer.uid not in (0, owner):
+        if new.is_dmabuf and new.lent and client.peer.uid not in (0, named.uid):
             text = "is another user's, who is not to have memory whose memory file you have"
             raise Refusal(errno.EPERM, f"{text} (trusted=True)", name)
         self._names.swap(entry, name, length, client.peer)
-        del client.unnamed[number]
-        self._reply(client, protocol.pack_result({}))
+        del client.unnamed[unnamed]
+        self._reply(client, protocol.pack_result({"status": _status(named)}))
 
-    def _do_discard(self, client: Client, number: int) -> None:
-        self._names.drop(self._unnamed(client, number, ""))
-        del client.unnamed[number]
+    def _do_discard(self, client: Client, unnamed: int) -> None:
+        self._names.drop(self._unnamed(client, unnamed, ""))
+        del client.unnamed[unnamed]
         self._keeper.sweep()
         self._reply(client, protocol.pack_result({}))
 
-    def _unnamed(self, client: Client, number: int, name: str) -> Entry[Memory]:
-        entry = client.unnamed.get(number)
+    def _unnamed(self, client: Client, unnamed: int, name: str) -> Entry[Memory]:
+        entry = client.unnamed.get(unnamed)
         if entry is None:
             raise Refusal(errno.ENOENT, "nothing without a name has that number", name)
         return entry
@@ -293,7 +298,7 @@ class Server:
         *,
         trusted: bool,
         may_write: bool,
-        number: int | None = None,
+        unnamed: int | None = None,
     ) -> None:
         assert entry.memory is not None
         try:
@@ -303,7 +308,7 @@ class Server:
         except OSError as error:
             raise Refusal(error.errno or errno.EIO, f"granting it: {error.strerror}") from None
         try:
-            result = {"status": _status(entry), "grant": grant._replace(number=number)}
+            result = {"status": _status(entry), "grant": grant._replace(unnamed=unnamed)}
             self._reply(client, protocol.pack_result(result), descriptors)
         finally:
             if ours is not None:
@@ -320,11 +325,11 @@ class Server:
         found = (_status(self._names.find(name)) for name in names)
         self._reply(client, protocol.pack_listing(found))
 
-    def _do_remove(self, client: Client, name: str, number: int | None) -> None:
-        self._names.remove(name, client.peer, number)
+    def _do_remove(self, client: Client, name: str) -> None:
+        self._names.remove(name, client.peer)
         self._reply(client, protocol.pack_result({}))
 
-    def _do_rename(self, client: Client, name: str, to: str, replace: bool) -> None:
+    def _do_rename(self, client: Client, name: str, to: str, replace: bool | int) -> None:
         self._names.rename(name, to, replace, client.peer)
         self._reply(client, protocol.pack_result({}))
 
