@@ -39,7 +39,7 @@ def test_a_file_whose_owner_cannot_be_set_is_there_all_the_same(
 ) -> None:
     from pyfuse3 import FUSEError
 
-    def refused(*arguments: object) -> None:
+    def refused(*arguments: object, **named: object) -> None:
         raise PermissionError(errno.EPERM, "as the store says it")
 
     async def body() -> None:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import errno
 import itertools
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 
-from dmabuf.buffer import Buffer
 from dmabuf.errors import os_error
+from dmabuf.mount import numbered
 from dmabuf.mount.connections import Connections
 from dmabuf.mount.content import Growing, copy
 from dmabuf.mount.node import Attributes, Node
 from dmabuf.sizes import format_size
 from dmabuf.store import Status, Store, Usage
+from dmabuf.store.protocol import SAME
 
 _ATTRIBUTES: dict[str, Callable[[Status], object]] = {
     "user.dmabuf.exporter": lambda status: status.exporter,
@@ -42,7 +43,6 @@ class Files:
         self._numbered: dict[int, Node] = {}  # by the store's number
         self._coming: dict[str, Node] = {}  # names that the store does not have yet
         self._inodes = itertools.count(2)  # 1 is the directory
-        self._uid = os.geteuid()
 
     def _lost(self) -> None:
         """The store has ended. One that comes after it knows nothing of what there was."""
@@ -127,6 +127,7 @@ class Files:
                         False)  # fmt: skip
         node = Node(next(self._inodes), name, None, status)
         node.growing = self._new_content(node)
+        node.modified_ns = now
         self._nodes[node.ino] = self._coming[name] = node
         return node
 
@@ -137,16 +138,19 @@ class Files:
         """The file of a name that the store does not have yet, if it is one."""
         return self._coming.get(name)
 
-    def unlink(self, name: str) -> None:
-        """Take a name away; who has the file open keeps it."""
-        node = self._coming.pop(name, None)
+    def unlink(self, name: str, uid: int) -> None:
+        """Have a user take a name away; who has the file open keeps it."""
+        node = self._coming.get(name)
         if node is not None:
+            _check_owner(node.status, uid)
+            del self._coming[name]
             node.name = None
             self.drop_if_unknown(node)
             return
         with self._stores.asking() as store:
             status = store.stat(name)
-            store.remove(name)
+            _check_owner(status, uid)
+            store.remove(name, number=status.number)
         self._lost_name(status.number)
 
     def _lost_name(self, number: int) -> None:
@@ -155,16 +159,28 @@ class Files:
             node.name = None
             self.drop_if_unknown(node)
 
-    def rename(self, old: str, new: str, *, replace: bool) -> None:
-        """Give a file another name, and replace what has it; the store has to have both."""
+    def rename(self, old: str, new: str, uid: int, *, replace: bool) -> None:
+        """Have a user give a file another name, and replace what has it.
+
+        The store has to have both.
+        """
         node = self.lookup(old)
+        _check_owner(node.status, uid)
         if old == new:
             return
         with self._stores.asking() as store:
             replaced = None
             with suppress(FileNotFoundError):
-                replaced = store.stat(new).number
-            store.rename(old, new, replace=replace)
+                there = store.stat(new)
+                if replace:
+                    _check_owner(there, uid)
+                    replaced = there.number
+            try:
+                store.rename(old, new, replace=replaced or False, number=node.number)
+            except FileExistsError:
+                if not replace:
+                    raise
+                raise os_error(errno.ESTALE, "another client took it meanwhile", new) from None
         if replaced is not None:
             self._lost_name(replaced)
         node.name = new
@@ -181,51 +197,24 @@ class Files:
         if not node.stored or node.aside:
             return
         with self._stores.asking() as store:
-            status = self._found(store, node)
+            status = numbered.found(store, node)
         if status is not None:
             node.refresh(status)
         elif not node.handles:
             raise os_error(errno.ESTALE, "its name is gone", node.status.name)
 
-    def _found(self, store: Store, node: Node) -> Status | None:
-        """What the store has under its number, whatever other clients call it now.
-
-        A name may be another file's by now, so it is asked for before each request by name. None,
-        and the file has no name any more, where others took it away.
-        """
-        name = node.name if node.stored else None
-        while name is not None:
-            with suppress(FileNotFoundError):
-                status = store.stat(name)
-                if status.number == node.number:
-                    node.name = name
-                    return status
-            name = next((s.name for s in store.list() if s.number == node.number), None)
-        if node.stored:
-            node.name = None
-        return None
-
-    def _memory(self, store: Store, node: Node, mode: str) -> Buffer:
-        """Its memory from the store."""
-        status = self._found(store, node)
-        if status is None:
-            raise os_error(errno.ESTALE, "its name is gone", node.status.name)
-        return store.open(status.name, mode, self._uid in (0, status.uid))
-
     def chmod(self, node: Node, mode: int) -> None:
         """Change who may open it."""
         if node.stored:
             with self._stores.asking() as store:
-                if status := self._found(store, node):
-                    store.chmod(status.name, mode & 0o777)
+                numbered.ask(store, node, partial(store.chmod, mode=mode & 0o777))
         node.status = node.status._replace(mode=mode & 0o777)
 
     def chown(self, node: Node, uid: int, gid: int) -> None:
         """Change its owner and group."""
         if node.stored:
             with self._stores.asking() as store:
-                if status := self._found(store, node):
-                    store.chown(status.name, uid, gid)
+                numbered.ask(store, node, partial(store.chown, uid=uid, gid=gid))
         node.status = node.status._replace(uid=uid, gid=gid)
 
     def utime(self, node: Node, accessed_ns: int | None, modified_ns: int | None) -> None:
@@ -255,7 +244,7 @@ class Files:
         """Have its memory here. One :meth:`release` belongs to each."""
         if node.growing is None and (node.buffer is None or (write and not node.buffer.writable())):
             with self._stores.asking() as store:
-                buffer = self._memory(store, node, "r+" if write else "r")
+                buffer, _ = numbered.memory(store, node, "r+" if write else "r")
             if node.buffer is not None:
                 node.buffer.close()
             node.buffer = buffer
@@ -330,12 +319,12 @@ class Files:
         if not node.stored:
             return False
         with self._stores.asking() as store:
-            if self._found(store, node) is None:
+            if numbered.found(store, node) is None:
                 return False
             buffer.close()
             node.buffer = None
-            status = self._found(store, node)
-            node.buffer = self._memory(store, node, "r+")
+            status = numbered.found(store, node)
+            node.buffer, _ = numbered.memory(store, node, "r+")
         return status is None or bool(status.in_use)
 
     def resize(self, node: Node, length: int) -> None:
@@ -383,60 +372,66 @@ class Files:
 
     def _seal(self, store: Store, node: Node, growing: Growing) -> None:
         """Growing content becomes one buffer, under the name of the file."""
-        name, length = node.name, growing.length
-        assert name is not None
-        whole = growing.whole()
+        length, whole = growing.length, growing.whole()
         growing.become(whole)
-        memory = whole
-        new = node.number is None
+        memory, new = whole, node.number is None
+        status: Status | None
         if new:
-            store.link(whole, name, replace=False)
-        elif found := self._found(store, node):
-            name = found.name
-            try:
-                store.swap(whole, name, length)
-            except OSError as error:
-                if error.errno != errno.EBUSY or length > found.size:
-                    raise
-                memory = self._memory(store, node, "r+")  # others came to have it meanwhile
-                copy(whole, memory, 0, length, 0)
+            assert node.name is not None
+            status = store.link(whole, node.name, replace=False, length=length)
         else:
+            try:
+                status = numbered.ask(store, node, partial(store.swap, whole, length=length))
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+                # Others came to have its memory meanwhile.
+                memory, status = numbered.memory(store, node, "r+")
+                if length > memory.size:
+                    memory.close()
+                    raise
+                copy(whole, memory, 0, length, 0)
+        if status is None:
             return
-        status = store.stat(name)
         wanted = node.status if new else status
         # In this order, since the loop looks at the file meanwhile.
         node.number, node.length, node.buffer = status.number, length, memory
         node.status = status._replace(mode=wanted.mode, uid=wanted.uid, gid=wanted.gid)
         self._numbered[status.number] = node
         node.growing = None
-        self._coming.pop(name, None)
+        if new:
+            self._coming.pop(status.name, None)
         if memory is not whole:
             growing.discard()
         if not node.handles:
             node.buffer = None
             memory.close()
         if status.mode != wanted.mode:
-            store.chmod(name, wanted.mode)
+            numbered.ask(store, node, partial(store.chmod, mode=wanted.mode))
         if (status.uid, status.gid) != (wanted.uid, wanted.gid):
-            store.chown(name, wanted.uid, wanted.gid)
+            numbered.ask(store, node, partial(store.chown, uid=wanted.uid, gid=wanted.gid))
 
     def _tell(self, node: Node) -> None:
         cut = node.length != node.status.length
-        if not node.stored or (cut, node.accessed_ns, node.modified_ns) == (False, None, None):
+        accessed, modified = node.accessed_ns, node.modified_ns
+        if not node.stored or (cut, accessed, modified) == (False, None, None):
             return
         with self._stores.asking() as store:
-            status = self._found(store, node)
-            if status is None:
-                return
             if cut:
-                store.truncate(status.name, node.length)
-                if node.modified_ns is None:
-                    node.modified_ns = status.modified_ns
-            accessed, modified = node.accessed_ns, node.modified_ns
-            store.utime(
-                status.name,
-                accessed_ns=-1 if accessed is None else accessed,
-                modified_ns=-1 if modified is None else modified,
+                numbered.ask(store, node, partial(store.truncate, length=node.length))
+            utime = partial(
+                store.utime,
+                accessed_ns=SAME if accessed is None else accessed,
+                modified_ns=SAME if modified is None else modified,
             )
+            numbered.ask(store, node, utime)
+            status = numbered.found(store, node)
+        if status is not None:
             node.accessed_ns = node.modified_ns = None
-            node.refresh(store.stat(status.name))
+            node.refresh(status)
+
+
+def _check_owner(status: Status, uid: int) -> None:
+    """As the kernel did, of what had the name then (a sticky directory: inode(7))."""
+    if uid not in (0, status.uid):
+        raise os_error(errno.EPERM, "is another user's", status.name)

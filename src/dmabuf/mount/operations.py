@@ -295,7 +295,13 @@ class Operations(Absent):
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
         """open(2) with O_CREAT of what is not there."""
         with self._refusing():
-            node = self._files.create(name_of(name), mode & ~ctx.umask, ctx.uid, ctx.gid)
+            try:
+                node = self._files.create(name_of(name), mode & ~ctx.umask, ctx.uid, ctx.gid)
+            except FileExistsError:
+                if flags & os.O_EXCL:
+                    raise
+                # Another client made it since the kernel looked, which looks again now.
+                raise pyfuse3.FUSEError(errno.ESTALE) from None
             self._files.open(node, write=True)
             self._changed_ns = time.time_ns()
             return self._opened(node, flags), self._found(node)
@@ -304,7 +310,7 @@ class Operations(Absent):
         """unlink(2)."""
         with self._refusing():
             await self._names_settled(name_of(name))
-            self._files.unlink(name_of(name))
+            self._files.unlink(name_of(name), ctx.uid)
             self._changed_ns = time.time_ns()
 
     async def rename(
@@ -325,7 +331,7 @@ class Operations(Absent):
             while node := self._files.coming(old) or self._files.coming(new):
                 await self._aside(node, 0, partial(self._files.settle, node))
                 await self._names_settled(old, new)
-            self._files.rename(old, new, replace=not flags)
+            self._files.rename(old, new, ctx.uid, replace=not flags)
             self._changed_ns = time.time_ns()
 
     # An open file.
