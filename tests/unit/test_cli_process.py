@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dmabuf import allocate
 from tests.support import assert_same, in_child, pattern
 from tests.unit.command import PROGRAM, dmabuf, finish, start
 
@@ -74,6 +75,33 @@ def test_doctor_to_a_reader_who_leaves() -> None:
     )
     os.close(write)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "full", "status"),
+    [
+        (["doctor"], "stdout", 1),
+        (["--help"], "stdout", 1),
+        (["--version"], "stdout", 1),
+        (["cp", "{0}/nothing", "{0}/x"], "stderr", 1),
+        (["no-such-command"], "stderr", 2),
+        (["exec", "--fd", "{1}", "no-such-program"], "stderr", 127),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else str(value),
+)
+def test_a_status_is_the_commands_where_nothing_can_be_said(
+    tmp_path: Path, arguments: list[str], full: str, status: int
+) -> None:
+    with allocate(4096, exporter="memfd") as buf, open("/dev/full", "wb") as nowhere:
+        command = [*PROGRAM, *(one.format(tmp_path, buf.fileno()) for one in arguments)]
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, full: nowhere}
+        buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+        done = subprocess.run(
+            command, **streams, pass_fds=[buf.fileno()], env=buffered, timeout=60, check=False
+        )
+    assert done.returncode == status
+    if full == "stdout":
+        assert done.stderr == b"error: No space left on device\n"
 
 
 def test_closed_standard_files(source: Path) -> None:

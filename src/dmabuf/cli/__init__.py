@@ -72,11 +72,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 is success, 1 a failure told on standard error as `error: what and why`, 2 a command line that
     cannot be understood, and 128 + n the end by signal n: 130 is Ctrl-C, 141 a closed pipe.
     """
+    return _output.settled(_run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
     command: Any = typer.main.get_command(app)
     try:
         status = command.main(
             list(sys.argv[1:] if argv is None else argv), prog_name="dmabuf", standalone_mode=False
         )
+    except OSError as problem:  # --help and --version, which are no command of ours
+        _output.error(_output.explain(problem))
+        return _output.FAILED
     except Exception as error:
         if not hasattr(error, "format_message"):
             raise

@@ -55,6 +55,23 @@ def _complain(text: str) -> None:
         say(text, stream=sys.stderr)
 
 
+def settled(status: int) -> int:
+    """The exit status, when all that was said has been written, or never will be.
+
+    Python would try it again at its end, complain, and end with a status of its own: 120.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            status = status or FAILED
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+    return status
+
+
 def explain(problem: BaseException) -> str:
     """An exception as `what: why`."""
     if isinstance(problem, OSError) and problem.strerror:
