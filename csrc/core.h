@@ -278,6 +278,17 @@ int dmb_bind_node(uint64_t address, uint64_t size, unsigned node);
 /* mmap(2) with MAP_SHARED | MAP_FIXED: a file's bytes from 0 on, in the place of a mapping of ours.
  */
 int dmb_map_over(uint64_t address, uint64_t size, int fd, int writable);
+/*
+ * A fanotify group for dmb_fanotify_mark, or -errno: one that root has on any kernel, and others on
+ * Linux 6.8 and newer.
+ */
+int dmb_fanotify_group(void);
+/*
+ * Marks a descriptor's inode, which the mark does not hold (FAN_MARK_EVICTABLE, Linux 5.19): it is
+ * in the group's fdinfo for as long as the inode is there. No event ever comes of it: one that
+ * nobody reads would hold the inode.
+ */
+int dmb_fanotify_mark(int group, int fd);
 /* seccomp-free test of what io_uring_setup(2) answers: 0 or -errno. */
 int dmb_uring_probe(void);
 

@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <linux/mempolicy.h>
 #include <string.h>
+#include <sys/fanotify.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -76,4 +77,22 @@ int dmb_bind_node(uint64_t address, uint64_t size, unsigned node)
 		       8 * sizeof(mask) + 1, 0)
 		       ? -errno
 		       : 0;
+}
+
+int dmb_fanotify_group(void)
+{
+	const unsigned flags = FAN_CLASS_NOTIF | FAN_CLOEXEC | FAN_NONBLOCK;
+	int group = fanotify_init(flags | FAN_UNLIMITED_MARKS, O_RDONLY | O_CLOEXEC);
+
+	if (group < 0 && errno == EPERM)
+		group = fanotify_init(flags | FAN_REPORT_FID, O_RDONLY | O_CLOEXEC);
+	return group < 0 ? -errno : group;
+}
+
+int dmb_fanotify_mark(int group, int fd)
+{
+	const unsigned flags = FAN_MARK_ADD | DMB_FAN_MARK_EVICTABLE | FAN_MARK_IGNORED_MASK |
+			       FAN_MARK_IGNORED_SURV_MODIFY;
+
+	return fanotify_mark(group, flags, FAN_OPEN, fd, NULL) ? -errno : 0;
 }

@@ -144,6 +144,9 @@ struct dmb_fuse_init_out {
 static_assert(sizeof(struct dmb_fuse_init_out) == 64, "struct fuse_init_out");
 static_assert(offsetof(struct dmb_fuse_init_out, flags2) == 32, "struct fuse_init_out");
 
+/* fanotify_mark(2): include/uapi/linux/fanotify.h, Linux 5.19. */
+#define DMB_FAN_MARK_EVICTABLE 0x200U
+
 /* madvise(2): include/uapi/asm-generic/mman-common.h, Linux 5.14. */
 #define DMB_MADV_POPULATE_WRITE 23
 

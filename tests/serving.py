@@ -47,8 +47,10 @@ def as_a_program(path: Path | str, *options: object, **how: object) -> Iterator[
     command = [sys.executable, "-m", "dmabuf.cli", "serve", "--socket", path, *options]
     process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True, **how)
     try:
-        first = process.stderr.readline()
-        assert first.startswith("serving at "), first + process.stderr.read()
+        said = [process.stderr.readline()]
+        while not said[-1].startswith("serving at "):  # a kernel without marks is told of
+            assert said[-1], "".join(said)
+            said.append(process.stderr.readline())
         yield process
     finally:
         if process.poll() is None:

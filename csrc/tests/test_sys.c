@@ -50,6 +50,50 @@ static void mapping_over(void)
 	close(fd);
 }
 
+static int marked(int group)
+{
+	char path[64], line[512];
+	int count = 0;
+	FILE *file;
+
+	snprintf(path, sizeof(path), "/proc/self/fdinfo/%d", group);
+	file = fopen(path, "r");
+	CHECK(file != NULL);
+	while (fgets(line, sizeof(line), file))
+		count += !strncmp(line, "fanotify ino:", 13);
+	fclose(file);
+	return count;
+}
+
+static void marks(void)
+{
+	int fd = memfd_create("test", MFD_CLOEXEC), again;
+	int group = dmb_fanotify_group();
+	char path[64], event;
+
+	context("marks", 0);
+	if (group == -EPERM || group == -ENOSYS || group == -EINVAL) {
+		close(fd);
+		skip("no fanotify group: as root, or on Linux 6.8, there is one");
+		return;
+	}
+	CHECK(group >= 0);
+	CHECK_EQUAL(dmb_fanotify_mark(group, -1), -EBADF);
+	CHECK_EQUAL(dmb_fanotify_mark(group, fd), 0);
+	snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
+	again = open(path, O_RDWR);
+	CHECK(again >= 0);
+	CHECK_EQUAL(read(group, &event, 1), -1);
+	CHECK_EQUAL(errno, EAGAIN);
+	close(again);
+	again = open(path, O_PATH);
+	close(fd);
+	CHECK_EQUAL(marked(group), 1);
+	close(again);
+	CHECK_EQUAL(marked(group), 0);
+	close(group);
+}
+
 static void alignments(void)
 {
 	uint32_t memory = 77, offset = 77;
@@ -152,6 +196,7 @@ static void lone(void)
 int main(void)
 {
 	mapping_over();
+	marks();
 	alignments();
 	cache();
 	populate();

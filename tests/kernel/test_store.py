@@ -1,9 +1,13 @@
 """The store with real dma-bufs: the same memory in two processes, grants, and what is left."""
 
+import contextlib
+import ctypes
 import errno
 import fcntl
 import mmap
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +22,7 @@ from tests.guards import needs
 from tests.kernel.conftest import dma_bufs, settled
 from tests.serving import as_a_program
 from tests.support import assert_same, in_child, pattern
-from tests.unit.test_store_users import READ_ONLY, become
+from tests.unit.test_store_users import READ_ONLY, SERVE, become
 
 MIB = 1 << 20
 SIZE = 3 * MIB + 4096
@@ -125,6 +129,82 @@ def test_a_device_holds_memory_as_programs_do(store: Store) -> None:
         assert store.usage().charged == SIZE
         assert mapping[0] == 0
     assert settled(lambda: store.usage().charged, 0) == 0
+
+
+@contextlib.contextmanager
+def of_a_user(path: Path, max_memory: int) -> Iterator[None]:
+    """A server without privileges, whose user may make dma-bufs."""
+    devices = [udmabuf.DEVICE, "/dev/dma_heap/system"]
+    modes = [os.stat(device).st_mode & 0o777 for device in devices]
+    for device in devices:
+        os.chmod(device, 0o666)
+    try:
+        with subprocess.Popen(
+            [sys.executable, "-c", SERVE, path, str(max_memory)], stdout=subprocess.PIPE, text=True
+        ) as server:
+            try:
+                assert server.stdout.readline() == "serving\n"
+                yield
+            finally:
+                server.terminate()
+    finally:
+        for device, mode in zip(devices, modes, strict=True):
+            os.chmod(device, mode)
+
+
+@everything
+@pytest.mark.parametrize("by", ["root", "a user"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_that_is_referred_to_without_being_open_counts(
+    path: Path, kind: str, by: str
+) -> None:
+    """An O_PATH descriptor (open(2)) keeps a dma-buf, and is in no count of its references."""
+    size = 8 * MIB
+    before, how = dma_bufs(), KINDS[kind]
+    serving = of_a_user(path, size) if by == "a user" else as_a_program(path, "--max-memory", size)
+    with serving, dmabuf.store.connect(path) as store:
+        with store.create("one", size, trusted=True, **how) as one:
+            reference = os.open(f"/proc/self/fd/{one.fileno()}", os.O_PATH)
+        store.remove("one")
+        with pytest.raises(OSError) as caught:
+            store.create("two", MIB, **how)
+        assert caught.value.errno == errno.ENOSPC
+        assert store.usage().charged == size
+        os.close(reference)
+        store.create("two", size, **how).close()
+    assert settled(dma_bufs, before) == before
+
+
+@everything
+def test_an_inotify_watch_leaves_nothing_counted(store: Store) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    watch = libc.inotify_init1(os.O_CLOEXEC)
+    for kind, how in KINDS.items():
+        with store.create(kind, SIZE, **how) as buffer:
+            link = f"/proc/self/fd/{buffer.fileno()}".encode()
+            assert libc.inotify_add_watch(watch, link, 0x400) > 0, os.strerror(ctypes.get_errno())
+        store.remove(kind)
+        print(kind, store.usage().charged)
+    os.close(watch)
+    assert store.usage().charged == 0
+
+
+@needs("hugepages")
+def test_huge_pages_come_back(store: Store) -> None:
+    """Which of their descriptors others have, the kernel does not tell; what is gone it does."""
+
+    def free() -> int:
+        return int(Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages").read_text())
+
+    before = free()
+    with store.create("one", 8 * MIB, **KINDS["huge pages"]) as one:
+        store.open("one").close()
+        store.remove("one")
+        assert store.usage().charged == 8 * MIB
+        one.pwrite(pattern(MIB, 5), 0)
+        assert_same(one.pread(MIB, 0), pattern(MIB, 5), "memory whose name was removed")
+    assert store.usage().charged == 0
+    assert free() == before
 
 
 @everything

@@ -17,10 +17,15 @@ from dmabuf.store.keeper import Keeper
 from dmabuf.store.memory import Memory
 from dmabuf.store.names import Names, Peer
 from dmabuf.store.protocol import Refusal
-from tests.serving import as_a_program
+from tests.serving import as_a_program, in_a_thread
 
 ROOT = Peer(0, 0)
 MIB = 1 << 20
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "store.sock"
 
 
 class Loop:
@@ -37,36 +42,73 @@ class Loop:
             self._calls.get(timeout=30)()
 
 
-def test_what_takes_the_place_of_memory_is_made_when_that_is_gone(monkeypatch) -> None:
-    loop, names, made = Loop(), Names[Memory](MIB, 10), []
-    kept = Keeper(names, 100, loop.later)
+def test_memory_counts_until_it_is_gone(monkeypatch) -> None:
+    """And so do its descriptors."""
+    loop, names, made, left = Loop(), Names[Memory](2 * MIB, 10), [], []
+    kept = Keeper(names, 1, loop.later)
     entry = names.begin("one", ROOT, 0o600, MIB, MIB)
     kept.make(MIB, "memfd", "one", False, made.append)
     loop.until(lambda: made)
     names.finish(entry, made.pop())
-
-    may_close, close, events = threading.Event(), Memory.close, []
+    may_close, close = threading.Event(), Memory.close
 
     def slow_close(self: Memory) -> None:
         may_close.wait(30)
-        events.append("closed")
         close(self)
 
-    make = memory.make
-    monkeypatch.setattr(Memory, "close", slow_close)
-    monkeypatch.setattr(memory, "make", lambda *what: events.append("made") or make(*what))
-    names.remove("one", ROOT)
-    kept.sweep()
-    assert names.left == MIB, "the loop may give it away again at once"
-    names.begin("two", ROOT, 0o600, MIB, MIB)
-    kept.make(MIB, "memfd", "two", False, made.append)
-    assert not events
-    may_close.set()
-    loop.until(lambda: made)
-    assert events == ["closed", "made"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Memory, "close", slow_close)
+        names.remove("one", ROOT)
+        kept.settle(lambda: left.append(names.left))
+        kept.make(MIB, "memfd", "two", False, made.append)
+        loop.until(lambda: len(kept._waiting) == 2)
+        assert (names.left, left, made) == (MIB, [], [])
+        may_close.set()
+        loop.until(lambda: left and made)
+    assert left == [2 * MIB]
     made.pop().close()
     kept.end()
     kept.release_all()
+
+
+def test_what_takes_the_place_of_memory_is_made_when_that_is_gone(path, monkeypatch) -> None:
+    make, close, events = memory.make, Memory.close, []
+    with in_a_thread(path, MIB), dmabuf.store.connect(path) as store:
+        store.create("one", MIB, exporter="memfd").close()
+        monkeypatch.setattr(Memory, "close", lambda self: close(self) or events.append("closed"))
+        monkeypatch.setattr(memory, "make", lambda *what: events.append("made") or make(*what))
+        store.remove("one")
+        store.create("two", MIB, exporter="memfd").close()
+        assert events == ["closed", "made"]
+
+
+def test_no_thread_has_to_be_started_later(path, monkeypatch) -> None:
+    def no_room(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with in_a_thread(path), dmabuf.store.connect(path) as store:
+        store.list()
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", no_room)
+            store.create("n", 4096).close()
+            store.remove("n")
+            assert store.usage()[::2] == (0, 0)
+
+
+def test_no_threads_to_begin_with(monkeypatch) -> None:
+    start, threads = threading.Thread.start, threading.active_count()
+    room = iter(range(3))
+
+    def some_room(thread: threading.Thread) -> None:
+        if next(room, None) is None:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", some_room)
+    with pytest.raises(OSError, match="ulimit -u") as caught:
+        Keeper(Names[Memory](MIB, 1), 100, lambda *what: None)
+    assert caught.value.errno == errno.EAGAIN
+    assert threading.active_count() == threads
 
 
 def test_asking_about_much_that_was_removed_takes_a_share_of_the_time(monkeypatch) -> None:
@@ -77,7 +119,7 @@ def test_asking_about_much_that_was_removed_takes_a_share_of_the_time(monkeypatc
     class Held:
         size = 1
 
-        def in_use(self) -> bool:
+        def others(self) -> bool:
             asked.append(now[0])
             now[0] += 0.01
             return True

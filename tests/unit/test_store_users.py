@@ -159,13 +159,13 @@ def test_the_memory_file_is_the_owners(store: Store, path: Path) -> None:
     become('store.open("shared", "r+", trusted=True).close()', path, "4001,4002")
 
 
-_SERVE = """
+SERVE = """
 import os, signal, sys
 from dmabuf.store import place
 from dmabuf.store.server import Server
 os.setgroups([]); os.setresgid(4002, 4002, 4002); os.setresuid(4001, 4001, 4001)
 with place.listening(sys.argv[1]) as listener:
-    server = Server(listener, 1 << 20)
+    server = Server(listener, int(sys.argv[2]))
     signal.signal(signal.SIGTERM, lambda number, frame: server.stop())
     print("serving", flush=True)
     server.run()
@@ -174,7 +174,7 @@ with place.listening(sys.argv[1]) as listener:
 
 def test_a_users_store_is_for_that_user(path: Path) -> None:
     with subprocess.Popen(
-        [sys.executable, "-c", _SERVE, path], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", SERVE, path, "1048576"], stdout=subprocess.PIPE, text=True
     ) as server:
         try:
             assert server.stdout.readline() == "serving\n"

@@ -11,7 +11,7 @@ import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 from dmabuf.store import place, protocol
@@ -133,6 +133,9 @@ class Clients:
     def full(self) -> bool:
         """Whether so many are being closed that no further one may be accepted."""
         return bool(self._dropped) or len(self._closing) >= self._most
+
+    def __iter__(self) -> Iterator[Client]:
+        return iter([*self._all])
 
     def drop_all(self) -> None:
         """End them all. What takes longer than a second to close is left to the process's end."""

@@ -5,33 +5,53 @@ from __future__ import annotations
 import errno
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
+from typing import TypeVar
 
 from dmabuf.store import memory as _memory
+from dmabuf.store.marks import Marks
 from dmabuf.store.memory import Memory
 from dmabuf.store.names import Names
 from dmabuf.store.protocol import Refusal
+from dmabuf.store.threads import Threads
 
 log = logging.getLogger("dmabuf")
 
 _MAKING, _FREEING = 4, 2  # threads
 _SHARE = 0.1
 """Of the server's time, for asking whether removed memory is still in use."""
+_LOOK = 0.5
+"""Seconds at least between looks at memory that was let go of and that others still refer to."""
+
+T = TypeVar("T")
 
 
 class Keeper:
     """Makes memory and frees it, for the server's loop, to which all of it but the work belongs.
 
-    ``descriptors`` is how many the memory may have in all.
+    Memory counts until it is gone. ``descriptors`` is how many the memory may have in all.
+
+    Raises OSError(EAGAIN) where there may be no threads.
     """
 
     def __init__(self, names: Names[Memory], descriptors: int, later: Callable[..., None]) -> None:
         self._names, self._room, self._later = names, descriptors, later
-        self._making = ThreadPoolExecutor(_MAKING, "dmabuf store: making")
-        self._freeing = ThreadPoolExecutor(_FREEING, "dmabuf store: freeing")
-        self._leaving: set[Future[None]] = set()
+        self._making = Threads(_MAKING, "making")
+        self._freeing = Threads(_FREEING, "freeing")
+        self._marks = Marks()
+        self._held: deque[Memory] = deque()
+        """Removed, and in use when it was last asked."""
+        self._marked: dict[Memory, tuple[list[bytes], int]] = {}
+        """Let go of, and referred to: its marks, and how many descriptors it had."""
+        self._look_is_due, self._looked_at = False, time.monotonic()
+        self._jobs: set[object] = set()
+        self._waiting: list[tuple[set[object], Callable[[], None]]] = []
+        """What is to be called when such jobs are done."""
+        self._ending = False
         self._credit, self._counted = _SHARE, time.monotonic()
+        self._said = ""
 
     def make(
         self,
@@ -42,11 +62,9 @@ class Keeper:
         done: Callable[[Memory | Refusal], None],
     ) -> None:
         """Call ``done`` in the loop when there is memory, or cannot be."""
-        before = list(self._leaving)
 
         def work() -> None:
             made: Memory | Refusal
-            wait(before)  # what it was charged for others gave up: they have to be gone
             try:
                 made = _memory.make(size, exporter, name, huge_pages)
             except OSError as error:
@@ -56,54 +74,134 @@ class Keeper:
                 made = Refusal(errno.EINVAL, str(error))
             self._later(self._made, made, done)
 
-        self._making.submit(work)
+        self._making.do(work)
 
     def _made(self, made: Memory | Refusal, done: Callable[[Memory | Refusal], None]) -> None:
-        if isinstance(made, Memory):
-            if made.descriptors > self._room:
-                self._leave(made.close)
-                made = Refusal(
-                    errno.ENOSPC,
-                    "the store has as many descriptors as it may (ulimit -Hn, or LimitNOFILE=)",
-                )
-            else:
-                self._room -= made.descriptors
-        done(made)
+        if isinstance(made, Memory) and made.descriptors > self._room:
+            self.settle(partial(self._fit, made, done))
+        else:
+            self._fit(made, done)
 
-    def sweep(self) -> None:
-        """Let go of removed memory that nobody else has.
+    def _fit(self, made: Memory | Refusal, done: Callable[[Memory | Refusal], None]) -> None:
+        if isinstance(made, Refusal):
+            done(made)
+        elif made.descriptors <= self._room:
+            self._room -= made.descriptors
+            done(made)
+        else:
+            text = "the store has as many descriptors as it may (ulimit -Hn, or LimitNOFILE=)"
+            self._free(made.close, lambda _: done(Refusal(errno.ENOSPC, text)))
 
-        Whoever keeps much of it costs others at most a tenth of the time: then this does nothing.
+    def settle(self, then: Callable[[], None]) -> None:
+        """Call something in the loop when all that nobody has is gone, and counts no more."""
+        self.sweep(at_once=True)
+        if self._jobs and not self._ending:
+            self._waiting.append((set(self._jobs), then))
+        else:
+            then()
+
+    def sweep(self, at_once: bool = False) -> None:
+        """Have what was removed, and nobody else has, be let go of; it counts until it is gone.
+
+        Whoever keeps much of it costs others at most a tenth of the time: then not all is asked.
         """
+        just_removed = self._names.just_removed[:]
+        self._names.just_removed.clear()
+        for kept in just_removed:
+            self._let_go_unless_used(kept)
         now = time.monotonic()
         self._credit = min(self._credit + (now - self._counted) * _SHARE, _SHARE)
         self._counted = now
-        if self._credit > 0:
-            for kept in [kept for kept in self._names.removed if not kept.in_use()]:
-                self._release(kept, kept.free)
+        for _ in range(len(self._held)):
+            if self._credit <= 0:
+                break
+            self._let_go_unless_used(self._held.popleft())
             self._credit -= time.monotonic() - now
+            now = time.monotonic()
+        if self._marked and not self._look_is_due and (at_once or now > self._looked_at + _LOOK):
+            self._look_is_due, self._looked_at = True, now
+            self._free(self._look, self._looked)
 
-    def _release(self, kept: Memory, how: Callable[[], None]) -> None:
+    def _let_go_unless_used(self, kept: Memory) -> None:
+        others = kept.others()
+        if others is False or (others is None and kept.can_be_marked(self._marks)):
+            left = partial(self._left, kept, kept.descriptors)
+            self._free(partial(self._let_go, kept), left)
+        else:
+            self._held.append(kept)
+
+    def _let_go(self, kept: Memory) -> list[bytes] | None:
+        """The marks that are left of it; None where it is kept, for now. In a thread."""
+        try:
+            marks = kept.let_go(self._marks)
+        except OSError as error:
+            if str(error) != self._said:
+                self._said = str(error)
+                log.error("dmabuf store: removed memory is kept for now: %s", error)
+            return None
+        return self._marks.left(marks)
+
+    def _left(self, kept: Memory, descriptors: int, marks: list[bytes] | None) -> None:
+        if marks is None:
+            self._held.append(kept)
+        elif marks:
+            self._marked[kept] = marks, descriptors
+        else:
+            self._gone(kept, descriptors)
+
+    def _gone(self, kept: Memory, descriptors: int) -> None:
         self._names.forget(kept)
-        self._room += kept.descriptors
-        self._leave(how)
+        self._room += descriptors
 
-    def _leave(self, how: Callable[[], None]) -> None:
-        leaving = self._freeing.submit(how)
-        self._leaving.add(leaving)
-        leaving.add_done_callback(lambda done: self._later(self._left, done))
+    def _look(self) -> list[Memory]:
+        """What nobody refers to any more. In a thread."""
+        self._look_is_due = False  # who asks from now on has another look
+        marked = self._marked.copy()
+        left = {*self._marks.left([mark for marks, _ in marked.values() for mark in marks])}
+        return [kept for kept, (marks, _) in marked.items() if left.isdisjoint(marks)]
 
-    def _left(self, leaving: Future[None]) -> None:
-        self._leaving.discard(leaving)
-        if (error := leaving.exception()) is not None:
-            log.error("dmabuf store: freeing memory: %s", error)
+    def _looked(self, gone: list[Memory] | None) -> None:
+        for kept in gone or ():
+            if kept in self._marked:
+                self._gone(kept, self._marked.pop(kept)[1])
+
+    def _free(self, work: Callable[[], T], then: Callable[[T | None], None]) -> None:
+        """Do something in a thread, and ``then`` something with what came of it in the loop."""
+        job = object()
+        self._jobs.add(job)
+
+        def call() -> None:
+            result = None
+            try:
+                result = work()
+            except Exception:  # a mistake of ours
+                log.exception("dmabuf store: freeing memory")
+            self._later(self._freed, job, partial(then, result))
+
+        self._freeing.do(call)
+
+    def _freed(self, job: object, then: Callable[[], None]) -> None:
+        then()
+        self._jobs.discard(job)
+        waiting, self._waiting = self._waiting, []
+        for jobs, what in waiting:
+            jobs.discard(job)
+            if jobs:
+                self._waiting.append((jobs, what))
+            else:
+                what()
 
     def end(self) -> None:
         """Wait for what is being made; :meth:`release_all` comes after what that leaves to do."""
-        self._making.shutdown()
+        self._ending = True
+        waiting, self._waiting = self._waiting, []
+        for _, what in waiting:
+            what()
+        self._making.end()
 
     def release_all(self) -> None:
         """Let go of everything that was removed; others may still have it, and keep its content."""
-        for kept in list(self._names.removed):
-            self._release(kept, kept.close)
-        self._freeing.shutdown()
+        self._freeing.end()
+        for kept in self._names.removed:
+            kept.close()
+        self._marks.close()

@@ -4,8 +4,8 @@ The server maps nothing, but to empty what it frees. It keeps one descriptor of 
 of the memfd behind them, and these tell whether anyone else still has the memory. A dma-buf's
 fdinfo has the references to it (descriptors, mappings, attached devices, messages under way); and a
 write lease on a memfd (fcntl(2), F_SETLEASE) is granted only while nobody else has it open, since
-each grant of it is an open file of its own. On memfds of huge pages the kernel has no leases: one
-that was ever granted counts as in use for as long as the store is there.
+each grant of it is an open file of its own. (Not on a memfd of huge pages, on Linux 7.3.) Who
+refers to it without having it open, marks.py tells when the server's own descriptors are closed.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from contextlib import suppress
 from dmabuf import _described, _sysfs, exporters
 from dmabuf.exporters import _memory, foreign, memfd, udmabuf
 from dmabuf.sizes import round_up
+from dmabuf.store.marks import Marks
 from dmabuf.store.protocol import MOST_DESCRIPTORS, Grant, Refusal
 
 _LABEL_BYTES = 31
@@ -46,16 +47,18 @@ class Memory:
     @property
     def descriptors(self) -> int:
         """How many the server holds for it."""
-        return len(self.slabs) + (self.memfd is not None)
+        return len(self._own())
+
+    def others(self) -> bool | None:
+        """Whether anyone else has a descriptor, a mapping or an attachment; None: nothing tells."""
+        told: list[bool | None] = [_has_others(fd) for fd in self.slabs]
+        if self.memfd is not None and self.lent:
+            told.append(_opened_by_others(self.memfd))
+        return True if True in told else None if None in told else False
 
     def in_use(self) -> bool:
-        """Whether anyone else has a descriptor, a mapping or an attachment of it.
-
-        What cannot be told counts as in use.
-        """
-        if any(_references(fd) != 1 for fd in self.slabs):
-            return True
-        return self.memfd is not None and self.lent and not _alone(self.memfd)
+        """Whether anyone else has it. What cannot be told counts as in use."""
+        return self.others() is not False
 
     def grant(
         self, mode: str, *, may_write: bool, trusted: bool
@@ -84,26 +87,35 @@ class Memory:
         flags = os.O_RDWR if writable else os.O_RDONLY
         return os.open(f"/proc/self/fd/{self.memfd}", flags | os.O_CLOEXEC)
 
-    def free(self) -> None:
-        """Let go of what nobody else has open, and of its pages.
+    def can_be_marked(self, marks: Marks) -> bool:
+        """Whether marks tell when it is free, once it is let go of."""
+        return all(map(marks.can, self._own()))
 
-        Those of a memory file outlive its last open file where somebody refers to it without having
-        it open: an O_PATH descriptor (open(2)) or an inotify watch does that, and no lease tells.
+    def let_go(self, marks: Marks) -> list[bytes]:
+        """Close it, and empty what nobody has open. It is free when none of these marks is left.
+
+        Raises OSError where it is kept, since nothing would tell when it is free.
         """
-        try:
-            if self.memfd is not None and self.lent:
-                with mmap.mmap(self.memfd, self.size) as pages:
-                    pages.madvise(mmap.MADV_REMOVE)
-        finally:
-            self.close()
+        others = self.others()
+        put = [marks.put(fd) for fd in self._own()]
+        if others is not False and None in put:
+            raise OSError(errno.EBUSY, "it cannot be told whether others have it")
+        if self.memfd is not None and self.lent and others is False:
+            # Not where somebody sealed it: then the marks alone tell.
+            with suppress(OSError), mmap.mmap(self.memfd, self.size) as pages:
+                pages.madvise(mmap.MADV_REMOVE)
+        self.close()
+        return [mark for mark in put if mark is not None]
+
+    def _own(self) -> tuple[int, ...]:
+        return self.slabs if self.memfd is None else (*self.slabs, self.memfd)
 
     def close(self) -> None:
         """Let go of it: where nobody else has it, the kernel frees it now, which takes its time."""
-        for fd in self.slabs:
-            os.close(fd)
-        if self.memfd is not None:
-            os.close(self.memfd)
+        own = self._own()
         self.slabs, self.memfd = (), None
+        for fd in own:
+            os.close(fd)
 
 
 def rounded(size: int, huge_pages: bool | int) -> int:
@@ -173,18 +185,20 @@ def _label(name: str) -> str:
     return name.encode()[:_LABEL_BYTES].decode(errors="ignore")
 
 
-def _references(fd: int) -> int | None:
-    """How many references there are to a dma-buf, this descriptor's included."""
+def _has_others(fd: int) -> bool | None:
+    """Whether there are more references to a dma-buf than this descriptor; None: nothing tells."""
     described = _described.description(_sysfs.read(foreign.FDINFO, str(fd)))
-    return None if described is None else described.references
+    if described is None or described.references is None:
+        return None
+    return described.references != 1
 
 
-def _alone(fd: int) -> bool:
-    """Whether this is the only open file of a memfd."""
+def _opened_by_others(fd: int) -> bool | None:
+    """Whether a memfd has another open file; None where it has no leases, which would tell."""
     try:
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
-    except OSError:
-        return False
+    except OSError as error:
+        return True if error.errno == errno.EAGAIN else None
     with suppress(OSError):
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-    return True
+    return False

@@ -92,6 +92,8 @@ class Names(Generic[M]):
         self.charged = 0
         self.removed: dict[M, int] = {}
         """Memory without a name, which others may still have, and what it is charged."""
+        self.just_removed: list[M] = []
+        """Those of them that the keeper has not seen yet."""
         self._entries: dict[str, Entry[M]] = {}
         self._order: list[str] = []  # of those that have memory
         self._unnamed = 0
@@ -222,7 +224,7 @@ class Names(Generic[M]):
             text = "others have its memory: it neither grows nor shrinks until they let go of it"
             raise Refusal(errno.EBUSY, text, name)
         self._unnamed -= 1
-        self.removed[named.memory] = named.charge
+        self._removed(named.memory, named.charge)
         named.memory, named.charge, named.length = entry.memory, entry.charge, length
         named.changed_ns = named.modified_ns = self._clock()
 
@@ -265,11 +267,15 @@ class Names(Generic[M]):
         self._unname(entry)
         entry.name = None
         assert entry.memory is not None
-        self.removed[entry.memory] = entry.charge
+        self._removed(entry.memory, entry.charge)
 
     def forget(self, memory: M) -> None:
         """Removed memory is nobody's any more."""
         self.charged -= self.removed.pop(memory)
+
+    def _removed(self, memory: M, charge: int) -> None:
+        self.removed[memory] = charge
+        self.just_removed.append(memory)
 
     def _owned(self, name: str, peer: Peer, verb: str) -> Entry[M]:
         entry = self.find(name)

@@ -105,9 +105,8 @@ class Server:
         self._keeper.end()
         while self._done:
             self._done.popleft()()
-        for key in list(self._selector.get_map().values()):
-            if isinstance(key.data, Client):
-                self._drop(key.data)
+        for client in self._clients:
+            self._drop(client)
         self._clients.drop_all()
         for name in self._names.listing("", len(self._names)):
             self._names.remove(name, Peer(0, 0))
@@ -164,12 +163,19 @@ class Server:
         if not data or any(unread):
             self._drop(client)
             return
+        self._attempt(client, lambda: self._do(client, data))
+
+    def _do(self, client: Client, data: bytes) -> None:
+        op, fields = protocol.parse_request(data)
+        number = fields.pop("number", None)
+        if number is not None:
+            self._names.find(fields["name"], number)  # and nothing comes in between
+        getattr(self, f"_do_{op}")(client, **fields)
+
+    def _attempt(self, client: Client, what: Callable[[], None]) -> None:
+        """Do what a client asked for, or tell it why not."""
         try:
-            op, fields = protocol.parse_request(data)
-            number = fields.pop("number", None)
-            if number is not None:
-                self._names.find(fields["name"], number)  # and nothing comes in between
-            getattr(self, f"_do_{op}")(client, **fields)
+            what()
         except Refusal as refusal:
             self._reply(client, protocol.pack_error(refusal))
         except Exception:  # a mistake of ours is to end one connection, and not the store
@@ -195,6 +201,17 @@ class Server:
         if client.alive:
             self._selector.register(client.connection, selectors.EVENT_READ, client)
 
+    def _when_settled(self, client: Client, what: Callable[[], None]) -> None:
+        """Do what a client asked for when all that nobody has counts no more."""
+
+        def settled() -> None:
+            self._resume(client)
+            if client.alive:
+                self._attempt(client, what)
+
+        self._pause(client)
+        self._keeper.settle(settled)
+
     # Operations.
 
     def _do_create(
@@ -211,12 +228,17 @@ class Server:
             charge = rounded(size, huge_pages)
         except ValueError as error:
             raise Refusal(errno.EINVAL, str(error)) from None
+
+        def begin() -> None:
+            entry = self._names.begin(name, client.peer, mode, size, charge)
+            self._pause(client)
+            done = functools.partial(self._created, client, entry, trusted)
+            self._keeper.make(charge, exporter, name, huge_pages, done)
+
         if charge > self._names.left:
-            self._keeper.sweep()
-        entry = self._names.begin(name, client.peer, mode, size, charge)
-        self._pause(client)
-        done = functools.partial(self._created, client, entry, trusted)
-        self._keeper.make(charge, exporter, name, huge_pages, done)
+            self._when_settled(client, begin)
+        else:
+            begin()
 
     def _created(
         self, client: Client, entry: Entry[Memory], trusted: bool, made: Memory | Refusal
@@ -265,7 +287,6 @@ class Server:
     def _do_discard(self, client: Client, unnamed: int) -> None:
         self._names.drop(self._unnamed(client, unnamed, ""))
         del client.unnamed[unnamed]
-        self._keeper.sweep()
         self._reply(client, protocol.pack_result({}))
 
     def _unnamed(self, client: Client, unnamed: int, name: str) -> Entry[Memory]:
@@ -350,10 +371,12 @@ class Server:
         self._reply(client, protocol.pack_result({}))
 
     def _do_usage(self, client: Client) -> None:
-        self._keeper.sweep()
-        names = self._names
-        usage = (names.charged, names.max_memory, len(names), names.max_names)
-        self._reply(client, protocol.pack_result({"usage": usage}))
+        def tell() -> None:
+            names = self._names
+            usage = (names.charged, names.max_memory, len(names), names.max_names)
+            self._reply(client, protocol.pack_result({"usage": usage}))
+
+        self._when_settled(client, tell)
 
 
 def _may_make_udmabufs(peer: Peer) -> bool:
