@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import functools
 import logging
 import os
 import socket
 import struct
+import termios
 import threading
 import time
 from collections import Counter
@@ -23,6 +25,14 @@ log = logging.getLogger("dmabuf")
 
 _SO_PEERGROUPS = 59
 _GROUPS_BYTES = 1024  # Python's most for a socket option: 256 groups
+_FULL = (
+    "the store has as many clients as it takes, or you have half of them: connections that were "
+    "ended count until they are closed or read to the end"
+)
+_YOURS_UNREAD = (
+    "connections of yours have descriptors under way that you do not read, and others need the "
+    "rest: read what you asked for, or close those connections"
+)
 
 
 class Client:
@@ -43,6 +53,8 @@ class Client:
         self.unnamed: dict[int, Entry[Memory]] = {}
         """What it created without a name, which ends with it unless it gets one."""
         self.created = 0
+        self.granted = 0
+        """Descriptors that were sent, and that it may not have read yet."""
         self._uninvited: list[int] = []
 
     def receive(self) -> bytes:
@@ -62,6 +74,10 @@ class Client:
         """A message. Raises OSError where the peer is gone, or has not read the last one."""
         socket.send_fds(self.connection, [data], descriptors)
 
+    def unread(self) -> bool:
+        """Whether something that was sent was not read yet, and its peer is still there to."""
+        return any(fcntl.ioctl(self.connection, termios.TIOCOUTQ, bytes(4)))
+
     def close(self) -> None:
         """End the connection."""
         for fd in self._uninvited:
@@ -70,12 +86,23 @@ class Client:
 
 
 class Clients:
-    """Those who are connected: ``most`` at a time, and half of them one user's."""
+    """Those who are connected: ``most`` at a time, and half of them one user's.
 
-    def __init__(self, listener: socket.socket, most: int, later: Callable[..., None]) -> None:
+    A connection that was ended is one of them until what it was sent is read, or closed by its
+    peer: so long descriptors are under way on it. ``under_way`` is how many may be, in all.
+    """
+
+    def __init__(
+        self, listener: socket.socket, most: int, under_way: int, later: Callable[..., None]
+    ) -> None:
         self._listener, self._most, self._later = listener, most, later
+        self._may_be_under_way = under_way
         self._all: set[Client] = set()
         self._users: Counter[int] = Counter()
+        self._under_way: Counter[int] = Counter()
+        """Of each user, at most: who read meanwhile is not asked until it matters."""
+        self._unread: set[Client] = set()
+        """Ended, and not read to the end by their peers."""
         self._dropped: list[Client] = []
         self._closing: set[threading.Thread] = set()
         listener.setblocking(False)
@@ -86,20 +113,75 @@ class Clients:
         client = Client(connection)
         self._all.add(client)
         self._users[client.peer.uid] += 1
-        if self._users.total() <= self._most and self._users[client.peer.uid] <= self._most // 2:
+        if not self._is_one_too_many(client):
+            return client
+        self.look_at_unread()
+        if not self._is_one_too_many(client):
             return client
         with suppress(OSError):
-            full = Refusal(errno.EUSERS, "the store has as many clients as it takes")
-            client.send(protocol.pack_error(full), [])
-        self.drop(client)
+            client.send(protocol.pack_error(Refusal(errno.EUSERS, _FULL)), [])
+        self._close_down(client)
         return None
+
+    def _is_one_too_many(self, client: Client) -> bool:
+        its_users = self._users[client.peer.uid]
+        return self._users.total() > self._most or its_users > self._most // 2
+
+    def grant(self, client: Client, data: bytes, descriptors: list[int]) -> None:
+        """Send a message with descriptors.
+
+        Raises Refusal(ETOOMANYREFS) where the client's user has some under way already, and would
+        have more than are left for all others; and OSError as :meth:`Client.send`.
+        """
+        count = len(descriptors)
+        if not self._may_have(client, count):
+            for one in self._all | self._unread:
+                if not one.unread():
+                    self.was_read(one)
+            if not self._may_have(client, count):
+                raise Refusal(errno.ETOOMANYREFS, _YOURS_UNREAD)
+        client.send(data, descriptors)
+        client.granted += count
+        self._under_way[client.peer.uid] += count
+
+    def _may_have(self, client: Client, count: int) -> bool:
+        its_users = self._under_way[client.peer.uid]
+        left = self._may_be_under_way - self._under_way.total() - count
+        return not its_users or its_users + count <= left
+
+    def was_read(self, client: Client) -> None:
+        """Nothing is under way to it."""
+        self._under_way[client.peer.uid] -= client.granted
+        client.granted = 0
 
     def drop(self, client: Client) -> None:
         """End a connection: in a thread of its own, if that may take long."""
+        self._shut_down(client)
+        if client.unread():
+            self._unread.add(client)
+        else:
+            self._close_down(client)
+
+    def look_at_unread(self) -> None:
+        """Close what was ended, and was read since."""
+        for client in [client for client in self._unread if not client.unread()]:
+            self._unread.discard(client)
+            self._close_down(client)
+
+    @property
+    def any_unread(self) -> bool:
+        """Whether :meth:`look_at_unread` has any to look at."""
+        return bool(self._unread)
+
+    def _shut_down(self, client: Client) -> None:
         client.alive = False
         self._all.discard(client)
         with suppress(OSError):  # the peer is told now, however long the rest takes
             client.connection.shutdown(socket.SHUT_RDWR)
+
+    def _close_down(self, client: Client) -> None:
+        self._shut_down(client)
+        self.was_read(client)
         if client.closes_slowly:
             self._dropped.append(client)
             self.close_dropped()
@@ -137,10 +219,10 @@ class Clients:
     def __iter__(self) -> Iterator[Client]:
         return iter([*self._all])
 
-    def drop_all(self) -> None:
-        """End them all. What takes longer than a second to close is left to the process's end."""
-        for client in list(self._all):
-            self.drop(client)
+    def end(self) -> None:
+        """Close what was ended. What takes longer than a second is left to the process's end."""
+        for client in self._unread:
+            self._close_down(client)
         end = time.monotonic() + 1
         for thread in self._closing:
             thread.join(max(end - time.monotonic(), 0))

@@ -8,15 +8,14 @@ no more descriptors are on their way to it than one reply has.
 from __future__ import annotations
 
 import errno
-import fcntl
 import functools
 import logging
 import os
 import resource
 import selectors
 import socket
-import termios
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -40,7 +39,7 @@ _UNREAD = (
 )
 _LISTED = 256  # names in a reply, at most
 _TICK = 1.0
-"""Seconds between looks at memory that was removed and is still in use."""
+"""Seconds between looks at what was removed, and at what was ended, and others still have."""
 
 
 def default_limit() -> int:
@@ -67,7 +66,8 @@ class Server:
         self._listening = False
         self._names: Names[Memory] = Names(max_memory, MOST_NAMES)
         self._keeper = Keeper(self._names, limit // 2, self._later)
-        self._clients = Clients(listener, min(limit // 4, MOST_CLIENTS), self._later)
+        self._clients = Clients(listener, min(limit // 4, MOST_CLIENTS), limit, self._later)
+        self._looked_at = time.monotonic()
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._wake, selectors.EVENT_READ)
 
@@ -87,7 +87,8 @@ class Server:
     def _turn(self) -> None:
         self._clients.close_dropped()
         self._listen(not self._clients.full)
-        ticking = self._names.removed or not self._listening
+        any_unread = self._clients.any_unread
+        ticking = self._names.removed or any_unread or not self._listening
         for key, _ in self._selector.select(_TICK if ticking else None):
             if key.fileobj is self._listener:
                 self._accept()
@@ -99,6 +100,9 @@ class Server:
             self._done.popleft()()
         if self._names.removed:
             self._keeper.sweep()
+        if any_unread and time.monotonic() > self._looked_at + _TICK:
+            self._clients.look_at_unread()
+            self._looked_at = time.monotonic()
 
     def _end(self) -> None:
         self._listener.close()
@@ -107,7 +111,7 @@ class Server:
             self._done.popleft()()
         for client in self._clients:
             self._drop(client)
-        self._clients.drop_all()
+        self._clients.end()
         for name in self._names.listing("", len(self._names)):
             self._names.remove(name, Peer(0, 0))
         self._keeper.release_all()
@@ -155,14 +159,14 @@ class Server:
     def _serve(self, client: Client) -> None:
         try:
             data = client.receive()
-            unread = fcntl.ioctl(client.connection, termios.TIOCOUTQ, bytes(4))
         except BlockingIOError:
             return
         except OSError:
             data = b""
-        if not data or any(unread):
+        if not data or client.unread():
             self._drop(client)
             return
+        self._clients.was_read(client)
         self._attempt(client, lambda: self._do(client, data))
 
     def _do(self, client: Client, data: bytes) -> None:
@@ -186,7 +190,10 @@ class Server:
         if not client.alive:
             return
         try:
-            client.send(data, descriptors or [])
+            if descriptors:
+                self._clients.grant(client, data, descriptors)
+            else:
+                client.send(data, [])
         except OSError as error:
             if error.errno == errno.ETOOMANYREFS:
                 raise Refusal(error.errno, _UNREAD) from None
