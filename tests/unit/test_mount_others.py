@@ -180,6 +180,24 @@ def test_times_that_the_store_cannot_keep_are_the_nearest_that_it_can(world: Wor
     run(body)
 
 
+def test_a_file_that_finds_no_memory_to_be_one_buffer_in_says_so(world: World) -> None:
+    from pyfuse3 import FUSEError
+
+    async def body() -> None:
+        await world.put("other", bytes(30 << 20))
+        fh = await world.create("x")
+        for at in range(20):
+            await world.ask.write(fh, at << 20, bytes(1 << 20))
+        with pytest.raises(FUSEError) as caught:
+            await world.close(fh)
+        assert caught.value.errno == errno.ENOSPC
+
+    run(body)
+    assert world.said[-1].startswith("x: it cannot become one buffer of 20 MiB: 20 MiB are more ")
+    assert [status.name for status in world.store.list()] == ["other"]
+    assert world.store.usage().charged == 30 << 20
+
+
 def test_what_others_open_before_it_is_sealed_gets_the_content_where_it_fits(
     world: World,
 ) -> None:

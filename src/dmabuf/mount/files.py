@@ -289,13 +289,11 @@ class Files:
         if node.growing is None:
             self._begin_growing(node, keep=True)
         assert node.growing is not None
-        with self._held_by(node, node.growing):
-            try:
-                node.growing.reserve(end)
-            except OSError as error:
-                more = format_size(end)
-                text = f"it cannot grow to {more}: {error.strerror}"
-                raise os_error(error.errno or errno.EIO, text, node.name) from None
+        with (
+            self._held_by(node, node.growing),
+            _explaining(node, f"it cannot grow to {format_size(end)}"),
+        ):
+            node.growing.reserve(end)
 
     def _begin_growing(self, node: Node, *, keep: bool) -> None:
         if self._others_have(node):
@@ -372,7 +370,9 @@ class Files:
 
     def _seal(self, store: Store, node: Node, growing: Growing) -> None:
         """Growing content becomes one buffer, under the name of the file."""
-        length, whole = growing.length, growing.whole()
+        length = growing.length
+        with _explaining(node, f"it cannot become one buffer of {format_size(length)}"):
+            whole = growing.whole()
         growing.become(whole)
         memory, new = whole, node.number is None
         status: Status | None
@@ -429,6 +429,16 @@ class Files:
         if status is not None:
             node.accessed_ns = node.modified_ns = None
             node.refresh(status)
+
+
+@contextmanager
+def _explaining(node: Node, what: str) -> Iterator[None]:
+    """Errors that say which file it is about, and what it cannot have."""
+    try:
+        yield
+    except OSError as error:
+        text = f"{what}: {error.strerror}"
+        raise os_error(error.errno or errno.EIO, text, node.name) from None
 
 
 def _check_owner(status: Status, uid: int) -> None:
