@@ -165,10 +165,9 @@ def dlpack(
         BufferError: another device, or what NumPy cannot do.
         ImportError, ValueError, io.UnsupportedOperation, OSError: as asarray() raises them.
     """
-    flat = asarray(self)
-    if max_version is None:
-        return flat.__dlpack__(stream=stream)
-    return flat.__dlpack__(stream=stream, max_version=max_version, dl_device=dl_device, copy=copy)
+    asked = {"max_version": max_version, "dl_device": dl_device, "copy": copy}
+    given = {name: value for name, value in asked.items() if value is not None}
+    return asarray(self).__dlpack__(stream=stream, **given)
 
 
 def dlpack_device(self: Buffer) -> tuple[int, int]:
