@@ -431,10 +431,14 @@ class Buffer(RawFile):
                 if self._users or self._lone:
                     text = f"cannot close {self!r}: a transfer is running, or a device has it"
                     raise BusyError(text)
-                if self._maps:
-                    raise BufferError("cannot close exported pointers exist")
-                if self._memory is not None:
-                    self._memory.close()  # BufferError while a view exists
+                try:
+                    if self._maps:
+                        raise BufferError
+                    if self._memory is not None:
+                        self._memory.close()  # BufferError while a view exists
+                except BufferError:
+                    text = f"cannot close {self!r}: exported pointers exist, of map(), an array or "
+                    raise BufferError(f"{text}a tensor: let go of them first") from None
                 self._closed = True
             finally:
                 self._closing = False

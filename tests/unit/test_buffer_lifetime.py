@@ -41,7 +41,9 @@ def test_closing_gives_everything_back():
 
 def test_a_view_in_a_map_keeps_it_open(buf):
     with buf.map("rw") as view:
-        with pytest.raises(BufferError, match="cannot close exported pointers exist") as error:
+        with pytest.raises(
+            BufferError, match=r"cannot close <.*: exported pointers exist.* let go of them"
+        ) as error:
             buf.close()
         assert not isinstance(error.value, BusyError)
         assert not buf.closed
@@ -56,7 +58,9 @@ def test_a_slice_that_outlives_its_map_keeps_it_open(buf):
     with buf.map("rw") as view:
         part = view[10:20]
     for _ in range(2):
-        with pytest.raises(BufferError, match="cannot close exported pointers exist"):
+        with pytest.raises(
+            BufferError, match=r"cannot close <.*: exported pointers exist.* let go of them"
+        ):
             buf.close()
     part[:2] = b"hi"
     assert buf.pread(2, 10) == b"hi" and called == []
