@@ -130,8 +130,7 @@ def choose(
         RouteUnavailable: no permitted route is possible; says why for each.
         ValueError: `require` or `route` is not one of those above.
     """
-    if require not in ALLOWED:
-        raise ValueError(f"require={require!r}: one of {', '.join(map(repr, ALLOWED))}")
+    check_require(require)
     forced = None if route is None else _route(route)
     rejected: dict[Route, str] = {}
     for candidate, objection in objections(question, require).items():
@@ -146,6 +145,12 @@ def choose(
     why = "; ".join(f"{candidate}: {text}" for candidate, text in rejected.items())
     wanted = f"route={forced.value!r}" if forced else f"require={require!r}"
     raise RouteUnavailable(f"no route for {wanted}: {why}", path, route=forced)
+
+
+def check_require(require: object) -> None:
+    """Raises ValueError for what is none of "zero-copy", "uncached" and "any"."""
+    if require not in ALLOWED:
+        raise ValueError(f"require={require!r}: one of {', '.join(map(repr, ALLOWED))}")
 
 
 def _route(route: Route | str) -> Route:

@@ -28,7 +28,7 @@ from dmabuf.buffer import Buffer
 from dmabuf.engine import Engine, Transfer
 from dmabuf.errors import ShortReadError
 from dmabuf.exporters import allocate
-from dmabuf.route import Require
+from dmabuf.route import Require, check_require
 from dmabuf.sizes import as_int
 
 if TYPE_CHECKING:
@@ -149,9 +149,14 @@ def load(
     if framework == "pt":
         needed("torch", "framework='pt'", "torch, or take framework='np'")
     align = _check_alignment(alignment)
+    if not isinstance(buffer, Buffer | None):
+        raise TypeError(f"a dmabuf.Buffer is needed, not {type(buffer).__name__}")
     with ExitStack() as stack:
         parts, metadata = open_parts(stack, source, tensors, engine)
-        segments, places, size = _plan(parts, align)
+        try:
+            segments, places, size = _plan(parts, align)
+        except OverflowError:
+            raise ValueError(f"alignment={align} has tensors beyond 2^64 bytes") from None
         if buffer is None:
             buffer = allocate(max(size, 1), exporter=exporter, name=name)
             buffer._closes_unasked = True
@@ -261,10 +266,12 @@ def save(
 
     Raises:
         TypeError: a value or a dtype that the format does not have, or a name that is no text.
-        ValueError: a sparse tensor, or a name or metadata that cannot stand in the header.
+        ValueError: a sparse tensor, a name or metadata that cannot stand in the header, or a
+            ``require`` that is none.
         OSError, RouteUnavailable: as `File.write_segments` raises them. Nothing has happened to
             the file then.
     """
+    check_require(require)
     pieces = {name: _tensor_save.piece(name, value) for name, value in tensors.items()}
     about = {name: (one.dtype, one.shape) for name, one in pieces.items()}
     header, places = _tensor_header.make(about, metadata)

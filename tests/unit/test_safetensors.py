@@ -206,6 +206,9 @@ def test_dtypes_that_numpy_lacks(tmp_path):
         ({"alignment": 2.0}, TypeError, "alignment must be an int"),
         ({"exporter": "none"}, ValueError, "unknown exporter"),
         ({"require": "magic"}, ValueError, "require"),
+        ({"alignment": 1 << 70}, ValueError, r"beyond 2\^64 bytes"),
+        ({"alignment": 1 << 62}, ValueError, r"beyond 2\^64 bytes"),
+        ({"buffer": bytearray(1 << 20)}, TypeError, r"a dmabuf\.Buffer is needed, not bytearray"),
     ],
 )
 def test_what_load_refuses(path, how, error, match):
@@ -439,6 +442,13 @@ def test_what_save_refuses(path, tensors, error, match):
     before = path.read_bytes()
     with pytest.raises(error, match=match):
         models.save(tensors, path)
+    assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
+
+
+def test_save_knows_its_own_words(path):
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="require='magic': one of 'zero-copy'"):
+        models.save({"a": np.zeros(2)}, path, require="magic")
     assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
 
 
