@@ -1,6 +1,8 @@
 """Arrays over real dma-bufs, and models into them and back."""
 
 import contextlib
+import errno
+import os
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from tests.guards import needs
 from tests.kernel.conftest import BUFFERS, PINNED, heap_read_only
 from tests.kernel.nvme_drive import everything
 from tests.resources import held
-from tests.support import assert_same, pattern
+from tests.support import assert_same, pattern, run
 
 SIZE = 2 << 20  # a huge page
 
@@ -117,3 +119,23 @@ def test_a_model_lands_in_a_udmabuf_that_goes_with_its_last_tensor(model, tmp_pa
     with contextlib.suppress(KeyError):
         models.load(path, tensors=["no such"], framework="np")
     assert held() == before
+
+
+@needs("root")
+@pytest.mark.parametrize("inside", [True, False], ids=["in a buffer", "elsewhere"])
+def test_a_full_disk_keeps_the_old_file(inside, model, tmp_path):
+    whole, folder = tmp_path / "model.safetensors", tmp_path / "mnt"
+    safetensors.numpy.save_file(model, whole)
+    folder.mkdir()
+    run("mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", folder)
+    try:
+        path = folder / "old.safetensors"
+        path.write_bytes(b"old")
+        tensors = models.load(whole, framework="np") if inside else model
+        with pytest.raises(OSError) as caught:
+            models.save(tensors, path)
+        assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(path))
+        assert path.read_bytes() == b"old" and os.listdir(folder) == [path.name]
+        del tensors, caught
+    finally:
+        run("umount", folder)
