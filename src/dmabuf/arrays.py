@@ -165,7 +165,7 @@ def dlpack(
         BufferError: another device, or what NumPy cannot do.
         ImportError, ValueError, io.UnsupportedOperation, OSError: as asarray() raises them.
     """
-    asked = {"max_version": max_version, "dl_device": dl_device, "copy": copy}
+    asked: dict[str, Any] = {"max_version": max_version, "dl_device": dl_device, "copy": copy}
     given = {name: value for name, value in asked.items() if value is not None}
     return asarray(self).__dlpack__(stream=stream, **given)
 
