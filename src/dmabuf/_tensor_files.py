@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -51,6 +52,8 @@ def open_parts(
     metadata: dict[str, str] = {}
     seen: dict[str, str] = {}
     for path in paths:
+        if stat.S_ISFIFO(os.stat(path).st_mode):  # opening one waits for who writes there
+            raise _endless("FIFO", path)
         file = stack.enter_context(File(path, engine=engine))
         header, size = _header(file, path)
         metadata |= header.metadata
@@ -121,10 +124,14 @@ def _index(path: str) -> dict[str, str]:
     return {name: os.path.join(folder, shard) for name, shard in found.items()}
 
 
+def _endless(kind: str, path: str) -> OSError:
+    text = f"a {kind} is no safetensors file: its end could not be known"
+    return os_error(errno.EINVAL, text, path)
+
+
 def _header(file: File, path: str) -> tuple[Header, int]:
     if file.kind != "file":
-        text = f"a {file.kind} is no safetensors file: its end could not be known"
-        raise os_error(errno.EINVAL, text, path)
+        raise _endless(file.kind, path)
     size = file.size
     assert size is not None
 

@@ -217,10 +217,12 @@ def test_what_load_refuses(path, how, error, match):
 
 
 def test_files_that_are_none(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
     for target, error in [
         (tmp_path / "absent", FileNotFoundError),
         (tmp_path, FileNotFoundError),
         ("/dev/zero", OSError),
+        (tmp_path / "fifo", OSError),
         ([], ValueError),
     ]:
         with pytest.raises(error):
