@@ -8,6 +8,7 @@ import os
 import signal
 import stat
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from tests.device.vivid import (
     Moving,
     picture,
     reference,
+    skipped,
 )
 from tests.guards import needs
 from tests.support import PAGE, assert_same, mounted, poison
@@ -87,6 +89,47 @@ def test_every_byte_of_a_picture_that_moves(which: str, moving: Moving) -> None:
                 break
         assert_accounted(sequences, camera.lost)
     moving.check(frames)
+
+
+@needs("cameras", "udmabuf")
+def test_at_the_full_rate_there_is_always_a_buffer_to_fill(moving: Moving) -> None:
+    """So what is lost then, vivid's own thread was too late for."""
+    frames, filled, back = [], [], []
+    with (
+        picture(SINGLE, MOVE_RIGHT),
+        v4l2.capture(SINGLE, format="RGB3", fps=120, buffers=64, **SMALL) as camera,
+    ):
+        for frame in camera:
+            with frame:
+                frames.append((frame.buffer.pread(frame.nbytes, 0), frame.lost))
+                filled.append(frame.timestamp_ns)
+            back.append(time.monotonic_ns())
+            if len(frames) == 160:
+                break
+        room = len(camera.buffers)
+    assert room < 100
+    wanting = [n for n in range(room, len(filled)) if back[n + 1 - room] > filled[n]]
+    assert not wanting, "when these were filled there was no other buffer"
+    moving.check(frames)
+
+
+@needs("cameras", "udmabuf")
+def test_none_is_lost_at_a_rate_that_the_machine_holds(moving: Moving) -> None:
+    """Each compared as it comes. The rate is one at which vivid itself leaves none out."""
+    told = []
+    for fps in (60, 30, 15, 10, 5, 2):
+        count = max(fps, 10)
+        with (
+            picture(SINGLE, MOVE_RIGHT),
+            v4l2.capture(SINGLE, format="RGB3", fps=fps, **SMALL) as camera,
+        ):
+            for _, frame in zip(range(count), camera, strict=False):
+                with frame:
+                    moving.turn_of(frame.buffer.pread(frame.nbytes, 0))
+        if not camera.lost:
+            return
+        told.append((fps, camera.lost, skipped(SINGLE, count)))
+    pytest.fail(f"fps, lost of a second, left out by vivid itself: {told}")
 
 
 @needs("cameras", "udmabuf", "dma_heap")
