@@ -7,7 +7,7 @@ import select
 import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import anyio
@@ -24,49 +24,12 @@ class Wake(Protocol):
     """What one task awaits until it is given a result; asyncio's Future is one."""
 
     def done(self) -> bool:
-        """Whether it was."""
+        """Whether nobody waits for it any more."""
 
     def set_result(self, result: Any, /) -> None:
-        """Before or while it is awaited, once."""
-
-    def result(self) -> Any:
-        """After it was awaited."""
+        """While it is awaited, once: what awaiting it returns."""
 
     def __await__(self) -> Generator[Any, Any, Any]: ...
-
-
-class _TrioWake:
-    """As a trio.Event that one task waits for, at half of the cost."""
-
-    __slots__ = ("_done", "_lowlevel", "_result", "_task")
-
-    def __init__(self, lowlevel: Any) -> None:
-        self._lowlevel = lowlevel
-        self._task: Any = None
-        self._done = False
-
-    def done(self) -> bool:
-        return self._done
-
-    def set_result(self, result: Any, /) -> None:
-        self._result = result
-        self._done = True
-        task, self._task = self._task, None
-        if task is not None:
-            self._lowlevel.reschedule(task)
-
-    def result(self) -> Any:
-        return self._result
-
-    def __await__(self) -> Generator[Any, Any, Any]:
-        if self._done:
-            return self._lowlevel.checkpoint().__await__()  # type: ignore[no-any-return]
-        self._task = self._lowlevel.current_task()
-        return self._lowlevel.wait_task_rescheduled(self._abort).__await__()  # type: ignore[no-any-return]
-
-    def _abort(self, _: object) -> Any:
-        self._task = None
-        return self._lowlevel.Abort.SUCCEEDED
 
 
 def _asyncio_loop() -> asyncio.AbstractEventLoop | None:
@@ -76,12 +39,47 @@ def _asyncio_loop() -> asyncio.AbstractEventLoop | None:
     return sys.modules["asyncio"].get_running_loop()  # type: ignore[no-any-return]
 
 
+@cache
+def _trio_wake() -> Callable[[], Wake]:
+    """A class whose instances are as a trio.Event that one task waits for, and cost less.
+
+    One function aborts all the sleeps: which of them are over trio tells itself, by taking away
+    their tasks' `custom_sleep_data`. And the outcome that a task is sent is the wake.
+    """
+    lowlevel = sys.modules["trio"].lowlevel
+    current_task, reschedule = lowlevel.current_task, lowlevel.reschedule
+    wait_task_rescheduled, succeeded = lowlevel.wait_task_rescheduled, lowlevel.Abort.SUCCEEDED
+
+    def abort(_: object) -> object:
+        return succeeded
+
+    class TrioWake:
+        __slots__ = ("_result", "_task")
+
+        def done(self) -> bool:
+            return self._task.custom_sleep_data is not self
+
+        def set_result(self, result: Any, /) -> None:
+            self._result = result
+            reschedule(self._task, self)
+
+        def unwrap(self) -> Any:
+            return self._result
+
+        def __await__(self) -> Generator[Any, Any, Any]:
+            self._task = task = current_task()
+            task.custom_sleep_data = self
+            return wait_task_rescheduled(abort).__await__()  # type: ignore[no-any-return]
+
+    return TrioWake
+
+
 def kind_of_wake() -> Callable[[], Wake]:
     """What makes a Wake of the running loop."""
     if loop := _asyncio_loop():
         # What anyio.Event has inside on asyncio, at a quarter of the cost.
         return partial(sys.modules["asyncio"].Future, loop=loop)
-    return partial(_TrioWake, sys.modules["trio"].lowlevel)
+    return _trio_wake()
 
 
 def call_soon() -> Callable[[Callable[[], None]], object]:

@@ -255,8 +255,7 @@ class File:
                 if lane is not None and engine.take_off_alone(
                     lane, file_offset, buffer_offset, size, fence, tag, wake
                 ):
-                    await wake
-                    nbytes = wake.result()
+                    nbytes = await wake
                     if nbytes is None:
                         await engine.landing_alone(tag)
             except BaseException as caught:

@@ -485,3 +485,28 @@ def test_an_event_loop_that_ended_leaves_nothing_of_its_engine(run, path, buf):
         run(main)
     gc.collect()
     assert [engine() for engine in engines] == [None, None]
+
+
+def test_a_wake_is_for_who_still_sleeps(run):
+    """Awaiting it returns the result; a task that was cancelled first is not woken again."""
+
+    async def sleep(wake, scope, woken):
+        with scope:
+            woken.append(await wake)
+
+    async def main():
+        new_wake, woken = _waits.kind_of_wake(), []
+        wakes, scopes = [new_wake(), new_wake()], [anyio.CancelScope(), anyio.CancelScope()]
+        async with anyio.create_task_group() as group:
+            for wake, scope in zip(wakes, scopes, strict=True):
+                group.start_soon(sleep, wake, scope, woken)
+            for _ in range(3):
+                await anyio.lowlevel.checkpoint()
+            assert not any(wake.done() for wake in wakes)
+            scopes[0].cancel()
+            wakes[1].set_result("landed")
+            assert all(wake.done() for wake in wakes)
+        assert woken == ["landed"]
+        assert [scope.cancelled_caught for scope in scopes] == [True, False]
+
+    run(main)
