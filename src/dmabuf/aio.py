@@ -14,9 +14,9 @@ Pages are not registered here, since pinning a large buffer would stop the loop.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
+from time import perf_counter
 from typing import Any, TypeVar
 
 from dmabuf import _process, lone, transfer
@@ -45,7 +45,6 @@ __all__ = ["File", "copy", "open", "wait"]
 T = TypeVar("T")
 
 _CLOSED = "the file was closed while the transfer ran"
-_USUAL = ("any", None, "zero-copy", "first")
 _ALONE = "one small request: nothing to register it for"
 
 
@@ -234,24 +233,27 @@ class File:
         fence: bool,
         audit: Audit,
     ) -> Transfer:
-        begun = time.perf_counter()
+        begun = perf_counter()
         if (
-            type(size) is int
+            type(size) is type(buffer_offset) is int
+            and (file_offset is None or type(file_offset) is int)
             and buffer.__class__ is Buffer
             and timeout is None
             and not sync
             and (
-                (require, route, prefer, audit) == _USUAL
+                (require == "any" and route is None and prefer == "zero-copy" and audit == "first")
                 or lone.permitted(require, route, prefer, audit)
             )
         ):
             # Written out here, since each call is a part of a small request's cost.
             target, engine = self._target, self._engine
-            wake, tag, nbytes = engine.new_wake(), engine.next_tag(), None
+            requests, of_buffer, nbytes = target.lone, buffer._lone, None
+            new_wake, next_tag = engine.new_wake, engine.next_tag  # faster apart on CPython 3.11
+            wake, tag = new_wake(), next_tag()
             try:
-                target.lone.add(wake)
-                buffer._lone.add(wake)
-                lane = lone.lane(target, buffer, direction, size, file_offset, buffer_offset)
+                requests.add(wake)
+                of_buffer.add(wake)
+                lane = lone.lane(target, buffer, direction)
                 if lane is not None and engine.take_off_alone(
                     lane, file_offset, buffer_offset, size, fence, tag, wake
                 ):
@@ -264,8 +266,10 @@ class File:
             finally:
                 if tag in engine.flights:
                     engine.leave_alone(tag)
-                lone.leave(target, buffer, wake)
+                of_buffer.discard(wake)
+                requests.discard(wake)
                 if target._closed:
+                    lone.left(target)
                     self._left()
             if lane is not None:
                 if nbytes == size:
@@ -291,7 +295,7 @@ class File:
         audit: Audit = "first",
     ) -> Transfer:
         """Read many ranges to many places of the buffer; as `dmabuf.File.read_segments`."""
-        begun = time.perf_counter()
+        begun = perf_counter()
         with self._holding(buffer), self._file._segments("read", buffer, segments) as ranges:
             order = Order(
                 "read", buffer, ranges, require, route, timeout=timeout, fence=fence, audit=audit
@@ -311,7 +315,7 @@ class File:
         audit: Audit = "first",
     ) -> Transfer:
         """Write many ranges of the buffer to many places; as `dmabuf.File.write_segments`."""
-        begun = time.perf_counter()
+        begun = perf_counter()
         with self._holding(buffer), self._file._segments("write", buffer, segments) as ranges:
             order = Order(
                 "write",

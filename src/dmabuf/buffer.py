@@ -55,6 +55,8 @@ class Buffer(RawFile):
     """
 
     _closes_unasked = False  # with the last thing made over it, which is no mistake then
+    __slots__ = ("_lone", "_lone_number")  # a small request has them sooner than from a dict
+
     _closed = True  # until __init__ is through: a half-made Buffer has nothing to close
 
     def __init__(
@@ -91,8 +93,8 @@ class Buffer(RawFile):
         self._cached_address: int | None = None
         self._forget_other_threads()
         _alive.add(self)
-        self._number = next(_numbers)
-        self._closing = False
+        # By which lone.py knows it; None while it closes, and from then on.
+        self._lone_number: int | None = next(_numbers)
         self._closed = False
 
     def _forget_other_threads(self) -> None:
@@ -426,7 +428,8 @@ class Buffer(RawFile):
         with self._lock:
             if self._closed:
                 return
-            self._closing = True  # from here on a lone request takes the lock, as others do
+            number = self._lone_number
+            self._lone_number = None  # from here on a lone request takes the lock, as others do
             try:
                 if self._users or self._lone:
                     text = f"cannot close {self!r}: a transfer is running, or a device has it"
@@ -441,7 +444,8 @@ class Buffer(RawFile):
                     raise BufferError(f"{text}a tensor: let go of them first") from None
                 self._closed = True
             finally:
-                self._closing = False
+                if not self._closed:
+                    self._lone_number = number
         self._dispose()
 
     def _dispose(self) -> None:

@@ -71,44 +71,33 @@ class Lane:
         return record  # type: ignore[no-any-return]
 
 
-def lane(
-    target: Target,
-    buffer: Buffer,
-    direction: Direction,
-    size: object,
-    offset: object,
-    start: object,
-) -> Lane | None:
+def lane(target: Target, buffer: Buffer, direction: Direction) -> Lane | None:
     """The lane for a request, made where there may be one; None where it goes the long way.
 
     The caller's token is in `target.lone` and `buffer._lone`, so nothing is closed from here on.
-    Numbers other than plain ints are left to the long way, which knows which of them to refuse.
+    Its numbers are plain ints: the long way knows which of all others to refuse.
     """
-    if not (type(size) is type(start) is int and (offset is None or type(offset) is int)):
+    number, engine = buffer._lone_number, target.engine
+    if number is None or target._closed or engine._closed or target.pid != _process.pid:
         return None
-    if target._closed or buffer._closed or buffer._closing or target.pid != _process.pid:
-        return None
-    engine = target.engine
-    if engine._closed or engine._owner not in (None, get_ident()):  # check_usable says which
+    if (owner := engine._owner) is not None and owner != get_ident():  # check_usable says so
         return None
     if direction == "write" and target.growth.running:
         return None
-    lanes = target.lanes
-    found = lanes.get((buffer._number, direction))
+    lanes, key = target.lanes, number if direction == "read" else ~number
+    found = lanes.get(key)
     if found is None:
         found = _make(target, buffer, direction)
         if found is not None:
             if len(lanes) >= LANES:  # of buffers that are gone, most likely
                 lanes.clear()
-            lanes[buffer._number, direction] = found
+            lanes[key] = found
     return found
 
 
-def leave(target: Target, buffer: Buffer, token: object) -> None:
-    """Take a request's token back; the last one of a file that was closed closes it."""
-    buffer._lone.discard(token)
-    target.lone.discard(token)
-    if target._closed and target.pid == _process.pid:  # a fork's child may have its lock for ever
+def left(target: Target) -> None:
+    """A request is over on a file that was closed: the last one closes its descriptors."""
+    if target.pid == _process.pid:  # a fork's child may have its lock for ever
         target.left()
 
 
@@ -157,11 +146,13 @@ def move(
     """Move a range by a lane; None where it has to go the long way, and nothing was moved."""
     if buffer.__class__ is not Buffer:
         return None
+    if not (type(size) is type(start) is int and (offset is None or type(offset) is int)):
+        return None
     token = object()
     try:
         target.lone.add(token)
         buffer._lone.add(token)
-        found = lane(target, buffer, direction, size, offset, start)
+        found = lane(target, buffer, direction)
         if found is None:
             return None
         try:
@@ -170,5 +161,8 @@ def move(
         except (TypeError, OverflowError):  # a negative number, or no truth: the long way says so
             return None
     finally:
-        leave(target, buffer, token)
+        buffer._lone.discard(token)
+        target.lone.discard(token)
+        if target._closed:
+            left(target)
     return found.record(size, route, asked, begun)

@@ -55,7 +55,7 @@ class Target:
         self._closed = False
         self._users = 0
         self.lone: set[object] = set()  # lone requests under way, each by a token of its own
-        self.lanes: dict[tuple[int, str], Lane] = {}  # by buffer and direction: see lone.py
+        self.lanes: dict[int, Lane] = {}  # by the buffer's number, ~number to write: see lone.py
         self._lock = threading.RLock()  # the collector may close a File at any allocation
         self._direct: facts.Direct | None = None
         self._no_native: WeakKeyDictionary[Buffer, str] = WeakKeyDictionary()

@@ -205,6 +205,17 @@ def test_a_lane_is_forgotten_with_its_buffer_or_its_alignment(file, path):
     assert not file._target.lanes
 
 
+def test_a_buffer_that_could_not_be_closed_keeps_its_lanes(file, buf, long_way):
+    with buf.map("r"), pytest.raises(BufferError):
+        buf.close()
+    file.read_into(buf, PAGE)
+    assert not long_way
+    buf.close()
+    for move in (file.read_into, file.write_from):
+        with pytest.raises(ClosedError):
+            move(buf, PAGE)
+
+
 class Paused:
     """Stands in for the core where a lone request is moved, and waits there."""
 
