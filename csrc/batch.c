@@ -30,6 +30,7 @@ enum {
 	DRAIN_PAUSE_NS = 10000000, /* where waiting itself fails */
 	HEAVY_BYTES = 65536,	   /* copied by the kernel while it takes the request */
 	TELLING = 8,		   /* requests that no device completes all at once */
+	FEW = 4,		   /* handled before more are submitted, so that no device idles */
 };
 
 enum phase { MIDDLE, BISECT, EDGES, FLUSH, DONE };
@@ -73,6 +74,7 @@ struct dmb_batch {
 	bool by_workers;	/* the CPU moves the bytes: then several do */
 	uint32_t at_once;	/* waits in a row after which all was complete */
 	uint32_t odd;
+	uint32_t length; /* of the last request */
 	uint32_t in_flight;
 	struct dmb_io *ios;
 	struct dmb_io *free;
@@ -213,9 +215,11 @@ static int take_block(struct dmb_batch *batch, struct dmb_io *io)
 	return 0;
 }
 
-/* Whether a large request is left to a thread of the kernel's. */
-static bool is_heavy(struct dmb_batch *batch)
+/* Whether a request is left to a thread of the kernel's. */
+static bool is_heavy(struct dmb_batch *batch, uint32_t length)
 {
+	if (length < HEAVY_BYTES)
+		return batch->job->by_workers; /* where it goes in the end */
 	if (batch->job->route == DMB_BUFFERED)
 		return batch->ring->eventfd >= 0; /* whose loop must not wait */
 	if (!batch->by_workers)
@@ -246,7 +250,8 @@ static int issue(struct dmb_batch *batch, struct dmb_io *io)
 	dmb_shape(batch->job, batch->segments, io, batch->phase == EDGES);
 	if (io->native && io->buffer_slot < 0)
 		return -EFAULT; /* nothing registered: its offset would be taken for an address */
-	io->heavy = io->length >= HEAVY_BYTES && is_heavy(batch);
+	io->heavy = is_heavy(batch, io->length);
+	batch->length = io->length;
 	if (io->staged) {
 		if (!batch->job->base)
 			return -EFAULT; /* memory that the CPU cannot map has no edges */
@@ -394,12 +399,12 @@ static void reissue(struct dmb_ring *ring, struct dmb_io *list)
 	}
 }
 
-bool dmb_reap(struct dmb_ring *ring)
+bool dmb_reap(struct dmb_ring *ring, uint32_t most)
 {
 	struct dmb_io *io, *again = NULL;
 	bool any = false;
 
-	while ((io = ring->ops->reap(ring))) {
+	while (most-- && (io = ring->ops->reap(ring))) {
 		int result = io->flush ? io->result : filtered(ring, io);
 
 		any = true;
@@ -691,9 +696,29 @@ static void next_phase(struct dmb_batch *batch)
 		batch->phase = DONE;
 }
 
+/*
+ * How many completions are worth waking up for. Threads of the kernel's that move the bytes need
+ * the CPU themselves: one of each eight small requests then, and no more than HEAVY_BYTES.
+ */
+static uint32_t worth_waking(const struct dmb_batch *batch)
+{
+	uint64_t count = batch->in_flight / 8;
+
+	if (!batch->job->by_workers || !batch->length)
+		return 1;
+	return (uint32_t)dmb_max(dmb_min(count, HEAVY_BYTES / batch->length), 1);
+}
+
+/*
+ * A device that completes many requests at once has nothing to do until it gets more. So the first
+ * few that are handled make room for as many, which are submitted before the next are handled,
+ * twice as many each time.
+ */
 int dmb_batch_run(struct dmb_batch *batch, int timeout_ms)
 {
+	const uint32_t few = batch->job->by_workers ? UINT32_MAX : FEW;
 	int64_t deadline = now_ms() + timeout_ms, left = timeout_ms;
+	uint32_t most = few;
 
 	for (; batch->phase != DONE; left = deadline - now_ms()) {
 		int rc;
@@ -703,12 +728,14 @@ int dmb_batch_run(struct dmb_batch *batch, int timeout_ms)
 			next_phase(batch);
 			continue;
 		}
-		rc = batch->ring->ops->wait(batch->ring, left > 0 ? (int)left : 0);
+		rc = batch->ring->ops->wait(batch->ring, worth_waking(batch),
+					    left > 0 ? (int)left : 0);
 		if (rc)
 			return rc;
 		judge(batch, batch->ring->in_flight);
-		if (!dmb_reap(batch->ring) || left <= 0)
+		if (!dmb_reap(batch->ring, most) || left <= 0)
 			return 1; /* a signal, or the time is up */
+		most = batch->ring->ready > most ? 2 * most : few;
 	}
 	return 0;
 }
@@ -732,9 +759,9 @@ void dmb_batch_drain(struct dmb_batch *batch)
 			next_phase(batch);
 			continue;
 		}
-		if (batch->ring->ops->wait(batch->ring, 1000))
+		if (batch->ring->ops->wait(batch->ring, 1, 1000))
 			nap(DRAIN_PAUSE_NS);
-		dmb_reap(batch->ring);
+		dmb_reap(batch->ring, UINT32_MAX);
 		if (batch->in_flight && now_ms() >= warn_at) {
 			fprintf(stderr,
 				"dmabuf: interrupted, and waiting for the device: it still owns "

@@ -72,9 +72,9 @@ struct dmb_backend_ops {
 	void (*destroy)(struct dmb_ring *ring);
 	/* Take a request; it may start at once or at the next wait. 0 or -errno. */
 	int (*issue)(struct dmb_ring *ring, struct dmb_io *io);
-	/* Start what was taken; return when something completed, the time is up, or a signal came.
-	 */
-	int (*wait)(struct dmb_ring *ring, int timeout_ms);
+	/* Start what was taken; return when `count` of it are complete (some backends: when one
+	   is), the time is up, or a signal came. */
+	int (*wait)(struct dmb_ring *ring, uint32_t count, int timeout_ms);
 	/* Start what was taken, and see what completed; no wait. */
 	int (*poll)(struct dmb_ring *ring);
 	/* The next completed request with its result, or NULL. */
@@ -115,8 +115,8 @@ struct dmb_ring {
 /* A step of a batch: make at most `quota` requests, and go through the phases. */
 enum dmb_step { DMB_STEP_DONE, DMB_STEP_FLYING, DMB_STEP_WANTS_ROOM };
 enum dmb_step dmb_batch_step(struct dmb_batch *batch, uint32_t quota);
-/* Handle what completed, of all the ring's batches; false where nothing did. */
-bool dmb_reap(struct dmb_ring *ring);
+/* Handle what completed, of all the ring's batches, at most `most` requests; false for none. */
+bool dmb_reap(struct dmb_ring *ring, uint32_t most);
 
 void dmb_turn_begin(struct dmb_ring *ring, struct dmb_turn *turn, uint64_t tag);
 /* One of its requests completed. */

@@ -154,7 +154,7 @@ int dmb_ring_poll(struct dmb_ring *ring, struct dmb_done *done, uint32_t capacit
 			break;
 		}
 		rc = ring->ops->poll(ring);
-		more = dmb_reap(ring);
+		more = dmb_reap(ring, UINT32_MAX);
 	}
 	take_turns(ring);
 	if ((more || ring->issued) && ring->eventfd >= 0)

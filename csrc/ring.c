@@ -86,14 +86,14 @@ static int uring_issue(struct dmb_ring *ring, struct dmb_io *io)
 	return 0;
 }
 
-static int uring_wait(struct dmb_ring *ring, int timeout_ms)
+static int uring_wait(struct dmb_ring *ring, uint32_t count, int timeout_ms)
 {
 	struct __kernel_timespec time = {
 		.tv_sec = timeout_ms / 1000,
 		.tv_nsec = (long long)(timeout_ms % 1000) * 1000000,
 	};
 	struct io_uring_cqe *cqe;
-	int rc = io_uring_submit_and_wait_timeout(&ring->uring, &cqe, 1, &time, NULL);
+	int rc = io_uring_submit_and_wait_timeout(&ring->uring, &cqe, count, &time, NULL);
 
 	if (rc == -EAGAIN ||
 	    rc == -EBUSY) /* no memory to submit more: wait for what is in flight */

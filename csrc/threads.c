@@ -167,11 +167,12 @@ static void execute_one(struct dmb_ring *ring)
 	complete(ring, io);
 }
 
-static int threads_wait(struct dmb_ring *ring, int timeout_ms)
+static int threads_wait(struct dmb_ring *ring, uint32_t count, int timeout_ms)
 {
 	struct dmb_threads *threads = ring->threads;
 	struct timespec until;
 
+	(void)count;
 	if (!threads->count)
 		execute_one(ring);
 	clock_gettime(CLOCK_MONOTONIC, &until);

@@ -213,6 +213,7 @@ struct dmb_job make_job(const struct file *file, const struct memory *memory, in
 		.route = route,
 		.depth = 1 + (uint32_t)random_below(12),
 		.block = PAGE << random_below(5),
+		.by_workers = (uint32_t)random_below(2),
 	};
 }
 
@@ -353,7 +354,7 @@ struct dmb_result transfer(struct dmb_ring *ring, const struct dmb_job *job,
 
 void check_idle(struct dmb_ring *ring)
 {
-	CHECK_EQUAL(ring->ops->wait(ring, 0), 0);
+	CHECK_EQUAL(ring->ops->wait(ring, 1, 0), 0);
 	CHECK(!ring->ops->reap(ring));
 	CHECK_EQUAL(ring->stage.free_count, ring->stage.count);
 }
