@@ -357,6 +357,22 @@ def test_more_clients_than_there_may_be(path: Path) -> None:
             stack.enter_context(dmabuf.store.connect(path)).list()
 
 
+def test_who_is_turned_away_hears_why_though_more_was_sent(path: Path) -> None:
+    with place.listening(str(path)) as listener:
+        server = Server(listener, MIB)
+        server._clients._most = 1  # half of which is no one
+        with raw(path) as connection:
+            connection.send(b"{}")
+            turn(server, 2)
+            for thread in closing():
+                thread.join(30)
+            with pytest.raises(protocol.Refusal, match="as many clients") as caught:
+                protocol.parse_reply(connection.recv(protocol.REPLY_BYTES))
+            assert caught.value.errno == errno.EUSERS
+        close_all(server, 1)
+        server._end()
+
+
 _BUSY = """
 import random, sys, dmabuf.store
 dice = random.Random(int(sys.argv[2]))
@@ -481,7 +497,8 @@ def test_what_cannot_be_marked_for_now_counts(store: Store, monkeypatch, caplog)
             with pytest.raises(OSError) as caught:
                 store.create("two", 4096, exporter="memfd")
             assert caught.value.errno == errno.ENOSPC
-    assert len(caplog.records) == 1
+    said = [record for record in caplog.records if "kept for now" in record.getMessage()]
+    assert len(said) == 1
     store.create("two", 16 * MIB, exporter="memfd").close()
 
 

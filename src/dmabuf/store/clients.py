@@ -79,9 +79,16 @@ class Client:
         return any(fcntl.ioctl(self.connection, termios.TIOCOUTQ, bytes(4)))
 
     def close(self) -> None:
-        """End the connection."""
+        """End the connection, from which nothing can come any more.
+
+        What has come is taken first: its peer would be told of that (ECONNRESET), and not read
+        what it was sent.
+        """
         for fd in self._uninvited:
             os.close(fd)
+        with suppress(OSError):
+            while self.connection.recv(1):
+                pass
         self.connection.close()
 
 
