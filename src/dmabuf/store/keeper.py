@@ -22,6 +22,8 @@ log = logging.getLogger("dmabuf")
 _MAKING, _FREEING = 4, 2  # threads
 _SHARE = 0.1
 """Of the server's time, for asking whether removed memory is still in use."""
+_AT_LEAST = 16
+"""What is asked when it is needed, however long others took before."""
 _LOOK = 0.5
 """Seconds at least between looks at memory that was let go of and that others still refer to."""
 
@@ -40,12 +42,12 @@ class Keeper:
         self._names, self._room, self._later = names, descriptors, later
         self._making = Threads(_MAKING, "making")
         self._freeing = Threads(_FREEING, "freeing")
-        self._marks = Marks()
+        self._marks = Marks(_FREEING)
         self._held: deque[Memory] = deque()
         """Removed, and in use when it was last asked."""
         self._marked: dict[Memory, tuple[list[bytes], int]] = {}
         """Let go of, and referred to: its marks, and how many descriptors it had."""
-        self._look_is_due, self._looked_at = False, time.monotonic()
+        self._look_is_due, self._looked_at, self._look_took = False, time.monotonic(), 0.0
         self._jobs: set[object] = set()
         self._waiting: list[tuple[set[object], Callable[[], None]]] = []
         """What is to be called when such jobs are done."""
@@ -112,13 +114,14 @@ class Keeper:
         now = time.monotonic()
         self._credit = min(self._credit + (now - self._counted) * _SHARE, _SHARE)
         self._counted = now
-        for _ in range(len(self._held)):
-            if self._credit <= 0:
+        for asked in range(len(self._held)):
+            if self._credit <= 0 and asked >= (_AT_LEAST if at_once else 0):
                 break
             self._let_go_unless_used(self._held.popleft())
             self._credit -= time.monotonic() - now
             now = time.monotonic()
-        if self._marked and not self._look_is_due and (at_once or now > self._looked_at + _LOOK):
+        pause = self._look_took / _SHARE if self._look_took > 0.01 else 0 if at_once else _LOOK
+        if self._marked and not self._look_is_due and now >= self._looked_at + pause:
             self._look_is_due, self._looked_at = True, now
             self._free(self._look, self._looked)
 
@@ -133,13 +136,12 @@ class Keeper:
     def _let_go(self, kept: Memory) -> list[bytes] | None:
         """The marks that are left of it; None where it is kept, for now. In a thread."""
         try:
-            marks = kept.let_go(self._marks)
+            return kept.let_go(self._marks)
         except OSError as error:
             if str(error) != self._said:
                 self._said = str(error)
                 log.error("dmabuf store: removed memory is kept for now: %s", error)
             return None
-        return self._marks.left(marks)
 
     def _left(self, kept: Memory, descriptors: int, marks: list[bytes] | None) -> None:
         if marks is None:
@@ -157,8 +159,11 @@ class Keeper:
         """What nobody refers to any more. In a thread."""
         self._look_is_due = False  # who asks from now on has another look
         marked = self._marked.copy()
-        left = {*self._marks.left([mark for marks, _ in marked.values() for mark in marks])}
-        return [kept for kept, (marks, _) in marked.items() if left.isdisjoint(marks)]
+        began = time.monotonic()
+        left = self._marks.left({mark for marks, _ in marked.values() for mark in marks})
+        gone = [kept for kept, (marks, _) in marked.items() if not any(m in left for m in marks)]
+        self._look_took = time.monotonic() - began
+        return gone
 
     def _looked(self, gone: list[Memory] | None) -> None:
         for kept in gone or ():

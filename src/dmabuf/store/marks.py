@@ -15,7 +15,9 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Sequence, Set
+from contextlib import suppress
+from queue import SimpleQueue
 
 from dmabuf._ffi import check, failure, lib
 
@@ -23,17 +25,27 @@ log = logging.getLogger("dmabuf")
 
 _LATER = (errno.ENOMEM, errno.ENOSPC)
 _UNSEEN = "dmabuf store: whether an O_PATH descriptor keeps memory that was removed is not seen"
+_SURVIVORS = 256
+"""In a group, before there is a new one: what many keep is not to make each later look slow."""
 
 
 class Marks:
-    """The marks of one server; there may be none to be had, which is logged once."""
+    """The marks of one server; there may be none to be had, which is logged once.
 
-    def __init__(self) -> None:
-        self._group: int | None = None
+    ``at_once`` is how many threads may let go of memory at a time.
+    """
+
+    def __init__(self, at_once: int) -> None:
+        self._all: int | None = None
+        """The group of all marks. To list them takes the longer the more there are."""
+        self._recent: SimpleQueue[tuple[int, int]] = SimpleQueue()
+        """Groups of those that were put lately, and how many of each outlived what put them."""
         self._without: set[int] = set()
         """Filesystems whose inodes the kernel does not mark, by st_dev."""
         try:
-            self._group = check(lib.dmb_fanotify_group(), "no fanotify group")
+            self._all = _new_group()
+            for _ in range(at_once):
+                self._recent.put((_new_group(), 0))
             self._probe()
         except OSError as error:
             self.close()
@@ -41,50 +53,80 @@ class Marks:
 
     def _probe(self) -> None:
         fd = os.memfd_create("probe", os.MFD_CLOEXEC)
-        try:
-            marks = [mark for mark in (self.put(fd),) if mark]
-            there = self.left(marks)
-        finally:
-            os.close(fd)
-        if not there or self.left(marks):
+        again = os.dup(fd)
+        left = self.around([fd], lambda told: os.close(fd))
+        os.close(again)
+        if not left or self.left({*left}):
             raise OSError(errno.EOPNOTSUPP, "marks are not told of in /proc/self/fdinfo")
 
     def can(self, fd: int) -> bool:
         """Whether an inode can be marked, as far as it was tried."""
-        return self._group is not None and os.fstat(fd).st_dev not in self._without
+        return self._all is not None and os.fstat(fd).st_dev not in self._without
 
-    def put(self, fd: int) -> bytes | None:
-        """Mark the inode of a descriptor: what the mark is called, None where the kernel has none.
+    def around(self, descriptors: Sequence[int], close: Callable[[bool], None]) -> list[bytes]:
+        """Mark descriptors' inodes, and close them: the marks that are left.
 
-        Raises OSError where there may be one later.
+        ``close`` is told whether marks tell of all of them. Raises what it raises, and OSError
+        where one cannot be marked now, and may be later.
         """
+        if self._all is None:
+            close(False)
+            return []
+        group, survived = self._recent.get()
+        try:
+            put = [self._put(group, fd) for fd in descriptors]
+            close(None not in put)
+            there = _listed(group)
+            left = [mark for mark in put if mark and (there is None or mark in there)]
+            survived += len(left)
+            if survived > _SURVIVORS:
+                with suppress(OSError):  # such as EMFILE: later, then
+                    old, group, survived = group, _new_group(), 0
+                    os.close(old)
+            return left
+        finally:
+            self._recent.put((group, survived))
+
+    def _put(self, group: int, fd: int) -> bytes | None:
         if not self.can(fd):
             return None
         status = os.fstat(fd)
-        rc = lib.dmb_fanotify_mark(self._group, fd)
-        if rc < 0:
-            error = failure(-rc, "marking memory that is let go of")
-            if error.errno in _LATER:
-                raise error
-            self._without.add(status.st_dev)
-            log.warning("%s: %s", _UNSEEN, error)
-            return None
+        for one in (self._all, group):
+            rc = lib.dmb_fanotify_mark(one, fd)
+            if rc < 0:
+                error = failure(-rc, "marking memory that is let go of")
+                if error.errno in _LATER:
+                    raise error
+                self._without.add(status.st_dev)
+                log.warning("%s: %s", _UNSEEN, error)
+                return None
         device = os.major(status.st_dev) << 20 | os.minor(status.st_dev)
         return b"fanotify ino:%x sdev:%x" % (status.st_ino, device)
 
-    def left(self, marks: Collection[bytes]) -> list[bytes]:
-        """Those of them whose inode is still there, or may be, where the kernel does not tell."""
-        if not marks:
-            return []
-        try:
-            with open(f"/proc/self/fdinfo/{self._group}", "rb") as file:
-                there = {line.partition(b" mflags:")[0] for line in file}
-        except OSError:  # such as EMFILE
-            return [*marks]
-        return [mark for mark in marks if mark in there]
+    def left(self, marks: Set[bytes]) -> Set[bytes]:
+        """Those of any marks whose inode is still there."""
+        assert self._all is not None
+        there = _listed(self._all)
+        return marks if there is None else marks & there
 
     def close(self) -> None:
         """Have none any more."""
-        group, self._group = self._group, None
-        if group is not None:
+        groups = [] if self._all is None else [self._all]
+        self._all = None
+        while not self._recent.empty():
+            groups.append(self._recent.get()[0])
+        for group in groups:
             os.close(group)
+
+
+def _new_group() -> int:
+    return check(lib.dmb_fanotify_group(), "no fanotify group")
+
+
+def _listed(group: int) -> Set[bytes] | None:
+    """The marks of a group; None where the kernel does not tell, as without a descriptor."""
+    try:
+        with open(f"/proc/self/fdinfo/{group}", "rb") as file:
+            return {line.partition(b" mflags:")[0] for line in file}
+    except OSError:
+        return None

@@ -92,20 +92,22 @@ class Memory:
         return all(map(marks.can, self._own()))
 
     def let_go(self, marks: Marks) -> list[bytes]:
-        """Close it, and empty what nobody has open. It is free when none of these marks is left.
+        """Close it, and empty what nobody has open: the marks that are left; it is free without.
 
         Raises OSError where it is kept, since nothing would tell when it is free.
         """
         others = self.others()
-        put = [marks.put(fd) for fd in self._own()]
-        if others is not False and None in put:
-            raise OSError(errno.EBUSY, "it cannot be told whether others have it")
-        if self.memfd is not None and self.lent and others is False:
-            # Not where somebody sealed it: then the marks alone tell.
-            with suppress(OSError), mmap.mmap(self.memfd, self.size) as pages:
-                pages.madvise(mmap.MADV_REMOVE)
-        self.close()
-        return [mark for mark in put if mark is not None]
+
+        def close(told: bool) -> None:
+            if others is not False and not told:
+                raise OSError(errno.EBUSY, "it cannot be told whether others have it")
+            if self.memfd is not None and self.lent and others is False:
+                # Not where somebody sealed it: then the marks alone tell.
+                with suppress(OSError), mmap.mmap(self.memfd, self.size) as pages:
+                    pages.madvise(mmap.MADV_REMOVE)
+            self.close()
+
+        return marks.around(self._own(), close)
 
     def _own(self) -> tuple[int, ...]:
         return self.slabs if self.memfd is None else (*self.slabs, self.memfd)
