@@ -6,6 +6,7 @@ import os
 import queue
 import resource
 import threading
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 import dmabuf.store
 from dmabuf.store import keeper, memory
 from dmabuf.store.keeper import Keeper
+from dmabuf.store.marks import Marks
 from dmabuf.store.memory import Memory
 from dmabuf.store.names import Names, Peer
 from dmabuf.store.protocol import Refusal
@@ -80,6 +82,60 @@ def test_what_takes_the_place_of_memory_is_made_when_that_is_gone(path, monkeypa
         store.remove("one")
         store.create("two", MIB, exporter="memfd").close()
         assert events == ["closed", "made"]
+
+
+def test_who_waits_for_much_to_be_freed_takes_no_room() -> None:
+    """10,000 that are being freed, and 500 who wait for all of them."""
+    loop, may_free, called = Loop(), threading.Event(), []
+    kept = Keeper(Names[Memory](MIB, 1), 1, loop.later)
+    for _ in range(10_000):
+        kept._free(lambda: may_free.wait(30), called.append)
+    tracemalloc.start()
+    try:
+        for number in range(500):
+            kept.settle(lambda number=number: called.append(number))
+        assert tracemalloc.get_traced_memory()[1] < MIB
+    finally:
+        tracemalloc.stop()
+    may_free.set()
+    loop.until(lambda: len(called) == 10_500)
+    assert called == [True] * 10_000 + [*range(500)]
+    kept.end()
+    kept.release_all()
+
+
+def test_what_cannot_be_marked_now_is_tried_again_later(monkeypatch) -> None:
+    """And not at once, again and again."""
+    loop, names, made, tried, called = Loop(), Names[Memory](MIB, 10), [], [], []
+    now, put = [100.0], Marks._put
+
+    def full(marks: Marks, group: int, fd: int) -> bytes | None:
+        tried.append(fd)
+        raise OSError(errno.ENOSPC, "no more marks")
+
+    monkeypatch.setattr(keeper.time, "monotonic", lambda: now[0])
+    kept = Keeper(names, 1, loop.later)
+    entry = names.begin("one", ROOT, 0o600, MIB, MIB)
+    kept.make(MIB, "memfd", "one", False, made.append)
+    loop.until(lambda: made)
+    names.finish(entry, made.pop())
+    names.remove("one", ROOT)
+    monkeypatch.setattr(Marks, "_put", full)
+    kept.sweep()
+    loop.until(lambda: not kept._jobs)
+    for _ in range(100):
+        kept.sweep()
+    assert (len(tried), kept._jobs) == (1, {})
+    now[0] += 1
+    kept.sweep()
+    loop.until(lambda: not kept._jobs)
+    assert (len(tried), names.left) == (2, 0)
+    monkeypatch.setattr(Marks, "_put", put)
+    kept.settle(lambda: called.append(names.left))
+    loop.until(lambda: called)
+    assert called == [MIB]
+    kept.end()
+    kept.release_all()
 
 
 def test_no_thread_has_to_be_started_later(path, monkeypatch) -> None:

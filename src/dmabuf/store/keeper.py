@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
+import math
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
@@ -45,12 +47,17 @@ class Keeper:
         self._marks = Marks(_FREEING)
         self._held: deque[Memory] = deque()
         """Removed, and in use when it was last asked."""
+        self._failed: list[Memory] = []
+        """Removed, and not to be let go of when that was last tried: there were no marks."""
         self._marked: dict[Memory, tuple[list[bytes], int]] = {}
         """Let go of, and referred to: its marks, and how many descriptors it had."""
         self._look_is_due, self._looked_at, self._look_took = False, time.monotonic(), 0.0
-        self._jobs: set[object] = set()
-        self._waiting: list[tuple[set[object], Callable[[], None]]] = []
-        """What is to be called when such jobs are done."""
+        self._tried_again_at = self._looked_at
+        self._numbers = itertools.count()
+        self._jobs: OrderedDict[int, None] = OrderedDict()
+        """What the freeing threads have to do, by number: the oldest comes first."""
+        self._waiting: deque[tuple[int, Callable[[], None]]] = deque()
+        """What is to be called when no job is left that is older than such a number."""
         self._ending = False
         self._credit, self._counted = _SHARE, time.monotonic()
         self._said = ""
@@ -98,7 +105,7 @@ class Keeper:
         """Call something in the loop when all that nobody has is gone, and counts no more."""
         self.sweep(at_once=True)
         if self._jobs and not self._ending:
-            self._waiting.append((set(self._jobs), then))
+            self._waiting.append((next(self._numbers), then))
         else:
             then()
 
@@ -114,6 +121,10 @@ class Keeper:
         now = time.monotonic()
         self._credit = min(self._credit + (now - self._counted) * _SHARE, _SHARE)
         self._counted = now
+        if at_once or now > self._tried_again_at + _LOOK:
+            self._tried_again_at = now
+            self._held.extendleft(self._failed)
+            self._failed.clear()
         for asked in range(len(self._held)):
             if self._credit <= 0 and asked >= (_AT_LEAST if at_once else 0):
                 break
@@ -145,7 +156,7 @@ class Keeper:
 
     def _left(self, kept: Memory, descriptors: int, marks: list[bytes] | None) -> None:
         if marks is None:
-            self._held.append(kept)
+            self._failed.append(kept)
         elif marks:
             self._marked[kept] = marks, descriptors
         else:
@@ -172,8 +183,8 @@ class Keeper:
 
     def _free(self, work: Callable[[], T], then: Callable[[T | None], None]) -> None:
         """Do something in a thread, and ``then`` something with what came of it in the loop."""
-        job = object()
-        self._jobs.add(job)
+        job = next(self._numbers)
+        self._jobs[job] = None
 
         def call() -> None:
             result = None
@@ -185,23 +196,17 @@ class Keeper:
 
         self._freeing.do(call)
 
-    def _freed(self, job: object, then: Callable[[], None]) -> None:
+    def _freed(self, job: int, then: Callable[[], None]) -> None:
         then()
-        self._jobs.discard(job)
-        waiting, self._waiting = self._waiting, []
-        for jobs, what in waiting:
-            jobs.discard(job)
-            if jobs:
-                self._waiting.append((jobs, what))
-            else:
-                what()
+        del self._jobs[job]
+        while self._waiting and self._waiting[0][0] < next(iter(self._jobs), math.inf):
+            self._waiting.popleft()[1]()
 
     def end(self) -> None:
         """Wait for what is being made; :meth:`release_all` comes after what that leaves to do."""
         self._ending = True
-        waiting, self._waiting = self._waiting, []
-        for _, what in waiting:
-            what()
+        while self._waiting:
+            self._waiting.popleft()[1]()
         self._making.end()
 
     def release_all(self) -> None:
