@@ -499,6 +499,7 @@ def test_what_cannot_be_marked_for_now_counts(store: Store, monkeypatch, caplog)
             assert caught.value.errno == errno.ENOSPC
     said = [record for record in caplog.records if "kept for now" in record.getMessage()]
     assert len(said) == 1
+    store.usage()  # which waits for the last try of those
     store.create("two", 16 * MIB, exporter="memfd").close()
 
 
