@@ -174,6 +174,26 @@ def test_what_is_opened_is_what_was_looked_at(
     run(body)
 
 
+@pytest.mark.parametrize("length", [10, len(THEIRS)], ids=["shorter", "longer"])
+def test_a_file_that_others_change_before_it_is_opened_has_the_length_of_its_new_memory(
+    world: World, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    def swaps() -> None:
+        with world.store.create(None, length) as new:
+            new.pwrite(THEIRS[:length], 0)
+            world.store.swap(new, "x", length)
+
+    async def body() -> None:
+        await world.put("x", bytes(100_000))
+        done = just_before(monkeypatch, "open", swaps)
+        fh = await world.open("x", os.O_RDONLY)
+        assert done == ["open"]
+        assert bytes(await world.ask.read(fh, 0, 2 * len(THEIRS))) == THEIRS[:length]
+        await world.ask.release(fh)
+
+    run(body)
+
+
 async def removes(world: World) -> None:
     await world.ask.unlink(ROOT, b"x", CALLER)
 

@@ -244,7 +244,8 @@ class Files:
         """Have its memory here. One :meth:`release` belongs to each."""
         if node.growing is None and (node.buffer is None or (write and not node.buffer.writable())):
             with self._stores.asking() as store:
-                buffer, _ = numbered.memory(store, node, "r+" if write else "r")
+                buffer, status = numbered.memory(store, node, "r+" if write else "r")
+            node.refresh(status)
             if node.buffer is not None:
                 node.buffer.close()
             node.buffer = buffer
