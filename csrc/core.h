@@ -286,7 +286,8 @@ int dmb_fanotify_group(void);
 /*
  * Marks a descriptor's inode, which the mark does not hold (FAN_MARK_EVICTABLE, Linux 5.19): it is
  * in the group's fdinfo for as long as the inode is there. No event ever comes of it: one that
- * nobody reads would hold the inode.
+ * nobody reads would hold the inode. Only for an inode without links, such as a memfd's: the mark
+ * of a dma-buf whose last reference goes while fdinfo is read has the kernel wait for itself.
  */
 int dmb_fanotify_mark(int group, int fd);
 /* seccomp-free test of what io_uring_setup(2) answers: 0 or -errno. */

@@ -467,6 +467,18 @@ def test_memory_that_somebody_refers_to_without_having_it_open(store: Store) -> 
     store.create("two", 16 * MIB, exporter="memfd").close()
 
 
+def test_only_memory_files_are_marked() -> None:
+    """What has links, as dma-bufs and pipes, makes the kernel wait for itself: marks.py."""
+    marked = marks.Marks(1)
+    fds = [os.memfd_create("m"), *os.pipe()]
+    assert list(map(marked.can, fds)) == [True, False, False]
+    assert marked.around(fds, lambda told: fds.append(told)) == marked.around(fds[:1], bool)
+    assert fds.pop() is False
+    for fd in fds:
+        os.close(fd)
+    marked.close()
+
+
 def test_a_kernel_without_marks(path: Path, monkeypatch, caplog) -> None:
     class Lib:
         @staticmethod

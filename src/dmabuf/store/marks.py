@@ -1,10 +1,16 @@
-"""Who refers to memory that the store has let go of: fanotify marks, which hold nothing themselves.
+"""Who refers to a memory file that the store has let go of: fanotify marks, which hold nothing.
 
-A reference need not be an open file: an O_PATH descriptor (open(2)) has neither a part in a
-dma-buf's count of references nor in a memfd's leases, and keeps the memory. An *evictable* mark
-(fanotify_mark(2), Linux 5.19) is on the inode, does not hold it, and goes with it; the group's
-fdinfo has each that is left. So what was marked, and then closed, is free once its mark is gone.
-The kernel takes the mark away when the last reference goes, a moment before the memory does.
+A reference need not be an open file: an O_PATH descriptor (open(2)) has no part in a memfd's
+leases, and keeps it. An *evictable* mark (fanotify_mark(2), Linux 5.19) is on the inode, does not
+hold it, and goes with it; the group's fdinfo has each that is left. So what was marked, and then
+closed, is free once its mark is gone. The kernel takes the mark away when the last reference goes,
+a moment before the memory does.
+
+A dma-buf is not marked. For fdinfo the kernel takes a reference to each inode, with the group
+locked; if that is the last one by then, it takes the mark away, locks the group for that once more,
+and waits for ever, as does all that closes something with a mark of that group (seen on Linux 7.3,
+of udmabuf and of a dma-heap, within seconds). A memfd has no links (st_nlink), and its marks are
+taken away by who closes it last, before the reference goes: fdinfo's is never the last.
 
 Two marks of one name are never mistaken for none: a name that comes again while it is asked about
 counts as the old one.
@@ -60,8 +66,10 @@ class Marks:
             raise OSError(errno.EOPNOTSUPP, "marks are not told of in /proc/self/fdinfo")
 
     def can(self, fd: int) -> bool:
-        """Whether an inode can be marked, as far as it was tried."""
-        return self._all is not None and os.fstat(fd).st_dev not in self._without
+        """Whether an inode can be marked, as far as it was tried: one without links."""
+        status = os.fstat(fd)
+        unlinked = status.st_nlink == 0
+        return self._all is not None and unlinked and status.st_dev not in self._without
 
     def around(self, descriptors: Sequence[int], close: Callable[[bool], None]) -> list[bytes]:
         """Mark descriptors' inodes, and close them: the marks that are left.
@@ -69,7 +77,7 @@ class Marks:
         ``close`` is told whether marks tell of all of them. Raises what it raises, and OSError
         where one cannot be marked now, and may be later.
         """
-        if self._all is None:
+        if self._all is None or not descriptors:
             close(False)
             return []
         group, survived = self._recent.get()

@@ -5,7 +5,8 @@ of the memfd behind them, and these tell whether anyone else still has the memor
 fdinfo has the references to it (descriptors, mappings, attached devices, messages under way); and a
 write lease on a memfd (fcntl(2), F_SETLEASE) is granted only while nobody else has it open, since
 each grant of it is an open file of its own. (Not on a memfd of huge pages, on Linux 7.3.) Who
-refers to it without having it open, marks.py tells when the server's own descriptors are closed.
+refers to a memfd without having it open, marks.py tells when the server's own descriptors are
+closed; of a dma-buf nothing tells that.
 """
 
 from __future__ import annotations
@@ -51,9 +52,13 @@ class Memory:
 
     def others(self) -> bool | None:
         """Whether anyone else has a descriptor, a mapping or an attachment; None: nothing tells."""
-        told: list[bool | None] = [_has_others(fd) for fd in self.slabs]
+        told = [self._dma_bufs_have_others()]
         if self.memfd is not None and self.lent:
             told.append(_opened_by_others(self.memfd))
+        return True if True in told else None if None in told else False
+
+    def _dma_bufs_have_others(self) -> bool | None:
+        told = [_has_others(fd) for fd in self.slabs]
         return True if True in told else None if None in told else False
 
     def in_use(self) -> bool:
@@ -88,8 +93,12 @@ class Memory:
         return os.open(f"/proc/self/fd/{self.memfd}", flags | os.O_CLOEXEC)
 
     def can_be_marked(self, marks: Marks) -> bool:
-        """Whether marks tell when it is free, once it is let go of."""
-        return all(map(marks.can, self._own()))
+        """Whether a mark tells when it is free, once it is let go of: its memory file's."""
+        return (
+            self.memfd is not None
+            and self._dma_bufs_have_others() is False
+            and marks.can(self.memfd)
+        )
 
     def let_go(self, marks: Marks) -> list[bytes]:
         """Close it, and empty what nobody has open: the marks that are left; it is free without.
@@ -99,7 +108,7 @@ class Memory:
         others = self.others()
 
         def close(told: bool) -> None:
-            if others is not False and not told:
+            if others is not False and not (told and self._dma_bufs_have_others() is False):
                 raise OSError(errno.EBUSY, "it cannot be told whether others have it")
             if self.memfd is not None and self.lent and others is False:
                 # Not where somebody sealed it: then the marks alone tell.
@@ -107,7 +116,7 @@ class Memory:
                     pages.madvise(mmap.MADV_REMOVE)
             self.close()
 
-        return marks.around(self._own(), close)
+        return marks.around([] if self.memfd is None else [self.memfd], close)
 
     def _own(self) -> tuple[int, ...]:
         return self.slabs if self.memfd is None else (*self.slabs, self.memfd)
