@@ -271,6 +271,8 @@ int64_t dmb_statfs_type(int fd);
 int dmb_cachestat(int fd, uint64_t offset, uint64_t size, uint64_t *ret);
 /* fallocate(2), which unlike posix_fallocate(3) never writes zeros itself. */
 int dmb_fallocate(int fd, uint64_t offset, uint64_t size);
+/* fallocate(2) with FALLOC_FL_PUNCH_HOLE: a memory file's first bytes, which are zeros then. */
+int dmb_punch(int fd, uint64_t size);
 /* madvise(MADV_POPULATE_WRITE), Linux 5.14: page tables filled at once. */
 int dmb_populate(uint64_t address, uint64_t size);
 /* mbind(2) with MPOL_BIND to one node. */

@@ -51,6 +51,13 @@ int dmb_fallocate(int fd, uint64_t offset, uint64_t size)
 	return fallocate(fd, 0, (off_t)offset, (off_t)size) ? -errno : 0;
 }
 
+int dmb_punch(int fd, uint64_t size)
+{
+	const int how = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE;
+
+	return fallocate(fd, how, 0, (off_t)size) ? -errno : 0;
+}
+
 int dmb_populate(uint64_t address, uint64_t size)
 {
 	return madvise((void *)(uintptr_t)address, size, DMB_MADV_POPULATE_WRITE) ? -errno : 0;

@@ -5,6 +5,7 @@
 #include <fcntl.h>
 #include <linux/stat.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -47,6 +48,28 @@ static void mapping_over(void)
 	CHECK_EQUAL(dmb_map_over(address, page, -1, 0), -EBADF);
 	CHECK_EQUAL(dmb_map_over(address + 1, page, fd, 0), -EINVAL);
 	munmap(memory, 3 * page);
+	close(fd);
+}
+
+static void punching(void)
+{
+	int fd = memfd_create("test", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+	char bytes[2 * PAGE];
+	struct stat status;
+
+	context("punching", 0);
+	memset(bytes, 7, sizeof(bytes));
+	CHECK_EQUAL(write(fd, bytes, sizeof(bytes)), (ssize_t)sizeof(bytes));
+	CHECK_EQUAL(dmb_punch(fd, PAGE), 0);
+	CHECK_EQUAL(pread(fd, bytes, sizeof(bytes), 0), (ssize_t)sizeof(bytes));
+	CHECK_EQUAL(bytes[PAGE - 1], 0);
+	CHECK_EQUAL(bytes[PAGE], 7);
+	CHECK_EQUAL(fstat(fd, &status), 0);
+	CHECK_EQUAL(status.st_size, (off_t)sizeof(bytes));
+	CHECK_EQUAL(status.st_blocks, PAGE / 512);
+	CHECK_EQUAL(fcntl(fd, F_ADD_SEALS, F_SEAL_WRITE), 0);
+	CHECK_EQUAL(dmb_punch(fd, PAGE), -EPERM);
+	CHECK_EQUAL(dmb_punch(-1, PAGE), -EBADF);
 	close(fd);
 }
 
@@ -196,6 +219,7 @@ static void lone(void)
 int main(void)
 {
 	mapping_over();
+	punching();
 	marks();
 	alignments();
 	cache();

@@ -1,12 +1,12 @@
 """The memory of the store: made, granted, watched and let go of, by descriptors alone.
 
-The server maps nothing, but to empty what it frees. It keeps one descriptor of each dma-buf and one
-of the memfd behind them, and these tell whether anyone else still has the memory. A dma-buf's
-fdinfo has the references to it (descriptors, mappings, attached devices, messages under way); and a
-write lease on a memfd (fcntl(2), F_SETLEASE) is granted only while nobody else has it open, since
-each grant of it is an open file of its own. (Not on a memfd of huge pages, on Linux 7.3.) Who
-refers to a memfd without having it open, marks.py tells when the server's own descriptors are
-closed; of a dma-buf nothing tells that.
+The server maps nothing. It keeps one descriptor of each dma-buf and one of the memfd behind them,
+and these tell whether anyone else still has the memory. A dma-buf's fdinfo has the references to it
+(descriptors, mappings, attached devices, messages under way); and a write lease on a memfd
+(fcntl(2), F_SETLEASE) is granted only while nobody else has it open, since each grant of it is an
+open file of its own. (Not on a memfd of huge pages, on Linux 7.3.) Who refers to a memfd without
+having it open, marks.py tells when the server's own descriptors are closed; of a dma-buf nothing
+tells that.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from dmabuf import _described, _sysfs, exporters
+from dmabuf._ffi import lib
 from dmabuf.exporters import _memory, foreign, memfd, udmabuf
 from dmabuf.sizes import round_up
 from dmabuf.store.marks import Marks
@@ -111,9 +112,9 @@ class Memory:
             if others is not False and not (told and self._dma_bufs_have_others() is False):
                 raise OSError(errno.EBUSY, "it cannot be told whether others have it")
             if self.memfd is not None and self.lent and others is False:
-                # Not where somebody sealed it: then the marks alone tell.
-                with suppress(OSError), mmap.mmap(self.memfd, self.size) as pages:
-                    pages.madvise(mmap.MADV_REMOVE)
+                # Not where somebody sealed it: then the marks alone tell. (mmap.madvise() would
+                # stop all threads of the server meanwhile.)
+                lib.dmb_punch(self.memfd, self.size)
             self.close()
 
         return marks.around([] if self.memfd is None else [self.memfd], close)
