@@ -8,9 +8,9 @@ a moment before the memory does.
 
 A dma-buf is not marked. For fdinfo the kernel takes a reference to each inode, with the group
 locked; if that is the last one by then, it takes the mark away, locks the group for that once more,
-and waits for ever, as does all that closes something with a mark of that group (seen on Linux 7.3,
-of udmabuf and of a dma-heap, within seconds). A memfd has no links (st_nlink), and its marks are
-taken away by who closes it last, before the reference goes: fdinfo's is never the last.
+and waits for ever, as does all that closes something with a mark of that group: within seconds, of
+udmabuf and of a dma-heap (tests/kernel/fanotify_waits.py). A memfd has no links (st_nlink), and its
+marks are taken away by who closes it last, before the reference goes: fdinfo's is never the last.
 
 Two marks of one name are never mistaken for none: a name that comes again while it is asked about
 counts as the old one.
