@@ -49,8 +49,8 @@ class Keeper:
         """Removed, and in use when it was last asked."""
         self._failed: list[Memory] = []
         """Removed, and not to be let go of when that was last tried: there were no marks."""
-        self._marked: dict[Memory, tuple[list[bytes], int]] = {}
-        """Let go of, and referred to: its marks, and how many descriptors it had."""
+        self._marked: dict[Memory, tuple[bytes, int]] = {}
+        """Let go of, and referred to: its mark, and how many descriptors it had."""
         self._look_is_due, self._looked_at, self._look_took = False, time.monotonic(), 0.0
         self._tried_again_at = self._looked_at
         self._numbers = itertools.count()
@@ -144,8 +144,8 @@ class Keeper:
         else:
             self._held.append(kept)
 
-    def _let_go(self, kept: Memory) -> list[bytes] | None:
-        """The marks that are left of it; None where it is kept, for now. In a thread."""
+    def _let_go(self, kept: Memory) -> bytes | None:
+        """The mark that is left of it, if one is; None where it is kept, for now. In a thread."""
         try:
             return kept.let_go(self._marks)
         except OSError as error:
@@ -154,11 +154,11 @@ class Keeper:
                 log.error("dmabuf store: removed memory is kept for now: %s", error)
             return None
 
-    def _left(self, kept: Memory, descriptors: int, marks: list[bytes] | None) -> None:
-        if marks is None:
+    def _left(self, kept: Memory, descriptors: int, mark: bytes | None) -> None:
+        if mark is None:
             self._failed.append(kept)
-        elif marks:
-            self._marked[kept] = marks, descriptors
+        elif mark:
+            self._marked[kept] = mark, descriptors
         else:
             self._gone(kept, descriptors)
 
@@ -171,8 +171,8 @@ class Keeper:
         self._look_is_due = False  # who asks from now on has another look
         marked = self._marked.copy()
         began = time.monotonic()
-        left = self._marks.left({mark for marks, _ in marked.values() for mark in marks})
-        gone = [kept for kept, (marks, _) in marked.items() if not any(m in left for m in marks)]
+        left = self._marks.left({mark for mark, _ in marked.values()})
+        gone = [kept for kept, (mark, _) in marked.items() if mark not in left]
         self._look_took = time.monotonic() - began
         return gone
 

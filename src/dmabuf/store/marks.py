@@ -21,7 +21,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Set
 from contextlib import suppress
 from queue import SimpleQueue
 
@@ -30,7 +30,7 @@ from dmabuf._ffi import check, failure, lib
 log = logging.getLogger("dmabuf")
 
 _LATER = (errno.ENOMEM, errno.ENOSPC)
-_UNSEEN = "dmabuf store: whether an O_PATH descriptor keeps memory that was removed is not seen"
+_UNSEEN = "dmabuf store: memory of huge pages that was ever granted counts until the server ends"
 _SURVIVORS = 256
 """In a group, before there is a new one: what many keep is not to make each later look slow."""
 
@@ -60,9 +60,9 @@ class Marks:
     def _probe(self) -> None:
         fd = os.memfd_create("probe", os.MFD_CLOEXEC)
         again = os.dup(fd)
-        left = self.around([fd], lambda told: os.close(fd))
+        mark = self.around(fd, lambda told: os.close(fd))
         os.close(again)
-        if not left or self.left({*left}):
+        if not mark or self.left({mark}):
             raise OSError(errno.EOPNOTSUPP, "marks are not told of in /proc/self/fdinfo")
 
     def can(self, fd: int) -> bool:
@@ -71,27 +71,28 @@ class Marks:
         unlinked = status.st_nlink == 0
         return self._all is not None and unlinked and status.st_dev not in self._without
 
-    def around(self, descriptors: Sequence[int], close: Callable[[bool], None]) -> list[bytes]:
-        """Mark descriptors' inodes, and close them: the marks that are left.
+    def around(self, fd: int | None, close: Callable[[bool], None]) -> bytes:
+        """Mark a descriptor's inode, and close it: its mark, or b"" where none is left.
 
-        ``close`` is told whether marks tell of all of them. Raises what it raises, and OSError
-        where one cannot be marked now, and may be later.
+        ``close`` is told whether a mark tells of it. Raises what it raises, and OSError where it
+        cannot be marked now, and may be later.
         """
-        if self._all is None or not descriptors:
+        if self._all is None or fd is None:
             close(False)
-            return []
+            return b""
         group, survived = self._recent.get()
         try:
-            put = [self._put(group, fd) for fd in descriptors]
-            close(None not in put)
+            mark = self._put(group, fd)
+            close(mark is not None)
             there = _listed(group)
-            left = [mark for mark in put if mark and (there is None or mark in there)]
-            survived += len(left)
+            if mark is None or (there is not None and mark not in there):
+                return b""
+            survived += 1
             if survived > _SURVIVORS:
                 with suppress(OSError):  # such as EMFILE: later, then
                     old, group, survived = group, _new_group(), 0
                     os.close(old)
-            return left
+            return mark
         finally:
             self._recent.put((group, survived))
 

@@ -101,8 +101,8 @@ class Memory:
             and marks.can(self.memfd)
         )
 
-    def let_go(self, marks: Marks) -> list[bytes]:
-        """Close it, and empty what nobody has open: the marks that are left; it is free without.
+    def let_go(self, marks: Marks) -> bytes:
+        """Close it, and empty what nobody has open: the mark that is left, b"" if it is free.
 
         Raises OSError where it is kept, since nothing would tell when it is free.
         """
@@ -117,7 +117,7 @@ class Memory:
                 lib.dmb_punch(self.memfd, self.size)
             self.close()
 
-        return marks.around([] if self.memfd is None else [self.memfd], close)
+        return marks.around(self.memfd, close)
 
     def _own(self) -> tuple[int, ...]:
         return self.slabs if self.memfd is None else (*self.slabs, self.memfd)
