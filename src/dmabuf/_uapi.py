@@ -51,6 +51,7 @@ F_GET_SEALS = 1034
 F_SEAL_SEAL = 1
 F_SEAL_SHRINK = 2
 F_SEAL_GROW = 4
+F_SEAL_WRITE = 8
 
 # <linux/fs.h>
 BLKGETSIZE64 = _ioc(2, chr(0x12), 114, 8)

@@ -34,6 +34,7 @@ KINDS = {
     "dma-heap": {"exporter": "system"},
     "huge pages": {"exporter": "memfd", "huge_pages": "2MiB"},
 }
+HEAP = "/dev/dma_heap/system"
 everything = needs("udmabuf", "dma_heap", "hugepages")
 
 
@@ -134,24 +135,31 @@ def test_a_device_holds_memory_as_programs_do(store: Store) -> None:
 
 
 @contextlib.contextmanager
-def of_a_user(path: Path, max_memory: int) -> Iterator[None]:
-    """A server without privileges, whose user may make dma-bufs."""
-    devices = [udmabuf.DEVICE, "/dev/dma_heap/system"]
+def for_everyone(*devices: str) -> Iterator[None]:
+    """Devices that every user may open."""
     modes = [os.stat(device).st_mode & 0o777 for device in devices]
     for device in devices:
         os.chmod(device, 0o666)
     try:
-        with subprocess.Popen(
-            [sys.executable, "-c", SERVE, path, str(max_memory)], stdout=subprocess.PIPE, text=True
-        ) as server:
-            try:
-                assert server.stdout.readline() == "serving\n"
-                yield
-            finally:
-                server.terminate()
+        yield
     finally:
         for device, mode in zip(devices, modes, strict=True):
             os.chmod(device, mode)
+
+
+@contextlib.contextmanager
+def of_a_user(path: Path, max_memory: int) -> Iterator[None]:
+    """A server without privileges, whose user may make dma-bufs."""
+    command = [sys.executable, "-c", SERVE, path, str(max_memory)]
+    with (
+        for_everyone(udmabuf.DEVICE, HEAP),
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server,
+    ):
+        try:
+            assert server.stdout.readline() == "serving\n"
+            yield
+        finally:
+            server.terminate()
 
 
 @everything
@@ -160,7 +168,9 @@ def of_a_user(path: Path, max_memory: int) -> Iterator[None]:
 def test_memory_that_is_referred_to_without_being_open_counts(
     path: Path, kind: str, by: str
 ) -> None:
-    """An O_PATH descriptor (open(2)): of a memory file. Of a dma-buf the kernel does not tell."""
+    """An O_PATH descriptor (open(2)) of a memory file; of a dma-buf of who could make it himself,
+    it does not.
+    """
     size = 8 * MIB
     before, how = dma_bufs(), KINDS[kind]
     serving = of_a_user(path, size) if by == "a user" else as_a_program(path, "--max-memory", size)
@@ -277,8 +287,7 @@ def test_a_memory_file_for_reading_makes_a_udmabuf_that_writes(store: Store, pat
 @needs("udmabuf")
 def test_a_memory_file_stays_the_owners(store: Store, path: Path) -> None:
     store.create("shared", 65536, mode=0o666, exporter="udmabuf").close()
-    become(
-        """
+    script = """
 def memory_files():
     return [line for line in open("/proc/self/maps") if "/memfd:" in line]
 
@@ -289,10 +298,9 @@ with store.open("shared", "r+") as buffer:
 with store.create(None, 4096, exporter="udmabuf", trusted=True) as buffer:
     assert memory_files()
     refused(errno.EPERM, store.swap, buffer, "shared", 1)
-""",
-        path,
-        "4001,4002",
-    )
+"""
+    with for_everyone(udmabuf.DEVICE):
+        become(script, path, "4001,4002")
 
 
 @everything

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dmabuf.store
-from dmabuf.store import Store, marks, place, protocol
+from dmabuf.store import Store, marks, memory, place, protocol
 from dmabuf.store.clients import Client
 from dmabuf.store.server import Server
 from tests.serving import as_a_program, in_a_thread, serving
@@ -495,17 +495,26 @@ def test_a_kernel_without_marks(path: Path, monkeypatch, caplog) -> None:
             assert os.fstat(reference).st_blocks == 0
 
 
+class NoMoreMarks:
+    """As where a user has as many as may be."""
+
+    @staticmethod
+    def dmb_fanotify_mark(group: int, fd: int) -> int:
+        return -errno.ENOSPC
+
+
 def test_what_cannot_be_marked_for_now_counts(store: Store, monkeypatch, caplog) -> None:
-    """As where a user has as many marks as may be: it is kept, and tried again."""
+    """Where it cannot be emptied, it is kept, and tried again."""
 
-    class Lib:
+    class Sealed:
         @staticmethod
-        def dmb_fanotify_mark(group: int, fd: int) -> int:
-            return -errno.ENOSPC
+        def dmb_punch(fd: int, size: int) -> int:
+            return -errno.EPERM
 
+    monkeypatch.setattr(memory, "lib", Sealed)
     store.create("one", 16 * MIB, exporter="memfd").close()
     with monkeypatch.context() as patch:
-        patch.setattr(marks, "lib", Lib)
+        patch.setattr(marks, "lib", NoMoreMarks)
         store.remove("one")
         for _ in range(3):
             with pytest.raises(OSError) as caught:
@@ -515,6 +524,13 @@ def test_what_cannot_be_marked_for_now_counts(store: Store, monkeypatch, caplog)
     assert len(said) == 1
     store.usage()  # which waits for the last try of those
     store.create("two", 16 * MIB, exporter="memfd").close()
+
+
+def test_who_uses_up_the_marks_keeps_nothing_but_names_of_files(store: Store, monkeypatch) -> None:
+    monkeypatch.setattr(marks, "lib", NoMoreMarks)
+    with referred_to(store) as reference:
+        store.create("two", 16 * MIB, exporter="memfd").close()
+        assert os.fstat(reference).st_blocks == 0
 
 
 def test_memory_of_a_server_that_ended_is_whole(path: Path) -> None:

@@ -39,9 +39,12 @@ class Loop:
     def later(self, what: Callable[..., None], *arguments: object) -> None:
         self._calls.put(lambda: what(*arguments))
 
+    def next(self) -> None:
+        self._calls.get(timeout=30)()
+
     def until(self, done: Callable[[], object]) -> None:
         while not done():
-            self._calls.get(timeout=30)()
+            self.next()
 
 
 def test_memory_counts_until_it_is_gone(monkeypatch) -> None:
@@ -84,6 +87,22 @@ def test_what_takes_the_place_of_memory_is_made_when_that_is_gone(path, monkeypa
         assert events == ["closed", "made"]
 
 
+def test_usage_waits_only_if_it_is_to(path, monkeypatch) -> None:
+    may_close, close = threading.Event(), Memory.close
+
+    def slow_close(self: Memory) -> None:
+        may_close.wait(30)
+        close(self)
+
+    with in_a_thread(path, MIB), dmabuf.store.connect(path) as store:
+        store.create("one", MIB, exporter="memfd").close()
+        monkeypatch.setattr(Memory, "close", slow_close)
+        store.remove("one")
+        assert store.usage(settle=False)[::2] == (MIB, 0)
+        may_close.set()
+        assert store.usage()[::2] == (0, 0)
+
+
 def test_who_waits_for_much_to_be_freed_takes_no_room() -> None:
     """10,000 that are being freed, and 500 who wait for all of them."""
     loop, may_free, called = Loop(), threading.Event(), []
@@ -113,11 +132,18 @@ def test_what_cannot_be_marked_now_is_tried_again_later(monkeypatch) -> None:
         tried.append(fd)
         raise OSError(errno.ENOSPC, "no more marks")
 
+    class Sealed:
+        @staticmethod
+        def dmb_punch(fd: int, size: int) -> int:
+            return -errno.EPERM
+
+    monkeypatch.setattr(memory, "lib", Sealed)
     monkeypatch.setattr(keeper.time, "monotonic", lambda: now[0])
     kept = Keeper(names, 1, loop.later)
     entry = names.begin("one", ROOT, 0o600, MIB, MIB)
     kept.make(MIB, "memfd", "one", False, made.append)
     loop.until(lambda: made)
+    made[0].lent = True
     names.finish(entry, made.pop())
     names.remove("one", ROOT)
     monkeypatch.setattr(Marks, "_put", full)
@@ -191,6 +217,40 @@ def test_asking_about_much_that_was_removed_takes_a_share_of_the_time(monkeypatc
         now[0] += 0.01
     assert asked, "it is asked"
     assert len(asked) * 0.01 < 0.2 * (now[0] - began) + 0.6
+    kept.end()
+    names.removed.clear()
+    kept.release_all()
+
+
+def test_much_that_is_removed_at_once_is_looked_at_in_slices(monkeypatch) -> None:
+    """The loop has turns in between; who waits for memory waits for all of it."""
+    now, loop, asked, settled = [0.0], Loop(), [], []
+    monkeypatch.setattr(keeper.time, "monotonic", lambda: now[0])
+
+    class Held:
+        size = 1
+
+        def others(self) -> bool:
+            asked.append(self)
+            now[0] += 0.001
+            return True
+
+    names: Names[Held] = Names(1 << 20, 1000)
+    for number in range(500):
+        names.finish(names.begin(f"{number}", ROOT, 0, 1, 1), Held())
+        names.remove(f"{number}", ROOT)
+    kept = Keeper(names, 100, loop.later)
+    kept.sweep()
+    assert 1 <= len(asked) < 20
+    kept.settle(lambda: settled.append(len(set(asked))))
+    turns = 0
+    while not settled:
+        before = now[0]
+        loop.next()
+        assert now[0] - before < 0.01
+        turns += 1
+    assert turns > 50
+    assert settled == [500]
     kept.end()
     names.removed.clear()
     kept.release_all()

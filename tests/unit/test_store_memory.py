@@ -20,7 +20,9 @@ MIB = 1 << 20
 def test_more_dmabufs_than_go_into_a_message_leave_nothing(monkeypatch) -> None:
     """As where the udmabuf module's size_limit_mb is small."""
 
-    def of_many(size: int, *, name: str | None, huge_pages: bool | int) -> udmabuf.Made:
+    def of_many(
+        size: int, *, name: str | None, huge_pages: bool | int, open_to_seals: bool
+    ) -> udmabuf.Made:
         fd, mapping, page = memfd.make_memory(
             size, name=name, huge_pages=huge_pages, numa_node=None
         )
@@ -51,7 +53,7 @@ def test_others_go_on_while_memory_is_emptied(monkeypatch) -> None:
     marked, pauses = Marks(1), []
     for _ in range(5):
         made = memory.make(256 * MIB, "memfd", None, False)
-        os.close(made.grant("r+", may_write=True, trusted=True)[1][0])
+        os.close(made.grant("r+", may_write=True, trusted=True, stranger=None)[1][0])
         emptying = threading.Thread(target=made.let_go, args=(marked,))
         emptying.start()
         last, pause = time.monotonic(), 0.0

@@ -22,6 +22,7 @@ FIELDS = {
     "exporter": st.text(max_size=64),
     "huge_pages": st.booleans() | st.integers(1, 2**40),
     "trusted": st.booleans(),
+    "settle": st.booleans(),
     "replace": st.booleans(),
     "after": st.text(max_size=255),
     "uid": st.integers(-1, 2**32 - 2),

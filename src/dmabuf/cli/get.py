@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import errno
 import stat
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated
 
 import typer
 
 from dmabuf._replace import Replacement
-from dmabuf.buffer import Buffer
 from dmabuf.cli import _options, _output, _progress, _result
 from dmabuf.cli._ends import End, advance, find_target, telling
 from dmabuf.pipeline import Copy, copy
-from dmabuf.store import Status, Store, connect
+from dmabuf.store import as_trusted_as_may_be, connect
 
 _HELP = """\
 Write the content of the buffer NAME to FILE: a file, block device, or - for standard output.
@@ -85,7 +84,7 @@ def run(options: Options) -> None:
     )
     with ExitStack() as stack:
         store = stack.enter_context(connect(options.socket))
-        buffer, status = _open(store, options.name)
+        buffer, status = as_trusted_as_may_be(partial(store.open_with_status, options.name))
         stack.enter_context(buffer)
         size = status.length if options.size is None else min(options.size, status.length)
         shown = stack.enter_context(_progress.display(options.progress))
@@ -120,13 +119,3 @@ def run(options: Options) -> None:
         _output.say_json(ends | _result.as_json(record, None), stream=stream)
     elif not options.quiet:
         _output.say(_result.sentence(record, None, exporter), stream=stream)
-
-
-def _open(store: Store, name: str) -> tuple[Buffer, Status]:
-    """With its memory file, which the `direct` route takes, where the name is this user's."""
-    try:
-        return store.open_with_status(name, trusted=True)
-    except PermissionError as error:
-        if error.errno != errno.EPERM:
-            raise
-        return store.open_with_status(name)

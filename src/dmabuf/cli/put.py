@@ -5,15 +5,17 @@ from __future__ import annotations
 import errno
 import re
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated
 
 import typer
 
+from dmabuf.buffer import Buffer
 from dmabuf.cli import _options, _output, _progress, _result
 from dmabuf.cli._ends import End, advance, find_source, telling
 from dmabuf.file import File
 from dmabuf.pipeline import copy
-from dmabuf.store import connect
+from dmabuf.store import Store, as_trusted_as_may_be, connect
 from dmabuf.store.connection import told
 from dmabuf.store.protocol import check_name
 
@@ -88,12 +90,7 @@ def run(options: Options) -> None:
         check_name(options.name)  # before anything is copied
     source, target = find_source(options.file), End(options.name, options.name, None)
     size = _size(options, source)
-    with (
-        connect(options.socket) as store,
-        store.create(
-            None, max(size, 1), mode=options.mode, exporter=options.exporter, trusted=True
-        ) as buffer,
-    ):
+    with connect(options.socket) as store, _create(store, size, options) as buffer:
         with _progress.display(options.progress) as shown, telling(source, target, None):
             record = copy(
                 source.what,
@@ -110,6 +107,12 @@ def run(options: Options) -> None:
         _output.say_json(ends | _result.as_json(record, None))
     elif not options.quiet:
         _output.say(_result.sentence(record, None, exporter))
+
+
+def _create(store: Store, size: int, options: Options) -> Buffer:
+    nbytes = max(size, 1)
+    create = partial(store.create, None, nbytes, mode=options.mode, exporter=options.exporter)
+    return as_trusted_as_may_be(create)
 
 
 def _size(options: Options, source: End) -> int:

@@ -16,9 +16,9 @@ from dmabuf.exporters import _memory
 from dmabuf.sizes import format_size, round_up
 
 # No shrinking: UDMABUF_CREATE wants it sealed, and a mapping past the end is SIGBUS. No growing:
-# the size is fixed. No further seals: a holder of the descriptor could end writing for everyone.
-# A hole punched into the memfd separates it from its udmabufs without a word: we never punch one.
-_SEALS = _uapi.F_SEAL_SHRINK | _uapi.F_SEAL_GROW | _uapi.F_SEAL_SEAL
+# the size is fixed. A hole punched into the memfd separates it from its udmabufs without a word: we
+# never punch one while they are there.
+_SEALS = _uapi.F_SEAL_SHRINK | _uapi.F_SEAL_GROW
 
 WITHOUT_POPULATE = (errno.ENOSYS, errno.EINVAL)  # MADV_POPULATE_WRITE is of Linux 5.14
 
@@ -50,11 +50,13 @@ def make_memory(
     huge_pages: bool | str | int,
     numa_node: int | None,
     transparent: bool = True,
+    open_to_seals: bool = False,
 ) -> tuple[int, mmap.mmap, int]:
     """A sealed memfd of at least ``size`` bytes, its populated mapping, and its page size.
 
     Without ``transparent`` it gets no large pages that were not asked for (transparent huge pages,
-    where /sys/kernel/mm/transparent_hugepage/shmem_enabled gives shared memory those).
+    where /sys/kernel/mm/transparent_hugepage/shmem_enabled gives shared memory those). Unless it
+    is ``open_to_seals`` nobody adds any: a holder of the descriptor could end writing for everyone.
 
     Refused before trying, with OSError(ENOMEM) and the figures, if it is more than there is.
     """
@@ -70,7 +72,8 @@ def make_memory(
     fd = _create(name or "dmabuf", huge)
     try:
         os.ftruncate(fd, size)
-        fcntl.fcntl(fd, _uapi.F_ADD_SEALS, _SEALS)
+        last = 0 if open_to_seals else _uapi.F_SEAL_SEAL
+        fcntl.fcntl(fd, _uapi.F_ADD_SEALS, _SEALS | last)
         memory = _map(fd, size, huge)
         try:
             if not transparent and not huge:

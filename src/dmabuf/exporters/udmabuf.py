@@ -130,6 +130,7 @@ def make(
     name: str | None,
     huge_pages: bool | str | int,
     numa_node: int | None = None,
+    open_to_seals: bool = False,
 ) -> Made:
     """A memfd, its populated mapping, and consecutive udmabufs over it."""
     device = open_device()
@@ -142,6 +143,7 @@ def make(
             huge_pages=huge_pages,
             numa_node=numa_node,
             transparent=maps_large_pages(),
+            open_to_seals=open_to_seals,
         )
         try:
             slabs, why = _make_slabs(device, fd, len(memory), page, name)

@@ -7,12 +7,13 @@ import weakref
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 
 from dmabuf import _log
 from dmabuf.buffer import Buffer
 from dmabuf.errors import ClosedError
 from dmabuf.sizes import round_up
-from dmabuf.store import Store
+from dmabuf.store import Store, as_trusted_as_may_be
 
 Part = memoryview | bytes
 
@@ -124,14 +125,18 @@ class Growing:
         if self.capacity:
             more = max(needed, min(max(_LEAST_MORE, self.capacity), _MOST_MORE))
         try:
-            made = self._store.create(None, more, mode=self._mode, trusted=True)
+            made = self._made(more)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.ENOMEM) or more == needed:
                 raise
-            made = self._store.create(None, needed, mode=self._mode, trusted=True)
+            made = self._made(needed)
         self._starts.append(self.capacity)
         self._buffers.append(made)
         self.capacity += made.size
+
+    def _made(self, size: int) -> Buffer:
+        create = partial(self._store.create, None, size, mode=self._mode)
+        return as_trusted_as_may_be(create)
 
     def write(self, offset: int, data: Part) -> None:
         """Put bytes at an offset, for which there is room; what is left out before it is zero."""
@@ -161,7 +166,7 @@ class Growing:
         length = max(self.length, 1)
         if only is not None and only is not self._first and only.size == round_up(length, _PAGE):
             return only
-        made = self._store.create(None, length, mode=self._mode, trusted=True)
+        made = self._made(length)
         try:
             at = 0
             for buffer, start, size in self._parts(0, self.length):

@@ -117,7 +117,7 @@ class Files:
                 pass
             else:
                 raise os_error(errno.EEXIST, "there is a buffer of that name", name)
-            usage = store.usage()
+            usage = store.usage(settle=False)
         if name in self._coming:
             raise os_error(errno.EEXIST, "there is a file of that name", name)
         if usage.names + len(self._coming) >= usage.max_names:
@@ -236,7 +236,7 @@ class Files:
     def usage(self) -> Usage:
         """How full the store is."""
         with self._stores.asking() as store:
-            return store.usage()
+            return store.usage(settle=False)
 
     # Its bytes.
 

@@ -6,7 +6,6 @@ Other clients rename and replace what the mount has open, also between two reque
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -15,7 +14,7 @@ from typing import TypeVar
 from dmabuf.buffer import Buffer
 from dmabuf.errors import os_error
 from dmabuf.mount.node import Node
-from dmabuf.store import Status, Store
+from dmabuf.store import Status, Store, as_trusted_as_may_be
 
 T = TypeVar("T")
 
@@ -52,8 +51,12 @@ def ask(store: Store, node: Node, request: Callable[..., T]) -> T | None:
 
 def memory(store: Store, node: Node, mode: str) -> tuple[Buffer, Status]:
     """Its memory, and what the store says of it. Raises OSError(ESTALE) where it has no name."""
-    trusted = os.geteuid() in (0, node.status.uid)
-    opened = ask(store, node, partial(store.open_with_status, mode=mode, trusted=trusted))
+
+    def request(name: str, number: int) -> tuple[Buffer, Status]:
+        one = partial(store.open_with_status, name, mode, number=number)
+        return as_trusted_as_may_be(one)
+
+    opened = ask(store, node, request)
     if opened is None:
         raise os_error(errno.ESTALE, "its name is gone", node.status.name)
     return opened

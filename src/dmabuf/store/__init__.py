@@ -10,8 +10,8 @@
 ``dmabuf serve`` is the server; docs/store.md has the rest.
 """
 
-from dmabuf.store.client import Store, connect
+from dmabuf.store.client import Store, as_trusted_as_may_be, connect
 from dmabuf.store.place import default_path
 from dmabuf.store.protocol import Status, Usage
 
-__all__ = ["Status", "Store", "Usage", "connect", "default_path"]
+__all__ = ["Status", "Store", "Usage", "as_trusted_as_may_be", "connect", "default_path"]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from dmabuf.buffer import Buffer
 from dmabuf.errors import ClosedError
@@ -18,7 +18,9 @@ from dmabuf.store.connection import Connection, told
 from dmabuf.store.grant import as_buffer
 from dmabuf.store.protocol import SAME, Status, Usage
 
-__all__ = ["Store", "connect"]
+__all__ = ["Store", "as_trusted_as_may_be", "connect"]
+
+T = TypeVar("T")
 
 
 def connect(path: str | os.PathLike[str] | None = None) -> Store:
@@ -28,6 +30,19 @@ def connect(path: str | os.PathLike[str] | None = None) -> Store:
     ENOENT and ECONNREFUSED where no store serves, EACCES where it is not for this user.
     """
     return Store(place.default_path() if path is None else os.fspath(path))
+
+
+def as_trusted_as_may_be(request: Callable[..., T]) -> T:
+    """Make a request with ``trusted=True``, and without where that is not for this user.
+
+    The Buffer says which: ``Buffer.reason``, and ``rejected`` of its transfers.
+    """
+    try:
+        return request(trusted=True)
+    except PermissionError as error:
+        if error.errno != errno.EPERM:
+            raise
+    return request(trusted=False)
 
 
 class Store:
@@ -171,9 +186,9 @@ class Store:
         file, opened for reading, which the kernel holds to; where there is none (dma-heaps), EACCES
         says so.
 
-        ``trusted=True`` is for the owner of the name (EPERM for others): it adds the memory file
-        behind a udmabuf, and with it the ``direct`` route. What that hands over is in
-        docs/security.md.
+        ``trusted=True`` is for the owner of the name, if he may open /dev/udmabuf, and for root
+        (EPERM for others; :func:`as_trusted_as_may_be`): it adds the memory file behind a udmabuf,
+        and with it the ``direct`` route. What that hands over is in docs/security.md.
         """
         return self.open_with_status(name, mode, trusted, number=number)[0]
 
@@ -251,9 +266,12 @@ class Store:
         times = {"accessed_ns": accessed_ns, "modified_ns": modified_ns}
         self._connection.ask("utime", name=name, number=number, **times)
 
-    def usage(self) -> Usage:
-        """How many bytes and names there are, and how many there may be."""
-        result, _ = self._connection.ask("usage")
+    def usage(self, *, settle: bool = True) -> Usage:
+        """How many bytes and names there are, and how many there may be.
+
+        With ``settle``, when what nobody has any more is free; without it, at once.
+        """
+        result, _ = self._connection.ask("usage", settle=settle)
         with told(None):
             return protocol.usage(result.get("usage"))
 

@@ -16,7 +16,7 @@ from dmabuf.store.protocol import Grant, Refusal, Status
 
 _ALONE = (
     "the store granted the dma-buf alone, whose mapping has no pages to pin (O_DIRECT there is "
-    "EFAULT): its owner may open it with trusted=True for zero-copy"
+    "EFAULT): its owner may open it with trusted=True for zero-copy, if he may open /dev/udmabuf"
 )
 
 

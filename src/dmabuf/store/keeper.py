@@ -16,6 +16,7 @@ from dmabuf.store import memory as _memory
 from dmabuf.store.marks import Marks
 from dmabuf.store.memory import Memory
 from dmabuf.store.names import Names
+from dmabuf.store.pins import Pins
 from dmabuf.store.protocol import Refusal
 from dmabuf.store.threads import Threads
 
@@ -24,6 +25,8 @@ log = logging.getLogger("dmabuf")
 _MAKING, _FREEING = 4, 2  # threads
 _SHARE = 0.1
 """Of the server's time, for asking whether removed memory is still in use."""
+_SLICE = 0.005
+"""Seconds at most of looking at what was just removed, before others have their turn."""
 _AT_LEAST = 16
 """What is asked when it is needed, however long others took before."""
 _LOOK = 0.5
@@ -45,6 +48,10 @@ class Keeper:
         self._making = Threads(_MAKING, "making")
         self._freeing = Threads(_FREEING, "freeing")
         self._marks = Marks(_FREEING)
+        self._pins = Pins(later)
+        self._new: deque[tuple[int, Memory]] = deque()
+        """Just removed, each with the job of letting go of it."""
+        self._going_on = False
         self._held: deque[Memory] = deque()
         """Removed, and in use when it was last asked."""
         self._failed: list[Memory] = []
@@ -55,7 +62,7 @@ class Keeper:
         self._tried_again_at = self._looked_at
         self._numbers = itertools.count()
         self._jobs: OrderedDict[int, None] = OrderedDict()
-        """What the freeing threads have to do, by number: the oldest comes first."""
+        """What is to be let go of, by number: the oldest comes first."""
         self._waiting: deque[tuple[int, Callable[[], None]]] = deque()
         """What is to be called when no job is left that is older than such a number."""
         self._ending = False
@@ -114,10 +121,12 @@ class Keeper:
 
         Whoever keeps much of it costs others at most a tenth of the time: then not all is asked.
         """
-        just_removed = self._names.just_removed[:]
+        for kept in self._names.just_removed:
+            self._new.append((self._job(), kept))
         self._names.just_removed.clear()
-        for kept in just_removed:
-            self._let_go_unless_used(kept)
+        if not self._going_on:
+            self._look_at_new()
+        self._pins.go_on()
         now = time.monotonic()
         self._credit = min(self._credit + (now - self._counted) * _SHARE, _SHARE)
         self._counted = now
@@ -128,7 +137,7 @@ class Keeper:
         for asked in range(len(self._held)):
             if self._credit <= 0 and asked >= (_AT_LEAST if at_once else 0):
                 break
-            self._let_go_unless_used(self._held.popleft())
+            self._let_go_unless_used(self._job(), self._held.popleft())
             self._credit -= time.monotonic() - now
             now = time.monotonic()
         pause = self._look_took / _SHARE if self._look_took > 0.01 else 0 if at_once else _LOOK
@@ -136,13 +145,35 @@ class Keeper:
             self._look_is_due, self._looked_at = True, now
             self._free(self._look, self._looked)
 
-    def _let_go_unless_used(self, kept: Memory) -> None:
+    def _look_at_new(self) -> None:
+        """At some of them, and soon at the next."""
+        end = time.monotonic() + _SLICE
+        while self._new and time.monotonic() <= end:
+            self._let_go_unless_used(*self._new.popleft())
+        self._going_on = bool(self._new)
+        if self._going_on:
+            self._later(self._look_at_new)
+
+    def _let_go_unless_used(self, job: int, kept: Memory) -> None:
         others = kept.others()
-        if others is False or (others is None and kept.can_be_marked(self._marks)):
-            left = partial(self._left, kept, kept.descriptors)
-            self._free(partial(self._let_go, kept), left)
-        else:
+        if others is True or (others is None and not kept.can_be_marked(self._marks)):
             self._held.append(kept)
+            self._finish(job)
+        elif kept.strangers:
+            self._pins.ask(kept, partial(self._unpinned, job, kept, kept.descriptors))
+        else:
+            self._free_memory(job, kept)
+
+    def _unpinned(self, job: int, kept: Memory, descriptors: int, nobody: bool) -> None:
+        if nobody:
+            self._room += descriptors - kept.descriptors
+            self._free_memory(job, kept)
+        else:
+            self._finish(job)
+
+    def _free_memory(self, job: int, kept: Memory) -> None:
+        left = partial(self._left, kept, kept.descriptors)
+        self._free(partial(self._let_go, kept), left, job)
 
     def _let_go(self, kept: Memory) -> bytes | None:
         """The mark that is left of it, if one is; None where it is kept, for now. In a thread."""
@@ -181,10 +212,16 @@ class Keeper:
             if kept in self._marked:
                 self._gone(kept, self._marked.pop(kept)[1])
 
-    def _free(self, work: Callable[[], T], then: Callable[[T | None], None]) -> None:
-        """Do something in a thread, and ``then`` something with what came of it in the loop."""
+    def _job(self) -> int:
         job = next(self._numbers)
         self._jobs[job] = None
+        return job
+
+    def _free(
+        self, work: Callable[[], T], then: Callable[[T | None], None], job: int | None = None
+    ) -> None:
+        """Do something in a thread, and ``then`` something with what came of it in the loop."""
+        number = job if job in self._jobs else self._job()
 
         def call() -> None:
             result = None
@@ -192,13 +229,16 @@ class Keeper:
                 result = work()
             except Exception:  # a mistake of ours
                 log.exception("dmabuf store: freeing memory")
-            self._later(self._freed, job, partial(then, result))
+            self._later(self._freed, number, partial(then, result))
 
         self._freeing.do(call)
 
     def _freed(self, job: int, then: Callable[[], None]) -> None:
         then()
-        del self._jobs[job]
+        self._finish(job)
+
+    def _finish(self, job: int) -> None:
+        self._jobs.pop(job, None)
         while self._waiting and self._waiting[0][0] < next(iter(self._jobs), math.inf):
             self._waiting.popleft()[1]()
 
@@ -211,6 +251,7 @@ class Keeper:
 
     def release_all(self) -> None:
         """Let go of everything that was removed; others may still have it, and keep its content."""
+        self._pins.end()
         self._freeing.end()
         for kept in self._names.removed:
             kept.close()

@@ -5,8 +5,8 @@ and these tell whether anyone else still has the memory. A dma-buf's fdinfo has 
 (descriptors, mappings, attached devices, messages under way); and a write lease on a memfd
 (fcntl(2), F_SETLEASE) is granted only while nobody else has it open, since each grant of it is an
 open file of its own. (Not on a memfd of huge pages, on Linux 7.3.) Who refers to a memfd without
-having it open, marks.py tells when the server's own descriptors are closed; of a dma-buf nothing
-tells that.
+having it open, marks.py tells when the server's own descriptors are closed; who so keeps a udmabuf,
+pins.py.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ import signal
 from collections.abc import Sequence
 from contextlib import suppress
 
-from dmabuf import _described, _sysfs, exporters
+from dmabuf import _described, _sysfs, _uapi, exporters
 from dmabuf._ffi import lib
 from dmabuf.exporters import _memory, foreign, memfd, udmabuf
 from dmabuf.sizes import round_up
+from dmabuf.store import devices
 from dmabuf.store.marks import Marks
 from dmabuf.store.protocol import MOST_DESCRIPTORS, Grant, Refusal
 
@@ -40,6 +41,8 @@ class Memory:
         self.memfd = memfd
         self.lent = False
         """Whether anyone else was ever given the memfd."""
+        self.strangers: frozenset[int] = frozenset()
+        """The users who were given its dma-bufs and could make none: see :meth:`unpinned`."""
 
     @property
     def is_dmabuf(self) -> bool:
@@ -67,9 +70,13 @@ class Memory:
         return self.others() is not False
 
     def grant(
-        self, mode: str, *, may_write: bool, trusted: bool
+        self, mode: str, *, may_write: bool, trusted: bool, stranger: int | None
     ) -> tuple[Grant, list[int], int | None]:
-        """What is handed out, its descriptors, and which of them to close when it is sent."""
+        """What is handed out, its descriptors, and which of them to close when it is sent.
+
+        ``stranger`` is the user, if he could make no such dma-buf without the store: whoever has
+        one can keep its memory while it seems to be free (an O_PATH descriptor, open(2)).
+        """
         writable = mode == "r+"
         if self.memfd is not None and (not self.slabs or not may_write):
             # The memory file, opened anew with no more than that: the one grant that the kernel
@@ -83,6 +90,9 @@ class Memory:
                 "can write to it, and there is no second descriptor of it to be had "
                 "(be allowed to write it, or have it made by udmabuf or memfd)",
             )
+        if stranger is not None:
+            refuse_strangers(self.exporter, trusted)
+            self.strangers |= {stranger}
         if not trusted or self.memfd is None:
             return Grant("dma-buf", len(self.slabs), False, writable), [*self.slabs], None
         opened = self._reopened(writable)
@@ -101,23 +111,48 @@ class Memory:
             and marks.can(self.memfd)
         )
 
+    def unpinned(self) -> bool:
+        """Whether nobody keeps pages of its dma-bufs, which are closed. Then none can be written.
+
+        For a udmabuf that nobody has. Takes 0.15 s or more where somebody keeps some, or a holder
+        of the memory file did not leave it open to seals.
+        """
+        assert self.memfd is not None
+        own, self.slabs = self.slabs, ()
+        for fd in own:
+            os.close(fd)
+        try:
+            fcntl.fcntl(self.memfd, _uapi.F_ADD_SEALS, _uapi.F_SEAL_WRITE)
+        except OSError as error:
+            if error.errno not in (errno.EBUSY, errno.EPERM):
+                raise
+            return False
+        return True
+
     def let_go(self, marks: Marks) -> bytes:
         """Close it, and empty what nobody has open: the mark that is left, b"" if it is free.
 
         Raises OSError where it is kept, since nothing would tell when it is free.
         """
         others = self.others()
+        if others is False and not self.lent:
+            self.close()
+            return b""
+        # Not where somebody sealed it. (mmap.madvise() would stop all threads of the server.)
+        empty = others is False and lib.dmb_punch(self.memfd, self.size) == 0
 
         def close(told: bool) -> None:
             if others is not False and not (told and self._dma_bufs_have_others() is False):
                 raise OSError(errno.EBUSY, "it cannot be told whether others have it")
-            if self.memfd is not None and self.lent and others is False:
-                # Not where somebody sealed it: then the marks alone tell. (mmap.madvise() would
-                # stop all threads of the server meanwhile.)
-                lib.dmb_punch(self.memfd, self.size)
             self.close()
 
-        return marks.around(self.memfd, close)
+        try:
+            return marks.around(self.memfd, close)
+        except OSError:
+            if not empty:
+                raise
+            self.close()  # the server's own user or root alone could open it again, and fill it
+            return b""
 
     def _own(self) -> tuple[int, ...]:
         return self.slabs if self.memfd is None else (*self.slabs, self.memfd)
@@ -128,6 +163,27 @@ class Memory:
         self.slabs, self.memfd = (), None
         for fd in own:
             os.close(fd)
+
+
+def refuse_strangers(exporter: str, trusted: bool) -> None:
+    """Raise Refusal where a dma-buf is not for who could make none.
+
+    Since he could keep it without its counting, and nothing would tell.
+    """
+    device = devices.of(exporter)
+    if exporter != "udmabuf":
+        raise Refusal(
+            errno.EACCES,
+            f"memory of {exporter} is for those who may open {device}, since nothing tells who "
+            "keeps some that does not count (join the group that owns the device, or have it made "
+            "by udmabuf or memfd)",
+        )
+    if trusted:
+        raise Refusal(
+            errno.EPERM,
+            f"trusted=True is for those who may open {device}, since nothing tells who keeps some "
+            "that does not count (join the group that owns the device, or have it made by memfd)",
+        )
 
 
 def rounded(size: int, huge_pages: bool | int) -> int:
@@ -155,7 +211,7 @@ def make(size: int, exporter: str, name: str | None, huge_pages: bool | int) -> 
 
 
 def _make_udmabuf(size: int, label: str | None, huge_pages: bool | int, reason: str) -> Memory:
-    made = udmabuf.make(size, name=label, huge_pages=huge_pages)
+    made = udmabuf.make(size, name=label, huge_pages=huge_pages, open_to_seals=True)
     slabs = [slab.fd for slab in made.slabs]
     nbytes = len(made.memory)
     made.memory.close()

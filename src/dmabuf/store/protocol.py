@@ -189,7 +189,7 @@ _OPERATIONS: dict[str, dict[str, Callable[[object], bool]]] = {
     "chmod": {"name": _name, "number": _STILL, "mode": _integer(0, 0o777)},
     "chown": {"name": _name, "number": _STILL, "uid": _ID, "gid": _ID},
     "utime": {"name": _name, "number": _STILL, "accessed_ns": _NS, "modified_ns": _NS},
-    "usage": {},
+    "usage": {"settle": _flag},
 }
 
 

@@ -21,11 +21,11 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from dmabuf.exporters import udmabuf
-from dmabuf.store import protocol
+from dmabuf.store import devices, protocol
 from dmabuf.store.clients import Client, Clients
 from dmabuf.store.keeper import Keeper
-from dmabuf.store.memory import Memory, rounded
-from dmabuf.store.names import Entry, Names, Peer, may, rights
+from dmabuf.store.memory import Memory, refuse_strangers, rounded
+from dmabuf.store.names import Entry, Names, Peer, may
 from dmabuf.store.protocol import Refusal, Status
 
 log = logging.getLogger("dmabuf")
@@ -96,7 +96,7 @@ class Server:
                 os.eventfd_read(self._wake)
             elif key.data.alive:
                 self._serve(key.data)
-        while self._done:
+        for _ in range(len(self._done)):  # what these have done later is for the next turn
             self._done.popleft()()
         if self._names.removed:
             self._keeper.sweep()
@@ -235,6 +235,9 @@ class Server:
             charge = rounded(size, huge_pages)
         except ValueError as error:
             raise Refusal(errno.EINVAL, str(error)) from None
+        made_by = "udmabuf" if exporter == "auto" else exporter
+        if made_by in devices.exporters() and _is_stranger(client.peer, made_by):
+            refuse_strangers(made_by, trusted)  # before it is made
 
         def begin() -> None:
             entry = self._names.begin(name, client.peer, mode, size, charge)
@@ -309,7 +312,7 @@ class Server:
                 errno.EPERM, "trusted=True is for its owner (or root) alone: docs/security.md", name
             )
         may_write = may(entry, client.peer, "r+")
-        if not may_write and _may_make_udmabufs(client.peer):
+        if not may_write and devices.may_open(udmabuf.DEVICE, client.peer):
             raise Refusal(
                 errno.EACCES,
                 f"a grant for reading alone would be none: you may open {udmabuf.DEVICE}, which "
@@ -329,9 +332,10 @@ class Server:
         unnamed: int | None = None,
     ) -> None:
         assert entry.memory is not None
+        stranger = client.peer.uid if _is_stranger(client.peer, entry.memory.exporter) else None
         try:
             grant, descriptors, ours = entry.memory.grant(
-                mode, may_write=may_write, trusted=trusted
+                mode, may_write=may_write, trusted=trusted, stranger=stranger
             )
         except OSError as error:
             raise Refusal(error.errno or errno.EIO, f"granting it: {error.strerror}") from None
@@ -377,25 +381,24 @@ class Server:
         self._names.utime(name, accessed_ns, modified_ns, client.peer)
         self._reply(client, protocol.pack_result({}))
 
-    def _do_usage(self, client: Client) -> None:
+    def _do_usage(self, client: Client, settle: bool) -> None:
         def tell() -> None:
             names = self._names
             usage = (names.charged, names.max_memory, len(names), names.max_names)
             self._reply(client, protocol.pack_result({"usage": usage}))
 
-        self._when_settled(client, tell)
+        if settle:
+            self._when_settled(client, tell)
+        else:
+            tell()
 
 
-def _may_make_udmabufs(peer: Peer) -> bool:
-    """Whether a peer may open /dev/udmabuf, as far as its mode tells; with an ACL, anyone may."""
-    try:
-        status = os.stat(udmabuf.DEVICE)
-        if rights(status.st_uid, status.st_gid, status.st_mode, peer):
-            return True
-        os.getxattr(udmabuf.DEVICE, "system.posix_acl_access")
-    except OSError:
+def _is_stranger(peer: Peer, exporter: str) -> bool:
+    """Whether a peer could not make such memory himself: not root, nor the server's user."""
+    device = devices.of(exporter)
+    if device is None or peer.uid in (0, os.geteuid()):
         return False
-    return True
+    return not devices.may_open(device, peer)
 
 
 def _status(entry: Entry[Memory], in_use: bool | None = None) -> Status:
