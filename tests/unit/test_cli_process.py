@@ -5,6 +5,7 @@ import os
 import resource
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,27 @@ def test_signals_in_the_middle(number: signal.Signals, there: bool, tmp_path: Pa
     assert sorted(os.listdir(tmp_path)) == (["fifo", "t"] if there else ["fifo"])
     if there:
         assert target.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_an_interrupt_while_the_command_is_imported(ignored: bool) -> None:
+    """No traceback; and where it is ignored, as under nohup, the command goes on."""
+    script = """
+import importlib.abc, os, signal, sys
+class Interrupting(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "typer":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupting())
+sys.argv[1:] = ["--version"]
+from dmabuf._command import main
+sys.exit(main())
+"""
+    how = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)} if ignored else {}
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, **how
+    )
+    assert (ended.returncode, ended.stderr) == (0 if ignored else -signal.SIGINT, "")
 
 
 def test_killed_in_the_middle(tmp_path: Path) -> None:
