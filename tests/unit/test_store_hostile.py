@@ -533,6 +533,23 @@ def test_who_uses_up_the_marks_keeps_nothing_but_names_of_files(store: Store, mo
         assert os.fstat(reference).st_blocks == 0
 
 
+def test_a_kernel_that_watches_no_more(server: Server, path: Path, monkeypatch) -> None:
+    """As with fs.epoll.max_user_watches: that one connection ends."""
+
+    def full(*what: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with dmabuf.store.connect(path) as there:
+        there.list()
+        with monkeypatch.context() as patch:
+            patch.setattr(server._selector, "register", full)
+            with dmabuf.store.connect(path) as more, pytest.raises(ConnectionError):
+                more.list()
+            assert there.list() == []
+        with dmabuf.store.connect(path) as more:
+            assert more.list() == []
+
+
 def test_memory_of_a_server_that_ended_is_whole(path: Path) -> None:
     """What clients have stays theirs."""
     with in_a_thread(path), dmabuf.store.connect(path) as store:

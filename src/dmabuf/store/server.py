@@ -130,7 +130,11 @@ class Server:
 
     def _listen(self, wanted: bool = True) -> None:
         if wanted and not self._listening:
-            self._selector.register(self._listener, selectors.EVENT_READ)
+            try:
+                self._selector.register(self._listener, selectors.EVENT_READ)
+            except OSError as error:  # at the next tick, then
+                log.error("dmabuf store: listening: %s", error.strerror)
+                return
         elif not wanted and self._listening:
             self._selector.unregister(self._listener)
         self._listening = wanted
@@ -145,7 +149,16 @@ class Server:
             self._listen(False)
             return
         if client is not None:
+            self._watch(client)
+
+    def _watch(self, client: Client) -> None:
+        try:
             self._selector.register(client.connection, selectors.EVENT_READ, client)
+            client.busy = False
+        except OSError as error:  # no memory, or fs.epoll.max_user_watches
+            log.error("dmabuf store: a connection of user %d: %s", client.peer.uid, error.strerror)
+            client.busy = True
+            self._drop(client)
 
     def _drop(self, client: Client) -> None:
         if not client.alive:
@@ -204,9 +217,8 @@ class Server:
         self._selector.unregister(client.connection)
 
     def _resume(self, client: Client) -> None:
-        client.busy = False
         if client.alive:
-            self._selector.register(client.connection, selectors.EVENT_READ, client)
+            self._watch(client)
 
     def _when_settled(self, client: Client, what: Callable[[], None]) -> None:
         """Do what a client asked for when all that nobody has counts no more."""
