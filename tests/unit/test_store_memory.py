@@ -53,7 +53,7 @@ def test_others_go_on_while_memory_is_emptied(monkeypatch) -> None:
     marked, pauses = Marks(1), []
     for _ in range(5):
         made = memory.make(256 * MIB, "memfd", None, False)
-        os.close(made.grant("r+", may_write=True, trusted=True, stranger=None)[1][0])
+        os.close(made.grant("r+", 0, stranger=False, may_write=True, trusted=True)[1][0])
         emptying = threading.Thread(target=made.let_go, args=(marked,))
         emptying.start()
         last, pause = time.monotonic(), 0.0

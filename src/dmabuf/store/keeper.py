@@ -159,7 +159,7 @@ class Keeper:
         if others is True or (others is None and not kept.can_be_marked(self._marks)):
             self._held.append(kept)
             self._finish(job)
-        elif kept.strangers:
+        elif kept.had_by_strangers:
             self._pins.ask(kept, partial(self._unpinned, job, kept, kept.descriptors))
         else:
             self._free_memory(job, kept)

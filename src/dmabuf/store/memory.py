@@ -41,8 +41,10 @@ class Memory:
         self.memfd = memfd
         self.lent = False
         """Whether anyone else was ever given the memfd."""
-        self.strangers: frozenset[int] = frozenset()
-        """The users who were given its dma-bufs and could make none: see :meth:`unpinned`."""
+        self.holders: set[int] = set()
+        """The users who were ever given any of it."""
+        self.had_by_strangers = False
+        """Whether one of them was given its dma-bufs, and could make none: :meth:`unpinned`."""
 
     @property
     def is_dmabuf(self) -> bool:
@@ -70,13 +72,14 @@ class Memory:
         return self.others() is not False
 
     def grant(
-        self, mode: str, *, may_write: bool, trusted: bool, stranger: int | None
+        self, mode: str, user: int, *, stranger: bool, may_write: bool, trusted: bool
     ) -> tuple[Grant, list[int], int | None]:
         """What is handed out, its descriptors, and which of them to close when it is sent.
 
-        ``stranger`` is the user, if he could make no such dma-buf without the store: whoever has
-        one can keep its memory while it seems to be free (an O_PATH descriptor, open(2)).
+        A ``stranger`` could make no such dma-buf without the store: whoever has one can keep its
+        memory while it seems to be free (an O_PATH descriptor, open(2)).
         """
+        self.holders.add(user)
         writable = mode == "r+"
         if self.memfd is not None and (not self.slabs or not may_write):
             # The memory file, opened anew with no more than that: the one grant that the kernel
@@ -90,9 +93,9 @@ class Memory:
                 "can write to it, and there is no second descriptor of it to be had "
                 "(be allowed to write it, or have it made by udmabuf or memfd)",
             )
-        if stranger is not None:
+        if stranger:
             refuse_strangers(self.exporter, trusted)
-            self.strangers |= {stranger}
+            self.had_by_strangers = True
         if not trusted or self.memfd is None:
             return Grant("dma-buf", len(self.slabs), False, writable), [*self.slabs], None
         opened = self._reopened(writable)
@@ -114,8 +117,9 @@ class Memory:
     def unpinned(self) -> bool:
         """Whether nobody keeps pages of its dma-bufs, which are closed. Then none can be written.
 
-        For a udmabuf that nobody has. Takes 0.15 s or more where somebody keeps some, or a holder
-        of the memory file did not leave it open to seals.
+        For a udmabuf that nobody has. Takes 0.15 s or more where somebody keeps some. Where the
+        memory file takes no seals any more, a holder saw to that, who could make such memory
+        himself, and it is his.
         """
         assert self.memfd is not None
         own, self.slabs = self.slabs, ()
@@ -124,9 +128,7 @@ class Memory:
         try:
             fcntl.fcntl(self.memfd, _uapi.F_ADD_SEALS, _uapi.F_SEAL_WRITE)
         except OSError as error:
-            if error.errno not in (errno.EBUSY, errno.EPERM):
-                raise
-            return False
+            return error.errno == errno.EPERM
         return True
 
     def let_go(self, marks: Marks) -> bytes:

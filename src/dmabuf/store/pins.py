@@ -1,12 +1,13 @@
-"""Who keeps the pages of a dma-buf that nobody has open: asked one at a time, in fair turns.
+"""Who keeps the pages of a dma-buf that nobody has open: asked in a thread, the quick ones first.
 
 An O_PATH descriptor (open(2)) keeps a dma-buf and has no part in its references. Of a udmabuf the
 memory file behind it tells: F_SEAL_WRITE (fcntl(2)) is EBUSY while anything holds a page of it.
-The kernel waits 0.15 s before it says so (mm/memfd.c, memfd_wait_for_pins()), and is quick where
-nothing does: 4 to 23 ms for 256 MiB, seen in the lab on Linux 6.12 and 7.3.
+The kernel waits before it says so (mm/memfd.c, memfd_wait_for_pins()): 0.15 s, and 0.1 s more a
+GiB, seen on Linux 7.3. It is quick where nothing does: 4 to 23 ms for 256 MiB, in the lab.
 
-So those who keep memory make the question slow. They are to wait for it themselves: each set of
-users who could be it has a turn after the other, and a pause after memory that is kept.
+So those who keep memory make the question slow. Memory of users who just did so comes after that
+of all others, and what is known to be kept comes last. Whoever waits for an answer has one within a
+second: that it is kept, for now.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Set
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -22,30 +24,42 @@ from dmabuf.store.threads import Threads
 
 log = logging.getLogger("dmabuf")
 
-_PAUSE = 0.5  # seconds
+_AT_ONCE = 64
+_TOGETHER = 0.01
+"""Seconds after which what is asked at once is to end."""
+_SLOW = 0.05
+"""Seconds; more is as bad as memory that is kept."""
+_REMEMBERED = 10.0
+"""Seconds for which users come after others."""
+_WITHIN = 1.0
+"""Seconds within which there is an answer."""
+_PAUSE, _SHARE = 0.5, 0.1
+"""Seconds at least after a question about kept memory, and how much of the time they may take."""
 
 
 class Pinned(Protocol):
     """Memory, as far as this module looks at it."""
 
     @property
-    def strangers(self) -> frozenset[int]:
-        """The users who could keep it."""
+    def holders(self) -> Set[int]:
+        """The users who had it, and could keep it."""
 
     def unpinned(self) -> bool:
         """Whether nobody does. Takes long where somebody does."""
 
 
-class _Turn:
-    """What the same users could keep."""
+@dataclass(eq=False, slots=True)
+class _Question:
+    memory: Pinned
+    users: frozenset[int]
+    answer: Callable[[bool], None]
+    by: float
+    told: bool = False
 
-    def __init__(self) -> None:
-        self.waiting: deque[Pinned] = deque()
-        """The last one is asked next."""
-        self.answers: dict[Pinned, Callable[[bool], None]] = {}
-        self.untold: set[Pinned] = set()
-        """Those that had no answer yet."""
-        self.not_before = 0.0
+    def tell(self, free: bool) -> None:
+        if free or not self.told:
+            self.told = True
+            self.answer(free)
 
 
 class Pins:
@@ -58,57 +72,79 @@ class Pins:
         self._later = later
         self._thread = Threads(1, "asking")
         self._asking = False
-        self._turns: dict[frozenset[int], _Turn] = {}
-        """By who could keep it. The first is next, if its pause is over."""
+        self._new: deque[_Question] = deque()
+        self._behind: deque[_Question] = deque()
+        """Not asked either, and of users who were slow."""
+        self._kept: deque[_Question] = deque()
+        self._untold: deque[_Question] = deque()
+        """All that may have had no answer yet, the oldest first."""
+        self._slow: dict[frozenset[int], float] = {}
+        """Until when users come after others."""
+        self._not_before = 0.0
 
     def ask(self, memory: Pinned, answer: Callable[[bool], None]) -> None:
         """Call ``answer`` with True when nobody keeps the memory.
 
-        And once with False before, where that is not so yet or would take long to find out.
+        And once with False before, where that is not so, or not found out within a second.
         """
-        turn = self._turns.setdefault(memory.strangers, _Turn())
-        turn.waiting.append(memory)
-        turn.answers[memory] = answer
-        if time.monotonic() < turn.not_before:
-            answer(False)
-        else:
-            turn.untold.add(memory)
+        by = time.monotonic() + _WITHIN
+        question = _Question(memory, frozenset(memory.holders), answer, by)
+        self._new.append(question)
+        self._untold.append(question)
         self.go_on()
 
     def go_on(self) -> None:
-        """Ask about the next, if it is time for one."""
+        """Ask what is next, and tell those who waited for long enough."""
+        now = time.monotonic()
+        while self._untold and (self._untold[0].told or now >= self._untold[0].by):
+            self._untold.popleft().tell(False)
         if self._asking:
             return
-        now = time.monotonic()
-        for users, turn in self._turns.items():
-            if now >= turn.not_before:
-                del self._turns[users]
-                self._turns[users] = turn
-                self._asking = True
-                self._thread.do(partial(self._ask, turn, turn.waiting.pop()))
-                return
+        while self._new and now < self._slow.get(self._new[0].users, 0.0):
+            self._behind.append(self._new.popleft())
+        queue = self._new or self._behind
+        if not queue and now >= self._not_before:
+            queue = self._kept
+        if queue:
+            self._asking = True
+            some = [queue.popleft() for _ in range(min(len(queue), _AT_ONCE))]
+            self._thread.do(partial(self._ask, queue, some))
 
-    def _ask(self, turn: _Turn, memory: Pinned) -> None:
-        free = False
-        try:
-            free = memory.unpinned()
-        except Exception:  # a mistake of ours
-            log.exception("dmabuf store: asking about memory")
-        self._later(self._asked, turn, memory, free)
+    def _ask(self, queue: deque[_Question], some: list[_Question]) -> None:
+        """Those of some that do not take long."""
+        began, free, took = time.monotonic(), True, 0.0
+        asked: list[tuple[_Question, bool, float]] = []
+        for question in some:
+            before = time.monotonic()
+            try:
+                free = question.memory.unpinned()
+            except Exception:  # a mistake of ours
+                log.exception("dmabuf store: asking about memory")
+                free = False
+            took = time.monotonic() - before
+            asked.append((question, free, took))
+            if not free or before + took - began > _TOGETHER:
+                break
+        self._later(self._asked, queue, some[len(asked) :], asked)
 
-    def _asked(self, turn: _Turn, memory: Pinned, free: bool) -> None:
+    def _asked(
+        self,
+        queue: deque[_Question],
+        rest: list[_Question],
+        asked: list[tuple[_Question, bool, float]],
+    ) -> None:
         self._asking = False
-        if free:
-            turn.untold.discard(memory)
-            turn.answers.pop(memory)(True)
-        else:
-            turn.waiting.appendleft(memory)
-            turn.not_before = time.monotonic() + _PAUSE
-            untold, turn.untold = turn.untold, set()
-            for one in untold:
-                turn.answers[one](False)
-        if not turn.waiting:
-            del self._turns[memory.strangers]
+        queue.extendleft(reversed(rest))
+        now = time.monotonic()
+        for question, free, took in asked:
+            if not free or took > _SLOW:
+                self._slow[question.users] = now + _REMEMBERED
+            if not free:
+                self._kept.append(question)
+                self._not_before = now + max(_PAUSE, took / _SHARE)
+            question.tell(free)
+        if not (self._new or self._behind):
+            self._slow = {users: until for users, until in self._slow.items() if now < until}
         self.go_on()
 
     def end(self) -> None:

@@ -344,10 +344,13 @@ class Server:
         unnamed: int | None = None,
     ) -> None:
         assert entry.memory is not None
-        stranger = client.peer.uid if _is_stranger(client.peer, entry.memory.exporter) else None
         try:
             grant, descriptors, ours = entry.memory.grant(
-                mode, may_write=may_write, trusted=trusted, stranger=stranger
+                mode,
+                client.peer.uid,
+                stranger=_is_stranger(client.peer, entry.memory.exporter),
+                may_write=may_write,
+                trusted=trusted,
             )
         except OSError as error:
             raise Refusal(error.errno or errno.EIO, f"granting it: {error.strerror}") from None
