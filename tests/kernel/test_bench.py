@@ -6,6 +6,7 @@ import os
 import pytest
 
 from dmabuf.engine import default_engine
+from dmabuf.exporters import udmabuf
 from tests.guards import needs
 from tests.kernel.conftest import null_blk
 from tests.kernel.nvme_drive import everything
@@ -61,13 +62,21 @@ def test_a_namespace_is_measured_by_its_disk(drive, capsys):
 
 
 @needs("udmabuf", "hugepages", "nvme")
-def test_huge_pages(capsys):
+@pytest.mark.parametrize("exporter", ["auto", "udmabuf"])
+def test_huge_pages(exporter, capsys):
     few = ("--seconds", 2, "--rounds", 1, "--size", "4MiB", "--block", "1MiB", "--depth", 4)
-    how = ("--exporter", "udmabuf", "--huge-pages", "2MiB")
+    how = ("--exporter", exporter, "--huge-pages", "2MiB")
     ended = command(capsys, "bench", "--json", *few, *how, os.environ["DMABUF_TEST_NVME0"])
+    right = udmabuf.maps_large_pages()
+    if exporter == "udmabuf" and not right:
+        assert (ended.status, ended.out) == (1, "")
+        assert "may see wrong bytes" in ended.err and 'exporter="memfd"' in ended.err
+        return
     assert (ended.status, ended.err) == (0, "")
     told = json.loads(ended.out)
     assert told["buffer"]["huge_pages"] == "2MiB"
+    assert told["buffer"]["exporter"] == ("udmabuf" if right else "memfd")
+    assert right or "may see wrong bytes" in told["buffer"]["reason"]
     assert ("read", 1 << 20, "direct") in rows(told)
 
 
