@@ -129,6 +129,11 @@ MEMORY_FILESYSTEMS = {
 
 EXT4 = 0xEF53
 HONEST_ABOUT_DIRECT_IO = {EXT4, 0x58465342}  # and xfs
+BTRFS = 0x9123683E
+
+# <linux/fs.h>
+FS_IOC_GETFLAGS = _ioc(2, "f", 1, struct.calcsize("l"))  # though it is an int that comes
+FS_NOCOW_FL = 0x00800000
 
 _SYNC = struct.Struct("=Q")
 

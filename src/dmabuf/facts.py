@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import re
 import stat
 import struct
+from contextlib import suppress
 from typing import Literal, NamedTuple
 
 from dmabuf import _uapi
@@ -41,6 +43,8 @@ class Direct(NamedTuple):
     """Whether it is known, and not only said, that requests go past the page cache."""
     by_workers: bool = False
     """Whether it takes no request without a thread that waits, as zram."""
+    no_writes: str | None = None
+    """Why writes are not to be had all the same."""
 
 
 def kind_of(mode: int) -> Kind | None:
@@ -106,7 +110,9 @@ def open_direct(fd: int, kind: Kind, writable: bool, readable: bool) -> Direct:
         return Direct(-1, none, text)
     if _on_zram(direct, kind):
         alignment = alignment._replace(memory=max(alignment.memory, PAGE))
-    return Direct(direct, alignment, None, proven, kind == "block device" and _waits(direct))
+    by_workers = kind == "block device" and _waits(direct)
+    no_writes = _why_no_writes(fd) if kind == "file" else None
+    return Direct(direct, alignment, None, proven, by_workers, no_writes)
 
 
 def _waits(fd: int) -> bool:
@@ -126,6 +132,30 @@ def _keeps_its_word(fd: int) -> bool:
     of the file as the I/O does.
     """
     return lib.dmb_statfs_type(fd) in _uapi.HONEST_ABOUT_DIRECT_IO
+
+
+def _why_no_writes(fd: int) -> str | None:
+    """Why a file that is read by O_DIRECT is not written so: btrfs with checksums.
+
+    The page cache does not tell: btrfs drops from it what it has written, most times all of it.
+    """
+    if lib.dmb_statfs_type(fd) != _uapi.BTRFS or _release() >= (7, 3):
+        return None
+    flags = bytearray(struct.calcsize("l"))
+    with suppress(OSError):
+        _uapi.ioctl(fd, _uapi.FS_IOC_GETFLAGS, flags)
+    if struct.unpack_from("=I", flags)[0] & _uapi.FS_NOCOW_FL:
+        return None
+    return (
+        "before Linux 7.3 btrfs may take what is written to a file with checksums through the page "
+        "cache, O_DIRECT or not: switch them off while it is empty (chattr +C), or keep the file "
+        "on another filesystem"
+    )
+
+
+def _release() -> tuple[int, ...]:
+    """The kernel's, as (7, 3)."""
+    return tuple(map(int, re.findall(r"\d+", os.uname().release)[:2]))
 
 
 def _on_zram(fd: int, kind: Kind) -> bool:

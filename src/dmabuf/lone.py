@@ -103,7 +103,12 @@ def left(target: Target) -> None:
 
 def _make(target: Target, buffer: Buffer, direction: Direction) -> Lane | None:
     direct, write = target.direct_if_proven(), direction == "write"
-    if direct is None or buffer._pin_refusal is not None or buffer._address is None:
+    if (
+        direct is None
+        or (write and direct.no_writes)
+        or buffer._pin_refusal is not None
+        or buffer._address is None
+    ):
         return None
     if not (target.writable if write else target.readable and buffer._descriptor_writable):
         return None

@@ -373,12 +373,13 @@ class Target:
     def cache_to_watch(self, offset: int, size: int) -> bool:
         """Whether to look if the next transfer of a range leaves the page cache alone.
 
-        btrfs with checksums and ext4 with data=journal accept O_DIRECT and go through the cache
-        all the same. A range that has pages there already cannot show it.
+        btrfs accepts O_DIRECT and goes through the cache all the same for what it has compressed.
+        A range that has more than a few pages there already cannot show it.
         """
         if self._cache_watched or self.kind != "file":
             return False
-        return self.cached_pages(offset, size) == 0
+        pages = self.cached_pages(offset, size)
+        return pages is not None and pages * facts.PAGE <= size // 4
 
     def saw_cache(self, offset: int, size: int) -> None:
         """Look, after the transfer."""
@@ -387,7 +388,7 @@ class Target:
         if pages * facts.PAGE >= size // 2 > 0 and not self._passes_by(offset + size // 2):
             self.rule_out_direct(
                 "the filesystem accepted O_DIRECT and went through the page cache all the same "
-                "(btrfs with checksums and ext4 with data=journal do): keep the file on another, "
+                "(btrfs does for what it has compressed): keep the file on another, "
                 "or switch that off for it"
             )
 

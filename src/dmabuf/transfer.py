@@ -90,8 +90,9 @@ def _question(target: Target, order: Order) -> Question:
         text = "NVMe passthrough goes past the page cache: a passthrough device has none"
         question = question._replace(no_page_cache=text)
     direct = target.direct()
-    if direct.refusal:
-        return question._replace(no_direct_io=direct.refusal)
+    refusal = direct.refusal or (direct.no_writes if order.direction == "write" else None)
+    if refusal:
+        return question._replace(no_direct_io=refusal)
     if not order.span.nbytes:
         return question._replace(no_native="nothing is asked for")
     question = _about_native(target, order, question)

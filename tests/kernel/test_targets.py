@@ -1,6 +1,7 @@
 """Every kind of buffer with every kind of target, each way by itself, every byte compared."""
 
 import os
+import subprocess
 
 import pytest
 
@@ -109,39 +110,60 @@ def test_zram(buf, engine):
 
 
 @needs("btrfs")
-def test_btrfs_that_checks_sums(tmp_path):
-    """Reads with O_DIRECT that are, and writes that may not be: whichever it is, it is said."""
+@pytest.mark.parametrize("checksums", [True, False])
+def test_btrfs(checksums, tmp_path):
+    """Reads go past the page cache; writes do with checksums since Linux 7.3, without on any."""
+    before = tuple(map(int, os.uname().release.split(".")[:2])) < (7, 3)
+    data = pattern(16 << 20, 71)
     with (
         loop_device(tmp_path / "image", 160 << 20) as device,
         mounted(device, "btrfs", tmp_path / "mount") as folder,
+        dmabuf.allocate(len(data), exporter="memfd") as buffer,
     ):
         path = folder / "file"
-        with (
-            dmabuf.allocate(1 << 20, exporter="memfd") as buffer,
-            dmabuf.open(path, "w") as file,
-        ):
-            buffer.pwrite(poison(1 << 20), 0)
-            first = file.write_from(buffer)
-            resident = cached(file.fileno())
-            second = file.plan(buffer, "write")
-        assert_same(path.read_bytes(), poison(1 << 20), "the file")
-        if resident * 4096 >= 1 << 19:
-            assert first.route is second.route is Route.BUFFERED
-            assert "btrfs with checksums" in first.reason
-        else:
-            assert first.route is second.route is Route.DIRECT
-            assert resident == 0
-        fd = os.open(path, os.O_RDONLY)
-        fill_and_compare(path, fd)
-        os.close(fd)
+        path.touch()
+        if not checksums:
+            subprocess.run(["chattr", "+C", path], check=True)
+        with dmabuf.open(path, "r+") as file:
+            buffer.pwrite(data, 0)
+            for size in (len(data), 4096, len(data)):
+                drop_cache(file.fileno())
+                written = file.write_from(buffer, size)
+                if checksums and before:
+                    assert written.route is Route.BUFFERED
+                    assert "btrfs" in written.rejected[Route.DIRECT]
+                    with pytest.raises(dmabuf.RouteUnavailable, match=r"chattr \+C"):
+                        file.write_from(buffer, require="uncached")
+                else:
+                    assert written.route is Route.DIRECT
+                    assert cached(file.fileno()) == 0
+            assert_same(path.read_bytes(), data, "the file")
+            drop_cache(file.fileno())
+            buffer.pwrite(poison(len(data)), 0)
+            assert file.read_into(buffer, require="zero-copy").route is Route.DIRECT
+            assert_same(buffer.pread(len(data), 0), data, "the buffer")
+            assert cached(file.fileno()) == 0
 
 
-def fill_and_compare(path, fd):
-    drop_cache(fd)
-    with dmabuf.allocate(1 << 20, exporter="memfd") as buffer, dmabuf.open(path) as file:
-        transfer = file.read_into(buffer)
-        assert_same(buffer.pread(1 << 20, 0), poison(1 << 20), "the buffer")
-        assert (transfer.route is Route.BUFFERED) == (cached(fd) * 4096 >= 1 << 19)
+@needs("btrfs")
+def test_btrfs_that_compresses(tmp_path):
+    """Reads by O_DIRECT that are none: seen at the first."""
+    data = b"compressible" * (1 << 16)
+    with (
+        loop_device(tmp_path / "image", 160 << 20) as device,
+        mounted(device, "btrfs", tmp_path / "mount", how="compress-force") as folder,
+        dmabuf.allocate(len(data), exporter="memfd") as buffer,
+    ):
+        path = folder / "file"
+        path.write_bytes(data)
+        buffer.pwrite(poison(buffer.size), 0)
+        with dmabuf.open(path) as file:
+            drop_cache(file.fileno())
+            first = file.read_into(buffer, len(data))
+            assert cached(file.fileno()) * 4096 >= len(data)
+            assert first.route is file.plan(buffer).route is Route.BUFFERED
+            assert "compressed" in first.reason
+        assert_same(buffer.pread(len(data), 0), data, "the buffer")
 
 
 @needs("loop")

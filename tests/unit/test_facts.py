@@ -3,10 +3,12 @@
 import errno
 import os
 import stat
+import sys
+from types import SimpleNamespace
 
 import pytest
 
-from dmabuf import facts
+from dmabuf import _uapi, facts
 from dmabuf.facts import PAGE, Alignment
 from tests.support import drop_cache
 
@@ -160,6 +162,34 @@ def test_memory_filesystems():
     direct = facts.open_direct(fd, "file", writable=True, readable=True)
     assert direct.fd == -1 and direct.refusal.startswith("tmpfs keeps its files")
     os.close(fd)
+
+
+@pytest.mark.parametrize(
+    ("filesystem", "release", "flags", "refused"),
+    [
+        (_uapi.BTRFS, "6.12.117+deb13-amd64", 0, True),
+        (_uapi.BTRFS, "7.2-rc1", 0x40, True),
+        (_uapi.BTRFS, "6.18.0", None, True),
+        (_uapi.BTRFS, "6.12.117", _uapi.FS_NOCOW_FL, False),
+        (_uapi.BTRFS, "7.3.4+deb13-amd64", 0, False),
+        (_uapi.BTRFS, "10.0-rc2", 0, False),
+        (_uapi.EXT4, "6.12.117", 0, False),
+    ],
+)
+def test_writes_to_btrfs_with_checksums(file, monkeypatch, filesystem, release, flags, refused):
+    def ioctl(fd, request, answer):
+        assert (fd, request) == (file, _uapi.FS_IOC_GETFLAGS)
+        if flags is None:
+            raise OSError(errno.ENOTTY, "")
+        answer[:4] = flags.to_bytes(4, sys.byteorder)
+
+    monkeypatch.setattr(facts, "lib", Fake(dmb_statfs_type=lambda _: filesystem))
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(release=release))
+    monkeypatch.setattr(_uapi, "ioctl", ioctl)
+    direct = open_direct(file)
+    os.close(direct.fd)
+    assert direct.refusal is None
+    assert ("chattr +C" in (direct.no_writes or "")) == refused
 
 
 def test_cached_pages(file):

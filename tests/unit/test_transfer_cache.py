@@ -114,9 +114,16 @@ def test_half_of_it_cached_is_not_enough(cold, buf):
         assert file.plan(buf, size=SIZE // 4, prefer="fastest").route is Route.BUFFERED
 
 
-def test_o_direct_that_goes_through_the_cache_is_called_buffered(cold, buf, monkeypatch):
-    """A filesystem that takes O_DIRECT and does as it likes, made of a good one and the cache."""
+@pytest.mark.parametrize("there", [0, SIZE // PAGE // 4])
+def test_o_direct_that_goes_through_the_cache_is_called_buffered(cold, there, buf, monkeypatch):
+    """A filesystem that takes O_DIRECT and does as it likes, made of a good one and the cache.
+
+    A few pages are there before: finding out the alignment may have brought them.
+    """
     path, fd = cold
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+    os.pread(fd, there * PAGE, 0)
+    assert cached(fd) == there
     with dmabuf.open(path) as file:
         real = transfer.Target.saw_cache
 
@@ -133,7 +140,7 @@ def test_o_direct_that_goes_through_the_cache_is_called_buffered(cold, buf, monk
         assert "through the page cache all the same" in first.reason
         plan = file.plan(buf)
         assert plan.route is Route.BUFFERED
-        assert "btrfs with checksums" in plan.rejected[Route.STAGED]
+        assert "btrfs does for what it has compressed" in plan.rejected[Route.STAGED]
         with pytest.raises(dmabuf.RouteUnavailable, match="through the page cache"):
             file.read_into(buf, require="uncached")
     assert_same(buf.pread(SIZE, 0), pattern(SIZE, 1), "the buffer")
@@ -170,6 +177,26 @@ def test_pages_that_somebody_else_had_read_do_not_count(cold, buf, monkeypatch):
         assert file.plan(buf).route is Route.DIRECT
     with dmabuf.open(path, "w") as file:
         assert file.write_from(buf).route is Route.DIRECT
+
+
+def test_btrfs_with_checksums_is_not_written_past_the_cache(cold, buf, monkeypatch):
+    """What was read of it makes no lane for writes."""
+    path, _ = cold
+    real = facts.open_direct
+
+    def open_direct(*args, **how):
+        return real(*args, **how)._replace(proven=True, no_writes="sums")
+
+    monkeypatch.setattr(facts, "open_direct", open_direct)
+    with dmabuf.open(path, "r+") as file:
+        for _ in range(2):
+            assert file.read_into(buf, PAGE).route is Route.DIRECT
+            buf.pwrite(poison(SIZE), 0)
+            written = file.write_from(buf, PAGE)
+            assert (written.route, written.rejected[Route.DIRECT]) == (Route.BUFFERED, "sums")
+            with pytest.raises(dmabuf.RouteUnavailable, match="sums"):
+                file.write_from(buf, PAGE, require="uncached")
+    assert_same(path.read_bytes(), poison(SIZE)[:PAGE] + pattern(SIZE, 1)[PAGE:], "the file")
 
 
 def test_kernels_without_cachestat_are_believed(cold, buf, monkeypatch):
