@@ -72,6 +72,33 @@ int dmb_map_over(uint64_t address, uint64_t size, int fd, int writable)
 	return mapped == MAP_FAILED ? -errno : 0;
 }
 
+/*
+ * Huge pages are collapsed where a mapping begins at a multiple of them in memory and in the file,
+ * and where one ordinary page of each is there. With pages of 4 KiB they have 2 MiB.
+ */
+int dmb_collapse(int fd, uint64_t size)
+{
+	const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE), huge = page * (page / 8);
+	const uint64_t whole = dmb_align_down(size, huge);
+	void *room;
+	uint64_t address;
+	int rc;
+
+	if (!whole)
+		return 0;
+	room = mmap(NULL, whole + huge, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	if (room == MAP_FAILED)
+		return -errno;
+	address = dmb_align_up((uintptr_t)room, huge);
+	rc = dmb_map_over(address, whole, fd, 1);
+	for (uint64_t at = 0; !rc && at < whole; at += huge)
+		rc = dmb_populate(address + at, page);
+	if (!rc && madvise((void *)(uintptr_t)address, whole, DMB_MADV_COLLAPSE))
+		rc = -errno;
+	munmap(room, whole + huge);
+	return rc;
+}
+
 int dmb_bind_node(uint64_t address, uint64_t size, unsigned node)
 {
 	unsigned long mask[16] = {0};

@@ -149,5 +149,7 @@ static_assert(offsetof(struct dmb_fuse_init_out, flags2) == 32, "struct fuse_ini
 
 /* madvise(2): include/uapi/asm-generic/mman-common.h, Linux 5.14. */
 #define DMB_MADV_POPULATE_WRITE 23
+/* The same, Linux 6.1. */
+#define DMB_MADV_COLLAPSE 25
 
 #endif

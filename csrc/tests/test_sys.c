@@ -28,6 +28,9 @@ static_assert(__NR_cachestat == DMB_SYS_CACHESTAT, "cachestat(2)");
 #ifdef MADV_POPULATE_WRITE
 static_assert(MADV_POPULATE_WRITE == DMB_MADV_POPULATE_WRITE, "madvise(2)");
 #endif
+#ifdef MADV_COLLAPSE
+static_assert(MADV_COLLAPSE == DMB_MADV_COLLAPSE, "madvise(2)");
+#endif
 
 static void mapping_over(void)
 {
@@ -192,6 +195,36 @@ static void populate(void)
 	memory_unmap(&memory);
 }
 
+/* Pages of a memory file that are there. */
+static uint64_t there(int fd)
+{
+	struct stat status;
+
+	CHECK_EQUAL(fstat(fd, &status), 0);
+	return (uint64_t)status.st_blocks * 512 / PAGE;
+}
+
+static void collapse(void)
+{
+	const uint64_t huge = PAGE * (PAGE / 8);
+	int fd = memfd_create("test", MFD_CLOEXEC);
+	char bytes[3] = {7, 7, 7};
+	int rc;
+
+	context("collapse", 0);
+	CHECK_EQUAL(ftruncate(fd, (off_t)(2 * huge + 3 * PAGE)), 0);
+	CHECK_EQUAL(pwrite(fd, bytes, 3, (off_t)huge - 1), 3);
+	CHECK_EQUAL(dmb_collapse(fd, huge - PAGE), 0); /* no room for one */
+	CHECK_EQUAL(there(fd), 2);
+	rc = dmb_collapse(fd, 2 * huge + 3 * PAGE);
+	if (!rc) /* on Linux 6.1 and newer, where memory is not in pieces */
+		CHECK_EQUAL(there(fd), 2 * huge / PAGE);
+	CHECK_EQUAL(pread(fd, bytes, 3, (off_t)huge - 2), 3);
+	CHECK(bytes[0] == 0 && bytes[1] == 7 && bytes[2] == 7);
+	CHECK_EQUAL(dmb_collapse(-1, huge), -EBADF);
+	close(fd);
+}
+
 static void lone(void)
 {
 	struct memory memory;
@@ -224,6 +257,7 @@ int main(void)
 	alignments();
 	cache();
 	populate();
+	collapse();
 	lone();
 	return finish();
 }

@@ -252,6 +252,45 @@ def test_transparent_huge_pages_are_kept_out_where_they_would_be_wrong(kernel, m
             assert ("nh" in flags.partition("\n")[0].split()) == kept_out
 
 
+@pytest.mark.parametrize("answer", [None, -errno.EINVAL, -errno.ENOMEM])
+def test_large_memory_is_collapsed_where_large_pages_are_right(kernel, monkeypatch, answer):
+    """And is the same memory where the kernel refuses, or has too few of them."""
+    from dmabuf import _ffi
+
+    class Core:
+        def __getattr__(self, name):
+            return getattr(real, name)
+
+        def dmb_collapse(self, fd, size):
+            asked.append(size)
+            return real.dmb_collapse(fd, size) if answer is None else answer
+
+    real, size = _ffi.lib, 2 * memfd.LARGE_PAGE + PAGE
+    asked: list[int] = []
+    monkeypatch.setattr(_ffi, "lib", Core())
+    monkeypatch.setattr(udmabuf, "maps_large_pages", lambda: right)
+    for exporter, right in (("memfd", False), ("udmabuf", True), ("udmabuf", False)):
+        with allocate(memfd.LARGE_PAGE - PAGE, exporter=exporter):
+            assert not asked
+        with allocate(size, exporter=exporter) as buf, buf.map("rw") as view:
+            assert asked == [size] * (exporter == "memfd" or right)
+            assert buf.size == len(view) == size and view == bytes(size)
+            view[:] = bytes(range(256)) * (size // 256)
+            assert os.pread(buf._slabs[0].fd, size, 0) == view
+        asked.clear()
+
+
+def test_memory_that_cannot_be_mapped_leaks_nothing(monkeypatch):
+    from dmabuf import _ffi
+
+    before = held()
+    monkeypatch.setattr(_ffi, "lib", Lib(dmb_map_over=-errno.ENOMEM))
+    with pytest.raises(OSError, match="mapping 4 MiB of shared memory") as error:
+        allocate(4 * MIB, exporter="memfd")
+    assert error.value.errno == errno.ENOMEM
+    assert held() == before
+
+
 # auto
 
 
