@@ -221,7 +221,9 @@ static bool is_heavy(struct dmb_batch *batch, uint32_t length)
 	if (length < HEAVY_BYTES)
 		return batch->job->by_workers; /* where it goes in the end */
 	if (batch->job->route == DMB_BUFFERED)
-		return batch->ring->eventfd >= 0; /* whose loop must not wait */
+		/* an event loop must not wait; and writes of a file are done one at a time */
+		return batch->ring->eventfd >= 0 ||
+		       (batch->job->in_memory && batch->job->direction == DMB_READ);
 	if (!batch->by_workers)
 		return false;
 	/* where we copy as well, half of them: so we have half of all there is to do */

@@ -127,6 +127,9 @@ struct dmb_job {
 	   several such threads are asked for, which it does not start by itself while one computes
 	 */
 	uint32_t by_workers;
+	/* 1 where fd's file is nothing but page cache (tmpfs): then one such thread of the kernel's
+	   copies all, unless several are asked for */
+	uint32_t in_memory;
 	/* where fd is an NVMe namespace's character device; 0 elsewhere. io_uring needs a ring made
 	   with DMB_RING_PASSTHROUGH. file_size and a write's segments are multiples of the block,
 	   which is offset_align, and so is `page` */

@@ -214,6 +214,7 @@ struct dmb_job make_job(const struct file *file, const struct memory *memory, in
 		.depth = 1 + (uint32_t)random_below(12),
 		.block = PAGE << random_below(5),
 		.by_workers = (uint32_t)random_below(2),
+		.in_memory = (uint32_t)random_below(2),
 	};
 }
 

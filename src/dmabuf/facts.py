@@ -45,6 +45,8 @@ class Direct(NamedTuple):
     """Whether it takes no request without a thread that waits, as zram."""
     no_writes: str | None = None
     """Why writes are not to be had all the same."""
+    in_memory: bool = False
+    """Whether the file is nothing but page cache, as on tmpfs."""
 
 
 def kind_of(mode: int) -> Kind | None:
@@ -85,7 +87,7 @@ def open_direct(fd: int, kind: Kind, writable: bool, readable: bool) -> Direct:
     memory = kind == "file" and kept_in_memory(fd)
     if memory:
         text = f"{memory} keeps its files in the page cache: O_DIRECT is accepted and ignored there"
-        return Direct(-1, none, text)
+        return Direct(-1, none, text, in_memory=True)
     access = os.O_RDWR if readable and writable else os.O_WRONLY if writable else os.O_RDONLY
     try:
         direct = os.open(f"/proc/self/fd/{fd}", access | os.O_DIRECT | os.O_CLOEXEC)

@@ -141,6 +141,27 @@ def test_large_transfers_register_and_closing_unpins(path):
         assert len(ring._free_buffers) == free
 
 
+def kernel_threads():
+    """Those that io_uring has in this process; each stays some seconds after its last request."""
+    tasks = Path("/proc/self/task").glob("*/comm")
+    return {task for task in tasks if task.read_text().startswith("iou-wrk")}
+
+
+@needs("io_uring")
+def test_several_threads_of_the_kernels_read_a_file_in_memory():
+    """The kernel itself has one, where none waits for a device."""
+    size = 32 << 20
+    with tempfile.TemporaryFile(dir="/dev/shm") as file, dmabuf.allocate(size) as buffer:
+        file.write(pattern(size, 3))
+        file.flush()
+        buffer.pwrite(poison(size), 0)
+        before = kernel_threads()
+        with Engine(block_size="64KiB") as engine, dmabuf.open(file.fileno(), engine=engine) as f:
+            assert f.read_into(buffer).route == "buffered"
+            assert len(kernel_threads() - before) > 1
+        assert_same(buffer.pread(size, 0), pattern(size, 3), "read")
+
+
 @needs("io_uring")
 def test_many_small_transfers_register_in_the_end(path, buf):
     with Engine(block_size="16KiB") as engine, dmabuf.open(path, engine=engine) as file:

@@ -161,6 +161,7 @@ def test_memory_filesystems():
     fd = os.memfd_create("memory")
     direct = facts.open_direct(fd, "file", writable=True, readable=True)
     assert direct.fd == -1 and direct.refusal.startswith("tmpfs keeps its files")
+    assert direct.in_memory
     os.close(fd)
 
 
