@@ -45,14 +45,15 @@ class Peer:
 
 
 def _dmabuf(route: str, allocating: bool, path: str) -> Load:
-    import dmabuf
+    from dmabuf import allocate
+    from dmabuf import open as open_file  # loads the engine, which `import dmabuf` leaves out
 
     size = os.path.getsize(path)
-    ready = None if allocating else dmabuf.allocate(size)
+    ready = None if allocating else allocate(size)
 
     def load() -> Any:
-        buffer = ready or dmabuf.allocate(size)
-        with dmabuf.open(path) as file:
+        buffer = ready or allocate(size)
+        with open_file(path) as file:
             transfer = file.read_into(buffer, size, route=route)
         assert transfer.nbytes == size, transfer
         assert transfer.route == route, transfer
