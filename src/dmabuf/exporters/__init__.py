@@ -50,7 +50,8 @@ def allocate(
 
     ``name`` labels the memory, in at most 31 bytes of UTF-8. ``huge_pages`` is True for the
     machine's default huge page, or a size such as ``"2MiB"`` or ``"1GiB"``; it needs huge pages
-    set aside (vm.nr_hugepages). ``numa_node`` binds the memory to that node. Neither is for heaps.
+    set aside (vm.nr_hugepages). Without it, memory of 2 MiB and more lies in transparent huge pages
+    as far as the kernel has any. ``numa_node`` binds the memory to that node. Neither is for heaps.
 
     Raises ValueError for a size of 0, a negative one, a name that does not fit, an unknown exporter
     or NUMA node; OSError(ENOMEM), with the figures and before anything is tried, for more than
