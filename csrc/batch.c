@@ -260,10 +260,26 @@ static int issue(struct dmb_batch *batch, struct dmb_io *io)
 		rc = take_block(batch, io);
 		if (rc)
 			return rc;
-		if (io->direction == DMB_WRITE)
-			memcpy(io->block, dmb_address(batch->job, segment, io->skip), io->want);
+		io->memory = dmb_address(batch->job, segment, io->skip);
+		if (io->direction == DMB_WRITE && !batch->ring->threads)
+			dmb_fill_block(io);
 	}
 	return batch->ring->ops->issue(batch->ring, io);
+}
+
+void dmb_fill_block(struct dmb_io *io)
+{
+	memcpy(io->block, io->memory, io->want);
+}
+
+static uint64_t wanted(const struct dmb_io *io, uint64_t moved)
+{
+	return moved > io->lead ? dmb_min(moved - io->lead, io->want) : 0;
+}
+
+void dmb_empty_block(struct dmb_io *io, uint64_t moved)
+{
+	memcpy(io->memory, io->block + io->lead, wanted(io, moved));
 }
 
 /* Nobody waits for io's bytes any more: the batch ends before them. */
@@ -280,14 +296,13 @@ static bool transient(int result)
 /* Bytes of io's want that the completion moved; those of a staged read go to the buffer. */
 static uint64_t settle(struct dmb_batch *batch, struct dmb_io *io, uint64_t moved)
 {
-	const uint64_t *segment = batch->segments + 3 * io->segment;
-	uint64_t got = moved > io->lead ? dmb_min(moved - io->lead, io->want) : 0;
+	uint64_t got = wanted(io, moved);
 
 	if (io->direction == DMB_WRITE && batch->phase != EDGES &&
 	    batch->job->route != DMB_BUFFERED)
 		got = dmb_align_down(got, batch->job->offset_align); /* goes on at a block */
-	if (io->staged && io->direction == DMB_READ)
-		memcpy(dmb_address(batch->job, segment, io->skip), io->block + io->lead, got);
+	if (io->staged && io->direction == DMB_READ && !batch->ring->threads)
+		dmb_empty_block(io, moved);
 	if (io->straight)
 		batch->result.straight += got;
 	else

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * Staging blocks. Shared anonymous memory, since a private page that a device writes to while
- * another thread forks may end up in the wrong process (open(2), NOTES on O_DIRECT).
+ * another thread forks may end up in the wrong process (open(2), NOTES on O_DIRECT). In huge pages
+ * where there are some: to a device each is one piece of memory, as an ordinary page may be.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -9,14 +10,41 @@
 
 #include "internal.h"
 
+/* Of the kernel's choice, and at a multiple of a huge page if it is as large. */
+static void *find_room(size_t size, size_t huge)
+{
+	uint8_t *room, *start;
+
+	if (size < huge)
+		return NULL;
+	room = mmap(NULL, size + huge, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	if (room == MAP_FAILED)
+		return NULL;
+	start = (uint8_t *)(uintptr_t)dmb_align_up((uintptr_t)room, huge);
+	if (start > room)
+		munmap(room, (size_t)(start - room));
+	munmap(start + size, (size_t)(room + huge - start));
+	return start;
+}
+
 static int map_memory(struct dmb_stage *stage, size_t size)
 {
-	void *memory;
+	const size_t huge = dmb_huge_page();
+	void *memory, *room;
 
 	dmb_stage_release(stage);
-	memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-	if (memory == MAP_FAILED)
-		return -errno;
+	room = find_room(size, huge);
+	memory = mmap(room, size, PROT_READ | PROT_WRITE,
+		      MAP_SHARED | MAP_ANONYMOUS | (room ? MAP_FIXED : 0), -1, 0);
+	if (memory == MAP_FAILED) {
+		int rc = -errno;
+
+		if (room)
+			munmap(room, size);
+		return rc;
+	}
+	if (room)
+		dmb_collapse_at((uintptr_t)memory, dmb_align_down(size, huge));
 	stage->memory = memory;
 	stage->size = size;
 	return 0;

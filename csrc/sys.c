@@ -72,14 +72,34 @@ int dmb_map_over(uint64_t address, uint64_t size, int fd, int writable)
 	return mapped == MAP_FAILED ? -errno : 0;
 }
 
+/* With pages of 4 KiB huge ones have 2 MiB. */
+uint64_t dmb_huge_page(void)
+{
+	const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
+
+	return page * (page / 8);
+}
+
 /*
  * Huge pages are collapsed where a mapping begins at a multiple of them in memory and in the file,
- * and where one ordinary page of each is there. With pages of 4 KiB they have 2 MiB.
+ * and where one ordinary page of each is there.
  */
+int dmb_collapse_at(uint64_t address, uint64_t whole)
+{
+	const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE), huge = dmb_huge_page();
+
+	for (uint64_t at = 0; at < whole; at += huge) {
+		int rc = dmb_populate(address + at, page);
+
+		if (rc)
+			return rc;
+	}
+	return madvise((void *)(uintptr_t)address, whole, DMB_MADV_COLLAPSE) ? -errno : 0;
+}
+
 int dmb_collapse(int fd, uint64_t size)
 {
-	const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE), huge = page * (page / 8);
-	const uint64_t whole = dmb_align_down(size, huge);
+	const uint64_t huge = dmb_huge_page(), whole = dmb_align_down(size, huge);
 	void *room;
 	uint64_t address;
 	int rc;
@@ -91,10 +111,8 @@ int dmb_collapse(int fd, uint64_t size)
 		return -errno;
 	address = dmb_align_up((uintptr_t)room, huge);
 	rc = dmb_map_over(address, whole, fd, 1);
-	for (uint64_t at = 0; !rc && at < whole; at += huge)
-		rc = dmb_populate(address + at, page);
-	if (!rc && madvise((void *)(uintptr_t)address, whole, DMB_MADV_COLLAPSE))
-		rc = -errno;
+	if (!rc)
+		rc = dmb_collapse_at(address, whole);
 	munmap(room, whole + huge);
 	return rc;
 }

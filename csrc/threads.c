@@ -73,6 +73,17 @@ int64_t dmb_lone(int direction, int fd, uint64_t address, uint64_t size, uint64_
 	return rc < 0 ? -errno : rc;
 }
 
+static int32_t move(struct dmb_ring *ring, struct dmb_io *io)
+{
+	if (io->nsid)
+		return dmb_nvme_execute(io);
+	if (io->native)
+		return dmb_emulate_execute(ring->emulated, io);
+	return (int32_t)dmb_lone(io->direction, io->fd, (uint64_t)(uintptr_t)io->address,
+				 io->length, io->offset);
+}
+
+/* Who moves a block copies it, too: it lies in that processor's cache. */
 static void execute(struct dmb_ring *ring, struct dmb_io *io)
 {
 	if (io->flush) {
@@ -81,16 +92,11 @@ static void execute(struct dmb_ring *ring, struct dmb_io *io)
 				     : 0;
 		return;
 	}
-	if (io->nsid) {
-		io->result = dmb_nvme_execute(io);
-		return;
-	}
-	if (io->native)
-		io->result = dmb_emulate_execute(ring->emulated, io);
-	else
-		io->result =
-			(int32_t)dmb_lone(io->direction, io->fd, (uint64_t)(uintptr_t)io->address,
-					  io->length, io->offset);
+	if (io->staged && io->direction == DMB_WRITE)
+		dmb_fill_block(io);
+	io->result = move(ring, io);
+	if (io->staged && io->direction == DMB_READ && io->result > 0)
+		dmb_empty_block(io, (uint64_t)io->result);
 }
 
 /* The first of the completed signals for all of them. Called with the lock, or without workers. */

@@ -262,6 +262,7 @@ class Engine:
         self._kind = self._choose_backend(backend)
         self._rings = [self._new_ring()]
         self._passthrough: Ring | None = None
+        self._copying: Ring | None = None
 
     def _choose_backend(self, backend: Backend) -> int:
         if backend == "threads":
@@ -277,14 +278,32 @@ class Engine:
 
     def _new_ring(self) -> Ring:
         if self._kind == lib.DMB_BACKEND_THREADS:
-            return self._new_threads(self.backend_reason)
+            return self._new_threads(self.backend_reason, min(self.queue_depth, WORKERS))
         return Ring(self._kind, self.queue_depth, self._owner, self._flags)
 
-    def _new_threads(self, reason: str) -> Ring:
-        workers = min(self.queue_depth, WORKERS)
+    def _new_threads(self, reason: str, workers: int) -> Ring:
         ring = Ring(lib.DMB_BACKEND_THREADS, workers, self._owner, self._flags)
         ring.refused = f"threads move the requests: {reason}"
         return ring
+
+    def _ring_for(self, job: Job) -> Ring:
+        if job.namespace:
+            return self._passthrough_ring()
+        if job.route is Route.STAGED and job.by_workers:
+            return self._copying_ring()
+        return self._pick_ring()
+
+    def _copying_ring(self) -> Ring:
+        """Threads that copy what they have read, one a processor, made when first needed.
+
+        For devices that are memory: there a processor moves the bytes in either case, and has them
+        in its cache then.
+        """
+        with self._growing:
+            if self._copying is None:
+                reason, processors = "the device is memory", len(os.sched_getaffinity(0))
+                self._copying = self._new_threads(reason, min(processors, WORKERS))
+            return self._copying
 
     def _passthrough_ring(self) -> Ring:
         """The ring of requests to NVMe character devices, made when first needed."""
@@ -304,10 +323,10 @@ class Engine:
                 raise
             reason = "this kernel has no io_uring passthrough (EINVAL): Linux 5.19 has"
             _log.info("NVMe passthrough by ioctl on threads: %s", reason)
-            return self._new_threads(reason)
+            return self._new_threads(reason, min(self.queue_depth, WORKERS))
 
     def _all_rings(self) -> list[Ring]:
-        return self._rings + ([] if self._passthrough is None else [self._passthrough])
+        return self._rings + [ring for ring in (self._passthrough, self._copying) if ring]
 
     @property
     def backend(self) -> Literal["io_uring", "threads"]:
@@ -394,7 +413,7 @@ class Engine:
         submitted, and the call returns when the device is done, with it in the outcome.
         """
         self.check_usable()
-        ring = self._passthrough_ring() if job.namespace else self._pick_ring()
+        ring = self._ring_for(job)
         with ring.lock:
             self.check_usable()  # nobody closed it meanwhile
             ring.tidy()

@@ -20,9 +20,10 @@ def run(
 ) -> tuple[list[str], Account, Account, Counter[str]]:
     """Warm up, take account, soak, take account: what differs, both accounts, what was done."""
     engine = default_engine()
-    with engine._rings[0].lock:  # it has two rings at most, and one for passthrough: no leak
+    with engine._rings[0].lock:  # it has two rings at most, and two for certain devices: no leak
         engine._pick_ring()
     engine._passthrough_ring()
+    engine._copying_ring()
     _some(count // 10, seed + 1, folder, each=EACH)
     before = Account.take()
     counts, routes = _some(count, seed, folder, loud=loud)

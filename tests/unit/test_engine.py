@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import dmabuf
-from dmabuf import ClosedError, Engine
+from dmabuf import ClosedError, Engine, facts
 from dmabuf.engine import default_engine
 from tests.guards import needs
 from tests.support import assert_same, in_child, pattern, poison
@@ -160,6 +160,36 @@ def test_several_threads_of_the_kernels_read_a_file_in_memory():
             assert f.read_into(buffer).route == "buffered"
             assert len(kernel_threads() - before) > 1
         assert_same(buffer.pread(size, 0), pattern(size, 3), "read")
+
+
+@needs("io_uring")
+@pytest.mark.parametrize("write", [False, True])
+def test_a_device_that_is_memory_is_staged_by_threads_that_copy(tmp_path, monkeypatch, write):
+    """One a processor; every byte of each direction, with edges that are no blocks."""
+    opened = facts.open_direct
+
+    def as_zram(fd, kind, writable, readable):
+        return opened(fd, kind, writable, readable)._replace(by_workers=True)
+
+    monkeypatch.setattr(facts, "open_direct", as_zram)
+    size, path = (8 << 20) + 4321, tmp_path / "memory"
+    with Engine() as engine, dmabuf.allocate(size) as buffer:
+        path.write_bytes(poison(size) if write else pattern(size, 5))
+        buffer.pwrite(pattern(size, 5) if write else poison(size), 0)
+        with dmabuf.open(path, "r+", engine=engine) as file:
+            move = file.write_from if write else file.read_into
+            transfer = move(buffer, size - 99, file_offset=77, buffer_offset=55, route="staged")
+        assert transfer.nbytes == size - 99
+        expected = pattern(size, 5)
+        if write:
+            got = path.read_bytes()
+            assert_same(got[77 : 77 + size - 99], expected[55 : 55 + size - 99], "written")
+            assert_same(got[:77], poison(size)[:77], "before")
+        else:
+            got = buffer.pread(size, 0)
+            assert_same(got[55 : 55 + size - 99], expected[77 : 77 + size - 99], "read")
+            assert_same(got[:55], poison(size)[:55], "before")
+        assert engine._copying is not None
 
 
 @needs("io_uring")
