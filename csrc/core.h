@@ -279,10 +279,11 @@ int dmb_punch(int fd, uint64_t size);
 /* madvise(MADV_POPULATE_WRITE), Linux 5.14: page tables filled at once. */
 int dmb_populate(uint64_t address, uint64_t size);
 /*
- * madvise(MADV_COLLAPSE), Linux 6.1: a memory file's bytes in transparent huge pages, filled with
- * zeros where there were none. Its end, and after -errno more of it, stays in ordinary pages.
+ * madvise(MADV_COLLAPSE), Linux 6.1: a mapping of shared memory in transparent huge pages, filled
+ * with zeros where there were none. Its end, and after -errno more of it, stays in ordinary pages.
+ * -EINVAL where it does not begin at a multiple of a huge page.
  */
-int dmb_collapse(int fd, uint64_t size);
+int dmb_collapse(uint64_t address, uint64_t size);
 /* mbind(2) with MPOL_BIND to one node. */
 int dmb_bind_node(uint64_t address, uint64_t size, unsigned node);
 /* mmap(2) with MAP_SHARED | MAP_FIXED: a file's bytes from 0 on, in the place of a mapping of ours.

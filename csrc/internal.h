@@ -59,7 +59,7 @@ struct dmb_io {
 	uint8_t *block;	 /* the staging block, or NULL */
 	uint8_t *memory; /* where its bytes come from, or go to */
 	uint32_t lead;	 /* bytes at the block's start that nobody wants */
-	uint32_t nsid;	/* as in the job */
+	uint32_t nsid;	 /* as in the job */
 	uint32_t lba_shift;
 
 	bool busy;     /* taken by a batch: perhaps in flight */
@@ -148,8 +148,6 @@ void dmb_empty_block(struct dmb_io *io, uint64_t moved);
 
 /* Bytes of a transparent huge page. */
 uint64_t dmb_huge_page(void);
-/* As dmb_collapse, for a shared mapping of `whole` huge pages' bytes that begins where one may. */
-int dmb_collapse_at(uint64_t address, uint64_t whole);
 
 /* One pread(2) or pwrite(2). Returns a count or -errno. */
 int64_t dmb_lone(int direction, int fd, uint64_t address, uint64_t size, uint64_t offset);

@@ -44,7 +44,7 @@ static int map_memory(struct dmb_stage *stage, size_t size)
 		return rc;
 	}
 	if (room)
-		dmb_collapse_at((uintptr_t)memory, dmb_align_down(size, huge));
+		dmb_collapse((uintptr_t)memory, size); /* or not: ordinary pages will do */
 	stage->memory = memory;
 	stage->size = size;
 	return 0;

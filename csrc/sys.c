@@ -80,40 +80,17 @@ uint64_t dmb_huge_page(void)
 	return page * (page / 8);
 }
 
-/*
- * Huge pages are collapsed where a mapping begins at a multiple of them in memory and in the file,
- * and where one ordinary page of each is there.
- */
-int dmb_collapse_at(uint64_t address, uint64_t whole)
+/* One ordinary page of each is to be there. */
+int dmb_collapse(uint64_t address, uint64_t size)
 {
 	const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE), huge = dmb_huge_page();
+	const uint64_t whole = dmb_align_down(size, huge);
+	int rc = address % huge ? -EINVAL : 0;
 
-	for (uint64_t at = 0; at < whole; at += huge) {
-		int rc = dmb_populate(address + at, page);
-
-		if (rc)
-			return rc;
-	}
-	return madvise((void *)(uintptr_t)address, whole, DMB_MADV_COLLAPSE) ? -errno : 0;
-}
-
-int dmb_collapse(int fd, uint64_t size)
-{
-	const uint64_t huge = dmb_huge_page(), whole = dmb_align_down(size, huge);
-	void *room;
-	uint64_t address;
-	int rc;
-
-	if (!whole)
-		return 0;
-	room = mmap(NULL, whole + huge, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	if (room == MAP_FAILED)
-		return -errno;
-	address = dmb_align_up((uintptr_t)room, huge);
-	rc = dmb_map_over(address, whole, fd, 1);
-	if (!rc)
-		rc = dmb_collapse_at(address, whole);
-	munmap(room, whole + huge);
+	for (uint64_t at = 0; !rc && at < whole; at += huge)
+		rc = dmb_populate(address + at, page);
+	if (!rc && whole && madvise((void *)(uintptr_t)address, whole, DMB_MADV_COLLAPSE))
+		rc = -errno;
 	return rc;
 }
 

@@ -206,22 +206,28 @@ static uint64_t there(int fd)
 
 static void collapse(void)
 {
-	const uint64_t huge = PAGE * (PAGE / 8);
+	const uint64_t huge = PAGE * (PAGE / 8), size = 2 * huge + 3 * PAGE;
 	int fd = memfd_create("test", MFD_CLOEXEC);
 	char bytes[3] = {7, 7, 7};
-	int rc;
+	uint64_t address;
+	void *room;
 
 	context("collapse", 0);
-	CHECK_EQUAL(ftruncate(fd, (off_t)(2 * huge + 3 * PAGE)), 0);
+	CHECK_EQUAL(ftruncate(fd, (off_t)size), 0);
 	CHECK_EQUAL(pwrite(fd, bytes, 3, (off_t)huge - 1), 3);
-	CHECK_EQUAL(dmb_collapse(fd, huge - PAGE), 0); /* no room for one */
+	room = mmap(NULL, size + huge, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	CHECK(room != MAP_FAILED);
+	address = dmb_align_up((uintptr_t)room, huge);
+	CHECK_EQUAL(dmb_map_over(address, size, fd, 1), 0);
+	CHECK_EQUAL(dmb_collapse(address + PAGE, size - PAGE), -EINVAL);
+	CHECK_EQUAL(dmb_collapse(address, huge - PAGE), 0); /* no room for one */
 	CHECK_EQUAL(there(fd), 2);
-	rc = dmb_collapse(fd, 2 * huge + 3 * PAGE);
-	if (!rc) /* on Linux 6.1 and newer, where memory is not in pieces */
+	if (!dmb_collapse(address,
+			  size)) /* on Linux 6.1 and newer, where memory is not in pieces */
 		CHECK_EQUAL(there(fd), 2 * huge / PAGE);
 	CHECK_EQUAL(pread(fd, bytes, 3, (off_t)huge - 2), 3);
 	CHECK(bytes[0] == 0 && bytes[1] == 7 && bytes[2] == 7);
-	CHECK_EQUAL(dmb_collapse(-1, huge), -EBADF);
+	munmap(room, size + huge);
 	close(fd);
 }
 

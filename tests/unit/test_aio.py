@@ -186,7 +186,10 @@ def test_errors_are_those_of_file(run, path, buf):
 
 @pytest.mark.parametrize("size", [PAGE, 5000])
 def test_two_thousand_at_once(run, backend, path, size, monkeypatch):
-    """One ring, never more in flight than it has room for, and few system calls."""
+    """One ring, never more in flight than it has room for, and few system calls.
+
+    Threads complete one at a time, and each may have the loop look.
+    """
     count = 2000
     polls = []
     stand_in = Counting(_loop.lib, polls)
@@ -216,7 +219,7 @@ def test_two_thousand_at_once(run, backend, path, size, monkeypatch):
             assert buffer.pread(8192 - size, size) == bytes(8192 - size)
 
     run(main)
-    assert len(polls) < count / 2
+    assert len(polls) < (count if backend == "threads" else count / 5)
 
 
 class Counting:

@@ -261,9 +261,9 @@ def test_large_memory_is_collapsed_where_large_pages_are_right(kernel, monkeypat
         def __getattr__(self, name):
             return getattr(real, name)
 
-        def dmb_collapse(self, fd, size):
+        def dmb_collapse(self, address, size):
             asked.append(size)
-            return real.dmb_collapse(fd, size) if answer is None else answer
+            return real.dmb_collapse(address, size) if answer is None else answer
 
     real, size = _ffi.lib, 2 * memfd.LARGE_PAGE + PAGE
     asked: list[int] = []

@@ -44,6 +44,7 @@ LAYERS: list[set[str]] = [
     {"machine", "system", "verify"},
     {"bench"},
     {"cli"},
+    {"_command"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 WITHIN = {
