@@ -184,9 +184,12 @@ static void fail(struct dmb_batch *batch, const struct dmb_io *io, int error)
  */
 static int make_stage(struct dmb_batch *batch)
 {
+	/* not where an event loop waits meanwhile */
+	bool large = batch->job->route == DMB_STAGED && batch->ring->eventfd < 0;
+
 	batch->stage = batch->ring->stage;
 	batch->ring->stage = (struct dmb_stage){0};
-	return dmb_stage_reserve(&batch->stage, batch->job->depth, batch->job->block);
+	return dmb_stage_reserve(&batch->stage, batch->job->depth, batch->job->block, large);
 }
 
 static void leave_stage(struct dmb_batch *batch)

@@ -164,9 +164,9 @@ int32_t dmb_nvme_execute(struct dmb_io *io);
 
 /*
  * `count` blocks of `block` bytes, in the memory that is there where it is enough. All blocks must
- * be free; after an error there is none.
+ * be free; after an error there is none. `large`: all will be used, and huge pages are worth it.
  */
-int dmb_stage_reserve(struct dmb_stage *stage, uint32_t count, size_t block);
+int dmb_stage_reserve(struct dmb_stage *stage, uint32_t count, size_t block, bool large);
 void dmb_stage_release(struct dmb_stage *stage);
 uint8_t *dmb_stage_take(struct dmb_stage *stage);
 void dmb_stage_give(struct dmb_stage *stage, uint8_t *block);

@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * Staging blocks. Shared anonymous memory, since a private page that a device writes to while
- * another thread forks may end up in the wrong process (open(2), NOTES on O_DIRECT). In huge pages
- * where there are some: to a device each is one piece of memory, as an ordinary page may be.
+ * another thread forks may end up in the wrong process (open(2), NOTES on O_DIRECT). A few large
+ * ones are in huge pages, if there are some: to a device each is one piece of memory, as an
+ * ordinary page may be.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -10,13 +11,13 @@
 
 #include "internal.h"
 
-/* Of the kernel's choice, and at a multiple of a huge page if it is as large. */
+#define LARGEST (16UL << 20) /* that is filled before it is asked for */
+
+/* Address space of whole huge pages, at a multiple of them; NULL where there is none to be had. */
 static void *find_room(size_t size, size_t huge)
 {
 	uint8_t *room, *start;
 
-	if (size < huge)
-		return NULL;
 	room = mmap(NULL, size + huge, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	if (room == MAP_FAILED)
 		return NULL;
@@ -27,13 +28,14 @@ static void *find_room(size_t size, size_t huge)
 	return start;
 }
 
-static int map_memory(struct dmb_stage *stage, size_t size)
+static int map_memory(struct dmb_stage *stage, size_t size, bool large)
 {
 	const size_t huge = dmb_huge_page();
-	void *memory, *room;
+	void *memory, *room = NULL;
 
 	dmb_stage_release(stage);
-	room = find_room(size, huge);
+	if (large && size && size % huge == 0 && size <= LARGEST)
+		room = find_room(size, huge);
 	memory = mmap(room, size, PROT_READ | PROT_WRITE,
 		      MAP_SHARED | MAP_ANONYMOUS | (room ? MAP_FIXED : 0), -1, 0);
 	if (memory == MAP_FAILED) {
@@ -50,14 +52,14 @@ static int map_memory(struct dmb_stage *stage, size_t size)
 	return 0;
 }
 
-int dmb_stage_reserve(struct dmb_stage *stage, uint32_t count, size_t block)
+int dmb_stage_reserve(struct dmb_stage *stage, uint32_t count, size_t block, bool large)
 {
 	int rc = 0;
 
 	if (block > SIZE_MAX / count)
 		return -ENOMEM;
 	if (stage->size < count * block)
-		rc = map_memory(stage, count * block);
+		rc = map_memory(stage, count * block, large);
 	free(stage->free);
 	stage->free = rc ? NULL : malloc(count * sizeof(*stage->free));
 	if (!stage->free) {

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* The backend where io_uring is refused: the same requests, by pread and pwrite on threads. */
+/* The backend where io_uring is refused, or threads are better: pread and pwrite on threads. */
 #include <errno.h>
 #include <pthread.h>
 #include <signal.h>

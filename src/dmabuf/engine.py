@@ -2,8 +2,9 @@
 
 The default engine is one for the process, made on first use: at most two rings with a lock each,
 usable from every thread. An `Engine()` of one's own has one ring that belongs to the thread that
-made it (IORING_SETUP_SINGLE_ISSUER with DEFER_TASKRUN), which costs less a request. Where io_uring
-is refused (seccomp, kernel.io_uring_disabled), threads do the same requests with pread and pwrite.
+made it (IORING_SETUP_SINGLE_ISSUER with DEFER_TASKRUN), which costs less a request. Either has one
+of threads besides for staged transfers of zram, once there is one. Where io_uring is refused
+(seccomp, kernel.io_uring_disabled), threads do the same requests with pread and pwrite.
 
 A job is not left while the device may still write to its memory: on an interrupt the batch is
 drained first, in one C call, and the buffer stays held until then.
@@ -36,7 +37,7 @@ DEPTH, BLOCK = 32, 1 << 20
 STAGED_DEPTH, STAGED_BLOCK = 8, 256 << 10
 """The same on the staged route: staging blocks that stay in a processor's cache."""
 WORKERS = 8
-"""Threads where io_uring is refused."""
+"""Threads at most, where io_uring is refused or they copy."""
 REGISTER_REQUESTS = 16
 """A job of so many requests is worth pinning its buffer for."""
 
@@ -98,6 +99,7 @@ class Job(NamedTuple):
     path: str
     by_workers: bool = False  # as facts.Direct
     in_memory: bool = False  # the same
+    on_zram: bool = False  # the same
     namespace: Namespace | None = None  # where fd is an NVMe character device
     no_slots: str | None = None  # why its pages are not to be registered, where they could be
     latencies: Any = None  # uint64_t[], one for each segment: see the core's dmb_job
@@ -289,20 +291,25 @@ class Engine:
     def _ring_for(self, job: Job) -> Ring:
         if job.namespace:
             return self._passthrough_ring()
-        if job.route is Route.STAGED and job.by_workers:
+        if job.route is Route.STAGED and job.on_zram and self._kind == lib.DMB_BACKEND_URING:
             return self._copying_ring()
         return self._pick_ring()
 
     def _copying_ring(self) -> Ring:
         """Threads that copy what they have read, one a processor, made when first needed.
 
-        For devices that are memory: there a processor moves the bytes in either case, and has them
-        in its cache then.
+        For zram: there a processor moves the bytes in either case, and has them in its cache then.
+        Where threads cannot be had, an ordinary one.
         """
         with self._growing:
             if self._copying is None:
-                reason, processors = "the device is memory", len(os.sched_getaffinity(0))
-                self._copying = self._new_threads(reason, min(processors, WORKERS))
+                processors = len(os.sched_getaffinity(_process.pid))
+                try:
+                    workers = min(processors, WORKERS)
+                    self._copying = self._new_threads("those that copy do not", workers)
+                except OSError as error:
+                    _log.info("no threads that copy what they read: %s", error)
+                    return self._rings[0]
             return self._copying
 
     def _passthrough_ring(self) -> Ring:
@@ -432,12 +439,12 @@ def _register(ring: Ring, job: Job, block: int) -> tuple[Any, bool, str]:
         native = ring.native(job.buffer, job.fd)
         refusal = native.fill(job.buffer, *job.slots_touched)
         return native.slots, refusal is None, refusal.why if refusal else "as a dma-buf"
+    if job.route is not Route.DIRECT:
+        return ffi.NULL, False, f"the {job.route} route gains nothing from it"
     if ring.refused:
         return ffi.NULL, False, f"this engine registers nothing: {ring.refused}"
     if job.no_slots:
         return ffi.NULL, False, job.no_slots
-    if job.route is not Route.DIRECT:
-        return ffi.NULL, False, f"the {job.route} route gains nothing from it"
     registration = ring.registration(job.buffer)
     registration.seen += job.nbytes
     few = job.count < REGISTER_REQUESTS and job.nbytes < REGISTER_REQUESTS * block

@@ -45,6 +45,8 @@ class Direct(NamedTuple):
     """Whether it takes no request without a thread that waits, as zram."""
     no_writes: str | None = None
     """Why writes are not to be had all the same."""
+    on_zram: bool = False
+    """Whether a processor moves the bytes, in all that the device does."""
     in_memory: bool = False
     """Whether the file is nothing but page cache, as on tmpfs."""
 
@@ -110,11 +112,12 @@ def open_direct(fd: int, kind: Kind, writable: bool, readable: bool) -> Direct:
         os.close(direct)
         text = "the filesystem opened the file with O_DIRECT and refused every aligned read: EINVAL"
         return Direct(-1, none, text)
-    if _on_zram(direct, kind):
+    on_zram = _on_zram(direct, kind)
+    if on_zram:
         alignment = alignment._replace(memory=max(alignment.memory, PAGE))
     by_workers = kind == "block device" and _waits(direct)
     no_writes = _why_no_writes(fd) if kind == "file" else None
-    return Direct(direct, alignment, None, proven, by_workers, no_writes)
+    return Direct(direct, alignment, None, proven, by_workers, no_writes, on_zram)
 
 
 def _waits(fd: int) -> bool:

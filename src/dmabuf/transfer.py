@@ -202,6 +202,7 @@ def _job(target: Target, order: Order, route: Route) -> Job:
         path=target.path,
         by_workers=direct.by_workers,
         in_memory=direct.in_memory,
+        on_zram=direct.on_zram,
         namespace=target.namespace,
     )
     if route is Route.DIRECT and target.no_slots and job.off_the_block():

@@ -222,6 +222,27 @@ def test_two_thousand_at_once(run, backend, path, size, monkeypatch):
     assert len(polls) < (count if backend == "threads" else count / 5)
 
 
+def test_blocks_of_odd_sizes_leave_no_mappings(run, path):
+    """Several batches at once, each with blocks of its own, of which one is kept for the next."""
+    path.write_bytes(pattern(1 << 20, 1))
+    mappings = []
+
+    async def main():
+        with dmabuf.allocate(8 << 20, exporter="memfd") as buffer:
+            async with await aio.open(path) as file:
+                for _ in range(20):
+                    async with anyio.create_task_group() as group:
+                        for number in range(8):
+                            place = {"buffer_offset": number << 20}
+                            read = functools.partial(file.read_into, buffer, 699_489, **place)
+                            group.start_soon(read)
+                    with open("/proc/self/maps") as maps:
+                        mappings.append(len(maps.readlines()))
+
+    run(main)
+    assert mappings[-1] < mappings[1] + 10
+
+
 class Counting:
     """The core, where the rounds of a ring are counted."""
 

@@ -164,12 +164,12 @@ def test_several_threads_of_the_kernels_read_a_file_in_memory():
 
 @needs("io_uring")
 @pytest.mark.parametrize("write", [False, True])
-def test_a_device_that_is_memory_is_staged_by_threads_that_copy(tmp_path, monkeypatch, write):
+def test_zram_is_staged_by_threads_that_copy(tmp_path, monkeypatch, write):
     """One a processor; every byte of each direction, with edges that are no blocks."""
     opened = facts.open_direct
 
     def as_zram(fd, kind, writable, readable):
-        return opened(fd, kind, writable, readable)._replace(by_workers=True)
+        return opened(fd, kind, writable, readable)._replace(on_zram=True)
 
     monkeypatch.setattr(facts, "open_direct", as_zram)
     size, path = (8 << 20) + 4321, tmp_path / "memory"

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import mmap
 import os
+from contextlib import suppress
 
 from dmabuf import _uapi
 from dmabuf._mapping import address_of
@@ -107,9 +108,10 @@ def _create(name: str, huge: int | None) -> int:
 
 def _map(fd: int, size: int, huge: int | None) -> mmap.mmap:
     try:
-        if huge or size < LARGE_PAGE:
-            return mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
-        return _map_aligned(fd, size)
+        if not huge and size >= LARGE_PAGE:
+            with suppress(OSError):  # such as RLIMIT_DATA, which counts what is mapped first
+                return _map_aligned(fd, size)
+        return mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
     except OSError as error:
         pages = f" in huge pages of {format_size(huge)}" if huge else ""
         why = f"mapping {format_size(size)} of shared memory{pages}: {error.strerror}"
