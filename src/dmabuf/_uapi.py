@@ -135,6 +135,13 @@ BTRFS = 0x9123683E
 FS_IOC_GETFLAGS = _ioc(2, "f", 1, struct.calcsize("l"))  # though it is an int that comes
 FS_NOCOW_FL = 0x00800000
 
+# <linux/btrfs.h>, struct btrfs_ioctl_space_args: slots, spaces, and for each flags, bytes, used
+BTRFS_SPACE_INFO_STRUCT = struct.Struct("=QQ")
+BTRFS_SPACE_STRUCT = struct.Struct("=QQQ")
+BTRFS_IOC_SPACE_INFO = _ioc(3, "\x94", 20, BTRFS_SPACE_INFO_STRUCT.size)
+BTRFS_DATA = 1 << 0
+BTRFS_MORE_THAN_ONE_COPY = 0x7F << 4  # RAID1, DUP, RAID10, RAID5, RAID6, RAID1C3, RAID1C4
+
 _SYNC = struct.Struct("=Q")
 
 

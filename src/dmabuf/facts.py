@@ -140,11 +140,19 @@ def _keeps_its_word(fd: int) -> bool:
 
 
 def _why_no_writes(fd: int) -> str | None:
-    """Why a file that is read by O_DIRECT is not written so: btrfs with checksums.
+    """Why a file that is read by O_DIRECT is not written so: btrfs with checksums, or copies.
 
     The page cache does not tell: btrfs drops from it what it has written, most times all of it.
     """
-    if lib.dmb_statfs_type(fd) != _uapi.BTRFS or _release() >= (7, 3):
+    if lib.dmb_statfs_type(fd) != _uapi.BTRFS:
+        return None
+    if _keeps_copies(fd):
+        return (
+            "btrfs may take what is written through the page cache, O_DIRECT or not, where it "
+            "keeps more than one copy of data: convert that to single or raid0 (btrfs balance "
+            "start -dconvert=single), or keep the file on another filesystem"
+        )
+    if _release() >= (7, 3):
         return None
     flags = bytearray(struct.calcsize("l"))
     with suppress(OSError):
@@ -155,6 +163,24 @@ def _why_no_writes(fd: int) -> str | None:
         "before Linux 7.3 btrfs may take what is written to a file with checksums through the page "
         "cache, O_DIRECT or not: switch them off while it is empty (chattr +C), or keep the file "
         "on another filesystem"
+    )
+
+
+def _keeps_copies(fd: int) -> bool:
+    """Whether a btrfs has data in a profile other than single and raid0; False if it won't tell."""
+    head, space = _uapi.BTRFS_SPACE_INFO_STRUCT, _uapi.BTRFS_SPACE_STRUCT
+    most = 64
+    told = bytearray(head.size + most * space.size)
+    head.pack_into(told, 0, most, 0)
+    try:
+        _uapi.ioctl(fd, _uapi.BTRFS_IOC_SPACE_INFO, told)
+    except OSError:
+        return False
+    count = min(head.unpack_from(told)[1], most)
+    spaces = space.iter_unpack(bytes(told[head.size : head.size + count * space.size]))
+    return any(
+        flags & _uapi.BTRFS_DATA and flags & _uapi.BTRFS_MORE_THAN_ONE_COPY
+        for flags, _, _ in spaces
     )
 
 

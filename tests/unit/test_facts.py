@@ -3,6 +3,7 @@
 import errno
 import os
 import stat
+import struct
 import sys
 from types import SimpleNamespace
 
@@ -179,6 +180,8 @@ def test_memory_filesystems():
 )
 def test_writes_to_btrfs_with_checksums(file, monkeypatch, filesystem, release, flags, refused):
     def ioctl(fd, request, answer):
+        if request == _uapi.BTRFS_IOC_SPACE_INFO:
+            return  # no spaces
         assert (fd, request) == (file, _uapi.FS_IOC_GETFLAGS)
         if flags is None:
             raise OSError(errno.ENOTTY, "")
@@ -191,6 +194,29 @@ def test_writes_to_btrfs_with_checksums(file, monkeypatch, filesystem, release, 
     os.close(direct.fd)
     assert direct.refusal is None
     assert ("chattr +C" in (direct.no_writes or "")) == refused
+
+
+@pytest.mark.parametrize(
+    ("spaces", "refused"),
+    [([1, 4, 2], False), ([1 | 1 << 3, 4 | 1 << 5], False), ([2, 1 | 1 << 4], True),
+     ([4, 1 | 1 << 5], True), ([1, 1 | 1 << 10], True)],
+)  # fmt: skip
+def test_writes_to_btrfs_that_keeps_copies(file, monkeypatch, spaces, refused):
+    """On any kernel; of data, not of what is known about it."""
+
+    def ioctl(fd, request, answer):
+        assert (fd, request) == (file, _uapi.BTRFS_IOC_SPACE_INFO)
+        assert answer[:8] == (64).to_bytes(8, sys.byteorder)
+        told = struct.pack("=QQ", 64, len(spaces))
+        told += b"".join(struct.pack("=QQQ", flags, 1 << 30, 0) for flags in spaces)
+        answer[: len(told)] = told
+
+    monkeypatch.setattr(facts, "lib", Fake(dmb_statfs_type=lambda _: _uapi.BTRFS))
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(release="7.3.4"))
+    monkeypatch.setattr(_uapi, "ioctl", ioctl)
+    direct = open_direct(file)
+    os.close(direct.fd)
+    assert ("-dconvert" in (direct.no_writes or "")) == refused
 
 
 def test_cached_pages(file):
