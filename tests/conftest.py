@@ -39,7 +39,7 @@ def nothing_leaks() -> Iterator[None]:
     engine = default_engine()
     with engine._rings[0].lock:  # it has two rings at most: both made now, they are no leak
         engine._pick_ring()
-    engine._passthrough_ring()  # and one for NVMe passthrough, one for devices that are memory
+    engine._passthrough_ring()  # and one for NVMe passthrough, one for zram
     engine._copying_ring()
     before = held(), _threads()
     yield

@@ -1,11 +1,12 @@
 """A store that serves for a test: in a thread of this process, or as the program."""
 
 import contextlib
+import queue
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dmabuf.store import place
@@ -57,3 +58,20 @@ def as_a_program(path: Path | str, *options: object, **how: object) -> Iterator[
             process.send_signal(signal.SIGTERM)
         process.wait(timeout=30)
         process.stderr.close()
+
+
+class Loop:
+    """The server's, one call at a time."""
+
+    def __init__(self) -> None:
+        self._calls: queue.Queue[Callable[[], None]] = queue.Queue()
+
+    def later(self, what: Callable[..., None], *arguments: object) -> None:
+        self._calls.put(lambda: what(*arguments))
+
+    def next(self) -> None:
+        self._calls.get(timeout=30)()
+
+    def until(self, done: Callable[[], object]) -> None:
+        while not done():
+            self.next()

@@ -3,11 +3,9 @@
 import contextlib
 import errno
 import os
-import queue
 import resource
 import threading
 import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,7 +17,7 @@ from dmabuf.store.marks import Marks
 from dmabuf.store.memory import Memory
 from dmabuf.store.names import Names, Peer
 from dmabuf.store.protocol import Refusal
-from tests.serving import as_a_program, in_a_thread
+from tests.serving import Loop, as_a_program, in_a_thread
 
 ROOT = Peer(0, 0)
 MIB = 1 << 20
@@ -28,23 +26,6 @@ MIB = 1 << 20
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "store.sock"
-
-
-class Loop:
-    """The server's, one call at a time."""
-
-    def __init__(self) -> None:
-        self._calls: queue.Queue[Callable[[], None]] = queue.Queue()
-
-    def later(self, what: Callable[..., None], *arguments: object) -> None:
-        self._calls.put(lambda: what(*arguments))
-
-    def next(self) -> None:
-        self._calls.get(timeout=30)()
-
-    def until(self, done: Callable[[], object]) -> None:
-        while not done():
-            self.next()
 
 
 def test_memory_counts_until_it_is_gone(monkeypatch) -> None:

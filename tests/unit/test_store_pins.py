@@ -1,7 +1,6 @@
 """Who keeps pages of a dma-buf that nobody has open: asked in turns, nobody waits for others."""
 
 import os
-import queue
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -12,38 +11,27 @@ from dmabuf.store.memory import Memory
 from dmabuf.store.names import Names, Peer
 from dmabuf.store.pins import Pins
 from tests import resources
+from tests.serving import Loop
 
 MIB = 1 << 20
 HOSTILE, OTHER = frozenset({4001}), frozenset({4005})
 
 
-class Loop:
-    """The server's, one call at a time, and the time that it goes by."""
+class Timed(Loop):
+    """And the time that it goes by."""
 
-    def __init__(self) -> None:
-        self.now = 100.0
-        self._calls: queue.Queue[Callable[[], None]] = queue.Queue()
-
-    def later(self, what: Callable[..., None], *arguments: object) -> None:
-        self._calls.put(lambda: what(*arguments))
-
-    def next(self) -> None:
-        self._calls.get(timeout=30)()
-
-    def until(self, done: Callable[[], object]) -> None:
-        while not done():
-            self.next()
+    now = 100.0
 
 
 @pytest.fixture
-def loop(monkeypatch) -> Loop:
-    loop = Loop()
+def loop(monkeypatch) -> Timed:
+    loop = Timed()
     monkeypatch.setattr(pins.time, "monotonic", lambda: loop.now)
     return loop
 
 
 @pytest.fixture
-def asking(loop: Loop) -> Iterator[Pins]:
+def asking(loop: Timed) -> Iterator[Pins]:
     asking = Pins(loop.later)
     yield asking
     asking.end()
@@ -65,7 +53,7 @@ class Kept:
 
 
 @pytest.fixture
-def kept(loop: Loop, asking: Pins) -> Callable[..., Kept]:
+def kept(loop: Timed, asking: Pins) -> Callable[..., Kept]:
     """Makes one that takes so long, and asks about it."""
     asked: list[Kept] = []
 
@@ -114,7 +102,7 @@ def test_memory_that_takes_no_seals_is_whose_who_sealed_it() -> None:
     one.close()
 
 
-def test_who_keeps_memory_comes_after_others(loop: Loop, asking: Pins, kept) -> None:
+def test_who_keeps_memory_comes_after_others(loop: Timed, asking: Pins, kept) -> None:
     """A hundred that are kept, and one of others: it comes before all but the first."""
     hostile = [kept(HOSTILE, True) for _ in range(100)]
     free = kept(OTHER, False)
@@ -130,7 +118,7 @@ def test_who_keeps_memory_comes_after_others(loop: Loop, asking: Pins, kept) -> 
     assert len(kept.asked) < 20, "the rest is told without being asked"
 
 
-def test_who_is_slow_to_let_go_comes_after_others(loop: Loop, kept) -> None:
+def test_who_is_slow_to_let_go_comes_after_others(loop: Timed, kept) -> None:
     slow = [kept(HOSTILE, False, took=0.1) for _ in range(50)]
     free = kept(OTHER, False)
     loop.until(lambda: free.answers)
@@ -139,7 +127,7 @@ def test_who_is_slow_to_let_go_comes_after_others(loop: Loop, kept) -> None:
     assert {len(one.answers) for one in slow} == {1, 2}, "some waited for more than a second"
 
 
-def test_many_sets_of_users_hold_up_nobody_for_more_than_a_second(loop: Loop, kept) -> None:
+def test_many_sets_of_users_hold_up_nobody_for_more_than_a_second(loop: Timed, kept) -> None:
     for user in range(1000):
         kept(frozenset({user}), True)
     began = loop.now
@@ -149,7 +137,7 @@ def test_many_sets_of_users_hold_up_nobody_for_more_than_a_second(loop: Loop, ke
     assert loop.now - began < 1.5
 
 
-def test_all_that_is_free_is_asked_together(loop: Loop, asking: Pins, kept) -> None:
+def test_all_that_is_free_is_asked_together(loop: Timed, asking: Pins, kept) -> None:
     free = [kept(HOSTILE, False, took=0.0) for _ in range(1000)]
     turns = 0
     while not all(one.answers for one in free):
@@ -161,7 +149,7 @@ def test_all_that_is_free_is_asked_together(loop: Loop, asking: Pins, kept) -> N
 
 
 def test_kept_memory_is_asked_about_in_turn_and_takes_a_share(
-    loop: Loop, asking: Pins, kept
+    loop: Timed, asking: Pins, kept
 ) -> None:
     some = [kept(HOSTILE, True) for _ in range(3)]
     loop.until(lambda: all(one.answers for one in some) and not asking._asking)
@@ -182,7 +170,7 @@ def test_kept_memory_is_asked_about_in_turn_and_takes_a_share(
     assert not (asking._kept or asking._untold or asking._asking)
 
 
-def test_a_mistake_counts_as_kept(loop: Loop, asking: Pins, caplog) -> None:
+def test_a_mistake_counts_as_kept(loop: Timed, asking: Pins, caplog) -> None:
     one = Kept(HOSTILE, [], True, lambda: 1 // 0)
     asking.ask(one, one.answers.append)
     loop.until(lambda: one.answers)
@@ -190,7 +178,7 @@ def test_a_mistake_counts_as_kept(loop: Loop, asking: Pins, caplog) -> None:
     assert "ZeroDivisionError" in caplog.text
 
 
-def test_memory_counts_while_it_is_kept(loop: Loop) -> None:
+def test_memory_counts_while_it_is_kept(loop: Timed) -> None:
     """And so do its descriptors. Who waits for memory is not held up by it."""
     names: Names[Memory] = Names(2 * MIB, 10)
     kept = Keeper(names, 5, loop.later)

@@ -248,7 +248,7 @@ class Server:
         except ValueError as error:
             raise Refusal(errno.EINVAL, str(error)) from None
         made_by = "udmabuf" if exporter == "auto" else exporter
-        if made_by in devices.exporters() and _is_stranger(client.peer, made_by):
+        if _is_stranger(client.peer, made_by) and made_by in devices.exporters():
             refuse_strangers(made_by, trusted)  # before it is made
 
         def begin() -> None:
