@@ -13,6 +13,7 @@
 struct list {
 	struct dmb_io *head;
 	struct dmb_io **tail;
+	unsigned count;
 };
 
 struct dmb_threads {
@@ -30,6 +31,7 @@ static void list_init(struct list *list)
 {
 	list->head = NULL;
 	list->tail = &list->head;
+	list->count = 0;
 }
 
 static void list_push(struct list *list, struct dmb_io *io)
@@ -37,6 +39,7 @@ static void list_push(struct list *list, struct dmb_io *io)
 	io->next = NULL;
 	*list->tail = io;
 	list->tail = &io->next;
+	list->count++;
 }
 
 static struct dmb_io *list_pop(struct list *list)
@@ -45,6 +48,7 @@ static struct dmb_io *list_pop(struct list *list)
 
 	if (io) {
 		list->head = io->next;
+		list->count--;
 		if (!list->head)
 			list->tail = &list->head;
 	}
@@ -57,6 +61,7 @@ static bool list_remove(struct list *list, struct dmb_io *io)
 		if (*link != io)
 			continue;
 		*link = io->next;
+		list->count--;
 		if (list->tail == &io->next)
 			list->tail = link;
 		return true;
@@ -110,6 +115,16 @@ static void complete(struct dmb_ring *ring, struct dmb_io *io)
 		eventfd_write(ring->eventfd, 1);
 }
 
+/*
+ * Whether to wake who hands requests in. It takes a processor from those who move bytes, so not for
+ * each that is done, but when the workers will soon have none left.
+ */
+static bool worth_waking(const struct dmb_threads *threads)
+{
+	return threads->completed.head &&
+	       (!threads->count || threads->queued.count < threads->count);
+}
+
 static void *worker(void *arg)
 {
 	struct dmb_ring *ring = arg;
@@ -127,7 +142,8 @@ static void *worker(void *arg)
 		execute(ring, io);
 		pthread_mutex_lock(&threads->lock);
 		complete(ring, io);
-		pthread_cond_signal(&threads->done);
+		if (worth_waking(threads))
+			pthread_cond_signal(&threads->done);
 	}
 	pthread_mutex_unlock(&threads->lock);
 	return NULL;
@@ -189,7 +205,7 @@ static int threads_wait(struct dmb_ring *ring, uint32_t count, int timeout_ms)
 		until.tv_nsec -= 1000000000;
 	}
 	pthread_mutex_lock(&threads->lock);
-	while (!threads->completed.head)
+	while (!worth_waking(threads))
 		if (pthread_cond_timedwait(&threads->done, &threads->lock, &until))
 			break;
 	pthread_mutex_unlock(&threads->lock);
