@@ -11,7 +11,7 @@ import pytest
 import dmabuf.store
 from dmabuf.exporters import udmabuf
 from dmabuf.store import Store
-from tests.guards import needs
+from tests.guards import needs, since
 from tests.kernel.conftest import dma_bufs, settled
 from tests.kernel.test_store import HEAP, MIB, SIZE, everything, for_everyone, path, store
 from tests.serving import as_a_program
@@ -46,7 +46,13 @@ def kept_by_a_stranger(path: Path) -> int:
 
 
 @everything
-@pytest.mark.parametrize("huge_pages", [False, "2MiB"])
+@pytest.mark.parametrize(
+    "huge_pages",
+    [
+        False,
+        pytest.param("2MiB", marks=since((6, 13), "udmabufs of huge pages that can be mapped")),
+    ],
+)
 @pytest.mark.parametrize("reader", [False, True])
 def test_a_stranger_keeps_nothing_that_does_not_count(
     path: Path, huge_pages: bool | str, reader: bool
@@ -54,12 +60,8 @@ def test_a_stranger_keeps_nothing_that_does_not_count(
     """Nor when others had the memory file for reading."""
     before, size = dma_bufs(), 8 * MIB
     how = {"mode": 0o666, "exporter": "udmabuf", "huge_pages": huge_pages}
-    if huge_pages and not udmabuf.maps_large_pages():
-        how["exporter"] = "memfd"
     with as_a_program(path, "--max-memory", size), dmabuf.store.connect(path) as store:
         store.create("shared", size, **how).close()
-        if how["exporter"] == "memfd":
-            return
         reference = kept_by_a_stranger(path)
         if reader:
             store.chmod("shared", 0o644)
