@@ -81,6 +81,31 @@ static void cancel(unsigned depth, unsigned round)
 	free(bytes);
 }
 
+/* Who waits sleeps until the workers have next to nothing left: one request less than they are. */
+static void wakes(unsigned workers, unsigned round)
+{
+	uint8_t *bytes = malloc((size_t)REQUESTS * LENGTH);
+	unsigned reaped = 0, busy = 2 * workers - 1;
+	struct dmb_io ios[REQUESTS];
+	struct dmb_ring *ring;
+
+	context("wakes", round);
+	CHECK(bytes);
+	CHECK_EQUAL(dmb_ring_create(DMB_BACKEND_THREADS, workers, 0, &ring), 0);
+	issue_all(ring, ios, bytes);
+	CHECK_EQUAL(ring->ops->wait(ring, 1, 60000), 0);
+	while (ring->ops->reap(ring))
+		reaped++;
+	CHECK(reaped >= REQUESTS - busy);
+	while (reaped < REQUESTS) {
+		CHECK_EQUAL(ring->ops->wait(ring, 1, 60000), 0);
+		while (ring->ops->reap(ring))
+			reaped++;
+	}
+	dmb_ring_destroy(ring);
+	free(bytes);
+}
+
 /* A ring that goes away right after its batch. */
 static void *drain_and_destroy(void *arg)
 {
@@ -127,6 +152,8 @@ int main(void)
 	start_and_stop();
 	for (unsigned round = 0; round < 60; round++)
 		cancel(round % 4, round);
+	for (unsigned round = 0; round < 60; round++)
+		wakes(1 + round % 4, round);
 	context("drain and destroy", 0);
 	for (int i = 0; i < 2; i++)
 		CHECK_EQUAL(pthread_create(&others[i], NULL, drain_and_destroy, NULL), 0);
