@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -262,6 +263,21 @@ def test_a_failure_leaves_the_old_chart(target, folder, capsys, monkeypatch):
     ended = dmabuf(capsys, "bench", *SMALL, "--plot", plot, target)
     assert (ended.status, ended.out, ended.err) == (1, "", f"error: {target}: a failing disk\n")
     assert os.listdir(folder) == ["chart.svg"] and plot.read_text() == "old"
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg", "html"])
+def test_no_room_for_the_chart(target, folder, suffix):
+    """RLIMIT_FSIZE stands for a disk that is full by then; the figures are told all the same."""
+    pytest.importorskip("matplotlib", reason="pip install matplotlib")
+    plot = folder / f"chart.{suffix}"
+    plot.write_text("old")
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))  # noqa: E731
+    little = ("--rounds", 1, "--size", "8KiB", "--block", "4KiB", "--depth", 1)
+    ended = finish(start("bench", *little, "--plot", plot, target, preexec_fn=limit))
+    assert ended.status == 1 and " has the bytes in the buffer " in ended.out.splitlines()[-1]
+    # matplotlib may have said before that it has no room for its list of fonts either
+    assert ended.err.endswith(f"error: {plot}: drawing the chart: File too large\n")
+    assert os.listdir(folder) == [plot.name] and plot.read_text() == "old"
 
 
 # -- what is refused, before anything is touched

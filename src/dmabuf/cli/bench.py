@@ -21,6 +21,7 @@ from dmabuf.bench.run import Bench, Setting
 from dmabuf.bench.ways import Place
 from dmabuf.cli import _bench_page, _bench_table, _options, _output, _progress, _region
 from dmabuf.cli._path import filesystem
+from dmabuf.errors import os_error
 from dmabuf.facts import PAGE, kind_of
 from dmabuf.file import File
 from dmabuf.sizes import format_size, parse_size
@@ -230,14 +231,23 @@ def run(options: Options) -> None:
             _check_plot(options.plot, options.target)
             place = stack.enter_context(Replacement(options.plot, force=False, note=_output.note))
         result = _measure(options, begun)
-        if place is not None:
-            assert options.plot is not None
-            _bench_page.draw(result, place.temporary, chart.format_of(options.plot) or "")
-            place.commit(None, sync=False)
-    if options.json:
-        _output.say_json(as_json(result))
-    else:
-        _bench_table.say(result)
+        try:
+            if place is not None and options.plot is not None:
+                _draw(result, place, options.plot)
+        finally:  # what took minutes to measure is told, also where there is no room for its chart
+            if options.json:
+                _output.say_json(as_json(result))
+            else:
+                _bench_table.say(result)
+
+
+def _draw(result: Result, place: Replacement, plot: str) -> None:
+    try:
+        _bench_page.draw(result, place.temporary, chart.format_of(plot) or "")
+        place.commit(None, sync=False)
+    except OSError as error:
+        text = f"drawing the chart: {error.strerror or error}"
+        raise os_error(error.errno or errno.EIO, text, plot) from None
 
 
 def _check_plot(plot: str, target: str | None) -> None:
