@@ -1,8 +1,11 @@
 """Running `dmabuf`: in this process where that will do, and as a program where it has to be."""
 
+import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 
@@ -39,3 +42,8 @@ def finish(process: subprocess.Popen, data: bytes | None = None) -> Ended:
     out, err = process.communicate(data, timeout=60)
     text = out.decode(errors="surrogateescape"), err.decode(errors="surrogateescape")
     return Ended(process.returncode, *text)
+
+
+def room_for(nbytes: int) -> Callable[[], None]:
+    """A `preexec_fn`: no file grows further, which stands for a full disk where we are not root."""
+    return partial(resource.setrlimit, resource.RLIMIT_FSIZE, (nbytes, nbytes))

@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import resource
 import signal
 import sys
 import time
@@ -19,7 +18,7 @@ from dmabuf.target import Target
 from tests.guards import needs
 from tests.support import assert_same, loop_device, mounted, pattern
 from tests.unit import lying
-from tests.unit.command import dmabuf, finish, start
+from tests.unit.command import dmabuf, finish, room_for, start
 from tests.unit.fake_kernel import FakeKernel
 
 SIZE = 1_000_003
@@ -267,13 +266,12 @@ def test_a_failure_leaves_the_old_chart(target, folder, capsys, monkeypatch):
 
 @pytest.mark.parametrize("suffix", ["png", "svg", "html"])
 def test_no_room_for_the_chart(target, folder, suffix):
-    """RLIMIT_FSIZE stands for a disk that is full by then; the figures are told all the same."""
+    """A disk that is full by then; the figures are told all the same."""
     pytest.importorskip("matplotlib", reason="pip install matplotlib")
     plot = folder / f"chart.{suffix}"
     plot.write_text("old")
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))  # noqa: E731
     little = ("--rounds", 1, "--size", "8KiB", "--block", "4KiB", "--depth", 1)
-    ended = finish(start("bench", *little, "--plot", plot, target, preexec_fn=limit))
+    ended = finish(start("bench", *little, "--plot", plot, target, preexec_fn=room_for(8192)))
     assert ended.status == 1 and " has the bytes in the buffer " in ended.out.splitlines()[-1]
     # matplotlib may have said before that it has no room for its list of fonts either
     assert ended.err.endswith(f"error: {plot}: drawing the chart: File too large\n")

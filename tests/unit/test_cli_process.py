@@ -2,7 +2,6 @@
 
 import errno
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import pytest
 
 from dmabuf import allocate
 from tests.support import assert_same, in_child, pattern
-from tests.unit.command import PROGRAM, dmabuf, finish, start
+from tests.unit.command import PROGRAM, dmabuf, finish, room_for, start
 
 SIZE = 300_001
 DATA = pattern(SIZE, 12)
@@ -224,10 +223,9 @@ def test_an_ignored_hangup_stays_ignored(tmp_path: Path) -> None:
 
 
 def test_a_full_disk(tmp_path: Path) -> None:
-    """RLIMIT_FSIZE stands for it where we are not root; the real one is in tests/kernel."""
+    """The real one is in tests/kernel."""
     (tmp_path / "t").write_bytes(b"old")
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**7, 10**7))  # noqa: E731
-    process = start("cp", "-", tmp_path / "t", stdin=subprocess.PIPE, preexec_fn=limit)
+    process = start("cp", "-", tmp_path / "t", stdin=subprocess.PIPE, preexec_fn=room_for(10**7))
     ended = finish(process, bytes(2 * 10**7))
     assert (ended.status, ended.out) == (1, "")
     assert ended.err.startswith(f"error: {tmp_path}/t: ")

@@ -21,7 +21,6 @@ from dmabuf.bench.run import Bench, Setting
 from dmabuf.bench.ways import Place
 from dmabuf.cli import _bench_page, _bench_table, _options, _output, _progress, _region
 from dmabuf.cli._path import filesystem
-from dmabuf.errors import os_error
 from dmabuf.facts import PAGE, kind_of
 from dmabuf.file import File
 from dmabuf.sizes import format_size, parse_size
@@ -247,7 +246,7 @@ def _draw(result: Result, place: Replacement, plot: str) -> None:
         place.commit(None, sync=False)
     except OSError as error:
         text = f"drawing the chart: {error.strerror or error}"
-        raise os_error(error.errno or errno.EIO, text, plot) from None
+        raise OSError(error.errno or errno.EIO, text, plot) from None
 
 
 def _check_plot(plot: str, target: str | None) -> None:
