@@ -110,9 +110,9 @@ struct dmb_job {
 	int32_t edge_fd;   /* without O_DIRECT: the edges of a write; -1 where there are none */
 	uint32_t offset_align; /* of file offsets and lengths, a power of two */
 	uint32_t memory_align; /* of memory addresses, a power of two */
-	uint32_t page;	       /* the page size: what the edges of a write are cut at */
-	uint64_t file_size;    /* in bytes: a read never goes straight into the buffer past its last
-				  whole block */
+	uint32_t page;	    /* the page size: what the edges of a write are cut at, if it has any */
+	uint64_t file_size; /* in bytes: a read never goes straight into the buffer past its last
+			       whole block */
 	/* the buffer */
 	uint64_t base;	      /* address of its first byte */
 	uint64_t size;	      /* in bytes */

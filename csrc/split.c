@@ -7,9 +7,10 @@
  * zeroes the rest of a request's memory (ext4). Everything else is read, whole blocks of it, into a
  * staging block.
  *
- * A write may only write whole blocks that it owns, so its middle begins and ends at a multiple of
- * the page and of the block, and its edges go through the page cache in a second pass, when no
- * O_DIRECT write of the same page can be in flight.
+ * A write may only write whole blocks that it owns. One that begins and ends at blocks goes as a
+ * whole. Otherwise its middle begins and ends at a multiple of the page and of the block, and its
+ * edges go through the page cache in a second pass, when no O_DIRECT write of the same page can be
+ * in flight.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -26,6 +27,8 @@ void dmb_middle(const struct dmb_job *job, const uint64_t *segment, uint64_t *st
 	*end = segment[2];
 	if (job->direction == DMB_READ || job->route == DMB_BUFFERED)
 		return;
+	if (!((first | last) & (job->offset_align - 1)))
+		return; /* whole blocks, all of them the caller's */
 	if (dmb_align_up(first, align) >= dmb_align_down(last, align)) {
 		*start = segment[2]; /* no middle: all of it is the leading edge */
 		return;

@@ -12,7 +12,7 @@ from threading import get_ident
 from time import perf_counter
 from typing import Any
 
-from dmabuf import _process, audit, facts
+from dmabuf import _process, audit
 from dmabuf._ffi import ffi, lib
 from dmabuf.buffer import Buffer
 from dmabuf.engine import NOT_AUDITED, Draft, Transfer
@@ -123,7 +123,7 @@ def _make(target: Target, buffer: Buffer, direction: Direction) -> Lane | None:
         {
             "fd": direct.fd,
             "direction": lib.DMB_WRITE if write else lib.DMB_READ,
-            "unit": max(align.offset, facts.PAGE) if write else align.offset,
+            "unit": align.offset,
             "memory_align": align.memory,
             "most": BYTES,
             "base": buffer._address,

@@ -166,8 +166,8 @@ def _why_no_middle(job: Job, span: Span, count: int, staged: int) -> str:
     unit = max(job.offset_align, job.page) if job.write else job.offset_align
     if staged == count:
         return (
-            f"nothing of it is a whole page of the file ({unit} bytes), and only whole ones may be "
-            "written past the page cache"
+            f"it does not begin and end at blocks of the file ({job.offset_align} bytes), and "
+            f"holds no whole page ({unit} bytes) that may be written past the page cache"
         )
     end = span.file_end if job.write else min(span.file_end, job.file_size)
     if count == 1 and -(-span.file_start // unit) >= end // unit:

@@ -169,7 +169,7 @@ def test_uncached_asks_it_of_each_piece(device, tmp_path):
         dmabuf.open(tmp_path / "new", "w") as file,
     ):
         for how in ({"require": "uncached"}, {"route": "staged"}):
-            with pytest.raises(dmabuf.RouteUnavailable, match="nothing of it is a whole page"):
+            with pytest.raises(dmabuf.RouteUnavailable, match="holds no whole page"):
                 stage.write_from(file, BASE, size, **how)
         assert not device.begun and not os.path.getsize(tmp_path / "new")
         assert stage.write_from(file, BASE, size).route is dmabuf.Route.STAGED
