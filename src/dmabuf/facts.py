@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import mmap
 import os
 import re
@@ -92,7 +93,7 @@ def open_direct(fd: int, kind: Kind, writable: bool, readable: bool) -> Direct:
         return Direct(-1, none, text, in_memory=True)
     access = os.O_RDWR if readable and writable else os.O_WRONLY if writable else os.O_RDONLY
     try:
-        direct = os.open(f"/proc/self/fd/{fd}", access | os.O_DIRECT | os.O_CLOEXEC)
+        direct = _reopen(fd, access | os.O_DIRECT | os.O_CLOEXEC)
     except OSError as error:
         return Direct(-1, none, _why_not_direct(error))
     answer = ffi.new("uint32_t[2]")
@@ -118,6 +119,17 @@ def open_direct(fd: int, kind: Kind, writable: bool, readable: bool) -> Direct:
     by_workers = kind == "block device" and _waits(direct)
     no_writes = _why_no_writes(fd) if kind == "file" else None
     return Direct(direct, alignment, None, proven, by_workers, no_writes, on_zram)
+
+
+def _reopen(fd: int, flags: int) -> int:
+    """Open the file behind `fd` again, with its O_SYNC, O_DSYNC and, where permitted, O_NOATIME."""
+    had = fcntl.fcntl(fd, fcntl.F_GETFL)
+    flags |= had & (os.O_SYNC | os.O_DSYNC)
+    path = f"/proc/self/fd/{fd}"
+    try:
+        return os.open(path, flags | had & os.O_NOATIME)
+    except PermissionError:  # only the file's owner may have O_NOATIME
+        return os.open(path, flags)
 
 
 def _waits(fd: int) -> bool:

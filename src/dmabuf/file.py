@@ -32,7 +32,10 @@ def open(  # noqa: A001 - the verb of the trade, used as dmabuf.open
     """Open a file, block device, pipe, FIFO, socket or character device for transfers.
 
     Args:
-        path: a path; or a descriptor, which is duplicated, keeps its flags and stays the caller's.
+        path: a path; or a descriptor, which is duplicated and stays the caller's. Its O_SYNC,
+            O_DSYNC and O_NOATIME hold on every route. Closing the File releases the POSIX locks
+            that this process holds on that file, as closing any descriptor of it does (fcntl(2));
+            open file description locks (F_OFD_SETLK) and flock(2) stay.
         mode: "r" reads; "w" writes, making the file or emptying a regular one; "r+" reads and
             writes what exists; "x" writes a file that must not exist yet. A descriptor's own
             access mode must allow it, and it is not emptied.

@@ -1,5 +1,7 @@
 """Transfers against os.pread and os.pwrite, every byte, by every route, each way by itself."""
 
+import contextlib
+import fcntl
 import os
 from array import array
 
@@ -203,3 +205,34 @@ def test_routes_as_designed(source, buf):
     transfer = file.read_into(buf, 1 << 18, file_offset=1)
     assert transfer.route is Route.STAGED  # off by one in the file, not in memory
     assert "move the buffer offset" in transfer.rejected[Route.DIRECT]
+
+
+@pytest.mark.parametrize("direct", [0, os.O_DIRECT])
+@pytest.mark.parametrize("flag", ["O_SYNC", "O_DSYNC", "O_NOATIME"])
+@pytest.mark.parametrize("way", ["direct", "staged", "lone", "copy"])
+def test_a_descriptor_s_flags_hold_on_every_descriptor_of_ours(folder, buf, flag, direct, way):
+    path, flags = folder / "flags", getattr(os, flag)
+    path.write_bytes(pattern(BUFFER, 1))
+    fd = os.open(path, os.O_RDWR | flags | direct)
+    before = _flags_of_descriptors(path)
+    with dmabuf.open(fd, "r+") as file:
+        if way == "copy":
+            dmabuf.copy(buf, file)
+        for _ in range(1 + (way == "lone")):
+            size = PAGE if way == "lone" else BUFFER
+            file.write_from(buf, size, route="staged" if way == "staged" else "direct")
+        ours = _flags_of_descriptors(path)[len(before) :]
+    os.close(fd)
+    assert any(one & os.O_DIRECT for one in ours)
+    assert ours and all(one & flags == flags for one in ours)
+
+
+def _flags_of_descriptors(path):
+    """The flags of this process's descriptors of a file, in the order of their numbers."""
+    numbers = sorted(int(name) for name in os.listdir("/proc/self/fd"))
+    found = []
+    for number in numbers:
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{number}") == str(path):
+                found.append(fcntl.fcntl(number, fcntl.F_GETFL))
+    return found
