@@ -9,8 +9,8 @@
  * was in flight with a request that failed is first done again, one request at a time, and only the
  * one that fails alone holds a bad block.
  *
- * Phases: MIDDLE, then BISECT where a request failed, then EDGES of a write and their FLUSH, then
- * DONE.
+ * Phases: MIDDLE, then BISECT where a request failed, then the DROP of what a write left in the
+ * page cache, then its EDGES and their FLUSH, then DONE.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -31,9 +31,10 @@ enum {
 	HEAVY_BYTES = 65536,	   /* copied by the kernel while it takes the request */
 	TELLING = 8,		   /* requests that no device completes all at once */
 	FEW = 4,		   /* handled before more are submitted, so that no device idles */
+	PAUSES = 64,		   /* of DMB_PAUSE_NS, for pages that cannot be dropped yet */
 };
 
-enum phase { MIDDLE, BISECT, EDGES, FLUSH, DONE };
+enum phase { MIDDLE, BISECT, DROP, EDGES, FLUSH, DONE };
 
 struct dmb_batch {
 	struct dmb_ring *ring;
@@ -69,6 +70,7 @@ struct dmb_batch {
 
 	uint64_t edge_start, edge_end; /* the part of the file that edges were written to */
 	uint64_t flush_from;	       /* position of the first edge: what a failed flush loses */
+	uint32_t pauses;	       /* of DROP */
 
 	struct dmb_stage stage; /* empty until a request needs a block */
 	bool by_workers;	/* the CPU moves the bytes: then several do */
@@ -381,8 +383,12 @@ static void end_flush(struct dmb_io *io, int result);
 
 static void finish(struct dmb_io *io, int result)
 {
-	if (io->flush) {
+	if (io->kind == DMB_FLUSH) {
 		end_flush(io, result);
+		return;
+	}
+	if (io->kind == DMB_PAUSE) {
+		give_back(io->batch, io);
 		return;
 	}
 	io->batch->result.requests++;
@@ -425,7 +431,7 @@ bool dmb_reap(struct dmb_ring *ring, uint32_t most)
 	bool any = false;
 
 	while (most-- && (io = ring->ops->reap(ring))) {
-		int result = io->flush ? io->result : filtered(ring, io);
+		int result = io->kind == DMB_MOVE ? filtered(ring, io) : io->result;
 
 		any = true;
 		if (may_reissue(io, result)) {
@@ -479,7 +485,8 @@ static struct dmb_io *take_io(struct dmb_batch *batch, size_t segment, uint64_t 
 	batch->in_flight++;
 	batch->ring->in_flight++;
 	io->busy = true;
-	io->flush = io->heavy = false;
+	io->kind = DMB_MOVE;
+	io->heavy = false;
 	io->segment = segment;
 	io->skip = skip;
 	io->position = position;
@@ -618,12 +625,112 @@ static bool narrow(struct dmb_batch *batch)
 	return true;
 }
 
+static void rewind_cursor(struct dmb_batch *batch)
+{
+	batch->segment = 0;
+	batch->before = batch->skip = 0;
+}
+
+/*
+ * Write the bytes [skip, skip + size) of the present segment once more: a synchronous write waits
+ * for pages that are locked, and unmaps those that are mapped, before it drops them.
+ */
+static int write_again(struct dmb_batch *batch, uint64_t skip, uint64_t size)
+{
+	const uint64_t *segment = batch->segments + 3 * batch->segment;
+	struct dmb_io *io = batch->free;
+	int64_t rc;
+
+	if (batch->job->route == DMB_NATIVE)
+		return -EBUSY; /* its bytes may be out of the CPU's reach */
+	rc = take_block(batch, io);
+	if (rc)
+		return (int)rc;
+	memcpy(io->block, dmb_address(batch->job, segment, skip), size);
+	rc = dmb_lone(DMB_WRITE, batch->job->fd, (uintptr_t)io->block, size, segment[0] + skip);
+	dmb_stage_give(&batch->stage, io->block);
+	io->block = NULL;
+	batch->result.copied += size;
+	if (rc < 0)
+		return (int)rc;
+	return (uint64_t)rc == size ? 0 : -EIO;
+}
+
+/* Do so for what of the middle [start, end) the page at `at` begins; returns where that ends. */
+static uint64_t insist(struct dmb_batch *batch, uint64_t at, uint64_t start, uint64_t end)
+{
+	const uint64_t *segment = batch->segments + 3 * batch->segment;
+	uint64_t from = dmb_align_down(at, batch->job->offset_align);
+	uint64_t skip = from > segment[0] + start ? from - segment[0] : start;
+	uint64_t size = dmb_min(end - skip, batch->job->block);
+	int rc = write_again(batch, skip, size);
+
+	if (rc) {
+		const struct dmb_io io = {
+			.segment = batch->segment,
+			.position = batch->before + skip,
+			.skip = skip,
+		};
+
+		fail(batch, &io, -rc);
+	}
+	return segment[0] + skip + size;
+}
+
+static bool pause_drop(struct dmb_batch *batch)
+{
+	struct dmb_io *io;
+
+	if (batch->pauses++ >= PAUSES)
+		return false;
+	io = take_io(batch, batch->segment, batch->skip, batch->before + batch->skip, 0);
+	io->kind = DMB_PAUSE;
+	io->staged = io->native = false;
+	io->file_slot = io->buffer_slot = -1;
+	if (!batch->ring->ops->issue(batch->ring, io))
+		return true;
+	give_back(batch, io);
+	return false;
+}
+
+/*
+ * Drop from the page cache what the first pass wrote. The kernel drops it before a write, and again
+ * when a synchronous one is done; what others read meanwhile would stay there with the old bytes,
+ * and an edge that is written through such a page would bring them back to the medium. False where
+ * it is to be called again.
+ */
+static bool drop_written(struct dmb_batch *batch)
+{
+	const struct dmb_job *job = batch->job;
+	const uint64_t page = dmb_page();
+
+	if (!job->stale_cache || job->direction != DMB_WRITE || job->route == DMB_BUFFERED)
+		return true;
+	if (batch->ring->threads)
+		return true; /* whose writes are synchronous */
+	for (; batch->segment < batch->count; batch->segment++, batch->skip = 0) {
+		const uint64_t *segment = batch->segments + 3 * batch->segment;
+		uint64_t start, end, at, limit;
+
+		dmb_middle(job, segment, &start, &end);
+		at = dmb_align_down(segment[0] + dmb_max(start, batch->skip), page);
+		limit = dmb_align_up(segment[0] + end, page);
+		while (end > start && !dmb_drop_range(job->fd, &at, limit)) {
+			batch->skip = at > segment[0] ? at - segment[0] : 0;
+			if (pause_drop(batch))
+				return false;
+			at = dmb_align_up(insist(batch, at, start, end), page);
+		}
+		batch->before += segment[2];
+	}
+	return true;
+}
+
 static bool begin_edges(struct dmb_batch *batch)
 {
 	if (batch->stopping || batch->first_edge >= batch->stop)
 		return false;
-	batch->segment = 0;
-	batch->before = batch->skip = 0;
+	rewind_cursor(batch);
 	return true;
 }
 
@@ -651,7 +758,7 @@ static bool begin_flush(struct dmb_batch *batch)
 	if (batch->edge_start == UINT64_MAX)
 		return false;
 	io = take_io(batch, 0, 0, 0, 0);
-	io->flush = true;
+	io->kind = DMB_FLUSH;
 	io->native = io->staged = io->straight = false;
 	io->fd = batch->job->edge_fd;
 	io->file_slot = io->buffer_slot = -1;
@@ -692,12 +799,17 @@ static void next_phase(struct dmb_batch *batch)
 			return;
 		if (batch->segment < batch->count)
 			batch->middle_end = batch->before + batch->skip;
-		batch->phase = begin_bisect(batch) ? BISECT : EDGES;
+		batch->phase = begin_bisect(batch) ? BISECT : DROP;
 		break;
 	case BISECT:
 		if (narrow(batch))
-			batch->phase = EDGES;
+			batch->phase = DROP;
 		break;
+	case DROP:
+		if (!drop_written(batch))
+			return;
+		batch->phase = begin_edges(batch) ? EDGES : DONE;
+		return;
 	case EDGES:
 		end_edges(batch);
 		batch->phase = FLUSH;
@@ -712,8 +824,8 @@ static void next_phase(struct dmb_batch *batch)
 	}
 	if (batch->phase == BISECT)
 		try_half(batch);
-	else if (!begin_edges(batch))
-		batch->phase = DONE;
+	else
+		rewind_cursor(batch);
 }
 
 /*
@@ -765,7 +877,7 @@ static void stop(struct dmb_batch *batch)
 {
 	batch->stopping = true;
 	for (uint32_t i = 0; batch->in_flight && i < batch->job->depth; i++)
-		if (batch->ios[i].busy && !batch->ios[i].flush)
+		if (batch->ios[i].busy && batch->ios[i].kind == DMB_MOVE)
 			batch->ring->ops->cancel(batch->ring, &batch->ios[i]);
 }
 
@@ -800,8 +912,9 @@ enum dmb_step dmb_batch_step(struct dmb_batch *batch, uint32_t quota)
 			return DMB_STEP_WANTS_ROOM;
 		if (batch->in_flight)
 			return DMB_STEP_FLYING;
-		if (!quota && (batch->error || batch->phase == EDGES))
-			return DMB_STEP_WANTS_ROOM; /* to look for the bad block, or flush */
+		if (!quota && (batch->error || batch->phase == EDGES ||
+			       (batch->phase == DROP && batch->job->stale_cache)))
+			return DMB_STEP_WANTS_ROOM; /* to look for the bad block, pause, or flush */
 		next_phase(batch);
 	}
 	return DMB_STEP_DONE;
@@ -834,6 +947,7 @@ int dmb_batch_start_lone(struct dmb_ring *ring, const struct dmb_lane *lane, uin
 		.size = lane->size,
 		.direction = lane->direction,
 		.route = DMB_DIRECT,
+		.stale_cache = lane->stale_cache,
 		.depth = 1,
 		.block = (uint32_t)size,
 	};

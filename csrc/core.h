@@ -93,6 +93,7 @@ struct dmb_lane {
 	uint64_t file_size;    /* of a device; 0 for a file, which is asked each time */
 	const int32_t *slabs;  /* dma-bufs whose fences are looked at; NULL for none */
 	uint64_t slab_size;    /* bytes of each but the last */
+	uint32_t stale_cache;  /* as in the job */
 };
 /*
  * Move `size` bytes between the file's `offset` and the buffer's `start`. 1 where all of it was
@@ -130,6 +131,9 @@ struct dmb_job {
 	/* 1 where fd's file is nothing but page cache (tmpfs): then one such thread of the kernel's
 	   copies all, unless several are asked for */
 	uint32_t in_memory;
+	/* 1 where the kernel leaves the page cache alone when an asynchronous O_DIRECT write of fd
+	   is done (block devices, FUSE): then the batch drops the written range from it */
+	uint32_t stale_cache;
 	/* where fd is an NVMe namespace's character device; 0 elsewhere. io_uring needs a ring made
 	   with DMB_RING_PASSTHROUGH. file_size and a write's segments are multiples of the block,
 	   which is offset_align, and so is `page` */
@@ -146,7 +150,8 @@ struct dmb_result {
 	uint64_t straight; /* bytes moved by the device between file and buffer */
 	uint64_t requests; /* completed requests */
 	uint64_t reissues; /* requests issued again after EAGAIN or EINTR */
-	int32_t error;	   /* 0, or the errno of the first request that failed */
+	int32_t error;	   /* 0, or the errno of the first request that failed; EBUSY where the
+			      page cache keeps old bytes of a range that was written */
 	int32_t failed_straight; /* 1 where that request was one of `straight` */
 	uint64_t error_offset;	 /* file offset of the first byte that could not be moved */
 	int64_t short_segment; /* index of the first segment that met the end of the file, or -1 */

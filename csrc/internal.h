@@ -31,6 +31,13 @@ struct dmb_turns {
 	struct dmb_turn *first, *last;
 };
 
+enum dmb_kind {
+	DMB_MOVE,
+	DMB_FLUSH, /* sync_file_range(2) of the edges: no bytes are moved */
+	DMB_PAUSE, /* nothing for DMB_PAUSE_NS; completes with an error */
+};
+#define DMB_PAUSE_NS 1000000
+
 /* One request: what is asked of the kernel, and which bytes of which segment it is for. */
 struct dmb_io {
 	struct dmb_io *next;
@@ -49,7 +56,7 @@ struct dmb_io {
 	int fd;
 	int file_slot;
 	int buffer_slot;
-	bool flush;  /* not bytes, but sync_file_range(2): the edges, written out */
+	enum dmb_kind kind;
 	bool heavy;  /* may take long to start: for a thread of the kernel's */
 	bool native; /* address is an offset into the slot's dma-buf */
 	bool staged; /* goes through `block`, which is where address points */
@@ -146,6 +153,12 @@ int32_t dmb_emulate_execute(struct dmb_emulated *emulated, const struct dmb_io *
 void dmb_fill_block(struct dmb_io *io);
 void dmb_empty_block(struct dmb_io *io, uint64_t moved);
 
+uint64_t dmb_page(void);
+/*
+ * Drop the pages of [*at, end) from a file's page cache, and see that each is gone. Where one is
+ * not, returns false, and *at is its offset. Both are multiples of a page.
+ */
+bool dmb_drop_range(int fd, uint64_t *at, uint64_t end);
 /* Bytes of a transparent huge page. */
 uint64_t dmb_huge_page(void);
 

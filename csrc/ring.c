@@ -55,13 +55,16 @@ static void prep_nvme(struct io_uring_sqe *sqe, int fd, const struct dmb_io *io)
 
 static int uring_issue(struct dmb_ring *ring, struct dmb_io *io)
 {
+	static struct __kernel_timespec pause = {.tv_nsec = DMB_PAUSE_NS};
 	struct io_uring_sqe *sqe = next_sqe(ring);
 	int fd = io->file_slot >= 0 ? io->file_slot : io->fd;
 
 	if (!sqe)
 		return -EBUSY;
 	ring->issued = true;
-	if (io->flush) {
+	if (io->kind == DMB_PAUSE) {
+		io_uring_prep_timeout(sqe, &pause, 0, 0);
+	} else if (io->kind == DMB_FLUSH) {
 		io_uring_prep_sync_file_range(sqe, fd, io->length, io->offset, DMB_FLUSH_FLAGS);
 	} else if (io->nsid) {
 		prep_nvme(sqe, fd, io);

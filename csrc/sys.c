@@ -46,6 +46,53 @@ int dmb_cachestat(int fd, uint64_t offset, uint64_t size, uint64_t *ret)
 	return 0;
 }
 
+/*
+ * Whether pages of a file were dropped from the page cache. One is once it is not there: a page
+ * that comes later is read after the write. Pages that are dirty or under I/O are not dropped, nor
+ * are those of a folio that reaches beyond the range, hence the second, wider try. Before Linux 6.5
+ * there is no cachestat(2), and nothing shows what was not dropped.
+ */
+static bool drop(int fd, uint64_t start, uint64_t end)
+{
+	const uint64_t huge = dmb_huge_page();
+	uint64_t pages = 0;
+	int rc;
+
+	for (int tries = 0;; tries++) {
+		rc = dmb_cachestat(fd, start, end - start, &pages);
+		if ((!rc && !pages) || tries == 2)
+			return !rc && !pages;
+		if (rc || tries)
+			posix_fadvise(
+				fd, (off_t)dmb_align_down(start, huge),
+				(off_t)(dmb_align_up(end, huge) - dmb_align_down(start, huge)),
+				POSIX_FADV_DONTNEED);
+		else
+			posix_fadvise(fd, (off_t)start, (off_t)(end - start), POSIX_FADV_DONTNEED);
+		if (rc)
+			return true;
+	}
+}
+
+bool dmb_drop_range(int fd, uint64_t *at, uint64_t end)
+{
+	const uint64_t page = dmb_page();
+	uint64_t size = end - *at;
+
+	while (*at < end) {
+		size = dmb_min(size, end - *at);
+		if (drop(fd, *at, *at + size)) {
+			*at += size;
+			size *= 2;
+		} else if (size > page) { /* while others read it, all of it may never be gone */
+			size = dmb_align_up(size / 2, page);
+		} else {
+			return false;
+		}
+	}
+	return true;
+}
+
 int dmb_fallocate(int fd, uint64_t offset, uint64_t size)
 {
 	return fallocate(fd, 0, (off_t)offset, (off_t)size) ? -errno : 0;
@@ -72,10 +119,15 @@ int dmb_map_over(uint64_t address, uint64_t size, int fd, int writable)
 	return mapped == MAP_FAILED ? -errno : 0;
 }
 
+uint64_t dmb_page(void)
+{
+	return (uint64_t)sysconf(_SC_PAGESIZE);
+}
+
 /* With pages of 4 KiB huge ones have 2 MiB. */
 uint64_t dmb_huge_page(void)
 {
-	const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
+	const uint64_t page = dmb_page();
 
 	return page * (page / 8);
 }
@@ -83,7 +135,7 @@ uint64_t dmb_huge_page(void)
 /* One ordinary page of each is to be there. */
 int dmb_collapse(uint64_t address, uint64_t size)
 {
-	const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE), huge = dmb_huge_page();
+	const uint64_t page = dmb_page(), huge = dmb_huge_page();
 	const uint64_t whole = dmb_align_down(size, huge);
 	int rc = address % huge ? -EINVAL : 0;
 

@@ -91,7 +91,7 @@ static int32_t move(struct dmb_ring *ring, struct dmb_io *io)
 /* Who moves a block copies it, too: it lies in that processor's cache. */
 static void execute(struct dmb_ring *ring, struct dmb_io *io)
 {
-	if (io->flush) {
+	if (io->kind == DMB_FLUSH) {
 		io->result = sync_file_range(io->fd, (off_t)io->offset, io->length, DMB_FLUSH_FLAGS)
 				     ? -errno
 				     : 0;

@@ -100,6 +100,7 @@ class Job(NamedTuple):
     by_workers: bool = False  # as facts.Direct
     in_memory: bool = False  # the same
     on_zram: bool = False  # the same
+    stale_cache: bool = False  # the same
     namespace: Namespace | None = None  # where fd is an NVMe character device
     no_slots: str | None = None  # why its pages are not to be registered, where they could be
     latencies: Any = None  # uint64_t[], one for each segment: see the core's dmb_job
@@ -134,6 +135,7 @@ class Job(NamedTuple):
             "slot_size": self.slot_size,
             "by_workers": self.by_workers,
             "in_memory": self.in_memory,
+            "stale_cache": self.stale_cache,
             "direction": lib.DMB_WRITE if self.write else lib.DMB_READ,
             "route": _ROUTES[self.route],
         }

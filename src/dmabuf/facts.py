@@ -50,6 +50,8 @@ class Direct(NamedTuple):
     """Whether a processor moves the bytes, in all that the device does."""
     in_memory: bool = False
     """Whether the file is nothing but page cache, as on tmpfs."""
+    stale_cache: bool = False
+    """Whether the kernel leaves old bytes in the page cache when an asynchronous write is done."""
 
 
 def kind_of(mode: int) -> Kind | None:
@@ -118,7 +120,17 @@ def open_direct(fd: int, kind: Kind, writable: bool, readable: bool) -> Direct:
         alignment = alignment._replace(memory=max(alignment.memory, PAGE))
     by_workers = kind == "block device" and _waits(direct)
     no_writes = _why_no_writes(fd) if kind == "file" else None
-    return Direct(direct, alignment, None, proven, by_workers, no_writes, on_zram)
+    stale_cache = kind == "block device" or lib.dmb_statfs_type(fd) == _uapi.FUSE
+    return Direct(
+        direct,
+        alignment,
+        None,
+        proven,
+        by_workers,
+        no_writes,
+        on_zram,
+        stale_cache=stale_cache,
+    )
 
 
 def _reopen(fd: int, flags: int) -> int:

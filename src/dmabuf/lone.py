@@ -131,6 +131,7 @@ def _make(target: Target, buffer: Buffer, direction: Direction) -> Lane | None:
             "file_size": 0 if target.kind == "file" else target.size(),
             "slabs": kept,
             "slab_size": buffer.slabs[0].size,
+            "stale_cache": direct.stale_cache,
         },
     )
     return Lane(core, kept, WHY_CHOSEN[direction, Route.DIRECT], no_native)

@@ -44,6 +44,13 @@ _WHY_NATIVE_FAILED = {
     ),
 }
 """What errors mean that only the native route has."""
+_WHY_STALE = {
+    errno.EBUSY: (
+        "the page cache may keep old bytes of the written range (EBUSY): unmap the device "
+        "elsewhere, or use another route"
+    ),
+}
+"""What they mean once the native route has moved the bytes."""
 _MOSTLY_CACHED = 0.9
 """The part of a range that has to be in the page cache for prefer="fastest" to take it there."""
 
@@ -203,6 +210,7 @@ def _job(target: Target, order: Order, route: Route) -> Job:
         by_workers=direct.by_workers,
         in_memory=direct.in_memory,
         on_zram=direct.on_zram,
+        stale_cache=direct.stale_cache,
         namespace=target.namespace,
     )
     if route is Route.DIRECT and target.no_slots and job.off_the_block():
@@ -359,8 +367,9 @@ def _failure(
     why = gone
     if outcome.nvme_status:
         why = nvme.status_text(outcome.nvme_status)
-    elif why is None and chosen.route is Route.NATIVE and outcome.failed_straight:
-        why = _WHY_NATIVE_FAILED.get(outcome.error)
+    elif why is None and chosen.route is Route.NATIVE:
+        by_route = _WHY_NATIVE_FAILED if outcome.failed_straight else _WHY_STALE
+        why = by_route.get(outcome.error)
     if why is not None:
         error = os_error(outcome.error, f"{text}: {why}", target.path)
     else:

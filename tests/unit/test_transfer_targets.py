@@ -3,7 +3,9 @@
 All need root, and the device or the program: each says so where it is skipped.
 """
 
+import asyncio
 import errno
+import mmap
 import os
 import sys
 from array import array
@@ -11,11 +13,13 @@ from array import array
 import pytest
 
 import dmabuf
-from dmabuf import Engine, Route
+from dmabuf import Engine, Route, aio
+from dmabuf._loop import loop_engine
 from dmabuf.facts import Alignment
 from tests.guards import needs
 from tests.support import (
     PAGE,
+    Filter,
     assert_same,
     cached,
     drop_cache,
@@ -324,3 +328,112 @@ def test_ext4_that_journals_data_is_not_called_direct(tmp_path, buf):
             assert "O_DIRECT" in file.plan(buf).rejected[Route.DIRECT]
             assert file._target.direct_if_proven() is None
         assert_same(buf.pread(LIMIT, 0), pattern(LIMIT, 1), "the buffer")
+
+
+# -- what others read of a block device while it is written
+
+
+class Racing:
+    """A reader of a loop device whose reads begin before each write is done, and end after it.
+
+    The page cache then has what the device held before, as the filter of an engine arranges by the
+    image below the device. `mapped`: the reader has mapped the device, so its pages stay in use.
+    """
+
+    def __init__(self, tmp_path, device, mapped):
+        self._image = os.open(tmp_path / "image", os.O_RDWR)
+        self.plain = os.open(device, os.O_RDWR)
+        self._map = mmap.mmap(self.plain, len(whole(self.plain))) if mapped else None
+        self._old = whole(self.plain)
+
+    def __call__(self, completion):
+        size, offset = completion.size, completion.offset
+        if completion.direction == 1 and completion.result == size:
+            new = os.pread(self._image, size, offset)
+            os.pwrite(self._image, self._old[offset : offset + size], offset)
+            os.pread(self.plain, size, offset)
+            if self._map is not None:
+                assert self._map[offset : offset + size : PAGE]
+            os.pwrite(self._image, new, offset)
+        return completion.result
+
+    def medium(self):
+        """What the device holds, whatever the page cache has."""
+        return whole(self._image)
+
+    def close(self):
+        if self._map is not None:
+            self._map.close()
+        os.close(self._image)
+        os.close(self.plain)
+
+
+def _by_file(device, buffer, size, racing, route):
+    with (
+        Engine(queue_depth=4, block_size="64KiB") as engine,
+        Filter(engine, racing),
+        dmabuf.open(device, "r+", engine=engine) as file,
+    ):
+        record = file.write_from(buffer, size, file_offset=PAGE, route=route)
+        assert record.route == (route or Route.DIRECT)
+
+
+def _by_aio(device, buffer, size, racing, route):
+    async def write():
+        async with await aio.open(device, "r+") as file:
+            with Filter(await loop_engine(), racing):
+                for _ in range(2):  # the second of a lone request goes by a lane
+                    await file.write_from(buffer, size, file_offset=PAGE, route=route)
+
+    asyncio.run(write())
+
+
+@needs("loop", "io_uring")
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize(
+    ("move", "size", "route"),
+    [
+        pytest.param(_by_file, LIMIT - 300, None, id="direct"),
+        pytest.param(_by_file, LIMIT - 300, "staged", id="staged"),
+        pytest.param(_by_file, 3 * 512, "staged", id="blocks"),
+        pytest.param(_by_aio, LIMIT - 300, None, id="aio"),
+        pytest.param(_by_aio, PAGE, None, id="aio, one request"),
+    ],
+)
+def test_what_others_read_of_a_device_meanwhile_is_not_stale(
+    tmp_path, buf, move, size, route, mapped
+):
+    with loop_device(tmp_path / "image", 1 << 20) as device:
+        fill(fd := os.open(device, os.O_RDWR), pattern(1 << 20, 1))
+        os.close(fd)
+        buf.pwrite(pattern(LIMIT, 2), 0)
+        racing = Racing(tmp_path, device, mapped)
+        move(device, buf, size, racing, route)
+        expected = bytearray(pattern(1 << 20, 1))
+        expected[PAGE : PAGE + size] = pattern(LIMIT, 2)[:size]
+        assert_same(racing.medium(), expected, "the medium")
+        assert_same(whole(racing.plain), expected, "the page cache")
+        with dmabuf.open(device, "r+") as file:
+            file.write_from(buf, 100, file_offset=PAGE + 7, buffer_offset=7, sync=True)
+        assert_same(racing.medium(), expected, "the medium, after a write through the cache")
+        racing.close()
+
+
+@needs("loop")
+@pytest.mark.parametrize("route", ["direct", "staged"])
+@pytest.mark.parametrize("size", [512, 2560, PAGE + 1024])
+def test_blocks_that_are_no_pages_are_written_as_a_whole(tmp_path, buf, engine, route, size):
+    """A write that begins and ends at blocks has no edges: nothing of it is in the page cache."""
+    with loop_device(tmp_path / "image", 1 << 20) as device:
+        fill(fd := os.open(device, os.O_RDWR), pattern(1 << 20, 1))
+        drop_cache(fd)
+        buf.pwrite(pattern(LIMIT, 2), 0)
+        with dmabuf.open(device, "r+", engine=engine) as file:
+            where = {"file_offset": 512 * 13, "buffer_offset": 1024}
+            record = file.write_from(buf, size, route=route, **where)
+        assert record.copied == (0 if route == "direct" else size)
+        assert cached(fd) == 0
+        expected = bytearray(pattern(1 << 20, 1))
+        expected[512 * 13 : 512 * 13 + size] = pattern(LIMIT, 2)[1024 : 1024 + size]
+        assert_same(whole(fd), expected, "the device")
+        os.close(fd)
