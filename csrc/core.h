@@ -166,6 +166,13 @@ struct dmb_result {
 int dmb_segments_check(const uint64_t *segments, size_t count, uint64_t size, int direction,
 		       size_t *ret);
 
+/*
+ * Checked segments, each that continues the one before it in the file and in the buffer joined with
+ * that, and those without bytes left out: a request of the device each costs more than the bytes.
+ * Returns how many there are, and writes them to ret (room for `count`) unless that is NULL.
+ */
+size_t dmb_segments_join(const uint64_t *segments, size_t count, uint64_t *ret);
+
 /* What checked segments reach from and to; all 0 where none has a size. */
 struct dmb_bounds {
 	uint64_t nbytes;

@@ -194,6 +194,29 @@ size_t dmb_segments_with_edges(const struct dmb_job *job, const uint64_t *segmen
 	return with;
 }
 
+size_t dmb_segments_join(const uint64_t *segments, size_t count, uint64_t *ret)
+{
+	uint64_t joined[3] = {0};
+	size_t used = 0;
+
+	for (size_t i = 0; i < count; i++) {
+		const uint64_t *segment = segments + 3 * i;
+
+		if (!segment[2])
+			continue;
+		if (used && segment[0] == joined[0] + joined[2] &&
+		    segment[1] == joined[1] + joined[2]) {
+			joined[2] += segment[2];
+		} else {
+			memcpy(joined, segment, sizeof(joined));
+			used++;
+		}
+		if (ret)
+			memcpy(ret + 3 * (used - 1), joined, sizeof(joined));
+	}
+	return used;
+}
+
 void dmb_segments_bounds(const uint64_t *segments, size_t count, struct dmb_bounds *ret)
 {
 	struct dmb_bounds bounds = {.file_start = UINT64_MAX, .buffer_start = UINT64_MAX};

@@ -58,8 +58,30 @@ static void overlaps(void)
 	CHECK_SEGMENTS(DMB_READ, 0, 0, 0, 0, 10, 5, 10, 10);
 }
 
+static void joins(void)
+{
+	const uint64_t segments[] = {
+		0,  100, 10,		 /* the next one continues it in both */
+		10, 110, 10, 0,	 0,   0, /* and one without bytes is left out */
+		20, 120, 5,  25, 200, 5, /* in the file only */
+		40, 205, 5,		 /* in the buffer only */
+		35, 200, 5,		 /* before it */
+		40, 205, 5,
+	};
+	const uint64_t expected[] = {0, 100, 25, 25, 200, 5, 40, 205, 5, 35, 200, 10};
+	uint64_t joined[24];
+
+	context("joins", 0);
+	CHECK_EQUAL(dmb_segments_join(segments, 8, NULL), 4);
+	CHECK_EQUAL(dmb_segments_join(segments, 8, joined), 4);
+	CHECK(!memcmp(joined, expected, sizeof(expected)));
+	CHECK_EQUAL(dmb_segments_join(segments + 6, 1, joined), 0);
+	CHECK_EQUAL(dmb_segments_join(NULL, 0, NULL), 0);
+}
+
 int main(void)
 {
+	joins();
 	ranges(DMB_READ);
 	ranges(DMB_WRITE);
 	overlaps();

@@ -231,6 +231,8 @@ class Engine:
         "this engine belongs to the thread that made it: make one there, or use the default "
         "engine, which serves every thread"
     )
+    joins = True
+    """Whether neighbouring segments of an array become one request."""
     _flags = 0  # DMB_RING_EMULATE_NATIVE, where a test wants the native route without its kernel
 
     def __init__(

@@ -414,7 +414,8 @@ class File:
         if self._target.stream:
             text = f"{self._target.stream} has no offsets: use read_into and write_from"
             raise os_error(errno.ESPIPE, text, self._target.path)
-        with span.many(buffer, segments, direction) as ranges:
+        join = self._target.engine.joins
+        with span.many(buffer, segments, direction, join=join) as ranges:
             yield ranges
 
     def _check(self, direction: Direction, buffer: Buffer) -> None:

@@ -22,7 +22,7 @@ class Span(NamedTuple):
     """Segments, and what they reach from and to; all in bytes."""
 
     segments: Any
-    """uint64_t[], three for each segment: file offset, buffer offset, size."""
+    """uint64_t[], three for each segment: file offset, buffer offset, size; neighbours joined."""
     count: int  # type: ignore[assignment] # of segments; hides what tuples count with
     nbytes: int
     file_start: int
@@ -31,6 +31,8 @@ class Span(NamedTuple):
     buffer_end: int
     whole: bool = False
     """Whether a read that meets the end of the file is an error, as it is for segments."""
+    asked: Any = None
+    """uint64_t[], the segments as the caller gave them; None for one range."""
 
     @property
     def file_size(self) -> int:
@@ -52,6 +54,15 @@ class Span(NamedTuple):
             reached = max(reached, offset + min(size, nbytes))
             nbytes -= size
         return reached
+
+    def asked_index(self, nbytes: int) -> int:
+        """Return the index of the caller's segment that holds the byte after the first `nbytes`."""
+        sizes = () if self.asked is None else range(2, len(self.asked), 3)
+        for index, at in enumerate(sizes):
+            if nbytes < self.asked[at]:
+                return index
+            nbytes -= self.asked[at]
+        return 0
 
     def file_offset(self, nbytes: int) -> int:
         """Where in the file the byte after the first `nbytes` of the segments lies."""
@@ -81,8 +92,12 @@ def single(buffer: Buffer, file_offset: int, buffer_offset: int, size: int) -> S
 
 
 @contextmanager
-def many(buffer: Buffer, segments: Any, direction: Direction) -> Iterator[Span]:
+def many(
+    buffer: Buffer, segments: Any, direction: Direction, *, join: bool = True
+) -> Iterator[Span]:
     """An array of ranges, which is held, so that it cannot be resized, until the block ends.
+
+    Ranges that follow each other in the file and in the buffer are joined, unless `join` is false.
 
     Raises:
         TypeError, ValueError: it is no array of triples, or one of them is wrong; says which.
@@ -96,15 +111,20 @@ def many(buffer: Buffer, segments: Any, direction: Direction) -> Iterator[Span]:
             raise _refusal(-rc, bad[0], array, buffer)
         bounds = ffi.new("struct dmb_bounds *")
         lib.dmb_segments_bounds(array, count, bounds)
+        moved, left = array, count
+        if join and (left := lib.dmb_segments_join(array, count, ffi.NULL)) < count:
+            moved = ffi.new("uint64_t[]", 3 * left)
+            lib.dmb_segments_join(array, count, moved)
         yield Span(
-            array,
-            count,
+            moved,
+            left,
             bounds.nbytes,
             bounds.file_start,
             bounds.file_end,
             bounds.buffer_start,
             bounds.buffer_end,
             whole=True,
+            asked=array,
         )
 
 

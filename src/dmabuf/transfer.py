@@ -253,7 +253,8 @@ def _carry(target: Target, order: Order, begun: float) -> Steps[Transfer]:
         chosen = plan(target, order)
         if order.span.nbytes == 0 or _starts_past_the_end(target, order):
             if order.span.nbytes and order.span.whole:
-                raise ShortReadError(f"{target.path} ends before segment 0", 0, 0)
+                first = order.span.asked_index(0)
+                raise ShortReadError(f"{target.path} ends before segment {first}", first, 0)
             record = _record(chosen, chosen.route, chosen.reason, NOTHING, begun)
             return replace(record, audited=_not_audited(order, audit.NOTHING))
         yield from _await_fences(target, order, chosen, begun)
@@ -271,8 +272,9 @@ def _carry(target: Target, order: Order, begun: float) -> Steps[Transfer]:
     if outcome.error:
         raise _failure(target, order, chosen, outcome)
     if outcome.short_segment >= 0 and order.span.whole:
-        text = f"{target.path} ends inside segment {outcome.short_segment}"
-        raise ShortReadError(text, outcome.short_segment, outcome.nbytes)
+        index = order.span.asked_index(outcome.nbytes)
+        text = f"{target.path} ends inside segment {index}"
+        raise ShortReadError(text, index, outcome.nbytes)
     route, reason = _judge(target, order, chosen, outcome, known)
     return replace(_record(chosen, route, reason, outcome, begun), audited=audited)
 

@@ -135,15 +135,16 @@ def test_write_is_pwrite(sink, buf, where, route, old_size, sync):
 @st.composite
 def _segments(draw):
     count = draw(st.integers(0, 15))
-    triples, position = [], 0
+    triples, position, slot = [], 0, 0
     for _ in range(count):
         size = draw(st.sampled_from([0, 1, 511, 512, 4096, 4097, 20000, 65536]))
         position += draw(st.sampled_from([0, 0, 1, 512, 3584, 4096]))
-        slot = draw(st.sampled_from([0, 1, 4, 512, 4096])) + 70000 * len(triples)
+        slot += draw(st.sampled_from([0, 0, 1, 4, 512, 4096, 70000]))
         if position + size > SIZE or slot + size > BUFFER:
             break
         triples.append((position, slot, size))
         position += size
+        slot += size
     return draw(st.permutations(triples))
 
 
@@ -194,6 +195,29 @@ def test_write_segments_is_pwritev(sink, buf, triples, route, as_array):
         return
     assert_same(whole(fd), bytes(expected), f"the file after {transfer}")
     assert transfer.nbytes == sum(size for _, _, size in triples)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("size", [PAGE, 100])
+@pytest.mark.parametrize("verb", ["read", "write"])
+def test_segments_that_continue_each_other_are_one_request(source, sink, buf, route, size, verb):
+    triples = [(PAGE + size * n, size * n, size) for n in range(64 * PAGE // size)]
+    data, out = pattern(SIZE, 1), poison(BUFFER)
+    file, fd = source if verb == "read" else sink
+    buf.pwrite(out, 0)
+    nbytes = len(triples) * size
+    if verb == "read":
+        record = file.read_segments(buf, _as_flat(triples), route=route)
+        assert_same(buf.pread(nbytes, 0), data[PAGE : PAGE + nbytes], "the buffer")
+    else:
+        os.ftruncate(fd, 0)
+        record = file.write_segments(buf, _as_flat(triples), route=route)
+        assert_same(whole(fd), bytes(PAGE) + out[:nbytes], "the file")
+    with dmabuf.allocate(BUFFER, exporter="memfd") as one:
+        move = file.read_into if verb == "read" else file.write_from
+        plain = move(one, nbytes, file_offset=PAGE, route=route, timeout=60)  # not alone
+    assert (record.nbytes, record.requests) == (nbytes, plain.requests)
+    assert record.route == plain.route == route
 
 
 def test_routes_as_designed(source, buf):

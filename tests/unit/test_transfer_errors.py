@@ -161,12 +161,12 @@ def test_the_first_of_several_failures_counts(path, engine, buf):
         Filter(engine, judge),
         pytest.raises(OSError) as caught,
     ):
-        file.read_segments(buf, _pages(SIZE // PAGE))
+        file.read_segments(buf, _pages(SIZE // PAGE, apart=1))
     assert caught.value.nbytes == 3 * PAGE
 
 
-def _pages(count):
-    triples = [n for i in range(count) for n in (i * PAGE, i * PAGE, PAGE)]
+def _pages(count, apart=0):
+    triples = [n for i in range(count) for n in (i * PAGE, (i ^ apart) * PAGE, PAGE)]
     return memoryview(b"".join(n.to_bytes(8, "little") for n in triples)).cast("Q")
 
 
@@ -395,9 +395,11 @@ def test_a_failing_write_of_segments_cuts_back_to_what_is_whole(tmp_path, engine
         Filter(engine, _fails_at(errno.ENOSPC, 5 * PAGE, SIZE)),
         pytest.raises(OSError) as caught,
     ):
-        file.write_segments(buf, _pages(12))
+        file.write_segments(buf, _pages(12, apart=1))
     assert caught.value.nbytes == 5 * PAGE
-    assert_same(path.read_bytes(), poison(5 * PAGE), "the file")
+    pages = [poison(SIZE)[at : at + PAGE] for at in range(0, 6 * PAGE, PAGE)]
+    expected = b"".join(pages[i] for i in (1, 0, 3, 2, 5))
+    assert_same(path.read_bytes(), expected, "the file")
 
 
 def test_an_error_beside_another_write_cuts_off_nothing_of_it(tmp_path, engine, buf):
@@ -453,7 +455,7 @@ def test_a_file_that_cannot_be_cut_back_hides_no_error(tmp_path, engine, buf, mo
         pytest.raises(OSError) as caught,
     ):
         monkeypatch.setattr(os, "ftruncate", refusing)
-        file.write_segments(buf, _pages(12))
+        file.write_segments(buf, _pages(12, apart=1))
     assert (caught.value.errno, caught.value.nbytes) == (errno.ENOSPC, 5 * PAGE)
     assert caught.value.__notes__ == ["the file could not be cut back: Input/output error"]
 

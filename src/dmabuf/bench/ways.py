@@ -56,6 +56,7 @@ class Place:
 class Timed(Engine):
     """An engine that keeps how long each request of its last job took."""
 
+    joins = False  # each block is a request
     latencies: array[int] = array("Q")
     """Nanoseconds, in the order of the segments."""
 
