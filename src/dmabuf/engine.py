@@ -412,10 +412,13 @@ class Engine:
                 return refusal
         return None
 
-    def renew_native(self, buffer: Buffer, fd: int) -> None:
-        """Register anew what is registered of a dma-buf for a file."""
-        for ring in self._rings:
-            ring.native(buffer, fd).renew(buffer)
+    def renew_native(self, buffer: Buffer, fd: int) -> bool:
+        """Register again what is registered of a dma-buf for a file; return whether all could be.
+
+        A controller reset invalidates what was registered before it.
+        """
+        renewed = [ring.native(buffer, fd).renew(buffer) for ring in self._rings]
+        return all(renewed)
 
     def run(self, job: Job) -> Outcome:
         """Run a job to its end.

@@ -227,12 +227,15 @@ class NativeRegistration:
             self.slots[index] = slot
         return None
 
-    def renew(self, buffer: Buffer) -> None:
-        """Register anew what is registered; what is refused stays, and its requests say so."""
+    def renew(self, buffer: Buffer) -> bool:
+        """Register again what is registered; return whether none was refused."""
+        renewed = True
         for slab, slot in zip(buffer.slabs, self.slots, strict=True):
             if slot >= 0:
                 rc = self._ring.renew_dmabuf_slot(slot, slab.fd, self._fd)
-                _log.info("registered slot %d anew: %s", slot, os.strerror(-rc))
+                _log.info("registered slot %d again: %s", slot, os.strerror(-rc))
+                renewed = renewed and not rc
+        return renewed
 
     def clear(self) -> None:
         """Give the slots back."""

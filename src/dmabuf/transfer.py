@@ -34,9 +34,9 @@ from dmabuf.steps import Blocking, Fences, Steps, here
 from dmabuf.target import GONE, Target
 
 _WHY_NATIVE_FAILED = {
-    errno.ENOENT: (
-        "the device does not know the dma-buf any more (ENOENT), not even after it was registered "
-        "again: the device was removed, or its controller goes on being reset"
+    errno.ENODEV: (
+        "the device does not accept the dma-buf any more, although it was registered again: the "
+        "device was removed, or its controller is reset again and again"
     ),
     errno.EAGAIN: (
         "its exporter went on moving the dma-buf (EAGAIN), until there was no use in asking again: "
@@ -51,6 +51,15 @@ _WHY_STALE = {
     ),
 }
 """What they mean once the native route has moved the bytes."""
+RENEWALS = 16
+"""How often a transfer registers its dma-buf again: a controller may be reset many times."""
+_AFTER_RESETS = {
+    errno.ENOENT: errno.ENODEV,
+    errno.ENODEV: errno.ENODEV,
+    errno.EIO: errno.EIO,
+    errno.ECANCELED: errno.EIO,
+}
+"""What native requests answer after a controller reset, and the error where that does not end."""
 _MOSTLY_CACHED = 0.9
 """The part of a range that has to be in the page cache for prefer="fastest" to take it there."""
 
@@ -248,7 +257,7 @@ def carry(target: Target, order: Order, begun: float) -> Steps[Transfer]:
 
 
 def _carry(target: Target, order: Order, begun: float) -> Steps[Transfer]:
-    was_reset = False
+    renewals, failed = 0, (0, -1)
     while True:
         chosen = plan(target, order)
         if order.span.nbytes == 0 or _starts_past_the_end(target, order):
@@ -263,11 +272,16 @@ def _carry(target: Target, order: Order, begun: float) -> Steps[Transfer]:
         if outcome.interruption is not None:
             raise _telling(outcome.interruption, outcome.nbytes)
         _check_there(target, order, chosen, outcome)
-        if chosen.route is Route.NATIVE and outcome.error == errno.ENOENT and not was_reset:
-            # The controller was reset, and the registration went with it: once, make it again.
-            was_reset = True
-            target.engine.renew_native(order.buffer, target.direct().fd)
-        elif not outcome.error or not _learn(target, order, chosen, outcome):
+        if chosen.route is Route.NATIVE and outcome.failed_straight:
+            before, failed = failed, (outcome.error, outcome.error_offset)
+            if outcome.error in _AFTER_RESETS and renewals < RENEWALS:
+                bad_medium = outcome.error == errno.EIO and failed == before
+                renewals += 1
+                if not bad_medium and target.engine.renew_native(order.buffer, target.direct().fd):
+                    continue
+            error = _AFTER_RESETS.get(outcome.error, outcome.error)
+            outcome = outcome._replace(error=error)
+        if not outcome.error or not _learn(target, order, chosen, outcome):
             break
     if outcome.error:
         raise _failure(target, order, chosen, outcome)

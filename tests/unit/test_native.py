@@ -147,31 +147,40 @@ def test_a_storm_of_eagain_without_end(path, buf, engine):
     assert caught.value.nbytes == 0
 
 
-def test_a_controller_reset_is_registered_again_once(path, buf, engine):
-    renewed = []
-    renew = Ring.renew_dmabuf_slot
+RESETS = {
+    errno.ENOENT: errno.ENODEV,
+    errno.ENODEV: errno.ENODEV,
+    errno.EIO: errno.EIO,
+    errno.ECANCELED: errno.EIO,
+}
+"""What requests answer after a controller reset, and the error where that goes on."""
 
-    def renewing(ring, *slot):
-        renewed.append(slot)
-        return renew(ring, *slot)
 
-    resets = [1]
+def resetting(resets, number):
+    """A filter by which the controller is reset under so many requests, each at another offset."""
 
     def answer(completion):
-        if completion.straight and resets[0]:
-            resets[0] -= 1
-            return -errno.ENOENT
+        if completion.straight and len(seen) < resets and completion.offset not in seen:
+            seen.append(completion.offset)
+            return -number
         return completion.result
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Ring, "renew_dmabuf_slot", renewing)
-        with dmabuf.open(path, engine=engine) as file, Filter(engine, answer):
-            assert file.read_into(buf).route is Route.NATIVE
-            assert len(renewed) == 1
-            resets[0] = 1
-            buf.pwrite(poison(SIZE), 0)
-            assert file.read_into(buf).nbytes == SIZE
-            assert len(renewed) == 2
+    seen = []
+    return answer
+
+
+@pytest.mark.parametrize("number", RESETS)
+@pytest.mark.parametrize("verb", ["read", "write"])
+def test_many_controller_resets_in_one_transfer(path, buf, verb, number):
+    """The dma-buf is registered again after each, up to 16 times."""
+    with (
+        Emulating(backend="threads", queue_depth=1, block_size=8192) as engine,
+        dmabuf.open(path, "r+", engine=engine) as file,
+        Filter(engine, resetting(16, number)),
+    ):
+        move = file.read_into if verb == "read" else file.write_from
+        record = move(buf)
+        assert (record.route, record.nbytes) == (Route.NATIVE, SIZE)
     assert content(buf) == path.read_bytes()
 
 
@@ -196,16 +205,12 @@ def test_a_reset_under_many_threads(path):
     part, data = 36 * 1024, path.read_bytes()
 
     def read(number):
-        at, done = number * part, 0
-        while done < 50:
+        at = number * part
+        for _ in range(50):
             os.pwrite(fd, poison(part), at)
-            try:
-                transfer = file.read_into(buf, part, file_offset=at, buffer_offset=at)
-            except FileNotFoundError:  # twice in one transfer
-                continue
+            transfer = file.read_into(buf, part, file_offset=at, buffer_offset=at)
             assert transfer.route is Route.NATIVE
             assert_same(os.pread(fd, part, at), data[at : at + part], "a part")
-            done += 1
 
     fd = memory(SIZE)
     with (
@@ -221,14 +226,17 @@ def test_a_reset_under_many_threads(path):
     assert resets[0] == 100
 
 
-def test_a_device_that_is_gone(path, buf, engine):
+@pytest.mark.parametrize(("number", "expected"), RESETS.items())
+def test_a_device_that_is_gone(path, buf, engine, number, expected):
     def answer(completion):
-        return -errno.ENOENT if completion.straight else completion.result
+        return -number if completion.straight else completion.result
 
     with dmabuf.open(path, engine=engine) as file, Filter(engine, answer):
-        with pytest.raises(FileNotFoundError, match="the device was removed, or") as caught:
+        with pytest.raises(OSError) as caught:
             file.read_into(buf)
-        assert caught.value.filename == str(path)
+        error = caught.value
+        assert (error.errno, error.filename, error.nbytes) == (expected, str(path), 0)
+        assert expected != errno.ENODEV or "the device was removed, or" in str(error)
         buf.pwrite(poison(SIZE), 0)
     with dmabuf.open(path, engine=engine) as file:
         assert file.read_into(buf).route is Route.NATIVE
