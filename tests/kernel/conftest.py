@@ -35,7 +35,7 @@ def no_dma_buf_is_left() -> Iterator[None]:
 
 def settled(look: Callable[[], object], expected: object) -> object:
     """What is seen at last: the kernel lets the last reference go a moment later."""
-    for _ in range(50):
+    for _ in range(1500):
         if look() == expected:
             break
         time.sleep(0.02)
@@ -115,8 +115,10 @@ def native(buffer: dmabuf.Buffer, engine: dmabuf.Engine | None = None) -> bool:
 def without_native(file: dmabuf.File, buffer: dmabuf.Buffer) -> Iterator[None]:
     """As if the kernel could not, for what is tested of the next routes."""
     file._target._no_native[buffer] = "left out of this test"
-    yield
-    del file._target._no_native[buffer]
+    try:
+        yield
+    finally:
+        del file._target._no_native[buffer]
 
 
 @contextlib.contextmanager

@@ -210,7 +210,7 @@ def test_references_that_go_while_the_store_looks_for_them(path: Path, kind: str
             store.usage()
         held.put(None)
         closing.join()
-        assert store.usage().charged == 0
+        assert settled(lambda: store.usage().charged, 0) == 0
 
 
 @everything

@@ -55,25 +55,25 @@ def test_memory_less_aligned_than_the_blocks(verb, injected):
     """Linux 6.12 refuses such memory where it is registered, and takes it where it is not."""
     path, size, at = os.environ["DMABUF_TEST_NVME1"], 17 << 16, 512
     refusals = [-errno.EINVAL] if injected else []
-    reference = os.open(path, os.O_RDWR)
     with (
+        open(path, "r+b", buffering=0) as reference,
         dmabuf.allocate(size + PAGE, exporter="udmabuf") as buffer,
         Engine(queue_depth=4, block_size="16KiB") as engine,
         dmabuf.open(path, "r+", engine=engine) as file,
+        without_native(file, buffer),
         Filter(engine, lambda done: refusals.pop() if refusals else done.result),
     ):
         compare = read_and_compare if verb == "read" else write_and_compare
         for _ in range(2):
             how = {"buffer_offset": at, "require": "zero-copy"}
             how |= {"limit": 2 * size} if verb == "write" else {}
-            done = compare(file, reference, buffer, size, **how)
+            done = compare(file, reference.fileno(), buffer, size, **how)
             assert (done.route, done.copied) == (Route.DIRECT, 0)
             told = "less aligned than the file's blocks" in done.registration
             assert done.registered != told
             assert told or not injected
-        aligned = compare(file, reference, buffer, size, **(how | {"buffer_offset": 0}))
+        aligned = compare(file, reference.fileno(), buffer, size, **(how | {"buffer_offset": 0}))
         assert aligned.registered and aligned.copied == 0
-    os.close(reference)
 
 
 # -- bad sectors
