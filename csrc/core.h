@@ -131,8 +131,8 @@ struct dmb_job {
 	/* 1 where fd's file is nothing but page cache (tmpfs): then one such thread of the kernel's
 	   copies all, unless several are asked for */
 	uint32_t in_memory;
-	/* 1 where the kernel leaves the page cache alone when an asynchronous O_DIRECT write of fd
-	   is done (block devices, FUSE): then the batch drops the written range from it */
+	/* 1 where the kernel may leave the page cache alone when an asynchronous O_DIRECT write of
+	   fd is done (block devices, FUSE): then the batch drops the written range from it */
 	uint32_t stale_cache;
 	/* where fd is an NVMe namespace's character device; 0 elsewhere. io_uring needs a ring made
 	   with DMB_RING_PASSTHROUGH. file_size and a write's segments are multiples of the block,

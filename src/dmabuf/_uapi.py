@@ -130,7 +130,7 @@ MEMORY_FILESYSTEMS = {
 EXT4 = 0xEF53
 HONEST_ABOUT_DIRECT_IO = {EXT4, 0x58465342}  # and xfs
 BTRFS = 0x9123683E
-FUSE = 0x65735546
+DROP_AFTER_DIRECT_WRITES = HONEST_ABOUT_DIRECT_IO | {BTRFS}  # iomap_dio_complete, in fs/iomap
 
 # <linux/fs.h>
 FS_IOC_GETFLAGS = _ioc(2, "f", 1, struct.calcsize("l"))  # though it is an int that comes

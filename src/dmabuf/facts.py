@@ -51,7 +51,10 @@ class Direct(NamedTuple):
     in_memory: bool = False
     """Whether the file is nothing but page cache, as on tmpfs."""
     stale_cache: bool = False
-    """Whether the kernel leaves old bytes in the page cache when an asynchronous write is done."""
+    """Whether old bytes may be in the page cache when an asynchronous write is done.
+
+    So it is on block devices and FUSE, and unknown of most filesystems.
+    """
 
 
 def kind_of(mode: int) -> Kind | None:
@@ -120,7 +123,7 @@ def open_direct(fd: int, kind: Kind, writable: bool, readable: bool) -> Direct:
         alignment = alignment._replace(memory=max(alignment.memory, PAGE))
     by_workers = kind == "block device" and _waits(direct)
     no_writes = _why_no_writes(fd) if kind == "file" else None
-    stale_cache = kind == "block device" or lib.dmb_statfs_type(fd) == _uapi.FUSE
+    drops = kind == "file" and lib.dmb_statfs_type(fd) in _uapi.DROP_AFTER_DIRECT_WRITES
     return Direct(
         direct,
         alignment,
@@ -129,7 +132,7 @@ def open_direct(fd: int, kind: Kind, writable: bool, readable: bool) -> Direct:
         by_workers,
         no_writes,
         on_zram,
-        stale_cache=stale_cache,
+        stale_cache=not drops,
     )
 
 

@@ -4,6 +4,7 @@ All need root, and the device or the program: each says so where it is skipped.
 """
 
 import asyncio
+import contextlib
 import errno
 import mmap
 import os
@@ -15,8 +16,9 @@ import pytest
 import dmabuf
 from dmabuf import Engine, Route, aio
 from dmabuf._loop import loop_engine
+from dmabuf.engine import default_engine
 from dmabuf.facts import Alignment
-from tests.guards import needs
+from tests.guards import demand, needs
 from tests.support import (
     PAGE,
     Filter,
@@ -33,6 +35,7 @@ from tests.support import (
     whole,
     zram,
 )
+from tests.unit.cached_fuse import cached_fuse
 
 MIB = 1 << 20
 LIMIT = 300 << 10
@@ -330,21 +333,21 @@ def test_ext4_that_journals_data_is_not_called_direct(tmp_path, buf):
         assert_same(buf.pread(LIMIT, 0), pattern(LIMIT, 1), "the buffer")
 
 
-# -- what others read of a block device while it is written
+# -- what others read of a target while it is written
 
 
 class Racing:
-    """A reader of a loop device whose reads begin before each write is done, and end after it.
+    """A reader of a target whose reads begin before each write is done, and end after it.
 
-    The page cache then has what the device held before, as the filter of an engine arranges by the
-    image below the device. `mapped`: the reader has mapped the device, so its pages stay in use.
+    The page cache then has what the target held before, as the filter of an engine arranges by the
+    image below the target. `mapped`: the reader has mapped the target, so its pages stay in use.
     """
 
-    def __init__(self, tmp_path, device, mapped):
-        self._image = os.open(tmp_path / "image", os.O_RDWR)
-        self.plain = os.open(device, os.O_RDWR)
-        self._map = mmap.mmap(self.plain, len(whole(self.plain))) if mapped else None
+    def __init__(self, image, target, mapped):
+        self._image = os.open(image, os.O_RDWR)
+        self.plain = os.open(target, os.O_RDWR)
         self._old = whole(self.plain)
+        self._map = mmap.mmap(self.plain, len(self._old)) if mapped else None
 
     def __call__(self, completion):
         size, offset = completion.size, completion.offset
@@ -358,7 +361,7 @@ class Racing:
         return completion.result
 
     def medium(self):
-        """What the device holds, whatever the page cache has."""
+        """What the target holds, whatever the page cache has."""
         return whole(self._image)
 
     def close(self):
@@ -368,27 +371,53 @@ class Racing:
         os.close(self.plain)
 
 
-def _by_file(device, buffer, size, racing, route):
+@pytest.fixture(params=["loop", "fuse"])
+def racing(request, tmp_path):
+    """(path, a function that begins the race): a target of 1 MiB that others read."""
+    demand("io_uring", *(("loop",) if request.param == "loop" else ("fuse", "pyfuse3")))
+    image, racers = tmp_path / "image", []
+    with contextlib.ExitStack() as stack:
+        if request.param == "loop":
+            path = stack.enter_context(loop_device(image, 1 << 20))
+            image.write_bytes(pattern(1 << 20, 1))
+        else:
+            image.write_bytes(pattern(1 << 20, 1))
+            path = stack.enter_context(cached_fuse(image, tmp_path / "mount"))
+
+        def begin(mapped):
+            racers.append(Racing(image, path, mapped))
+            return racers[-1]
+
+        yield path, begin
+        for racer in racers:
+            racer.close()
+
+
+def _by_file(target, buffer, size, racer, route):
     with (
         Engine(queue_depth=4, block_size="64KiB") as engine,
-        Filter(engine, racing),
-        dmabuf.open(device, "r+", engine=engine) as file,
+        Filter(engine, racer),
+        dmabuf.open(target, "r+", engine=engine) as file,
     ):
         record = file.write_from(buffer, size, file_offset=PAGE, route=route)
         assert record.route == (route or Route.DIRECT)
 
 
-def _by_aio(device, buffer, size, racing, route):
+def _by_aio(target, buffer, size, racer, route):
     async def write():
-        async with await aio.open(device, "r+") as file:
-            with Filter(await loop_engine(), racing):
+        async with await aio.open(target, "r+") as file:
+            with Filter(await loop_engine(), racer):
                 for _ in range(2):  # the second of a lone request goes by a lane
                     await file.write_from(buffer, size, file_offset=PAGE, route=route)
 
     asyncio.run(write())
 
 
-@needs("loop", "io_uring")
+def _by_copy(target, buffer, size, racer, _route):
+    with Filter(default_engine(), racer):
+        dmabuf.copy(buffer, target, size=size, dst_offset=PAGE)
+
+
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize(
     ("move", "size", "route"),
@@ -398,25 +427,21 @@ def _by_aio(device, buffer, size, racing, route):
         pytest.param(_by_file, 3 * 512, "staged", id="blocks"),
         pytest.param(_by_aio, LIMIT - 300, None, id="aio"),
         pytest.param(_by_aio, PAGE, None, id="aio, one request"),
+        pytest.param(_by_copy, LIMIT - 300, None, id="copy"),
     ],
 )
-def test_what_others_read_of_a_device_meanwhile_is_not_stale(
-    tmp_path, buf, move, size, route, mapped
-):
-    with loop_device(tmp_path / "image", 1 << 20) as device:
-        fill(fd := os.open(device, os.O_RDWR), pattern(1 << 20, 1))
-        os.close(fd)
-        buf.pwrite(pattern(LIMIT, 2), 0)
-        racing = Racing(tmp_path, device, mapped)
-        move(device, buf, size, racing, route)
-        expected = bytearray(pattern(1 << 20, 1))
-        expected[PAGE : PAGE + size] = pattern(LIMIT, 2)[:size]
-        assert_same(racing.medium(), expected, "the medium")
-        assert_same(whole(racing.plain), expected, "the page cache")
-        with dmabuf.open(device, "r+") as file:
-            file.write_from(buf, 100, file_offset=PAGE + 7, buffer_offset=7, sync=True)
-        assert_same(racing.medium(), expected, "the medium, after a write through the cache")
-        racing.close()
+def test_what_others_read_meanwhile_is_not_stale(racing, buf, move, size, route, mapped):
+    target, begin = racing
+    buf.pwrite(pattern(LIMIT, 2), 0)
+    racer = begin(mapped)
+    move(target, buf, size, racer, route)
+    expected = bytearray(pattern(1 << 20, 1))
+    expected[PAGE : PAGE + size] = pattern(LIMIT, 2)[:size]
+    assert_same(racer.medium(), expected, "the medium")
+    assert_same(whole(racer.plain), expected, "the page cache")
+    with dmabuf.open(target, "r+") as file:
+        file.write_from(buf, 100, file_offset=PAGE + 7, buffer_offset=7, sync=True)
+    assert_same(racer.medium(), expected, "the medium, after a write through the cache")
 
 
 @needs("loop")
