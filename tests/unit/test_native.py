@@ -17,7 +17,18 @@ from dmabuf import Route, _uapi
 from dmabuf._ffi import lib
 from dmabuf.buffer import Buffer, Slab
 from dmabuf.ring import Ring
-from tests.support import PAGE, Filter, assert_same, exercise, pattern, poison, together
+from tests.guards import needs
+from tests.support import (
+    PAGE,
+    Filter,
+    assert_same,
+    exercise,
+    loop_device,
+    mounted,
+    pattern,
+    poison,
+    together,
+)
 from tests.unit.fake_kernel import FakeKernel
 
 SIZE = 300 * 1024
@@ -397,3 +408,22 @@ def test_more_slabs_than_the_table_has_slots(path, engine):
         ring._free_buffers.append(kept[-1])
         assert file.read_into(many).route is Route.NATIVE
         assert content(many) == path.read_bytes()[: many.size]
+
+
+@needs("ext4")
+@pytest.mark.parametrize("size", [512, 2560, PAGE + 1024])
+def test_blocks_that_are_no_pages_are_written_as_a_whole(tmp_path, far, engine, size):
+    """They have no edges, so nothing is left for the CPU, which cannot map this buffer."""
+    with (
+        loop_device(tmp_path / "image", 16 << 20) as device,
+        mounted(device, "ext4", tmp_path / "mount") as folder,
+    ):
+        path = folder / "file"
+        path.write_bytes(pattern(SIZE, 1))
+        expected = bytearray(pattern(SIZE, 1))
+        expected[512 * 13 : 512 * 13 + size] = content(far)[1024 : 1024 + size]
+        with dmabuf.open(path, "r+", engine=engine) as file:
+            where = {"file_offset": 512 * 13, "buffer_offset": 1024}
+            record = file.write_from(far, size, route="native", **where)
+        assert (record.route, record.nbytes, record.copied) == (Route.NATIVE, size, 0)
+        assert_same(path.read_bytes(), bytes(expected), "the file")
