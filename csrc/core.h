@@ -285,7 +285,7 @@ int64_t dmb_statfs_type(int fd);
 /* How many pages of a range are in the page cache: cachestat(2), Linux 6.5. */
 int dmb_cachestat(int fd, uint64_t offset, uint64_t size, uint64_t *ret);
 /* fallocate(2), which unlike posix_fallocate(3) never writes zeros itself. */
-int dmb_fallocate(int fd, uint64_t offset, uint64_t size);
+int dmb_fallocate(int fd, uint64_t offset, uint64_t size, int keep_size);
 /* fallocate(2) with FALLOC_FL_PUNCH_HOLE: a memory file's first bytes, which are zeros then. */
 int dmb_punch(int fd, uint64_t size);
 /* madvise(MADV_POPULATE_WRITE), Linux 5.14: page tables filled at once. */

@@ -93,9 +93,11 @@ bool dmb_drop_range(int fd, uint64_t *at, uint64_t end)
 	return true;
 }
 
-int dmb_fallocate(int fd, uint64_t offset, uint64_t size)
+int dmb_fallocate(int fd, uint64_t offset, uint64_t size, int keep_size)
 {
-	return fallocate(fd, 0, (off_t)offset, (off_t)size) ? -errno : 0;
+	const int how = keep_size ? FALLOC_FL_KEEP_SIZE : 0;
+
+	return fallocate(fd, how, (off_t)offset, (off_t)size) ? -errno : 0;
 }
 
 int dmb_punch(int fd, uint64_t size)

@@ -12,11 +12,11 @@ import time
 from typing import Any, NamedTuple, cast
 
 from dmabuf import stream
-from dmabuf._ffi import failure, lib
 from dmabuf._leg import Tally
 from dmabuf.buffer import Buffer
 from dmabuf.errors import ShortReadError, os_error
 from dmabuf.file import File
+from dmabuf.growth import Growth
 from dmabuf.route import Plan, Prefer, Question, Require, Route, choose
 from dmabuf.steps import stopping
 
@@ -164,7 +164,7 @@ class Sink:
         self.begun = False
         """Whether anything of the file may have changed."""
         self._emptied = emptied
-        self._old_size: int | None = None
+        self._growth: Growth | None = None
         if self.in_order:
             _refuse_offset(offset, self.in_order, self.name)
 
@@ -196,17 +196,14 @@ class Sink:
             return
         if self._emptied:
             os.ftruncate(fd, 0)
-        old = os.fstat(fd).st_size
-        start = max(old, self.offset)
-        if total is None or self.offset + total <= start:
+        if total is None:
             return
-        self._old_size = old
-        rc = lib.dmb_fallocate(fd, start, self.offset + total - start)
-        if rc and -rc not in (errno.EOPNOTSUPP, errno.ENOSYS):
-            os.ftruncate(fd, old)
+        self._growth = Growth(fd, self.name)
+        try:
+            self._growth.allocate([(self.offset, self.offset + total)])
+        except OSError:
             self.begun = False
-            text = f"allocating the {total} bytes of the copy, before anything was written"
-            raise _telling(failure(-rc, text, self.name), 0)
+            raise
 
     def write(self, buffer: Buffer, at: int, size: int) -> None:
         """Write `size` bytes from the buffer's offset `at`; an error tells its `nbytes`."""
@@ -218,9 +215,8 @@ class Sink:
 
     def cut(self, end: int) -> None:
         """Take back what was allocated past file offset `end` and did not come."""
-        fd = self.file.fileno()
-        if self._old_size is not None and max(self._old_size, end) < os.fstat(fd).st_size:
-            os.ftruncate(fd, max(self._old_size, end))
+        if self._growth is not None:
+            self._growth.cut(end)
 
     def flush(self) -> None:
         """Return when the bytes are on the medium; nothing to do for a stream."""

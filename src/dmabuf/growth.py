@@ -1,11 +1,20 @@
-"""Growth: the length of a file that is written past its end, and cut back where that fails.
+"""Allocate room for a write past the end of a regular file, and give it back where the write fails.
 
-ext4 of Linux 7.3 was seen to lose what O_DIRECT wrote on a disk without a free block: where it
-cannot split an extent at the end of one request, it zeroes the rest of it, and another request may
-be writing there (tests/kernel/ext4_zeroes.py shows it; docs/kernels.md). A disk that is only full
-keeps a reserve for such splits. What takes that away are blocks that were freed and allocated anew
-before the journal has committed that they are free. So where room is short, all of a write's blocks
-are allocated here, one write after the other, and what is cut off is committed at once.
+Blocks are allocated before the first byte is written, because a write that grows the file is slower
+than one that does not, and because a disk that is too small is then reported before anything
+changes.
+
+The room is given back only while the file still ends where this write's allocation made it end:
+anything longer is another writer's work. It is never cut below the place where this write's own
+allocation begins. Between that check and ftruncate(2) another program can still append; the kernel
+has no call that does both at once. Writers of this process are kept out by a lock per file.
+
+On ext4 of Linux 7.3, O_DIRECT writes into holes can lose bytes on a disk without a free block: when
+the kernel cannot split an extent at the end of a request it zeroes the rest of that extent, where
+another request may be writing (tests/kernel/ext4_zeroes.py, docs/kernels.md). A disk that is merely
+full keeps a reserve for such splits, unless blocks were freed whose release the journal has not yet
+committed. So where room is short, the holes of the range are allocated too, and a cut is committed
+at once.
 """
 
 from __future__ import annotations
@@ -13,80 +22,146 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from weakref import WeakValueDictionary
 
 from dmabuf import _uapi
 from dmabuf._ffi import failure, lib
 
+Range = tuple[int, int]
+"""Where a part of a file begins and ends, in bytes."""
+
+_PLENTY = 64 << 20
+"""Free bytes of a disk beyond a write's size with which its room is not short."""
+
 
 class Growth:
-    """The writes under way on one open file, so that one that fails cuts off no other's bytes."""
+    """The room that one write allocates past the end of a regular file."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._running: dict[object, int] = {}  # how far each write reaches
-        self._kept = 0  # what was there before the first of them, or was written by one since
-        self._longest = 0  # how long they made the file
+    def __init__(self, fd: int, path: str) -> None:
+        self._fd = fd
+        self._path = path
+        self._lock = _lock_of(fd)
+        self._start = self._end = 0
 
-    @property
-    def running(self) -> bool:
-        """Whether a write is under way that would cut the file back if it failed."""
-        return bool(self._running)
+    def allocate(self, ranges: Iterable[Range]) -> None:
+        """Allocate blocks for the ranges, and make the file long enough for the last one.
 
-    @contextmanager
-    def growing(
-        self, fd: int, path: str, start: int, end: int, reached: Callable[[int], int]
-    ) -> Iterator[None]:
-        """A regular file long enough for a write of [start, end) while the block runs.
-
-        Args:
-            fd: the file.
-            path: for the error.
-            start: where the write begins, in bytes.
-            end: where it ends.
-            reached: how far in the file the first so many bytes of the write reach.
-
-        Where the block raises, the file is cut back to the larger of its old size and what its
-        writes have reached, by the exception's `nbytes`; other writes' bytes stay.
+        Raises:
+            OSError: with `nbytes` 0; the file has its old size.
         """
-        me = object()
+        wanted = _joined(ranges)
+        if not wanted:
+            return
+        with self._lock:
+            status = os.fstat(self._fd)
+            size, end = status.st_size, wanted[-1][1]
+            if not _short_of_room(self._fd, status, sum(stop - start for start, stop in wanted)):
+                wanted = [(max(start, size), stop) for start, stop in wanted if stop > size]
+            if end > size:
+                self._start, self._end = max(wanted[0][0], size), end
+            if wanted:
+                allocate(self._fd, self._path, wanted, size)
+
+    def cut(self, end: int) -> None:
+        """Give back what this write allocated past file offset `end`.
+
+        Raises:
+            OSError: ftruncate(2) failed, with the path.
+        """
+        wanted = max(self._start, end)
+        if wanted >= self._end:
+            return
         try:
             with self._lock:
-                status = os.fstat(fd)
-                size = status.st_size
-                if not self._running:
-                    self._kept = self._longest = size
-                self._running[me] = end
-                self._longest = max(self._longest, end)
-                first = start if _short_of_room(fd, status, end - start) else max(size, start)
-                if first < end:  # where this fails it may have grown the file all the same (ext4)
-                    allocate(fd, path, first, end, size)
-            yield
-        except BaseException as error:
-            with self._lock:
-                self._finish(me, reached(getattr(error, "nbytes", 0)))
-                try:
-                    self._cut(fd)
-                except OSError as refused:  # of a filesystem whose device is gone: no news
-                    error.add_note(f"the file could not be cut back: {refused.strerror}")
-            raise
-        with self._lock:
-            self._finish(me, end)
+                if os.fstat(self._fd).st_size != self._end:
+                    return
+                os.ftruncate(self._fd, wanted)
+            if _is_ext4(self._fd):
+                os.fsync(self._fd)
+        except OSError as error:
+            text = f"cutting the file back to {wanted} bytes"
+            raise failure(error.errno or errno.EIO, text, self._path) from None
 
-    def _finish(self, me: object, whole: int) -> None:
-        self._running.pop(me, None)
-        self._kept = max(self._kept, whole)
-
-    def _cut(self, fd: int) -> None:
-        wanted = max(self._kept, *self._running.values(), 0)
-        if wanted < os.fstat(fd).st_size <= self._longest:  # longer: somebody else's bytes
-            os.ftruncate(fd, wanted)
-            if _is_ext4(fd):
-                os.fsync(fd)
+    def cut_after(self, failed: BaseException, end: int) -> None:
+        """Give back what lies past `end` because the write failed; a failure to is only noted."""
+        try:
+            self.cut(end)
+        except OSError as error:
+            failed.add_note(f"the file could not be cut back: {os.strerror(error.errno or 0)}")
 
 
-_PLENTY = 64 << 20  # bytes
+@contextmanager
+def growing(
+    fd: int, path: str, ranges: Iterable[Range], reached: Callable[[int], int]
+) -> Iterator[None]:
+    """Make a regular file long enough for a write while the block runs.
+
+    Args:
+        fd: the file.
+        path: for errors.
+        ranges: what is going to be written.
+        reached: returns how far in the file the first so many bytes of the write reach.
+
+    Where the block raises, the room past the written part is given back. The written part is the
+    exception's `nbytes`.
+    """
+    growth = Growth(fd, path)
+    try:
+        growth.allocate(ranges)
+        yield
+    except BaseException as error:
+        growth.cut_after(error, reached(getattr(error, "nbytes", 0)))
+        raise
+
+
+def allocate(fd: int, path: str, ranges: list[Range], size: int) -> None:
+    """Allocate blocks for ascending ranges of a file of `size` bytes, and extend it to the last.
+
+    Where this fails, the file keeps its size. A filesystem without fallocate(2) only gets the
+    length.
+
+    Raises:
+        OSError: with `nbytes` 0.
+    """
+    last_start, end = ranges[-1]
+    try:
+        for start, stop in ranges:
+            if not _fallocate(fd, start, stop, keep_size=True):
+                break
+        if end > size and not _fallocate(fd, last_start, end, keep_size=False):
+            os.ftruncate(fd, end)
+    except OSError as error:
+        if os.fstat(fd).st_size == size:  # frees the blocks past the end that were allocated
+            os.ftruncate(fd, size)
+        what = f"growing the file to {end} bytes" if end > size else "allocating a hole's blocks"
+        text = f"{what}, before this part was written"
+        refused = failure(error.errno or errno.EIO, text, path)
+        refused.nbytes = 0  # type: ignore[attr-defined]
+        raise refused from None
+
+
+def _fallocate(fd: int, start: int, end: int, *, keep_size: bool) -> bool:
+    """Allocate the blocks of a range; False on a filesystem without fallocate(2)."""
+    while (rc := lib.dmb_fallocate(fd, start, end - start, keep_size)) == -errno.EINTR:
+        pass  # tmpfs gives up at any signal, whose handler has run by now
+    if rc in (-errno.EOPNOTSUPP, -errno.ENOSYS):
+        return False
+    if rc:
+        raise OSError(-rc, os.strerror(-rc))
+    return True
+
+
+def _joined(ranges: Iterable[Range]) -> list[Range]:
+    """Return the ranges in ascending order; those that touch or overlap become one."""
+    joined: list[Range] = []
+    for start, end in sorted(ranges):
+        if joined and start <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(joined[-1][1], end)
+        elif start < end:
+            joined.append((start, end))
+    return joined
 
 
 def _is_ext4(fd: int) -> bool:
@@ -101,25 +176,23 @@ def _short_of_room(fd: int, status: os.stat_result, nbytes: int) -> bool:
     return disk.f_bavail * disk.f_frsize < nbytes + _PLENTY
 
 
-def allocate(fd: int, path: str, start: int, end: int, size: int) -> None:
-    """Blocks for [start, end) of a file of `size` bytes.
+class _Lock:
+    """Keeps writers of this process from growing a file while another of them cuts it back."""
 
-    Growing first: a write that grows the file was seen at half the speed of one that does
-    not.
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # a signal handler may write to the same file
 
-    A filesystem without fallocate(2) gets the length alone.
-    """
-    while (rc := lib.dmb_fallocate(fd, start, end - start)) == -errno.EINTR:
-        pass  # tmpfs gives up at any signal; its handler has run by now
-    try:
-        if rc in (-errno.EOPNOTSUPP, -errno.ENOSYS):
-            if end > size:
-                os.ftruncate(fd, end)
-        elif rc:
-            raise failure(-rc, os.strerror(-rc), path)
-    except OSError as error:
-        what = f"growing the file to {end} bytes" if end > size else "allocating a hole's blocks"
-        text = f"{what}, before this part was written"
-        refused = failure(error.errno or errno.EIO, text, path)
-        refused.nbytes = 0  # type: ignore[attr-defined]
-        raise refused from None
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *exc: object) -> None:
+        self._lock.release()
+
+
+_LOCKS: WeakValueDictionary[tuple[int, int], _Lock] = WeakValueDictionary()
+os.register_at_fork(after_in_child=_LOCKS.clear)
+
+
+def _lock_of(fd: int) -> _Lock:
+    status = os.fstat(fd)
+    return _LOCKS.setdefault((status.st_dev, status.st_ino), _Lock())

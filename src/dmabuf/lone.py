@@ -82,8 +82,6 @@ def lane(target: Target, buffer: Buffer, direction: Direction) -> Lane | None:
         return None
     if (owner := engine._owner) is not None and owner != get_ident():  # check_usable says so
         return None
-    if direction == "write" and target.growth.running:
-        return None
     lanes, key = target.lanes, number if direction == "read" else ~number
     found = lanes.get(key)
     if found is None:

@@ -289,7 +289,10 @@ def prepared(
         yield written
     except BaseException as error:
         whole = getattr(error, "nbytes", written.done)
-        sink.cut(start + whole)
+        try:
+            sink.cut(start + whole)
+        except OSError as refused:
+            error.add_note(f"the target could not be cut back: {refused}")
         error.nbytes = whole  # type: ignore[attr-defined]
         raise
     sink.cut(start + written.done)

@@ -44,6 +44,12 @@ class Span(NamedTuple):
         """From the first byte of the buffer to the last."""
         return self.buffer_end - self.buffer_start
 
+    def file_ranges(self) -> list[tuple[int, int]]:
+        """Return where in the file each segment begins and ends."""
+        numbers = memoryview(ffi.buffer(self.segments, 24 * self.count)).cast("Q")
+        offsets, sizes = numbers[0::3].tolist(), numbers[2::3].tolist()
+        return [(start, start + size) for start, size in zip(offsets, sizes, strict=True)]
+
     def file_reached(self, nbytes: int) -> int:
         """How far in the file the first `nbytes` of the segments reach; 0 for none of them."""
         reached = 0

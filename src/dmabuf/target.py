@@ -20,7 +20,6 @@ from dmabuf import _log, _process, audit, facts, nvme
 from dmabuf.buffer import Buffer
 from dmabuf.engine import Engine, Job, default_engine
 from dmabuf.errors import ClosedError, os_error
-from dmabuf.growth import Growth
 from dmabuf.reference import Reference, open_reference
 from dmabuf.ring import why_not_native
 
@@ -51,7 +50,6 @@ class Target:
         self.writable = mode != "r"
         self.engine = engine
         self.pid = _process.pid
-        self.growth = Growth()
         self._closed = False
         self._users = 0
         self.lone: set[object] = set()  # lone requests under way, each by a token of its own

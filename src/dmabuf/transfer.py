@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from dmabuf import audit, facts, fence, nvme, stream
+from dmabuf import audit, facts, fence, growth, nvme, stream
 from dmabuf._ffi import failure
 from dmabuf.buffer import Buffer
 from dmabuf.engine import NOT_AUDITED, NOTHING, Job, Outcome, Transfer
@@ -544,9 +544,7 @@ def _grown(target: Target, span: Span) -> AbstractContextManager[None] | None:
     if not span.nbytes:
         return None
     if target.kind == "file":
-        return target.growth.growing(
-            target.fd, target.path, span.file_start, span.file_end, span.file_reached
-        )
+        return growth.growing(target.fd, target.path, span.file_ranges(), span.file_reached)
     if span.file_end > target.size():
         text = f"the device ends at {target.size()}, and the write would reach {span.file_end}"
         raise _telling(os_error(errno.ENOSPC, text, target.path), 0)

@@ -460,20 +460,21 @@ def test_a_file_that_cannot_be_cut_back_hides_no_error(tmp_path, engine, buf, mo
     assert caught.value.__notes__ == ["the file could not be cut back: Input/output error"]
 
 
-def test_a_write_far_past_the_end_that_fails_leaves_the_size(tmp_path, engine, buf):
+def test_a_write_far_past_the_end_that_fails_keeps_what_is_before_it(tmp_path, engine, buf):
+    """The file stays long enough for others who write before the place of the failed write."""
     path = tmp_path / "file"
     path.write_bytes(b"old")
     with dmabuf.open(path, "r+", engine=engine) as file:
         with Filter(engine, lambda completion: -errno.ENOSPC), pytest.raises(OSError) as caught:
             file.write_from(buf, file_offset=SIZE)
         assert caught.value.nbytes == 0
-        assert path.read_bytes() == b"old"
+        assert path.read_bytes() == b"old".ljust(SIZE, b"\0")
         fill_at = 2**63 - 1 - SIZE
         with pytest.raises(OSError) as caught:
             file.write_from(buf, file_offset=fill_at)
         assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(path))
         assert caught.value.nbytes == 0 and "before this part was written" in str(caught.value)
-    assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"old".ljust(SIZE, b"\0")
 
 
 def test_fill_helper_writes_all(tmp_path):

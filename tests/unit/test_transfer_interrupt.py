@@ -215,8 +215,8 @@ def test_growing_a_file_that_signals_interrupt(tmp_path, buf, monkeypatch):
 
     answers = [-4, -4]
 
-    def fallocate(fd, offset, size):
-        return answers.pop() if answers else growth_lib.dmb_fallocate(fd, offset, size)
+    def fallocate(fd, offset, size, *how):
+        return answers.pop() if answers else growth_lib.dmb_fallocate(fd, offset, size, *how)
 
     growth_lib = growth.lib
     monkeypatch.setattr(growth, "lib", Lib(growth_lib, dmb_fallocate=fallocate))

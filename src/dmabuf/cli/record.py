@@ -226,7 +226,7 @@ def _make_room(options: Options, camera: v4l2.Camera, file: File, path: str) -> 
     planes = camera.format.planes
     if options.frames is not None and all(plane.bytes_per_line for plane in planes):
         total = options.frames * sum(round_up(plane.size, _PAGE) for plane in planes)
-        growth.allocate(file.fileno(), path, 0, total, 0)
+        growth.allocate(file.fileno(), path, [(0, total)], 0)
 
 
 def _record(
