@@ -284,6 +284,10 @@ int dmb_statx_dio(int fd, uint32_t *memory_align, uint32_t *offset_align);
 int64_t dmb_statfs_type(int fd);
 /* How many pages of a range are in the page cache: cachestat(2), Linux 6.5. */
 int dmb_cachestat(int fd, uint64_t offset, uint64_t size, uint64_t *ret);
+/* mincore(2): for each page of a mapping, whether it is in the page cache (bit 0). */
+int dmb_resident(uint64_t address, uint64_t size, uint8_t *ret);
+/* tee(2) without a wait: bytes of one pipe duplicated in another; their number, or -errno. */
+int dmb_tee(int from, int to, uint64_t size);
 /* fallocate(2), which unlike posix_fallocate(3) never writes zeros itself. */
 int dmb_fallocate(int fd, uint64_t offset, uint64_t size, int keep_size);
 /* fallocate(2) with FALLOC_FL_PUNCH_HOLE: a memory file's first bytes, which are zeros then. */

@@ -46,6 +46,18 @@ int dmb_cachestat(int fd, uint64_t offset, uint64_t size, uint64_t *ret)
 	return 0;
 }
 
+int dmb_resident(uint64_t address, uint64_t size, uint8_t *ret)
+{
+	return mincore((void *)(uintptr_t)address, size, ret) ? -errno : 0;
+}
+
+int dmb_tee(int from, int to, uint64_t size)
+{
+	ssize_t rc = tee(from, to, size, SPLICE_F_NONBLOCK);
+
+	return rc < 0 ? -errno : (int)rc;
+}
+
 /*
  * Whether pages of a file were dropped from the page cache. One is once it is not there: a page
  * that comes later is read after the write. Pages that are dirty or under I/O are not dropped, nor

@@ -54,6 +54,47 @@ static void mapping_over(void)
 	close(fd);
 }
 
+static void teeing(void)
+{
+	int from[2], to[2];
+	char bytes[8];
+
+	context("tee", 0);
+	CHECK_EQUAL(pipe(from), 0);
+	CHECK_EQUAL(pipe(to), 0);
+	CHECK_EQUAL(dmb_tee(from[0], to[1], 8), -EAGAIN);
+	CHECK_EQUAL(write(from[1], "12345", 5), 5);
+	CHECK_EQUAL(dmb_tee(from[0], to[1], 8), 5);
+	CHECK_EQUAL(read(to[0], bytes, 8), 5);
+	CHECK_EQUAL(read(from[0], bytes, 8), 5);
+	CHECK(!memcmp(bytes, "12345", 5));
+	CHECK_EQUAL(dmb_tee(-1, to[1], 8), -EBADF);
+	for (int i = 0; i < 2; i++) {
+		close(from[i]);
+		close(to[i]);
+	}
+}
+
+static void residence(void)
+{
+	uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
+	int fd = memfd_create("test", MFD_CLOEXEC);
+	uint8_t pages[2] = {9, 9};
+	char *memory;
+
+	context("residence", 0);
+	CHECK_EQUAL(ftruncate(fd, (off_t)(2 * page)), 0);
+	CHECK_EQUAL(pwrite(fd, "x", 1, 0), 1);
+	memory = mmap(NULL, 2 * page, PROT_READ, MAP_SHARED, fd, 0);
+	CHECK(memory != MAP_FAILED);
+	CHECK_EQUAL(dmb_resident((uintptr_t)memory, 2 * page, pages), 0);
+	CHECK_EQUAL(pages[0] & 1, 1);
+	CHECK_EQUAL(pages[1] & 1, 0);
+	munmap(memory, 2 * page);
+	CHECK_EQUAL(dmb_resident((uintptr_t)memory, 2 * page, pages), -ENOMEM);
+	close(fd);
+}
+
 static void punching(void)
 {
 	int fd = memfd_create("test", MFD_CLOEXEC | MFD_ALLOW_SEALING);
@@ -258,6 +299,8 @@ static void lone(void)
 int main(void)
 {
 	mapping_over();
+	teeing();
+	residence();
 	punching();
 	marks();
 	alignments();

@@ -1,120 +1,202 @@
-"""Pipes, sockets and character devices: read and written in order, by poll, read and write.
+"""Transfers of pipes, sockets and character devices: bytes in order, without offsets.
 
-Written down as generators that yield where they wait for the peer (see steps.py). Only system calls
-that Python itself answers signals in, so Ctrl-C ends a wait at once, and no ring is held while a
-peer keeps us waiting.
+The functions are generators that yield a step wherever they wait (see steps.py). They use only
+system calls that Python interrupts for signals, so Ctrl-C ends a wait at once, and hold no ring
+while they wait for the peer.
 
-An event loop must not wait anywhere else either, and a descriptor may be a blocking one that others
-share, so its flags are not ours to change. There each read and write says RWF_NOWAIT. Where the
-kernel does not know that of a file (EOPNOTSUPP: terminals, pipes before Linux 6.2), poll has to do:
-a read after POLLIN returns what is there, and a write of at most PIPE_BUF after POLLOUT fits.
+An event loop must not block in a read or write either, and the descriptor may be a blocking one
+that other processes share, so its flags cannot be changed. There each call passes RWF_NOWAIT.
+Where the kernel does not support that for a file (EOPNOTSUPP: terminals, pipes before Linux 6.2),
+poll replaces it: a read after POLLIN returns what is there, and a write of at most PIPE_BUF bytes
+after POLLOUT fits.
+
+Two kinds of files keep the borders of messages: sockets other than SOCK_STREAM, and pipes made
+with O_DIRECT (packet mode, pipe(2)). A read cuts off what does not fit of a message, and the rest
+is lost. So a read takes a message only where it fits whole: it ends before one that does not fit,
+and fails with EMSGSIZE where that is the first. A write to such a socket sends one message.
+
+A write to a character device other than a terminal is not preceded by poll: some devices, such as
+/dev/kmsg, accept writes and never report POLLOUT. The write waits as write(2) does, and a timeout
+does not bound it.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
+import mmap
 import os
 import select
+import socket
+import stat
+import sys
+import termios
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
+from dmabuf._ffi import lib
 from dmabuf.errors import os_error
-from dmabuf.steps import Ready, Steps, here
+from dmabuf.steps import Blocking, Ready, Steps, here
 
 CHUNK = 1 << 20
-"""Bytes asked for at once: what a large pipe holds."""
+"""Bytes requested at once: the capacity of a large pipe."""
+
+_PACKET = max(mmap.PAGESIZE, select.PIPE_BUF)
+"""The largest packet of a pipe in packet mode, in bytes (pipe_write in fs/pipe.c)."""
+
+_Move = Callable[[int, list[memoryview]], int]
+
+
+class _NoRoomError(OSError):
+    """The next message does not fit into the rest of the buffer."""
 
 
 def write_all(fd: int, view: memoryview, timeout: float | None, path: str) -> tuple[int, int]:
-    """`writing`, with each wait made on the spot."""
+    """Write all of a view, and block until that is done; see `writing`."""
     return here(writing(fd, view, timeout, path))
 
 
 def reading(
     fd: int, view: memoryview, timeout: float | None, path: str, *, nowait: bool = False
 ) -> Steps[tuple[int, int]]:
-    """Read until the view is full or the stream ends.
+    """Read until the view is full, the stream ends, or the next message does not fit.
 
     Args:
         fd: a descriptor, blocking or not.
-        view: where to.
-        timeout: seconds to wait for the first byte; None waits for ever.
-        path: for the error.
-        nowait: never wait in the read itself, whatever another reader takes meanwhile.
+        view: the destination.
+        timeout: seconds to wait for the first byte; None waits without limit.
+        path: the file's name in errors.
+        nowait: never block in the read itself, even if another reader takes the data first.
 
     Returns:
-        Bytes read, and how many reads it took.
+        The number of bytes, and the number of reads.
 
     Raises:
-        OSError: with `nbytes`, the bytes that were read before it.
+        OSError: with `nbytes`, the number of bytes that were read before; errno EMSGSIZE where
+            the first message does not fit, which leaves it unread.
     """
     done = requests = 0
     deadline = None if timeout is None else time.monotonic() + timeout
-    read = _Now(_read_now, os.readv, CHUNK) if nowait else os.readv
     try:
-        while done < len(view):
-            yield Ready(fd, "read", deadline if done == 0 else None, path)
-            try:
-                got = read(fd, [view[done : done + CHUNK]])
-            except BlockingIOError:
-                continue
-            requests += 1
-            if got == 0:
-                break
-            done += got
+        with _message_socket(fd) as messages:
+            read, most = _reader(fd, messages, nowait)
+            while done < len(view):
+                yield Ready(fd, "read", deadline if done == 0 else None, path)
+                try:
+                    with view[done : done + most] as part:
+                        got = read(fd, [part])
+                except BlockingIOError:
+                    continue
+                except _NoRoomError:
+                    if done:
+                        break
+                    raise
+                requests += 1
+                if got == 0:
+                    break
+                done += got
     except OSError as error:
-        raise _telling(error, "reading", done, len(view), path) from error
+        raise _failure(error, "reading", done, len(view), path) from error
     return done, requests
 
 
 def writing(
     fd: int, view: memoryview, timeout: float | None, path: str, *, nowait: bool = False
 ) -> Steps[tuple[int, int]]:
-    """Write all of a view.
+    """Write all of a view; to a socket that keeps the borders of messages, as one message.
+
+    Args:
+        fd: a descriptor, blocking or not.
+        view: the source.
+        timeout: seconds to wait until the peer takes the first byte; None waits without limit.
+        path: the file's name in errors.
+        nowait: never block in the write itself.
 
     Returns:
-        Bytes written, and how many writes it took.
+        The number of bytes, and the number of writes.
 
     Raises:
-        OSError: with `nbytes`, the bytes that were written before it.
+        OSError: with `nbytes`, the number of bytes that were written before.
     """
     done = requests = 0
     deadline = None if timeout is None else time.monotonic() + timeout
-    write = _Now(_write_now, os.writev, select.PIPE_BUF) if nowait else os.writev
+    unpolled = _is_unpolled(fd)
     try:
-        while done < len(view):
-            yield Ready(fd, "write", deadline if done == 0 else None, path)
-            try:
-                done += write(fd, [view[done : done + CHUNK]])
-            except BlockingIOError:
-                continue
-            requests += 1
+        with _message_socket(fd) as messages:
+            write, most = _writer(messages, nowait and not unpolled)
+            while done < len(view):
+                wait = Ready(fd, "write", deadline if done == 0 else None, path)
+                with view[done : done + most] as part:
+                    once = _Once(write, fd, part)
+                    try:
+                        if unpolled:
+                            yield Blocking(once)
+                        else:
+                            yield wait
+                            once()
+                    except BlockingIOError:
+                        if unpolled:
+                            yield wait
+                        continue
+                done += once.moved
+                requests += 1
     except OSError as error:
-        raise _telling(error, "writing", done, len(view), path) from error
+        raise _failure(error, "writing", done, len(view), path) from error
     return done, requests
 
 
-class _Now:
-    """Reading or writing without a wait: by RWF_NOWAIT, or little enough where that is unknown."""
+def _is_unpolled(fd: int) -> bool:
+    """Return whether poll cannot tell when the descriptor takes a write."""
+    return stat.S_ISCHR(os.fstat(fd).st_mode) and not os.isatty(fd)
 
-    def __init__(
-        self,
-        now: Callable[[int, list[memoryview]], int],
-        plain: Callable[[int, list[memoryview]], int],
-        most: int,
-    ) -> None:
+
+# -- one read or write
+
+
+def _reader(fd: int, messages: socket.socket | None, nowait: bool) -> tuple[_Move, int]:
+    """Return a function that reads once, and the most bytes to request of it."""
+    if messages is not None:
+        return _MessageReader(messages), 1 << 62
+    read: _Move = _Now(_read_now, os.readv, CHUNK) if nowait else os.readv
+    return (_PipeReader(read) if stat.S_ISFIFO(os.fstat(fd).st_mode) else read), CHUNK
+
+
+def _writer(messages: socket.socket | None, nowait: bool) -> tuple[_Move, int]:
+    """Return a function that writes once, and the most bytes to pass to it."""
+    if messages is not None:
+        return lambda _, views: messages.sendmsg(views, (), socket.MSG_DONTWAIT), 1 << 62
+    return (_Now(_write_now, os.writev, select.PIPE_BUF) if nowait else os.writev), CHUNK
+
+
+class _Once:
+    """One write, which may be made in another thread; `moved` is what it returned."""
+
+    def __init__(self, write: _Move, fd: int, view: memoryview) -> None:
+        self._write, self._fd, self._view = write, fd, view
+        self.moved = 0
+
+    def __call__(self) -> None:
+        self.moved = self._write(self._fd, [self._view])
+
+
+class _Now:
+    """A read or write that does not block: RWF_NOWAIT, or a small request where unsupported."""
+
+    def __init__(self, now: _Move, plain: _Move, most: int) -> None:
         self._now, self._plain, self._most = now, plain, most
-        self._known = True
+        self._supported = True
 
     def __call__(self, fd: int, views: list[memoryview]) -> int:
-        if self._known:
+        if self._supported:
             try:
                 return self._now(fd, views)
             except OSError as error:
                 if error.errno != errno.EOPNOTSUPP:
                     raise
-                self._known = False
-        return self._plain(fd, [views[0][: self._most]])
+                self._supported = False
+        with views[0][: self._most] as part:
+            return self._plain(fd, [part])
 
 
 def _read_now(fd: int, views: list[memoryview]) -> int:
@@ -125,8 +207,92 @@ def _write_now(fd: int, views: list[memoryview]) -> int:
     return os.pwritev(fd, views, -1, os.RWF_NOWAIT)
 
 
-def _telling(error: OSError, verb: str, done: int, size: int, path: str) -> OSError:
+# -- messages and packets
+
+
+@contextmanager
+def _message_socket(fd: int) -> Iterator[socket.socket | None]:
+    """A socket that keeps the borders of messages; None for everything else."""
+    if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+        yield None
+        return
+    blocking = os.get_blocking(fd)
+    with socket.socket(fileno=os.dup(fd)) as found:
+        if os.get_blocking(fd) != blocking:  # socket.setdefaulttimeout() applies to every socket
+            os.set_blocking(fd, blocking)
+        yield None if found.type == socket.SOCK_STREAM else found
+
+
+class _MessageReader:
+    """A read of one whole message."""
+
+    def __init__(self, messages: socket.socket) -> None:
+        self._socket = messages
+
+    def __call__(self, _: int, views: list[memoryview]) -> int:
+        size = self._socket.recv_into(
+            bytearray(1), 1, socket.MSG_PEEK | socket.MSG_TRUNC | socket.MSG_DONTWAIT
+        )
+        if size > len(views[0]):
+            raise _no_room(f"the next message has {size} bytes", len(views[0]))
+        got, _ancillary, flags, _address = self._socket.recvmsg_into(views, 0, socket.MSG_DONTWAIT)
+        if flags & socket.MSG_TRUNC:  # another reader took the message that was peeked at
+            raise OSError(errno.EMSGSIZE, "a message was cut: read this socket in one place only")
+        return got
+
+
+class _PipeReader:
+    """A read of a pipe, and of a whole packet where the pipe is in packet mode."""
+
+    def __init__(self, read: _Move) -> None:
+        self._read = read
+
+    def __call__(self, fd: int, views: list[memoryview]) -> int:
+        room = len(views[0])
+        if room < _PACKET and _available(fd) > room:
+            size = _packet_size(fd)
+            if size > room:
+                raise _no_room(f"the next packet has {size} bytes", room)
+        return self._read(fd, views)
+
+
+def _available(fd: int) -> int:
+    """Return how many bytes a pipe holds."""
+    answer = bytearray(4)
+    fcntl.ioctl(fd, termios.FIONREAD, answer)
+    return int.from_bytes(answer, sys.byteorder)
+
+
+def _packet_size(fd: int) -> int:
+    """Return the size of a pipe's next packet; at most 1 where the pipe is not in packet mode.
+
+    The flag O_DIRECT is one of the writer's descriptor only. So the beginning of the pipe is
+    duplicated into another one, which keeps the packets, and one byte is read there: the kernel
+    drops the rest of a packet with it.
+    """
+    reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        before = lib.dmb_tee(fd, writer, _PACKET)
+        if before <= 0:  # another reader took it
+            return 0
+        os.read(reader, 1)
+        return int(before) - _available(reader)
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+def _no_room(what: str, room: int) -> _NoRoomError:
+    return _NoRoomError(errno.EMSGSIZE, f"{what}, and {room} are left: read into more")
+
+
+# -- errors
+
+
+def _failure(error: OSError, verb: str, done: int, size: int, path: str) -> OSError:
     text = f"{verb} failed after {done} of {size} bytes: {error.strerror}"
+    if error.errno == errno.EMSGSIZE and verb == "writing":
+        text += "; this socket sends each write as one message: write less at a time"
     raised = os_error(error.errno or errno.EIO, text, path)
     raised.nbytes = done  # type: ignore[attr-defined]
     return raised

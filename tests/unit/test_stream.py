@@ -1,5 +1,6 @@
 """Pipes, FIFOs, sockets and character devices: in order, to the size asked for or the end."""
 
+import asyncio
 import errno
 import os
 import signal
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dmabuf
-from dmabuf import BusyError, Route
+from dmabuf import BusyError, Route, aio
 from dmabuf.steps import Ready
 from tests.support import assert_same, pattern, poison
 
@@ -352,3 +353,103 @@ def test_signals_that_do_not_raise_disturb_nothing(buf):
         signal.signal(signal.SIGALRM, before)
     assert hits
     assert_same(buf.pread(BUFFER, 0), data, "the buffer")
+
+
+# -- messages
+
+
+def _message_pair(kind):
+    one, other = socket.socketpair(socket.AF_UNIX, kind)
+    return one.detach(), other.detach()
+
+
+def _udp_pair():
+    reader = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    reader.bind(("127.0.0.1", 0))
+    writer = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    writer.connect(reader.getsockname())
+    return reader.detach(), writer.detach()
+
+
+MESSAGES = {
+    "seqpacket": lambda: _message_pair(socket.SOCK_SEQPACKET),
+    "datagram": lambda: _message_pair(socket.SOCK_DGRAM),
+    "udp": _udp_pair,
+    "packet pipe": lambda: os.pipe2(os.O_DIRECT),
+}
+
+
+@pytest.fixture(params=list(MESSAGES))
+def messages(request):
+    with _ends(MESSAGES[request.param]) as fds:
+        yield fds
+
+
+def _in_loop(path, verb, buf, *args, **how):
+    async def move():
+        async with await aio.open(path, "r" if verb == "read_into" else "w") as file:
+            return await getattr(file, verb)(buf, *args, **how)
+
+    return asyncio.run(move())
+
+
+def _on_the_spot(path, verb, buf, *args, **how):
+    with dmabuf.open(path, "r" if verb == "read_into" else "w") as file:
+        return getattr(file, verb)(buf, *args, **how)
+
+
+WAYS = pytest.mark.parametrize("move", [_on_the_spot, _in_loop])
+
+
+@WAYS
+def test_a_read_ends_before_a_message_that_does_not_fit(messages, move, buf):
+    sent = [bytes([65 + number]) * 3000 for number in range(4)]
+    for message in sent:
+        os.write(messages[1], message)
+    buf.pwrite(poison(BUFFER), 0)
+    assert move(messages[0], "read_into", buf, 7000).nbytes == 6000
+    assert_same(buf.pread(7000, 0), sent[0] + sent[1] + poison(7000)[6000:], "two messages")
+    assert move(messages[0], "read_into", buf, 6000).nbytes == 6000
+    assert_same(buf.pread(6000, 0), sent[2] + sent[3], "the two others")
+
+
+@WAYS
+def test_a_first_message_that_does_not_fit_is_refused_and_stays(messages, move, buf):
+    os.write(messages[1], b"m" * 1000)
+    buf.pwrite(poison(BUFFER), 0)
+    with pytest.raises(OSError, match="read into more") as caught:
+        move(messages[0], "read_into", buf, 999)
+    assert (caught.value.errno, caught.value.nbytes) == (errno.EMSGSIZE, 0)
+    assert_same(buf.pread(1000, 0), poison(1000), "what the refusal left")
+    assert move(messages[0], "read_into", buf, 1000).nbytes == 1000
+    assert buf.pread(1000, 0) == b"m" * 1000
+
+
+@WAYS
+def test_a_write_is_one_message(move, buf):
+    with _ends(MESSAGES["seqpacket"]) as fds:
+        buf.pwrite(pattern(100_000, 9), 0)
+        assert move(fds[1], "write_from", buf, 100_000).requests == 1
+        assert_same(os.read(fds[0], BUFFER), pattern(100_000, 9), "the message")
+        with pytest.raises(OSError, match="write less at a time") as caught:
+            move(fds[1], "write_from", buf)
+        assert (caught.value.errno, caught.value.nbytes) == (errno.EMSGSIZE, 0)
+
+
+def test_a_message_socket_keeps_its_flags(messages, buf):
+    os.write(messages[1], b"one")
+    socket.setdefaulttimeout(30)
+    try:
+        assert _on_the_spot(messages[0], "read_into", buf, 3).nbytes == 3
+    finally:
+        socket.setdefaulttimeout(None)
+    assert os.get_blocking(messages[0])
+
+
+@WAYS
+@pytest.mark.parametrize("path", ["/dev/kmsg", "/dev/random"])
+def test_a_device_that_never_polls_writable_takes_a_write(move, path, buf):
+    if not os.access(path, os.W_OK):
+        pytest.skip(f"needs write permission on {path}: run as root")
+    buf.pwrite(b"tests: hello\n", 0)
+    assert move(path, "write_from", buf, 13).nbytes == 13
