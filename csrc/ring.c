@@ -177,6 +177,20 @@ static int uring_setup(struct io_uring *uring, unsigned entries, unsigned flags)
 	}
 }
 
+/* An empty table of files. io_uring_register_files_sparse() raises RLIMIT_NOFILE of the whole
+   process where it is lower than the table; here it stays, and the table is refused (EMFILE). */
+static int create_file_table(struct io_uring *uring)
+{
+	struct io_uring_rsrc_register table = {
+		.nr = DMB_FILE_SLOTS,
+		.flags = IORING_RSRC_REGISTER_SPARSE,
+	};
+	long rc = syscall(SYS_io_uring_register, uring->ring_fd, IORING_REGISTER_FILES2, &table,
+			  sizeof(table));
+
+	return rc < 0 ? -errno : 0;
+}
+
 static int uring_init(struct dmb_ring *ring, unsigned depth, unsigned flags)
 {
 	int rc = uring_setup(&ring->uring, depth, flags);
@@ -192,7 +206,7 @@ static int uring_init(struct dmb_ring *ring, unsigned depth, unsigned flags)
 	}
 	ring->info.buffer_table =
 		io_uring_register_buffers_sparse(&ring->uring, DMB_PROBE_SLOT + 1);
-	ring->info.file_table = io_uring_register_files_sparse(&ring->uring, DMB_FILE_SLOTS);
+	ring->info.file_table = create_file_table(&ring->uring);
 	return 0;
 }
 

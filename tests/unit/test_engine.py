@@ -473,3 +473,20 @@ for thread in threads: thread.join()
 
 def test_fork_while_other_threads_transfer(path):
     in_child(_FORK_IN_A_STORM, path)
+
+
+def test_a_transfer_changes_no_limit_of_the_process(tmp_path):
+    (tmp_path / "file").write_bytes(bytes(1 << 20))
+    in_child(
+        """
+import os, resource, sys, dmabuf
+names = [name for name in dir(resource) if name.startswith("RLIMIT_")]
+_, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (128, most))
+before = [resource.getrlimit(getattr(resource, name)) for name in names]
+with dmabuf.allocate(1 << 20, exporter="memfd") as buffer, dmabuf.open(sys.argv[1], "r+") as file:
+    assert file.read_into(buffer).nbytes == file.write_from(buffer).nbytes == 1 << 20
+assert [resource.getrlimit(getattr(resource, name)) for name in names] == before
+""",
+        tmp_path / "file",
+    )
