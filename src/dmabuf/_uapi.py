@@ -131,6 +131,8 @@ EXT4 = 0xEF53
 HONEST_ABOUT_DIRECT_IO = {EXT4, 0x58465342}  # and xfs
 BTRFS = 0x9123683E
 DROP_AFTER_DIRECT_WRITES = HONEST_ABOUT_DIRECT_IO | {BTRFS}  # iomap_dio_complete, in fs/iomap
+FUSE = 0x65735546
+OVERLAYFS = 0x794C7630
 
 # <linux/fs.h>
 FS_IOC_GETFLAGS = _ioc(2, "f", 1, struct.calcsize("l"))  # though it is an int that comes

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 
 from dmabuf import _uapi
 from dmabuf._ffi import ffi, lib
+from dmabuf._mapping import address_of
 
 Kind = Literal[
     "file", "block device", "NVMe character device", "character device", "pipe", "socket"
@@ -96,6 +97,10 @@ def open_direct(fd: int, kind: Kind, writable: bool, readable: bool) -> Direct:
     if memory:
         text = f"{memory} keeps its files in the page cache: O_DIRECT is accepted and ignored there"
         return Direct(-1, none, text, in_memory=True)
+    filesystem = lib.dmb_statfs_type(fd) if kind == "file" else 0
+    if filesystem == _uapi.FUSE:
+        text = "a FUSE server copies every byte of its files, with or without O_DIRECT"
+        return Direct(-1, none, text)
     access = os.O_RDWR if readable and writable else os.O_WRONLY if writable else os.O_RDONLY
     try:
         direct = _reopen(fd, access | os.O_DIRECT | os.O_CLOEXEC)
@@ -111,6 +116,13 @@ def open_direct(fd: int, kind: Kind, writable: bool, readable: bool) -> Direct:
         )
         return Direct(-1, none, text)
     alignment = Alignment(*answer) if stated == 0 and answer[0] and answer[1] else None
+    if alignment is None and filesystem == _uapi.OVERLAYFS:
+        os.close(direct)
+        text = (
+            "overlayfs accepts O_DIRECT, and the filesystem below does not state that it does it, "
+            "as tmpfs and btrfs: keep the file outside the overlay, on a volume"
+        )
+        return Direct(-1, none, text)
     proven = kind != "file" or (alignment is not None and _keeps_its_word(fd))
     if alignment is None:
         alignment = _tried_alignment(direct, readable, size_of(direct, kind))
@@ -265,8 +277,30 @@ def _tried_alignment(fd: int, readable: bool, size: int) -> Alignment | None:
 
 
 def cached_pages(fd: int, offset: int, size: int) -> int | None:
-    """How many pages of a range are in the page cache; None before Linux 6.5's cachestat(2)."""
-    answer = ffi.new("uint64_t *")
-    if size == 0 or lib.dmb_cachestat(fd, offset, size, answer):
+    """Return how many pages of a range are in the page cache.
+
+    None where the kernel does not report it: cachestat(2) needs Linux 6.5. A file of overlayfs has
+    no pages of its own there, so its mapping is examined, which is one of the file below.
+    """
+    if size == 0:
         return None
-    return int(answer[0])
+    if lib.dmb_statfs_type(fd) == _uapi.OVERLAYFS:
+        return _mapped_pages(fd, offset, size)
+    answer = ffi.new("uint64_t *")
+    return None if lib.dmb_cachestat(fd, offset, size, answer) else int(answer[0])
+
+
+def _mapped_pages(fd: int, offset: int, size: int) -> int | None:
+    """Return how many pages of a range mincore(2) reports; None where it cannot be mapped."""
+    start = offset // PAGE * PAGE
+    try:
+        end = min(offset + size, os.fstat(fd).st_size)
+        if end <= start:
+            return 0
+        with mmap.mmap(fd, end - start, prot=mmap.PROT_READ, offset=start) as memory:
+            pages = ffi.new("uint8_t[]", -(-len(memory) // PAGE))
+            if lib.dmb_resident(address_of(memory), len(memory), pages):
+                return None
+            return sum(page & 1 for page in bytes(ffi.buffer(pages)))
+    except OSError:
+        return None

@@ -1,5 +1,6 @@
 """What is found out about a file by asking and by trying."""
 
+import contextlib
 import errno
 import os
 import stat
@@ -9,9 +10,20 @@ from types import SimpleNamespace
 
 import pytest
 
-from dmabuf import _uapi, facts
+import dmabuf
+from dmabuf import Route, _uapi, facts
 from dmabuf.facts import PAGE, Alignment
-from tests.support import drop_cache
+from tests import mounting
+from tests.guards import needs
+from tests.support import (
+    drop_cache,
+    loop_device,
+    mounted,
+    pattern,
+    read_and_compare,
+    run,
+    write_and_compare,
+)
 
 
 @pytest.fixture
@@ -229,3 +241,107 @@ def test_cached_pages(file):
     assert facts.cached_pages(file, 0, 10 * PAGE) == 10
     assert facts.cached_pages(file, PAGE, PAGE) == 1
     assert facts.cached_pages(file, 0, 0) is None
+
+
+# -- what lies below, seen through a transfer
+
+
+def _require_zero_copy(path):
+    """Read and write all of a file with require="zero-copy", and compare every byte."""
+    fd = os.open(path, os.O_RDWR)
+    try:
+        with (
+            dmabuf.allocate(LENGTH, exporter="memfd") as buffer,
+            dmabuf.open(path, "r+") as file,
+        ):
+            drop_cache(fd)
+            read_and_compare(file, fd, buffer, LENGTH, require="zero-copy")
+            write_and_compare(file, fd, buffer, LENGTH, require="zero-copy", uncached=True)
+    finally:
+        os.close(fd)
+
+
+def _require_any(path):
+    fd = os.open(path, os.O_RDWR)
+    try:
+        with (
+            dmabuf.allocate(LENGTH, exporter="memfd") as buffer,
+            dmabuf.open(path, "r+") as file,
+        ):
+            assert read_and_compare(file, fd, buffer, LENGTH).route is Route.BUFFERED
+            assert write_and_compare(file, fd, buffer, LENGTH).route is Route.BUFFERED
+    finally:
+        os.close(fd)
+
+
+LENGTH = 64 * PAGE
+
+
+@contextlib.contextmanager
+def overlay(below, folder):
+    """An overlay whose layers are all in one directory."""
+    for name in ("lower", "upper", "work"):
+        (below / name).mkdir()
+    (below / "lower" / "file").write_bytes(pattern(LENGTH, 11))
+    folder.mkdir()
+    layers = f"lowerdir={below}/lower,upperdir={below}/upper,workdir={below}/work"
+    run("mount", "-t", "overlay", "-o", layers, "overlay", folder)
+    try:
+        yield folder / "file"
+    finally:
+        run("umount", folder)
+
+
+@needs("root")
+def test_an_overlay_over_memory_is_not_zero_copy(tmp_path):
+    (tmp_path / "below").mkdir()
+    run("mount", "-t", "tmpfs", "none", tmp_path / "below")
+    try:
+        with overlay(tmp_path / "below", tmp_path / "merged") as path:
+            with pytest.raises(dmabuf.RouteUnavailable, match="overlayfs accepts O_DIRECT"):
+                _require_zero_copy(path)
+            _require_any(path)
+    finally:
+        run("umount", tmp_path / "below")
+
+
+@needs("loop", "ext4")
+def test_an_overlay_over_a_disk_is_zero_copy(tmp_path):
+    with (
+        loop_device(tmp_path / "image", 64 << 20) as device,
+        mounted(device, "ext4", tmp_path / "below") as below,
+        overlay(below, tmp_path / "merged") as path,
+    ):
+        _require_zero_copy(path)
+
+
+@needs("loop", "btrfs")
+def test_an_overlay_over_btrfs_is_not_zero_copy(tmp_path):
+    with (
+        loop_device(tmp_path / "image", 256 << 20) as device,
+        mounted(device, "btrfs", tmp_path / "below") as below,
+        overlay(below, tmp_path / "merged") as path,
+    ):
+        with pytest.raises(dmabuf.RouteUnavailable, match="overlayfs accepts O_DIRECT"):
+            _require_zero_copy(path)
+        _require_any(path)
+
+
+@needs("root")
+def test_pages_in_the_cache_are_seen_through_an_overlay(tmp_path):
+    with overlay(tmp_path, tmp_path / "merged") as path:
+        with path.open("r+b") as file:
+            drop_cache(file.fileno())
+            assert facts.cached_pages(file.fileno(), PAGE + 1, LENGTH) == 0
+            file.read(LENGTH)
+            assert facts.cached_pages(file.fileno(), PAGE + 1, LENGTH) == LENGTH // PAGE - 1
+
+
+@needs("fuse", "pyfuse3")
+def test_a_fuse_server_is_not_zero_copy(tmp_path):
+    with mounting.mounted(tmp_path) as place:
+        path = place.path / "file"
+        path.write_bytes(pattern(LENGTH, 12))
+        with pytest.raises(dmabuf.RouteUnavailable, match="a FUSE server copies every byte"):
+            _require_zero_copy(path)
+        _require_any(path)

@@ -4,7 +4,6 @@ All need root, and the device or the program: each says so where it is skipped.
 """
 
 import asyncio
-import contextlib
 import errno
 import mmap
 import os
@@ -35,7 +34,6 @@ from tests.support import (
     whole,
     zram,
 )
-from tests.unit.cached_fuse import cached_fuse
 
 MIB = 1 << 20
 LIMIT = 300 << 10
@@ -371,18 +369,13 @@ class Racing:
         os.close(self.plain)
 
 
-@pytest.fixture(params=["loop", "fuse"])
-def racing(request, tmp_path):
+@pytest.fixture
+def racing(tmp_path):
     """(path, a function that begins the race): a target of 1 MiB that others read."""
-    demand("io_uring", *(("loop",) if request.param == "loop" else ("fuse", "pyfuse3")))
+    demand("io_uring", "loop")
     image, racers = tmp_path / "image", []
-    with contextlib.ExitStack() as stack:
-        if request.param == "loop":
-            path = stack.enter_context(loop_device(image, 1 << 20))
-            image.write_bytes(pattern(1 << 20, 1))
-        else:
-            image.write_bytes(pattern(1 << 20, 1))
-            path = stack.enter_context(cached_fuse(image, tmp_path / "mount"))
+    with loop_device(image, 1 << 20) as path:
+        image.write_bytes(pattern(1 << 20, 1))
 
         def begin(mapped):
             racers.append(Racing(image, path, mapped))
