@@ -93,7 +93,10 @@ class File:
 
     @property
     def size(self) -> int | None:
-        """Where the file or device ends now, in bytes; None for a stream."""
+        """Where the file or device ends now, in bytes; None for a stream.
+
+        Files of /proc and cgroups report 0, and are read all the same.
+        """
         self._target.check_open()
         return None if self._target.stream else self._target.size()
 
@@ -161,7 +164,8 @@ class File:
 
         Returns:
             The record; its `nbytes` is less than `size` where the file ends before. Bytes of the
-            buffer beyond it keep what they held.
+            buffer outside the requested range keep their content, and so do those of the range
+            beyond `nbytes`, unless the file is truncated while the transfer runs.
 
         Raises:
             OSError: what the kernel refused, with errno, the path and the file offset; its
@@ -394,7 +398,7 @@ class File:
         else:
             nbytes = max(0, buffer.size - buffer_offset)
             if direction == "read" and not self._target.stream:
-                nbytes = max(0, min(nbytes, self._target.size() - start))
+                nbytes = max(0, min(nbytes, self._target.end() - start))
         return span.single(buffer, start, buffer_offset, nbytes)
 
     def _file_offset(self, file_offset: int | None) -> int:

@@ -151,6 +151,29 @@ def _is_unpolled(fd: int) -> bool:
     return stat.S_ISCHR(os.fstat(fd).st_mode) and not os.isatty(fd)
 
 
+def read_at(fd: int, view: memoryview, offset: int) -> tuple[int, int, int]:
+    """Read a file from an offset until the view is full or a read returns nothing.
+
+    For files whose size is not known before: each read continues where the last one ended, as the
+    short reads of procfs need it.
+
+    Returns:
+        The number of bytes, the number of reads, and the errno that ended them, 0 for none.
+    """
+    done = requests = 0
+    while done < len(view):
+        try:
+            with view[done : done + CHUNK] as part:
+                got = os.preadv(fd, [part], offset + done)
+        except OSError as error:
+            return done, requests, error.errno or errno.EIO
+        requests += 1
+        if got == 0:
+            break
+        done += got
+    return done, requests, 0
+
+
 # -- one read or write
 
 

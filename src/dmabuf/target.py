@@ -22,6 +22,7 @@ from dmabuf.engine import Engine, Job, default_engine
 from dmabuf.errors import ClosedError, os_error
 from dmabuf.reference import Reference, open_reference
 from dmabuf.ring import why_not_native
+from dmabuf.sizes import OFFSET_MAX
 
 if TYPE_CHECKING:
     from dmabuf.lone import Lane
@@ -157,6 +158,20 @@ class Target:
             error.nbytes = 0  # type: ignore[attr-defined]
             raise error
         return size
+
+    def hides_its_size(self) -> bool:
+        """Return whether the file reports size 0 and may have bytes, as all of /proc.
+
+        A file that takes O_DIRECT, or is nothing but page cache, reports its true size.
+        """
+        if self.kind != "file" or self.size():
+            return False
+        direct = self.direct()
+        return direct.refusal is not None and not direct.in_memory
+
+    def end(self) -> int:
+        """Return where reads end at the latest: the size, or the largest offset if it is hidden."""
+        return OFFSET_MAX if self.hides_its_size() else self.size()
 
     def gone(self) -> bool:
         """Whether it is a block device that was taken away, as a whole disk or a partition of it.

@@ -212,7 +212,7 @@ def _job(target: Target, order: Order, route: Route) -> Job:
         offset_align=direct.alignment.offset,
         memory_align=direct.alignment.memory,
         page=target.namespace.block if target.namespace else facts.PAGE,
-        file_size=target.size(),
+        file_size=target.end(),
         write=order.direction == "write",
         route=route,
         path=target.path,
@@ -297,7 +297,7 @@ def _starts_past_the_end(target: Target, order: Order) -> bool:
     """Whether it reads nothing: far past the end, whole blocks would leave the range of offsets."""
     if order.direction == "write" or order.span.count != 1:
         return False
-    return order.span.file_start >= target.size()
+    return order.span.file_start >= target.end()
 
 
 def _run(target: Target, order: Order, chosen: Plan) -> Steps[Outcome]:
@@ -305,6 +305,8 @@ def _run(target: Target, order: Order, chosen: Plan) -> Steps[Outcome]:
     watch = chosen.route is not Route.BUFFERED and target.cache_to_watch(
         span.file_start, span.file_size
     )
+    if order.direction == "read" and target.hides_its_size():
+        return (yield from _read_to_the_end(target, order))
     if chosen.route in ALLOWED["zero-copy"] and not job.with_edges():
         outcome = yield job
     else:
@@ -315,6 +317,32 @@ def _run(target: Target, order: Order, chosen: Plan) -> Steps[Outcome]:
     if watch and not outcome.error:
         target.saw_cache(span.file_start, span.file_size)
     return outcome
+
+
+def _read_to_the_end(target: Target, order: Order) -> Steps[Outcome]:
+    """Read a file that hides its size, each segment until a read returns nothing."""
+    span, outcome = order.span, NOTHING
+    with order.buffer._cpu_access(True, True, span.buffer_start, span.buffer_size):
+        for index in range(span.count):
+            offset, start, size = span.segments[3 * index : 3 * index + 3]
+            with order.buffer._view(start, size) as view:
+                done, requests, error = yield from _read_at(target.fd, view, offset)
+            outcome = outcome._replace(
+                nbytes=outcome.nbytes + done,
+                copied=outcome.copied + done,
+                requests=outcome.requests + requests,
+            )
+            if error:
+                return outcome._replace(error=error, error_offset=offset + done)
+            if done < size:
+                return outcome._replace(short_segment=index)
+    return outcome
+
+
+def _read_at(fd: int, view: memoryview, offset: int) -> Steps[tuple[int, int, int]]:
+    found: list[tuple[int, int, int]] = []
+    yield Blocking(lambda: found.append(stream.read_at(fd, view, offset)))
+    return found[0]
 
 
 def _check_there(target: Target, order: Order, chosen: Plan, outcome: Outcome) -> None:
@@ -341,7 +369,7 @@ def _learn(target: Target, order: Order, chosen: Plan, outcome: Outcome) -> bool
             "allocate a udmabuf or memfd for zero-copy"
         )
         return True
-    if order.direction == "read" and outcome.error_offset >= target.size():
+    if order.direction == "read" and outcome.error_offset >= target.end():
         return False  # past the end: says nothing about the file
     registered = outcome.registered and target.namespace is None
     if (
@@ -473,7 +501,7 @@ def _run_audited(target: Target, order: Order, chosen: Plan) -> Steps[tuple[Outc
             span.count,
             reference,
             write=write,
-            file_size=target.size(),
+            file_size=target.end(),
             limit=None if always else audit.LIMIT,
             path=target.path,
         )
