@@ -15,7 +15,7 @@ from dmabuf.buffer import Buffer, Window
 from dmabuf.errors import os_error
 from dmabuf.exporters import foreign
 from dmabuf.file import File
-from dmabuf.sizes import OFFSET_MAX, as_int
+from dmabuf.sizes import Size, parse_size
 
 
 class HasFileno(Protocol):
@@ -29,9 +29,9 @@ End = str | bytes | os.PathLike[str] | int | HasFileno | File | Buffer | Window
 """What may be copied from and to."""
 
 
-def open_source(end: End, offset: int, terms: Terms, stack: ExitStack) -> Source | Memory:
+def open_source(end: End, offset: Size, terms: Terms, stack: ExitStack) -> Source | Memory:
     """The end to read; what is opened for it closes with the stack."""
-    offset = _offset(offset, "src_offset")
+    offset = parse_size(offset, "src_offset")
     memory = _memory(end, offset, stack)
     if memory is not None:
         return memory
@@ -50,10 +50,10 @@ def open_source(end: End, offset: int, terms: Terms, stack: ExitStack) -> Source
 
 
 def open_sink(
-    end: End, offset: int, terms: Terms, stack: ExitStack, *, force: bool
+    end: End, offset: Size, terms: Terms, stack: ExitStack, *, force: bool
 ) -> Sink | Appender | Memory:
     """The end to write, unchanged as yet; what is opened for it closes with the stack."""
-    offset = _offset(offset, "dst_offset")
+    offset = parse_size(offset, "dst_offset")
     memory = _memory(end, offset, stack)
     if memory is not None:
         return memory
@@ -99,13 +99,6 @@ def _file_of(fd: int, mode: str, path: str, *, force: bool = False) -> File:
         os.close(fd)
     file._target.path = file.name = path
     return file
-
-
-def _offset(value: int, what: str) -> int:
-    offset = as_int(value, what)
-    if not 0 <= offset <= OFFSET_MAX:
-        raise ValueError(f"{what}={offset}: from 0 to 2^63-1 bytes")
-    return offset
 
 
 def _memory(end: End, offset: int, stack: ExitStack) -> Memory | None:

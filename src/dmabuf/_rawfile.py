@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dmabuf.errors import ClosedError
-from dmabuf.sizes import OFFSET_MAX, as_int, format_size
+from dmabuf.sizes import Size, as_int, format_size, parse_size
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
@@ -77,22 +77,23 @@ class RawFile(io.RawIOBase):
         if not self.writable():
             self._refuse("writable")
 
-    def _check_range(self, offset: int, size: int) -> None:
-        """ValueError unless ``[offset, offset + size)`` lies within; TypeError for non-ints."""
-        offset = as_int(offset, "offset")
-        nbytes = as_int(size, "size")
-        if offset < 0 or nbytes < 0:
-            name, value = ("offset", offset) if offset < 0 else ("size", nbytes)
-            raise ValueError(f"{name} is negative: {value}")
+    def _check_range(self, offset: Size, size: Size | None) -> tuple[int, int]:
+        """Return the offset and size of a range that lies within, as plain ints.
+
+        A size of None is all the rest from the offset on. Raises ValueError for any other range.
+        """
+        offset = parse_size(offset, "offset")
+        nbytes = max(0, self.size - offset) if size is None else parse_size(size, "size")
         if offset + nbytes > self.size:
             raise ValueError(
                 f"the range of {nbytes} bytes at {offset} ends past the "
                 f"{type(self).__name__.lower()}'s end at {self.size}"
             )
+        return offset, nbytes
 
     # The memory, at an offset.
 
-    def pread(self, size: int, offset: int) -> bytes:
+    def pread(self, size: Size, offset: Size) -> bytes:
         """At most ``size`` bytes from ``offset``; fewer at the end, and b"" past it.
 
         Raises ValueError for a negative or overflowing number, io.UnsupportedOperation where the
@@ -103,7 +104,7 @@ class RawFile(io.RawIOBase):
         with self._span(offset, nbytes, write=False) as view:
             return bytes(view)
 
-    def preadv(self, buffers: "Iterable[WriteableBuffer]", offset: int) -> int:
+    def preadv(self, buffers: "Iterable[WriteableBuffer]", offset: Size) -> int:
         """Fill the buffers, in order, from ``offset``; returns the bytes read. See pread()."""
         self._check_readable()
         parts = [_as_bytes(buffer, writable=True) for buffer in buffers]
@@ -116,7 +117,7 @@ class RawFile(io.RawIOBase):
                 done += count
         return nbytes
 
-    def pwrite(self, data: "ReadableBuffer", offset: int) -> int:
+    def pwrite(self, data: "ReadableBuffer", offset: Size) -> int:
         """Write all of ``data`` at ``offset``; returns its size in bytes.
 
         Raises OSError(ENOSPC), having written nothing, if it does not fit whole; ValueError for a
@@ -125,12 +126,12 @@ class RawFile(io.RawIOBase):
         """
         return self.pwritev((data,), offset)
 
-    def pwritev(self, buffers: "Iterable[ReadableBuffer]", offset: int) -> int:
+    def pwritev(self, buffers: "Iterable[ReadableBuffer]", offset: Size) -> int:
         """Write all of the buffers, in order, from ``offset``. See pwrite()."""
         self._check_writable()
         parts = [_as_bytes(buffer) for buffer in buffers]
         nbytes = sum(map(len, parts))
-        offset = _check_offset(offset)
+        offset = parse_size(offset, "offset")
         if not nbytes:
             return 0
         if offset + nbytes > self.size:
@@ -146,10 +147,8 @@ class RawFile(io.RawIOBase):
                 done += len(part)
         return nbytes
 
-    def _clip(self, size: int, offset: int) -> tuple[int, int]:
-        offset, nbytes = _check_offset(offset), as_int(size, "size")
-        if nbytes < 0:
-            raise ValueError(f"size is negative: {nbytes}")
+    def _clip(self, size: Size, offset: Size) -> tuple[int, int]:
+        offset, nbytes = parse_size(offset, "offset"), parse_size(size, "size")
         start = min(offset, self.size)
         return start, min(nbytes, self.size - start)
 
@@ -190,7 +189,7 @@ class RawFile(io.RawIOBase):
         origins = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}
         if whence not in origins:
             raise ValueError(f"whence must be 0, 1 or 2, not {whence!r}")
-        self._position = _check_offset(origins[whence] + as_int(offset, "offset"), "position")
+        self._position = parse_size(origins[whence] + as_int(offset, "offset"), "position")
         return self._position
 
     def tell(self) -> int:
@@ -244,15 +243,6 @@ class RawFile(io.RawIOBase):
         self._check_open()
         for line in lines:
             self.write(line)
-
-
-def _check_offset(value: object, what: str = "offset") -> int:
-    offset = as_int(value, what)
-    if offset < 0:
-        raise ValueError(f"{what} is negative: {offset}")
-    if offset > OFFSET_MAX:
-        raise ValueError(f"{what} is larger than Linux can address: {offset} > 2**63-1")
-    return offset
 
 
 class Window(RawFile):

@@ -28,6 +28,7 @@ from dmabuf.errors import ClosedError
 from dmabuf.fence import Access, check_direction, check_timeout
 from dmabuf.file import Mode
 from dmabuf.route import Direction, Plan, Prefer, Require, Route
+from dmabuf.sizes import Size
 from dmabuf.steps import Blocking, Fences, Ready, Steps
 from dmabuf.transfer import Order
 
@@ -160,10 +161,10 @@ class File:
     def read_into(
         self,
         buffer: Buffer,
-        size: int | str | None = None,
+        size: Size | None = None,
         *,
-        file_offset: int | None = None,
-        buffer_offset: int = 0,
+        file_offset: Size | None = None,
+        buffer_offset: Size = 0,
         require: Require = "any",
         route: Route | str | None = None,
         prefer: Prefer = "zero-copy",
@@ -190,10 +191,10 @@ class File:
     def write_from(
         self,
         buffer: Buffer,
-        size: int | str | None = None,
+        size: Size | None = None,
         *,
-        file_offset: int | None = None,
-        buffer_offset: int = 0,
+        file_offset: Size | None = None,
+        buffer_offset: Size = 0,
         require: Require = "any",
         route: Route | str | None = None,
         prefer: Prefer = "zero-copy",
@@ -222,9 +223,9 @@ class File:
         self,
         direction: Direction,
         buffer: Buffer,
-        size: int | str | None,
-        file_offset: int | None,
-        buffer_offset: int,
+        size: Size | None,
+        file_offset: Size | None,
+        buffer_offset: Size,
         require: Require,
         route: Route | str | None,
         prefer: Prefer,

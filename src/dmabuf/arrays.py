@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
-from dmabuf.sizes import as_int
+from dmabuf.sizes import Size, as_int
 
 if TYPE_CHECKING:
     import numpy as np
@@ -71,7 +71,7 @@ class _Memory:
 
 
 def asarray(
-    self: Buffer, dtype: npt.DTypeLike = "u1", shape: Shape = None, offset: int = 0
+    self: Buffer, dtype: npt.DTypeLike = "u1", shape: Shape = None, offset: Size = 0
 ) -> np.ndarray[Any, Any]:
     """The memory from ``offset`` on as a NumPy array: no copy, read-only where the buffer is.
 
@@ -105,7 +105,7 @@ def asarray(
     return array
 
 
-def astensor(self: Buffer, dtype: Any = None, shape: Shape = None, offset: int = 0) -> Any:
+def astensor(self: Buffer, dtype: Any = None, shape: Shape = None, offset: Size = 0) -> Any:
     """The memory from ``offset`` on as a PyTorch tensor on the CPU: no copy.
 
     Args:
@@ -177,11 +177,13 @@ def dlpack_device(self: Buffer) -> tuple[int, int]:
     return HOST, 0
 
 
-def _place(buffer: Buffer, itemsize: int, shape: Shape, offset: int) -> tuple[int, tuple[int, ...]]:
+def _place(
+    buffer: Buffer, itemsize: int, shape: Shape, offset: Size
+) -> tuple[int, tuple[int, ...]]:
     """The offset and the lengths of an array that lies within the buffer, checked."""
     if buffer.readable() is False:
         buffer._refuse("mapped")
-    offset, rest = buffer._check_part(offset, None)
+    offset, rest = buffer._check_range(offset, None)
     if shape is None:
         count, left = divmod(rest, itemsize)
         if left:

@@ -17,7 +17,7 @@ from dmabuf import arrays, fence
 from dmabuf._mapping import address_of, bracket
 from dmabuf._rawfile import RawFile, Window, parse_mode
 from dmabuf.errors import BusyError, ClosedError
-from dmabuf.sizes import as_int, format_size
+from dmabuf.sizes import Size, format_size
 
 __all__ = ["Buffer", "Slab", "Window"]
 
@@ -188,7 +188,7 @@ class Buffer(RawFile):
 
     @contextmanager
     def map(
-        self, mode: str = "r", offset: int = 0, size: int | None = None
+        self, mode: str = "r", offset: Size = 0, size: Size | None = None
     ) -> Iterator[memoryview]:
         """A memoryview of ``size`` bytes from ``offset`` (all the rest for None), in the bracket.
 
@@ -206,7 +206,7 @@ class Buffer(RawFile):
         mapped, ClosedError after close.
         """
         read, write = self._check_mode(mode)
-        offset, size = self._check_part(offset, size)
+        offset, size = self._check_range(offset, size)
         with self._lock:
             self._check_open()
             self._maps += 1
@@ -224,7 +224,7 @@ class Buffer(RawFile):
             with self._lock:
                 self._maps -= 1
 
-    def open(self, mode: str | None = None, offset: int = 0, size: int | None = None) -> Window:
+    def open(self, mode: str | None = None, offset: Size = 0, size: Size | None = None) -> Window:
         """A window: ``size`` bytes from ``offset`` (all the rest for None) as a file of its own.
 
         ``mode`` is "r", "w" or "rw" ("r+" and "b" are understood), by default all that the buffer
@@ -234,7 +234,7 @@ class Buffer(RawFile):
         """
         mode = ("rw" if self._access[1] else "r") if mode is None else mode
         read, write = self._check_mode(mode)
-        offset, size = self._check_part(offset, size)
+        offset, size = self._check_range(offset, size)
         return Window(self, offset, size, read, write)
 
     def _check_mode(self, mode: str) -> tuple[bool, bool]:
@@ -247,13 +247,6 @@ class Buffer(RawFile):
                 errno.EACCES, f"this buffer's descriptor is read-only: mode {mode!r} needs O_RDWR"
             )
         return read, write
-
-    def _check_part(self, offset: int, size: int | None) -> tuple[int, int]:
-        if size is None:
-            self._check_range(offset, 0)
-            size = self._size - offset
-        self._check_range(offset, size)
-        return as_int(offset, "offset"), as_int(size, "size")
 
     def _refuse(self, direction: str) -> NoReturn:
         if self._map_refusal is not None:

@@ -15,7 +15,7 @@ from dmabuf.buffer import Buffer
 from dmabuf.engine import Engine, Transfer
 from dmabuf.errors import ClosedError, os_error
 from dmabuf.route import Direction, Plan, Prefer, Require, Route
-from dmabuf.sizes import as_int, parse_size
+from dmabuf.sizes import Size, parse_size
 from dmabuf.target import Target, open_target
 from dmabuf.transfer import Order
 
@@ -132,10 +132,10 @@ class File:
     def read_into(
         self,
         buffer: Buffer,
-        size: int | str | None = None,
+        size: Size | None = None,
         *,
-        file_offset: int | None = None,
-        buffer_offset: int = 0,
+        file_offset: Size | None = None,
+        buffer_offset: Size = 0,
         require: Require = "any",
         route: Route | str | None = None,
         prefer: Prefer = "zero-copy",
@@ -207,10 +207,10 @@ class File:
     def write_from(
         self,
         buffer: Buffer,
-        size: int | str | None = None,
+        size: Size | None = None,
         *,
-        file_offset: int | None = None,
-        buffer_offset: int = 0,
+        file_offset: Size | None = None,
+        buffer_offset: Size = 0,
         require: Require = "any",
         route: Route | str | None = None,
         prefer: Prefer = "zero-copy",
@@ -363,9 +363,9 @@ class File:
         buffer: Buffer,
         direction: Direction = "read",
         *,
-        size: int | str | None = None,
-        file_offset: int | None = None,
-        buffer_offset: int = 0,
+        size: Size | None = None,
+        file_offset: Size | None = None,
+        buffer_offset: Size = 0,
         require: Require = "any",
         route: Route | str | None = None,
         prefer: Prefer = "zero-copy",
@@ -386,13 +386,13 @@ class File:
         self,
         direction: Direction,
         buffer: Buffer,
-        size: int | str | None,
-        file_offset: int | None,
-        buffer_offset: int,
+        size: Size | None,
+        file_offset: Size | None,
+        buffer_offset: Size,
     ) -> span.Span:
         self._check(direction, buffer)
         start = self._file_offset(file_offset)
-        buffer_offset = as_int(buffer_offset, "buffer_offset")
+        buffer_offset = parse_size(buffer_offset, "buffer_offset")
         if size is not None:
             nbytes = parse_size(size)
         else:
@@ -401,15 +401,13 @@ class File:
                 nbytes = max(0, min(nbytes, self._target.end() - start))
         return span.single(buffer, start, buffer_offset, nbytes)
 
-    def _file_offset(self, file_offset: int | None) -> int:
+    def _file_offset(self, file_offset: Size | None) -> int:
         if file_offset is None:
             return 0
-        offset = as_int(file_offset, "file_offset")
+        offset = parse_size(file_offset, "file_offset")
         if self._target.stream:
             text = f"{self._target.stream} has no offsets: leave file_offset out"
             raise os_error(errno.ESPIPE, text, self._target.path)
-        if offset < 0:
-            raise ValueError(f"file_offset={offset} is negative")
         return offset
 
     @contextmanager

@@ -17,6 +17,7 @@ from dmabuf._ffi import ffi, lib
 from dmabuf.buffer import Buffer
 from dmabuf.engine import NOT_AUDITED, Draft, Transfer
 from dmabuf.route import ALLOWED, WHY_CHOSEN, Direction, Prefer, Require, Route
+from dmabuf.sizes import Size
 from dmabuf.target import Target
 
 BYTES = 1 << 20
@@ -139,9 +140,9 @@ def move(
     target: Target,
     buffer: Buffer,
     direction: Direction,
-    size: int,
-    offset: int | None,
-    start: int,
+    size: Size,
+    offset: Size | None,
+    start: Size,
     fence: bool,
     route: Route | str | None,
     asked: audit.Audit,

@@ -22,7 +22,7 @@ from dmabuf._leg import Leg
 from dmabuf._opening import End, check_distinct, open_sink, open_source
 from dmabuf.buffer import Buffer
 from dmabuf.route import Prefer, Require, Route
-from dmabuf.sizes import as_int, parse_size, round_up
+from dmabuf.sizes import Size, as_int, parse_size, round_up
 
 __all__ = ["Copy", "Leg", "copy"]
 
@@ -59,9 +59,9 @@ def copy(
     src: End,
     dst: End,
     *,
-    size: int | str | None = None,
-    src_offset: int = 0,
-    dst_offset: int = 0,
+    size: Size | None = None,
+    src_offset: Size = 0,
+    dst_offset: Size = 0,
     progress: Progress | None = None,
     require: Require = "any",
     route: Route | str | None = None,

@@ -29,7 +29,7 @@ from dmabuf.engine import Engine, Transfer
 from dmabuf.errors import ShortReadError
 from dmabuf.exporters import allocate
 from dmabuf.route import Require, check_require
-from dmabuf.sizes import as_int
+from dmabuf.sizes import Size, parse_size
 
 if TYPE_CHECKING:
     import numpy as np
@@ -103,7 +103,7 @@ def load(
     tensors: Iterable[str] | None = None,
     framework: Framework = "pt",
     buffer: Buffer | None = None,
-    alignment: int | None = None,
+    alignment: Size | None = None,
     exporter: str = "auto",
     name: str | None = None,
     require: Require = "any",
@@ -175,10 +175,10 @@ def load(
     return Tensors(buffer, places, framework, metadata, tuple(moved))
 
 
-def _check_alignment(alignment: int | None) -> int:
+def _check_alignment(alignment: Size | None) -> int:
     if alignment is None:
         return 1
-    number = as_int(alignment, "alignment")
+    number = parse_size(alignment, "alignment")
     if number < 1 or number & (number - 1):
         raise ValueError(f"alignment={number} is no power of two")
     return number

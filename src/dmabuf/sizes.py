@@ -2,8 +2,12 @@
 
 import operator
 import re
+from typing import SupportsIndex
 
-__all__ = ["as_int", "format_size", "parse_size", "round_up"]
+__all__ = ["Size", "as_int", "format_size", "parse_size", "round_up"]
+
+Size = SupportsIndex | str
+"""A size or offset in bytes as callers pass it: an integer of any type, or text like "1MiB"."""
 
 OFFSET_MAX = 2**63 - 1  # the largest file offset Linux has (loff_t)
 

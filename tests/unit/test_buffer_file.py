@@ -145,7 +145,7 @@ def test_truncate_accepts_the_present_size_only(raw):
     assert raw.pread(SIZE, 0) == CONTENT
 
 
-@pytest.mark.parametrize("wrong", [True, False, 1.0, "1", None])
+@pytest.mark.parametrize("wrong", [True, False, 1.0, b"1", None])
 def test_offsets_and_sizes_are_ints(raw, buf, wrong):
     for call in (
         lambda: raw.pread(wrong, 0),
@@ -153,8 +153,6 @@ def test_offsets_and_sizes_are_ints(raw, buf, wrong):
         lambda: raw.pwrite(b"", wrong),
         lambda: raw.preadv([], wrong),
         lambda: raw.seek(wrong),
-        lambda: buf._check_range(wrong, 1),
-        lambda: buf._check_range(1, wrong),
         lambda: buf.open(offset=wrong),
         lambda: buf.map("r", wrong).__enter__(),
     ):
@@ -297,9 +295,9 @@ def test_windows_and_maps_have_modes(buf):
 
 def test_windows_and_maps_stay_within_the_buffer(buf):
     for part in [(0, SIZE + 1), (SIZE + 1, None), (-1, None), (0, -1), (SIZE, 1), (2**64, 2**64)]:
-        with pytest.raises(ValueError, match=r"negative|past the"):
+        with pytest.raises(ValueError, match=r"negative|past the|larger than Linux"):
             buf.open(offset=part[0], size=part[1])
-        with pytest.raises(ValueError, match=r"negative|past the"):
+        with pytest.raises(ValueError, match=r"negative|past the|larger than Linux"):
             buf.map("r", *part).__enter__()
 
 

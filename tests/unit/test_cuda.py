@@ -270,7 +270,7 @@ def test_part_of_a_file(driver, gpu, path):
         assert memory.read_from(file, file_offset=4 * MIB).nbytes == 0
         assert memory.read_from(file, "1MiB", offset=3 * MIB).nbytes == MIB
         for how in ({"size": 1, "offset": 4 * MIB}, {"size": 5 * MIB}, {"size": 1, "offset": -1}):
-            with pytest.raises(ValueError, match="are not within the 4194304"):
+            with pytest.raises(ValueError, match=r"are not within the 4194304|is negative"):
                 memory.read_from(file, **how)
         with pytest.raises(TypeError, match=r"a dmabuf\.File is needed"):
             memory.read_from(path)

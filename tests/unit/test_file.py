@@ -294,7 +294,7 @@ HUGE = 2**63
         ({"file_offset": HUGE - 1, "size": 1}, ValueError),
         ({"file_offset": False}, TypeError),
         ({"file_offset": 0.0}, TypeError),
-        ({"file_offset": "0"}, TypeError),
+        ({"file_offset": "0x"}, ValueError),
         ({"buffer_offset": -1}, ValueError),
         ({"buffer_offset": SIZE + 1}, ValueError),
         ({"buffer_offset": HUGE}, ValueError),

@@ -135,7 +135,7 @@ def test_the_record_says_why_it_was_not_audited(run, file, buf, path, long_way, 
 
 
 @pytest.mark.parametrize("where", ["file_offset", "buffer_offset"])
-@pytest.mark.parametrize("number", [0.0, 0.5, "", b"", [], False, True, Decimal("4096.5")])
+@pytest.mark.parametrize("number", [0.0, 0.5, b"", [], False, True, Decimal("4096.5")])
 def test_what_is_no_number_of_bytes(run, file, buf, path, where, number):
     async def main():
         async with await aio.open(path, "r+") as other:

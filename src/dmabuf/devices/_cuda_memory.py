@@ -16,7 +16,7 @@ from dmabuf.errors import BusyError, ClosedError, RouteUnavailable, os_error
 from dmabuf.exporters import foreign
 from dmabuf.file import File
 from dmabuf.route import Direction, Require, Route
-from dmabuf.sizes import as_int, format_size, parse_size
+from dmabuf.sizes import Size, as_int, format_size, parse_size
 
 if TYPE_CHECKING:
     from dmabuf.devices.cuda import Device
@@ -82,10 +82,10 @@ class Memory:
     def read_from(
         self,
         file: File,
-        size: int | str | None = None,
+        size: Size | None = None,
         *,
-        file_offset: int = 0,
-        offset: int = 0,
+        file_offset: Size = 0,
+        offset: Size = 0,
         require: Require = "any",
         route: Route | str | None = None,
         stream: int = 0,
@@ -116,10 +116,10 @@ class Memory:
     def write_to(
         self,
         file: File,
-        size: int | str | None = None,
+        size: Size | None = None,
         *,
-        file_offset: int = 0,
-        offset: int = 0,
+        file_offset: Size = 0,
+        offset: Size = 0,
         require: Require = "any",
         route: Route | str | None = None,
         sync: bool = False,
@@ -148,9 +148,9 @@ class Memory:
         self,
         file: File,
         direction: Direction,
-        size: int | str | None,
-        file_offset: int,
-        offset: int,
+        size: Size | None,
+        file_offset: Size,
+        offset: Size,
         require: Require,
         route: Route | str | None,
         stream: int,
@@ -158,11 +158,12 @@ class Memory:
     ) -> Transfer:
         if not isinstance(file, File):
             raise TypeError(f"a dmabuf.File is needed, not {type(file).__name__}: see dmabuf.open")
-        offset, stream = as_int(offset, "offset"), as_int(stream, "stream")
+        offset, stream = parse_size(offset, "offset"), as_int(stream, "stream")
+        file_offset = parse_size(file_offset, "file_offset")
         nbytes = (
             self._most(file, direction, file_offset, offset) if size is None else parse_size(size)
         )
-        if not 0 <= offset <= self.size - nbytes:
+        if offset > self.size - nbytes:
             text = f"{nbytes} bytes at offset {offset} are not within the {self.size}"
             raise ValueError(f"{text} of {self!r}")
         token = object()

@@ -28,7 +28,7 @@ from dmabuf.engine import Transfer
 from dmabuf.file import File
 from dmabuf.pipeline import prepared
 from dmabuf.route import Direction, Plan, Question, Require, Route, choose
-from dmabuf.sizes import as_int, format_size, parse_size
+from dmabuf.sizes import Size, as_int, format_size, parse_size
 
 __all__ = ["Copier", "Staging"]
 
@@ -78,7 +78,7 @@ class Staging:
         address: int,
         size: int,
         *,
-        file_offset: int = 0,
+        file_offset: Size = 0,
         require: Require = "any",
         route: Route | str | None = None,
         no_native: str = _NO_NATIVE,
@@ -111,7 +111,7 @@ class Staging:
         with self._blocks.lock:
             self._blocks.check_usable()
             terms = _terms(require, route)
-            source = Source(_file(file), file_offset, terms)
+            source = Source(_file(file), parse_size(file_offset, "file_offset"), terms)
             size = size if source.total is None else min(size, source.total)
             chosen = self._choose(source, "read", size, require, route, no_native)
             for each in pieces_to_plan(size, self._blocks.size):
@@ -125,7 +125,7 @@ class Staging:
         address: int,
         size: int,
         *,
-        file_offset: int = 0,
+        file_offset: Size = 0,
         require: Require = "any",
         route: Route | str | None = None,
         sync: bool = False,
@@ -152,7 +152,12 @@ class Staging:
         address, size = as_int(address, "address"), parse_size(size)
         with self._blocks.lock:
             self._blocks.check_usable()
-            sink = Sink(_file(file), file_offset, _terms(require, route), emptied=False)
+            sink = Sink(
+                _file(file),
+                parse_size(file_offset, "file_offset"),
+                _terms(require, route),
+                emptied=False,
+            )
             chosen = self._choose(sink, "write", size, require, route, no_native)
             done = self._guarded(partial(self._to_host, sink, address, size))
             if sync:

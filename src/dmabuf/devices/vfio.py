@@ -24,7 +24,7 @@ from dmabuf import _process, _uapi, exporters
 from dmabuf.buffer import Buffer, Slab
 from dmabuf.errors import ClosedError, os_error
 from dmabuf.exporters import foreign
-from dmabuf.sizes import as_int, format_size
+from dmabuf.sizes import Size, as_int, format_size, parse_size
 
 __all__ = ["Bar", "Device"]
 
@@ -95,8 +95,8 @@ class Device:
     def bar(
         self,
         index: int,
-        offset: int = 0,
-        size: int | None = None,
+        offset: Size = 0,
+        size: Size | None = None,
         *,
         writable: bool = True,
         name: str | None = None,
@@ -131,7 +131,7 @@ class Device:
             buffer._on_close(self._leave)
             return buffer
 
-    def _range(self, index: int, offset: int, size: int | None) -> tuple[int, int]:
+    def _range(self, index: int, offset: Size, size: Size | None) -> tuple[int, int]:
         """The first byte and the length of a part of a BAR, checked."""
         if not 0 <= index < _BARS:
             raise ValueError(f"index={index}: a device has BARs 0 to {_BARS - 1}")
@@ -143,9 +143,9 @@ class Device:
         if whole < mmap.PAGESIZE:
             text = f"BAR {index} is {whole} bytes: less than a page cannot be exported"
             raise os_error(errno.EINVAL, text, self.address)
-        start = as_int(offset, "offset")
-        length = whole - start if size is None else as_int(size, "size")
-        if start < 0 or length <= 0 or start + length > whole:
+        start = parse_size(offset, "offset")
+        length = whole - start if size is None else parse_size(size, "size")
+        if length <= 0 or start + length > whole:
             raise ValueError(
                 f"bytes {start} to {start + length} are not within BAR {index}, of {whole} bytes"
             )
