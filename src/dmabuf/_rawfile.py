@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from dmabuf.errors import ClosedError
+from dmabuf.errors import ClosedError, Uncopyable
 from dmabuf.sizes import Size, as_int, format_size, parse_size
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def _as_bytes(data: Any, *, writable: bool = False) -> memoryview:
         return PickleBuffer(view).raw()
 
 
-class RawFile(io.RawIOBase):
+class RawFile(Uncopyable, io.RawIOBase):
     """The file behaviour of a fixed number of bytes of memory.
 
     A subclass gives ``size``, ``readable()``, ``writable()``, ``closed``, and :meth:`_span`, the
@@ -245,7 +245,7 @@ class RawFile(io.RawIOBase):
             self.write(line)
 
 
-class Window(RawFile):
+class Window(RawFile, instead="make another one with Buffer.open()"):
     """A part of a Buffer as a file of its own, with its own position.
 
     Made by :meth:`Buffer.open`. Closing it leaves the buffer open; once the buffer is closed, using

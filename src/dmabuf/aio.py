@@ -24,7 +24,7 @@ from dmabuf import file as sync
 from dmabuf.audit import Audit
 from dmabuf.buffer import Buffer
 from dmabuf.engine import Job, Transfer
-from dmabuf.errors import ClosedError
+from dmabuf.errors import ClosedError, Uncopyable
 from dmabuf.fence import Access, check_direction, check_timeout
 from dmabuf.file import Mode
 from dmabuf.route import Direction, Plan, Prefer, Require, Route
@@ -63,7 +63,7 @@ async def open(  # noqa: A001 - as dmabuf.open
     return File(sync.File(path, mode, force=force, engine=await loop_engine()))
 
 
-class File:
+class File(Uncopyable, instead="open its path again in the event loop that needs it"):
     """What is read into a Buffer or written from one, awaited; make it with `dmabuf.aio.open`.
 
     It belongs to the event loop it was opened in, and any number of its tasks may use it. The

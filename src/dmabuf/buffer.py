@@ -34,7 +34,10 @@ class Slab(NamedTuple):
     size: int
 
 
-class Buffer(RawFile):
+class Buffer(
+    RawFile,
+    instead="send its descriptors (socket.send_fds), and use dmabuf.from_fd() on the other side",
+):
     """Memory that devices can share: a file object of fixed size, and one or more dma-bufs.
 
     Made by :func:`dmabuf.allocate` and :func:`dmabuf.from_fd`, not by hand. It owns its descriptors
@@ -176,12 +179,6 @@ class Buffer(RawFile):
         return (
             f"<dmabuf.Buffer{label} {format_size(self._size)} exporter={self._exporter!r}"
             f"{slabs} {mode}>"
-        )
-
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
-        raise TypeError(
-            "a Buffer cannot be copied or pickled: send its descriptors (socket.send_fds), and use "
-            "dmabuf.from_fd() on the other side"
         )
 
     # The CPU's access.

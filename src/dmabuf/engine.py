@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple, Self
 from dmabuf import _log, _process
 from dmabuf._ffi import failure, ffi, lib
 from dmabuf.buffer import Buffer
-from dmabuf.errors import ClosedError
+from dmabuf.errors import ClosedError, Uncopyable
 from dmabuf.nvme import Namespace
 from dmabuf.ring import SLOT_SIZE, Refusal, Ring, why_no_uring
 from dmabuf.route import Route
@@ -210,7 +210,7 @@ _ROUTES = {
 }
 
 
-class Engine:
+class Engine(Uncopyable, instead="make another where it is needed"):
     """What runs transfers: io_uring rings, or threads where io_uring is refused.
 
     Most programs never make one: the default engine of the process serves every thread. One made

@@ -25,11 +25,30 @@ import os
 TYPE_CHECKING = False  # typing's own: `import dmabuf` comes here, and is to stay quick
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from typing import Any
+    from typing import Any, NoReturn
 
 __all__ = ["BusyError", "ClosedError", "IntegrityError", "RouteUnavailable", "ShortReadError"]
 
 _Path = str | bytes | int | None
+
+
+class Uncopyable:
+    """A base of classes that own a descriptor or memory: a copy would close the original's.
+
+    So copy.copy(), copy.deepcopy() and pickle raise TypeError, which states what to do instead.
+    """
+
+    __slots__ = ()
+    _instead: str
+
+    def __init_subclass__(cls, *, instead: str | None = None) -> None:
+        super().__init_subclass__()
+        if instead is not None:
+            cls._instead = instead
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        name = type(self).__name__
+        raise TypeError(f"a {name} cannot be copied or pickled: {self._instead}")
 
 
 class RouteUnavailable(OSError):

@@ -13,7 +13,7 @@ from dmabuf import lone, span, transfer
 from dmabuf.audit import Audit
 from dmabuf.buffer import Buffer
 from dmabuf.engine import Engine, Transfer
-from dmabuf.errors import ClosedError, os_error
+from dmabuf.errors import ClosedError, Uncopyable, os_error
 from dmabuf.route import Direction, Plan, Prefer, Require, Route
 from dmabuf.sizes import Size, parse_size
 from dmabuf.target import Target, open_target
@@ -50,7 +50,7 @@ def open(  # noqa: A001 - the verb of the trade, used as dmabuf.open
     return File(path, mode, force=force, engine=engine)
 
 
-class File:
+class File(Uncopyable, instead="open its path again where it is needed"):
     """What is read into a Buffer or written from one; make it with `dmabuf.open`.
 
     Safe to use from several threads: every offset is explicit and the file has no position of its

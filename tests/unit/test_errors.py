@@ -1,10 +1,16 @@
+import asyncio
 import copy
 import errno
+import importlib
+import os
 import pickle
 from pathlib import Path
 
 import pytest
 
+import dmabuf
+from dmabuf import aio
+from dmabuf.buffer import Window
 from dmabuf.errors import (
     BusyError,
     ClosedError,
@@ -58,3 +64,44 @@ def test_a_plain_os_error_is_of_the_class_of_its_errno():
     assert type(error) is PermissionError
     assert str(error) == "[Errno 13] opening: not ours: '/x'"
     assert str(os_error(errno.EIO, "reading: it broke")) == "[Errno 5] reading: it broke"
+
+
+def _window():
+    return dmabuf.allocate(4096, exporter="memfd").open()
+
+
+def _in_loop():
+    return asyncio.run(aio.open(os.devnull))
+
+
+HANDLES = {
+    "File": lambda: dmabuf.open(os.devnull),
+    "aio.File": _in_loop,
+    "Engine": dmabuf.Engine,
+    "Buffer": lambda: dmabuf.allocate(4096, exporter="memfd"),
+    "Window": _window,
+}
+
+
+@pytest.mark.parametrize("make", HANDLES.values(), ids=HANDLES)
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_handle_is_not_copied(make, again):
+    handle = make()
+    name = type(handle).__name__
+    with pytest.raises(TypeError, match=f"a {name} cannot be copied or pickled: [a-z]"):
+        again(handle)
+    if isinstance(handle, Window):
+        handle = handle.buffer
+    if not isinstance(handle, aio.File):
+        handle.close()
+
+
+@pytest.mark.parametrize(
+    "handle",
+    ["drm.Card", "drm.Image", "v4l2.Camera", "v4l2.Frame", "vfio.Device", "vulkan.Device"],
+)
+def test_handles_of_devices_are_not_copied(handle):
+    module, name = handle.split(".")
+    kind = getattr(importlib.import_module(f"dmabuf.devices.{module}"), name)
+    with pytest.raises(TypeError, match="cannot be copied or pickled"):
+        copy.copy(kind.__new__(kind))

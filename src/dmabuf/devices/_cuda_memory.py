@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 from dmabuf.buffer import Buffer, Slab
 from dmabuf.devices._cuda import Context
 from dmabuf.engine import Transfer
-from dmabuf.errors import BusyError, ClosedError, RouteUnavailable, os_error
+from dmabuf.errors import BusyError, ClosedError, RouteUnavailable, Uncopyable, os_error
 from dmabuf.exporters import foreign
 from dmabuf.file import File
 from dmabuf.route import Direction, Require, Route
@@ -36,7 +36,7 @@ _NO_ORDER = (
 )
 
 
-class Memory:
+class Memory(Uncopyable, instead="send the descriptors of its Buffer"):
     """Memory of a CUDA device: files are read into it and written from it; a context manager.
 
     Made by :meth:`Device.allocate` and :meth:`Device.memory`. Thread-safe.

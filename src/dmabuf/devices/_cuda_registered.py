@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Self
 
 from dmabuf.buffer import Buffer
 from dmabuf.devices._cuda import CudaError, register, unregister
-from dmabuf.errors import ClosedError, os_error
+from dmabuf.errors import ClosedError, Uncopyable, os_error
 
 if TYPE_CHECKING:
     from dmabuf.devices.cuda import Device
 
 
-class Registered:
+class Registered(Uncopyable, instead="register the memory again where it is needed"):
     """A Buffer that kernels read and write where it is, by `address`; a context manager."""
 
     def __init__(self, device: Device, buffer: Buffer) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from dmabuf.buffer import Buffer
 from dmabuf.devices._drm_formats import FORMATS, LINEAR, PlaneRule
-from dmabuf.errors import os_error
+from dmabuf.errors import Uncopyable, os_error
 from dmabuf.sizes import as_int
 
 _LARGEST = (1 << 32) - 1  # every number in struct drm_mode_fb_cmd2
@@ -25,7 +25,7 @@ class Plane:
 
 
 @dataclass(frozen=True, slots=True)
-class Image:
+class Image(Uncopyable, instead="make it again from its Buffer"):
     """A picture in one Buffer or, by planes, in several; checked when it is made.
 
     Made by :func:`dmabuf.devices.drm.image` over memory of yours, and by `Card.dumb`. It can be

@@ -6,13 +6,13 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from dmabuf.devices._drm_image import Image
-from dmabuf.errors import ClosedError
+from dmabuf.errors import ClosedError, Uncopyable
 
 if TYPE_CHECKING:
     from dmabuf.devices.drm import Card
 
 
-class Part:
+class Part(Uncopyable, instead="acquire it again from its Card"):
     """What a Card hands out: it ends with `close`, with its Card, or with the process."""
 
     _closed = True  # until __init__ is through

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from dmabuf.buffer import Buffer
+from dmabuf.errors import Uncopyable
 
 if TYPE_CHECKING:
     from dmabuf.devices._v4l2 import Filled
@@ -19,7 +20,7 @@ class Plane(NamedTuple):
     nbytes: int
 
 
-class Frame:
+class Frame(Uncopyable, instead="copy its bytes (bytes(frame.buffer.pread(...)))"):
     """A frame. It is yours until :meth:`release`, which the `with` statement calls.
 
     Then its buffer goes back to the driver, which writes another frame into it. A frame that

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from dmabuf import _process, fence
 from dmabuf.buffer import Buffer
 from dmabuf.devices._vulkan import told
-from dmabuf.errors import ClosedError
+from dmabuf.errors import ClosedError, Uncopyable
 
 if TYPE_CHECKING:
     from dmabuf.devices.vulkan import Device
 
 
-class Made:
+class Made(Uncopyable, instead="send the descriptors of its Buffer"):
     """Something of a Device's, with handles to destroy."""
 
     _closed = True

@@ -21,7 +21,7 @@ from dmabuf.devices._cuda import Context, Copies, CudaError
 from dmabuf.devices._cuda_memory import Memory
 from dmabuf.devices._cuda_registered import Registered
 from dmabuf.devices.staging import Staging
-from dmabuf.errors import BusyError
+from dmabuf.errors import BusyError, Uncopyable
 from dmabuf.pipeline import check_block, check_blocks
 from dmabuf.sizes import as_int, format_size, parse_size, round_up
 
@@ -31,7 +31,7 @@ _UNIT = 2 << 20
 """Allocations are whole multiples of it: so they begin and end at pages, and can be exported."""
 
 
-class Device:
+class Device(Uncopyable, instead="open it again where it is needed"):
     """A CUDA device, by its primary context, which is PyTorch's too; a context manager.
 
     Thread-safe; its staged transfers go one after the other: take two Devices for two at a time.

@@ -25,13 +25,13 @@ from dmabuf.devices import _drm_formats as formats
 from dmabuf.devices._drm import Mode, Node, Output
 from dmabuf.devices._drm_image import Image, Plane, image, rules_of, size
 from dmabuf.devices._drm_parts import Framebuffer, Handle, warn_unclosed
-from dmabuf.errors import ClosedError, os_error
+from dmabuf.errors import ClosedError, Uncopyable, os_error
 from dmabuf.sizes import as_int, format_size
 
 __all__ = ["Card", "Framebuffer", "Handle", "Image", "Mode", "Output", "Plane", "image", "size"]
 
 
-class Card:
+class Card(Uncopyable, instead="open it again where it is needed"):
     """An open DRM node: a display, a GPU, or the half of one that a render node is.
 
     Opening it takes no display from anybody: :meth:`show` does. Thread-safe. After fork the child's

@@ -25,6 +25,7 @@ from dmabuf._leg import Leg
 from dmabuf.buffer import Buffer
 from dmabuf.devices._blocks import Blocks, Copier, address_of, wait_until
 from dmabuf.engine import Transfer
+from dmabuf.errors import Uncopyable
 from dmabuf.file import File
 from dmabuf.pipeline import prepared
 from dmabuf.route import Direction, Plan, Question, Require, Route, choose
@@ -42,7 +43,7 @@ _NO_NATIVE = "a bare address is no dma-buf"
 _NO_PINNING = "device memory has no pages of the host's that O_DIRECT could pin"
 
 
-class Staging:
+class Staging(Uncopyable, instead="make another where it is needed"):
     """Pinned staging blocks, and the pipeline through them between a File and a device's memory.
 
     A context manager; one that is dropped without `close` closes itself with a ResourceWarning.

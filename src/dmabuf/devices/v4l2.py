@@ -32,7 +32,7 @@ from dmabuf import _process, exporters, fence
 from dmabuf.buffer import Buffer
 from dmabuf.devices._v4l2 import Format, Node, PlaneFormat, problem_with
 from dmabuf.devices._v4l2_frame import Frame, Plane
-from dmabuf.errors import BusyError, ClosedError, os_error
+from dmabuf.errors import BusyError, ClosedError, Uncopyable, os_error
 from dmabuf.sizes import as_int
 
 __all__ = ["Camera", "Format", "Frame", "Plane", "PlaneFormat", "capture"]
@@ -107,7 +107,7 @@ def _rows(buffers: Sequence[Buffer] | Sequence[Sequence[Buffer]]) -> list[tuple[
     return [(one,) if isinstance(one, Buffer) else tuple(one) for one in buffers]
 
 
-class Camera:
+class Camera(Uncopyable, instead="open it again where it is needed"):
     """Frames as they come, by `for` and by `async for`; made by :func:`capture`.
 
     The stream starts with the first frame that is asked for. Safe to use from several threads, each

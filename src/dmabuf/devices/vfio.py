@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from dmabuf import _process, _uapi, exporters
 from dmabuf.buffer import Buffer, Slab
-from dmabuf.errors import ClosedError, os_error
+from dmabuf.errors import ClosedError, Uncopyable, os_error
 from dmabuf.exporters import foreign
 from dmabuf.sizes import Size, as_int, format_size, parse_size
 
@@ -51,7 +51,7 @@ class Bar(NamedTuple):
     size: int
 
 
-class Device:
+class Device(Uncopyable, instead="open it again where it is needed"):
     """A PCI device that is in vfio-pci's hands, opened for its memory.
 
     Nobody else can open a device of its IOMMU group meanwhile. It gets no access to any memory of

@@ -28,7 +28,7 @@ from dmabuf.buffer import Buffer
 from dmabuf.devices import _vulkan
 from dmabuf.devices._vulkan import FOREIGN, NEEDED, given_away, lowest, told, usages, writing
 from dmabuf.devices._vulkan_memory import Made, Memory, Semaphore, warn_and_close
-from dmabuf.errors import ClosedError, os_error
+from dmabuf.errors import ClosedError, Uncopyable, os_error
 from dmabuf.exporters import from_fd
 from dmabuf.sizes import parse_size
 
@@ -73,7 +73,7 @@ def open(name: str | None = None) -> Device:  # noqa: A001 - as in dmabuf.open
     return device
 
 
-class Device:
+class Device(Uncopyable, instead="open it again where it is needed"):
     """A VkDevice whose memory is shared with Buffers: your own, or one by :func:`open`.
 
     Yours needs the extensions of :data:`EXTENSIONS` enabled and Vulkan 1.1, and stays yours: it is

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from dmabuf.buffer import Buffer
-from dmabuf.errors import ClosedError
+from dmabuf.errors import ClosedError, Uncopyable
 from dmabuf.sizes import parse_size
 from dmabuf.store import place, protocol
 from dmabuf.store.connection import Connection, told
@@ -45,7 +45,7 @@ def as_trusted_as_may_be(request: Callable[..., T]) -> T:
     return request(trusted=False)
 
 
-class Store:
+class Store(Uncopyable, instead="connect again where it is needed"):
     """Named buffers that outlive the programs which fill them, in a server: ``dmabuf serve``.
 
     Made by :func:`connect`. The Buffers are the same memory in every process that opens them, and
