@@ -6,10 +6,14 @@ from dmabuf.errors import os_error
 
 try:
     from dmabuf._core import ffi, lib
-except ImportError as error:  # a checkout that was never built
-    raise ImportError(
-        f"dmabuf's C core is not built ({error}): run `pip install .` in the checkout"
-    ) from error
+except ImportError as error:
+    if error.name == "dmabuf._core":
+        why = "the C core is not built: run `pip install .` in the checkout"
+    elif "subinterpreters" in str(error):  # what CPython 3.12 and later raise in an isolated one
+        why = "cffi does not work in an isolated subinterpreter: use a process or the main one"
+    else:
+        why = f"the C core cannot be loaded: {error}"
+    raise ImportError(f"import dmabuf: {why}", name=error.name) from error
 
 __all__ = ["check", "failure", "ffi", "lib"]
 

@@ -13,6 +13,7 @@ from dmabuf import _uapi, exporters
 from dmabuf.buffer import Slab
 from dmabuf.exporters import _memory, allocate, foreign, from_fd, heap, memfd, udmabuf
 from tests.resources import held
+from tests.support import in_child
 from tests.unit.fake_kernel import FakeKernel
 
 PAGE = mmap.PAGESIZE
@@ -711,3 +712,20 @@ def test_several_slabs_are_one_mapping():
                     memory[0] = 1
     for fd in fds:
         os.close(fd)
+
+
+@pytest.mark.parametrize("exporter", ["memfd", "auto"])
+def test_a_limit_of_the_file_size_is_named(exporter):
+    said = in_child(
+        """
+import resource, sys, dmabuf
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
+try:
+    dmabuf.allocate("2MiB", exporter=sys.argv[1])
+except OSError as error:
+    print(error.errno, error.strerror)
+dmabuf.allocate("1MiB", exporter=sys.argv[1]).close()
+""",
+        exporter,
+    )
+    assert said.startswith(f"{errno.EFBIG} allocate 2 MiB of shared memory: RLIMIT_FSIZE")

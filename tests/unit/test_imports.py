@@ -209,16 +209,34 @@ def test_many_threads_ask_for_names_at_once():
     in_child(_AT_ONCE)
 
 
-def test_a_core_that_is_not_built_is_told_at_once():
-    said = in_child("""
+_REFUSED = """
 import sys
-sys.modules["dmabuf._core"] = None
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "dmabuf._core":
+            raise ImportError(sys.argv[1], name=sys.argv[2])
+sys.meta_path.insert(0, Finder())
 try:
     import dmabuf
 except ImportError as error:
     print(error)
-""")
-    assert "dmabuf's C core is not built" in said
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "name", "says"),
+    [
+        ("No module named 'dmabuf._core'", "dmabuf._core", "the C core is not built: run `pip"),
+        (
+            "module _cffi_backend does not support loading in subinterpreters",
+            "_cffi_backend",
+            "cffi does not work in an isolated subinterpreter: use a process",
+        ),
+        ("No module named '_cffi_backend'", "_cffi_backend", "the C core cannot be loaded: No mod"),
+    ],
+)
+def test_a_core_that_cannot_be_loaded_states_why(error, name, says):
+    assert f"import dmabuf: {says}" in in_child(_REFUSED, error, name)
 
 
 def test_names_for_type_checkers_are_those_at_run_time():

@@ -16,7 +16,7 @@ from dmabuf.sizes import as_int, parse_size
 __all__ = ["allocate", "from_dlpack", "from_fd", "names"]
 
 # Another exporter would not help with these.
-_FATAL = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+_FATAL = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EFBIG)
 
 
 BEST = "udmabuf: any device can import it, and its pages can be pinned"

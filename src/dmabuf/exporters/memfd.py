@@ -77,7 +77,7 @@ def make_memory(
         _memory.check_memory(size, numa_node)
     fd = _create(name or "dmabuf", huge)
     try:
-        os.ftruncate(fd, size)
+        _resize(fd, size)
         last = 0 if open_to_seals else _uapi.F_SEAL_SEAL
         fcntl.fcntl(fd, _uapi.F_ADD_SEALS, _SEALS | last)
         memory = _map(fd, size, huge)
@@ -92,6 +92,17 @@ def make_memory(
         os.close(fd)
         raise
     return fd, memory, page
+
+
+def _resize(fd: int, size: int) -> None:
+    try:
+        os.ftruncate(fd, size)
+    except OSError as error:
+        why = str(error.strerror)
+        if error.errno == errno.EFBIG:
+            why = "RLIMIT_FSIZE, the limit of a file's size, counts it too; raise it (ulimit -f)"
+        text = f"allocate {format_size(size)} of shared memory: {why}"
+        raise OSError(error.errno, text) from None
 
 
 def _create(name: str, huge: int | None) -> int:
