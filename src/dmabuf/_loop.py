@@ -123,7 +123,7 @@ class LoopEngine(Engine):
         "it there with dmabuf.aio.open"
     )
 
-    def run(self, job: Job) -> Outcome:
+    def run(self, job: Job, *, nested: bool = False) -> Outcome:
         """Refused: it would wait in the loop."""
         raise RuntimeError("this engine belongs to an event loop: await the transfer")
 

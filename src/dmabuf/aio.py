@@ -14,8 +14,7 @@ Pages are not registered here, since pinning a large buffer would stop the loop.
 from __future__ import annotations
 
 import os
-from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Coroutine
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -74,7 +73,6 @@ class File(Uncopyable, instead="open its path again in the event loop that needs
         self._file = file
         self._target = file._target
         self._engine: LoopEngine = file._target.engine  # type: ignore[assignment]
-        self._running = 0
         self._scopes: set[anyio.CancelScope] = set()
         self._idle: anyio.Event | None = None
         self._in_order = {"read": anyio.Lock(), "write": anyio.Lock()}
@@ -142,7 +140,7 @@ class File(Uncopyable, instead="open its path again in the event loop that needs
         for scope in list(self._scopes):
             scope.cancel()
         try:
-            while self._running or target.lone:
+            while target.lone:
                 try:
                     with anyio.CancelScope(shield=True):
                         self._idle = anyio.Event()
@@ -250,27 +248,29 @@ class File(Uncopyable, instead="open its path again in the event loop that needs
             target, engine = self._target, self._engine
             requests, of_buffer, nbytes = target.lone, buffer._lone, None
             new_wake, next_tag = engine.new_wake, engine.next_tag  # faster apart on CPython 3.11
-            wake, tag = new_wake(), next_tag()
+            # A buffer outlives loops: unlike wake, its token does not refer to the task.
+            wake, tag, token = new_wake(), next_tag(), object()
             try:
                 requests.add(wake)
-                of_buffer.add(wake)
-                lane = lone.lane(target, buffer, direction)
-                if lane is not None and engine.take_off_alone(
-                    lane, file_offset, buffer_offset, size, fence, tag, wake
-                ):
-                    nbytes = await wake
-                    if nbytes is None:
-                        await engine.landing_alone(tag)
-            except BaseException as caught:
-                await engine.interrupted_alone(tag, caught)
-                raise
+                try:
+                    of_buffer.add(token)
+                    lane = lone.lane(target, buffer, direction)
+                    if lane is not None and engine.take_off_alone(
+                        lane, file_offset, buffer_offset, size, fence, tag, wake
+                    ):
+                        nbytes = await wake
+                        if nbytes is None:
+                            await engine.landing_alone(tag)
+                except BaseException as caught:
+                    await engine.interrupted_alone(tag, caught)
+                    raise
+                finally:
+                    if tag in engine.flights:
+                        engine.leave_alone(tag)
+                    of_buffer.discard(token)
             finally:
-                if tag in engine.flights:
-                    engine.leave_alone(tag)
-                of_buffer.discard(wake)
                 requests.discard(wake)
                 if target._closed:
-                    lone.left(target)
                     self._left()
             if lane is not None:
                 if nbytes == size:
@@ -281,8 +281,7 @@ class File(Uncopyable, instead="open its path again in the event loop that needs
         order = Order(
             direction, buffer, ranges, require, route, prefer, sync, timeout, fence, audit
         )
-        with self._holding(buffer):
-            return await self._carry(order, begun)
+        return await self._carry(order, begun)
 
     async def read_segments(
         self,
@@ -297,7 +296,7 @@ class File(Uncopyable, instead="open its path again in the event loop that needs
     ) -> Transfer:
         """Read many ranges to many places of the buffer; as `dmabuf.File.read_segments`."""
         begun = perf_counter()
-        with self._holding(buffer), self._file._segments("read", buffer, segments) as ranges:
+        with self._file._segments("read", buffer, segments) as ranges:
             order = Order(
                 "read", buffer, ranges, require, route, timeout=timeout, fence=fence, audit=audit
             )
@@ -317,7 +316,7 @@ class File(Uncopyable, instead="open its path again in the event loop that needs
     ) -> Transfer:
         """Write many ranges of the buffer to many places; as `dmabuf.File.write_segments`."""
         begun = perf_counter()
-        with self._holding(buffer), self._file._segments("write", buffer, segments) as ranges:
+        with self._file._segments("write", buffer, segments) as ranges:
             order = Order(
                 "write",
                 buffer,
@@ -332,28 +331,30 @@ class File(Uncopyable, instead="open its path again in the event loop that needs
             return await self._carry(order, begun)
 
     def _left(self) -> None:
-        """A transfer has ended: tell `aclose` where it was the last."""
-        if self._idle is not None and not self._running and not self._target.lone:
+        """A transfer has ended on a closed file: if it was the last, tell `aclose`."""
+        self._target.left()
+        if self._idle is not None and not self._target.lone:
             self._idle.set()
 
-    @contextmanager
-    def _holding(self, buffer: Buffer) -> Iterator[None]:
-        with sync._holding(self._target, buffer):
-            self._running += 1
-            try:
-                yield
-            finally:
-                self._running -= 1
-                self._left()
-
     async def _carry(self, order: Order, begun: float) -> Transfer:
-        check_timeout(order.timeout)
-        transfer.check_audit(self._target, order)
-        if self._target.stream is None:
-            return await self._follow(transfer.carry(self._target, order, begun))
-        steps = transfer.carry_stream(self._target, order, begun, nowait=True)
-        async with self._in_order[order.direction]:
-            return await self._follow(steps)
+        """As `transfer.carry_out`, awaited."""
+        target, token = self._target, object()
+        try:
+            target.lone.add(token)
+            try:
+                order.buffer._lone.add(token)
+                transfer.check_usable(target, order)
+                if target.stream is None:
+                    return await self._follow(transfer.carry(target, order, begun))
+                steps = transfer.carry_stream(target, order, begun, nowait=True)
+                async with self._in_order[order.direction]:
+                    return await self._follow(steps)
+            finally:
+                order.buffer._lone.discard(token)
+        finally:
+            target.lone.discard(token)
+            if target.closed:
+                self._left()
 
     async def _follow(self, steps: Steps[Transfer]) -> Transfer:
         """Await each step; what it raises is raised where the transfer waits for it."""

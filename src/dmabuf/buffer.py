@@ -61,6 +61,7 @@ class Buffer(
     __slots__ = ("_lone", "_lone_number")  # a small request has them sooner than from a dict
 
     _closed = True  # until __init__ is through: a half-made Buffer has nothing to close
+    _descriptors: Sequence[int] = ()
 
     def __init__(
         self,
@@ -98,6 +99,7 @@ class Buffer(
         _alive.add(self)
         # By which lone.py knows it; None while it closes, and from then on.
         self._lone_number: int | None = next(_numbers)
+        self._descriptors = [slab.fd for slab in self._slabs]
         self._closed = False
 
     def _forget_other_threads(self) -> None:
@@ -105,7 +107,7 @@ class Buffer(
         # thread will release a lock, and the pages that the parent's rings pin are not ours.
         self._lock = threading.RLock()
         self._users = 0
-        self._lone: set[object] = set()  # requests of lone.py under way, each by a token of its own
+        self._lone: set[object] = set()  # transfers under way, each by a token of its own
         self._maps = 0
         self._on_close_callbacks = []
 
@@ -372,6 +374,12 @@ class Buffer(
                 self._cached_address = address_of(self._memory)
             return self._cached_address
 
+    def _check_held(self) -> None:
+        """Raise ClosedError unless the caller's token in `_lone` holds the buffer open."""
+        if self._lone_number is None:
+            with self._lock:  # another thread closes it, or finds that it cannot
+                self._check_open()
+
     def _acquire(self) -> None:
         """Hold the buffer open: until _release(), close() raises BusyError."""
         with self._lock:
@@ -417,6 +425,7 @@ class Buffer(
         """
         with self._lock:
             if self._closed:
+                self._dispose()  # what a signal handler's exception interrupted
                 return
             number = self._lone_number
             self._lone_number = None  # from here on a lone request takes the lock, as others do
@@ -427,12 +436,13 @@ class Buffer(
                 try:
                     if self._maps:
                         raise BufferError
+                    self._closed = True  # first: a signal handler may start a transfer meanwhile
                     if self._memory is not None:
                         self._memory.close()  # BufferError while a view exists
                 except BufferError:
+                    self._closed = False
                     text = f"cannot close {self!r}: exported pointers exist, of map(), an array or "
                     raise BufferError(f"{text}a tensor: let go of them first") from None
-                self._closed = True
             finally:
                 if not self._closed:
                     self._lone_number = number
@@ -440,18 +450,18 @@ class Buffer(
 
     def _dispose(self) -> None:
         self._memory = None
-        callbacks, self._on_close_callbacks = self._on_close_callbacks, []
         try:
-            for callback in callbacks:
-                callback()
+            while self._on_close_callbacks:
+                self._on_close_callbacks.pop()()
         finally:
-            for slab in self._slabs:
-                os.close(slab.fd)
+            closing = map(os.close, self._descriptors)
+            self._descriptors = ()  # no call, so no signal's exception, between this and any()
+            any(closing)
 
     def __del__(self) -> None:
-        if self._closed:
+        if self._closed and not self._descriptors:
             return
-        if not self._closes_unasked:
+        if not self._closed and not self._closes_unasked:
             warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
         # Views of map() may outlive us: they keep the mapping, and we leave it to them.
         self._closed = True

@@ -8,6 +8,10 @@ of threads besides for staged transfers of zram, once there is one. Where io_uri
 
 A job is not left while the device may still write to its memory: on an interrupt the batch is
 drained first, in one C call, and the buffer stays held until then.
+
+Signal handlers, destructors, weakref callbacks and the garbage collector run Python code between
+any two bytecodes, also while the thread holds a ring. A transfer that such code makes runs on a
+ring of its own and never waits for another thread's: that thread may be waiting in the same way.
 """
 
 from __future__ import annotations
@@ -210,6 +214,16 @@ _ROUTES = {
 }
 
 
+class ThisThread(threading.local):
+    """What the engines keep for each thread."""
+
+    in_transfer = False
+    """Whether the thread is inside a transfer: one that it starts now is nested."""
+
+
+this_thread = ThisThread()
+
+
 class Engine(Uncopyable, instead="make another where it is needed"):
     """What runs transfers: io_uring rings, or threads where io_uring is refused.
 
@@ -262,7 +276,7 @@ class Engine(Uncopyable, instead="make another where it is needed"):
             raise ValueError(f"backend={backend!r}: one of 'auto', 'io_uring', 'threads'")
         self._pid = _process.pid
         self._most_rings = most_rings
-        self._growing = threading.Lock()
+        self._growing = threading.RLock()  # a signal handler may make the same ring
         self._closed = False
         self.backend_reason = "asked for"
         self._kind = self._choose_backend(backend)
@@ -420,18 +434,34 @@ class Engine(Uncopyable, instead="make another where it is needed"):
         renewed = [ring.native(buffer, fd).renew(buffer) for ring in self._rings]
         return all(renewed)
 
-    def run(self, job: Job) -> Outcome:
+    def run(self, job: Job, *, nested: bool = False) -> Outcome:
         """Run a job to its end.
 
         The caller holds the buffer. On an exception meanwhile (KeyboardInterrupt) nothing more is
         submitted, and the call returns when the device is done, with it in the outcome.
+
+        Args:
+            job: what to move.
+            nested: whether the thread is inside another transfer: see the head of this file.
         """
         self.check_usable()
+        if nested:
+            return self._run_nested(job)
         ring = self._ring_for(job)
         with ring.lock:
             self.check_usable()  # nobody closed it meanwhile
             ring.tidy()
             return _run_on(ring, job, *self.shape(job))
+
+    def _run_nested(self, job: Job) -> Outcome:
+        """Run a job on a ring that is made for it and registers no pages."""
+        ring = self._new_passthrough_ring() if job.namespace else self._new_ring()
+        try:
+            if not ring.refused:
+                ring.refused = "the transfer runs inside another one, on a ring of its own"
+            return _run_on(ring, job, *self.shape(job))
+        finally:
+            ring.close()
 
     def shape(self, job: Job) -> tuple[int, int]:
         """Requests in flight at most, and bytes of one."""
@@ -529,28 +559,21 @@ def outcome_of(
     )
 
 
-_default: Engine | None = None
-_default_lock = threading.Lock()
+_default: dict[int, Engine] = {}
+"""The default engine, by the process that made it."""
 
-
-def _after_fork() -> None:
-    global _default_lock
-    _default_lock = threading.Lock()  # a thread that the child lacks may have held it
-
-
-os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(after_in_child=_default.clear)
 
 
 def default_engine() -> Engine:
-    """The engine of this process, made on first use; a fork's child gets its own."""
-    global _default
-    engine = _default
-    if engine is not None and engine._pid == _process.pid:
+    """Return the engine of this process, made on first use; a forked child gets its own."""
+    engine = _default.get(_process.pid)
+    if engine is not None:
         return engine
-    with _default_lock:
-        if _default is None or _default._pid != _process.pid:
-            fresh = Engine.__new__(Engine)
-            fresh._owner = None
-            fresh._setup(None, None, "auto", most_rings=2)
-            _default = fresh
-        return _default
+    made = Engine.__new__(Engine)
+    made._owner = None
+    made._setup(None, None, "auto", most_rings=2)
+    engine = _default.setdefault(_process.pid, made)  # without a lock: see the head of this file
+    if engine is not made:  # another thread or a signal handler made one meanwhile
+        made.close()
+    return engine

@@ -106,10 +106,20 @@ def open_direct(fd: int, kind: Kind, writable: bool, readable: bool) -> Direct:
         direct = _reopen(fd, access | os.O_DIRECT | os.O_CLOEXEC)
     except OSError as error:
         return Direct(-1, none, _why_not_direct(error))
-    answer = ffi.new("uint32_t[2]")
+    kept = False
+    try:
+        found = _judged(fd, direct, kind, filesystem, readable)
+        kept = found.fd >= 0
+        return found
+    finally:
+        if not kept:  # refused, or a signal handler raised
+            os.close(direct)
+
+
+def _judged(fd: int, direct: int, kind: Kind, filesystem: int, readable: bool) -> Direct:
+    none, answer = Alignment(1, 1), ffi.new("uint32_t[2]")
     stated = lib.dmb_statx_dio(direct, answer, answer + 1)
     if stated == -errno.EOPNOTSUPP:
-        os.close(direct)
         text = (
             "the filesystem accepts O_DIRECT and does not do it for this file, as statx says: ext4 "
             "with data=journal is one, files with encryption or fs-verity may be others"
@@ -117,7 +127,6 @@ def open_direct(fd: int, kind: Kind, writable: bool, readable: bool) -> Direct:
         return Direct(-1, none, text)
     alignment = Alignment(*answer) if stated == 0 and answer[0] and answer[1] else None
     if alignment is None and filesystem == _uapi.OVERLAYFS:
-        os.close(direct)
         text = (
             "overlayfs accepts O_DIRECT, and the filesystem below does not state that it does it, "
             "as tmpfs and btrfs: keep the file outside the overlay, on a volume"
@@ -127,7 +136,6 @@ def open_direct(fd: int, kind: Kind, writable: bool, readable: bool) -> Direct:
     if alignment is None:
         alignment = _tried_alignment(direct, readable, size_of(direct, kind))
     if alignment is None:
-        os.close(direct)
         text = "the filesystem opened the file with O_DIRECT and refused every aligned read: EINVAL"
         return Direct(-1, none, text)
     on_zram = _on_zram(direct, kind)

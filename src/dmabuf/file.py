@@ -201,8 +201,7 @@ class File(Uncopyable, instead="open its path again where it is needed"):
             fence=fence,
             audit=audit,
         )
-        with _holding(target, buffer):
-            return transfer.carry_out(target, order, begun)
+        return transfer.carry_out(target, order, begun)
 
     def write_from(
         self,
@@ -276,8 +275,7 @@ class File(Uncopyable, instead="open its path again where it is needed"):
                 return done
         ranges = self._range("write", buffer, size, file_offset, buffer_offset)
         order = Order("write", buffer, ranges, require, route, prefer, sync, timeout, fence, audit)
-        with _holding(target, buffer):
-            return transfer.carry_out(target, order, begun)
+        return transfer.carry_out(target, order, begun)
 
     def read_segments(
         self,
@@ -309,7 +307,7 @@ class File(Uncopyable, instead="open its path again where it is needed"):
             OSError, RouteUnavailable, ValueError: as `read_into`.
         """
         begun = time.perf_counter()
-        with _holding(self._target, buffer), self._segments("read", buffer, segments) as ranges:
+        with self._segments("read", buffer, segments) as ranges:
             order = Order(
                 "read", buffer, ranges, require, route, timeout=timeout, fence=fence, audit=audit
             )
@@ -344,7 +342,7 @@ class File(Uncopyable, instead="open its path again where it is needed"):
             OSError, RouteUnavailable, ValueError: as `write_from`.
         """
         begun = time.perf_counter()
-        with _holding(self._target, buffer), self._segments("write", buffer, segments) as ranges:
+        with self._segments("write", buffer, segments) as ranges:
             order = Order(
                 "write",
                 buffer,
@@ -379,8 +377,7 @@ class File(Uncopyable, instead="open its path again where it is needed"):
             raise ValueError(f"direction={direction!r}: 'read' or 'write'")
         ranges = self._range(direction, buffer, size, file_offset, buffer_offset)
         order = Order(direction, buffer, ranges, require, route, prefer)
-        with _holding(self._target, buffer):
-            return transfer.plan(self._target, order)
+        return transfer.plan_only(self._target, order)
 
     def _range(
         self,
@@ -436,16 +433,3 @@ class File(Uncopyable, instead="open its path again where it is needed"):
         if direction == "read" and not buffer._descriptor_writable:
             text = "the buffer is read-only: its dma-buf was handed over without write access"
             raise os_error(errno.EACCES, text, target.path)
-
-
-@contextmanager
-def _holding(target: Target, buffer: Buffer) -> Iterator[None]:
-    target.acquire()
-    try:
-        buffer._acquire()
-        try:
-            yield
-        finally:
-            buffer._release()
-    finally:
-        target.release()

@@ -94,12 +94,6 @@ def lane(target: Target, buffer: Buffer, direction: Direction) -> Lane | None:
     return found
 
 
-def left(target: Target) -> None:
-    """A request is over on a file that was closed: the last one closes its descriptors."""
-    if target.pid == _process.pid:  # a fork's child may have its lock for ever
-        target.left()
-
-
 def _make(target: Target, buffer: Buffer, direction: Direction) -> Lane | None:
     direct, write = target.direct_if_proven(), direction == "write"
     if (
@@ -156,18 +150,20 @@ def move(
     token = object()
     try:
         target.lone.add(token)
-        buffer._lone.add(token)
-        found = lane(target, buffer, direction)
-        if found is None:
-            return None
         try:
-            if not lib.dmb_lane_move(found.core, offset or 0, start, size, fence):
+            buffer._lone.add(token)
+            found = lane(target, buffer, direction)
+            if found is None:
                 return None
-        except (TypeError, OverflowError):  # a negative number, or no truth: the long way says so
-            return None
+            try:
+                if not lib.dmb_lane_move(found.core, offset or 0, start, size, fence):
+                    return None
+            except (TypeError, OverflowError):  # negative, or no truth: the long way says so
+                return None
+        finally:
+            buffer._lone.discard(token)
     finally:
-        buffer._lone.discard(token)
         target.lone.discard(token)
         if target._closed:
-            left(target)
+            target.left()
     return found.record(size, route, asked, begun)

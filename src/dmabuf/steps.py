@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Literal, NamedTuple, TypeVar, cast
 
 from dmabuf import fence
-from dmabuf.engine import Engine, Job, Outcome
+from dmabuf.engine import Engine, Job, Outcome, this_thread
 from dmabuf.errors import os_error
 
 T = TypeVar("T")
@@ -97,22 +97,25 @@ Steps = Generator[Job | Step, Outcome | None, T]
 
 def here(steps: Steps[T], engine: Engine | None = None) -> T:
     """Do each step on the spot; what it raises is raised where the transfer waits for it."""
+    nested, this_thread.in_transfer = this_thread.in_transfer, True
     try:
         step = next(steps)
         while True:
             try:
-                outcome = _do(step, engine)
+                outcome = _do(step, engine, nested)
             except BaseException as error:
                 step = steps.throw(error)
             else:
                 step = steps.send(outcome)
     except StopIteration as stop:
         return cast(T, stop.value)
+    finally:
+        this_thread.in_transfer = nested
 
 
-def _do(step: Job | Step, engine: Engine | None) -> Outcome | None:
+def _do(step: Job | Step, engine: Engine | None, nested: bool) -> Outcome | None:
     if isinstance(step, Job):
         assert engine is not None
-        return engine.run(step)
+        return engine.run(step, nested=nested)
     step.here()
     return None

@@ -52,8 +52,7 @@ class Target:
         self.engine = engine
         self.pid = _process.pid
         self._closed = False
-        self._users = 0
-        self.lone: set[object] = set()  # lone requests under way, each by a token of its own
+        self.lone: set[object] = set()  # transfers under way, each by a token of its own
         self.lanes: dict[int, Lane] = {}  # by the buffer's number, ~number to write: see lone.py
         self._lock = threading.RLock()  # the collector may close a File at any allocation
         self._direct: facts.Direct | None = None
@@ -245,23 +244,12 @@ class Target:
         """Whether `close` was called."""
         return self._closed
 
-    def acquire(self) -> None:
-        """Hold the descriptors open: their numbers may not become another file's meanwhile."""
-        self.check_open()
-        with self._lock:
-            self.check_open()
-            self._users += 1
-
-    def release(self) -> None:
-        """Let go; the last user of a Target that was closed meanwhile closes its descriptors."""
-        with self._lock:
-            self._users -= 1
-            self.left()
-
     def left(self) -> None:
-        """Close the descriptors if it was closed, and this was the last that used them."""
+        """Close the descriptors if it was closed, and no transfer uses them any more."""
+        if self.pid != _process.pid:  # a forked child: a thread it lacks may have the lock
+            return
         with self._lock:
-            if self._closed and not self._users and not self.lone:
+            if self._closed and not self.lone:
                 self._close()
 
     def close(self) -> None:
@@ -275,15 +263,16 @@ class Target:
             self.left()
 
     def _close(self) -> None:
+        """Close them; where a signal handler's exception interrupts it, it can be called again."""
         self.lanes.clear()
-        fd, self.fd = self.fd, -1
-        direct, self._direct = self._direct, None
-        for one in (fd, direct.fd if direct else -1):
-            if one < 0:
-                continue
-            if self.pid == _process.pid:
-                self.engine.forget_file(one)
-            os.close(one)
+        direct = self._direct.fd if self._direct else -1
+        fds = [fd for fd in (self.fd, direct) if fd >= 0]
+        if self.pid == _process.pid:
+            for fd in fds:
+                self.engine.forget_file(fd)
+        closing = map(os.close, fds)
+        self.fd, self._direct = -1, None  # no call, so no such exception, between this and any()
+        any(closing)
 
     # -- O_DIRECT, and what transfers have found out about it
 
@@ -292,16 +281,22 @@ class Target:
         direct = self._direct
         if direct is not None:
             return direct
-        with self._lock:  # two threads may come here at once, and one descriptor is enough
-            if self._direct is None and self.namespace is not None:
-                alignment = facts.Alignment(self.namespace.memory_align, self.namespace.block)
-                own = fcntl.fcntl(self.fd, fcntl.F_DUPFD_CLOEXEC, 0)
-                self._direct = facts.Direct(own, alignment, None)
-            elif self._direct is None:
-                self._direct = facts.open_direct(
-                    self.fd, self.kind, writable=self.writable, readable=self.readable
-                )
-            return self._direct
+        # Without the lock, since it allocates: a destructor that runs then may wait for another
+        # thread's transfer, and that for the lock.
+        if self.namespace is not None:
+            alignment = facts.Alignment(self.namespace.memory_align, self.namespace.block)
+            own = fcntl.fcntl(self.fd, fcntl.F_DUPFD_CLOEXEC, 0)
+            direct = facts.Direct(own, alignment, None)
+        else:
+            direct = facts.open_direct(
+                self.fd, self.kind, writable=self.writable, readable=self.readable
+            )
+        with self._lock:
+            if self._direct is None:
+                self._direct = direct
+        if self._direct is not direct and direct.fd >= 0:  # another thread was sooner
+            os.close(direct.fd)
+        return self._direct
 
     def direct_if_proven(self) -> facts.Direct | None:
         """O_DIRECT, once it is known or was seen to be what it says; else None."""

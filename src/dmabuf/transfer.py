@@ -230,13 +230,58 @@ def _job(target: Target, order: Order, route: Route) -> Job:
 # -- running
 
 
+# A transfer holds its file and its buffer by a token in a set of each. Python answers signals after
+# a call has returned, and an exception there may skip what follows in the same block; so each token
+# is added and taken away by one call, in a block of its own.
+
+
 def carry_out(target: Target, order: Order, begun: float) -> Transfer:
     """Run an order to its end; `begun` is when the caller was called, by perf_counter."""
+    token = object()
+    try:
+        target.lone.add(token)
+        try:
+            order.buffer._lone.add(token)
+            check_usable(target, order)
+            if target.stream is not None:
+                return here(carry_stream(target, order, begun), target.engine)
+            return here(carry(target, order, begun), target.engine)
+        finally:
+            order.buffer._lone.discard(token)
+    finally:
+        target.lone.discard(token)
+        if target.closed:
+            target.left()
+
+
+def plan_only(target: Target, order: Order) -> Plan:
+    """Return the route that the order would take now; moves nothing.
+
+    Raises:
+        RouteUnavailable: no permitted route is possible.
+    """
+    token = object()
+    try:
+        target.lone.add(token)
+        try:
+            order.buffer._lone.add(token)
+            target.check_open()
+            order.buffer._check_held()
+            return plan(target, order)
+        finally:
+            order.buffer._lone.discard(token)
+    finally:
+        target.lone.discard(token)
+        if target.closed:
+            target.left()
+
+
+def check_usable(target: Target, order: Order) -> None:
+    """Raise unless the file and the buffer, which the caller holds, are open and all is valid."""
+    target.check_open()
+    order.buffer._check_held()
     fence.check_timeout(order.timeout)
     check_audit(target, order)
-    if target.stream is not None:
-        return here(carry_stream(target, order, begun), target.engine)
-    return here(carry(target, order, begun), target.engine)
 
 
 def carry(target: Target, order: Order, begun: float) -> Steps[Transfer]:

@@ -1,21 +1,34 @@
-"""KeyboardInterrupt at every point where the interpreter may answer a signal."""
+"""Python code of others at every point where the interpreter may run it: signal handlers.
 
+The points are the starts of functions, jumps backwards, and returns of calls (ceval.c).
+"""
+
+import contextlib
 import dis
 import sys
+from collections.abc import Callable, Container
+from pathlib import Path
 from types import ModuleType
 
+import dmabuf
 
-class Interruptions:
-    """Raises KeyboardInterrupt at those of the points, counted from 1, in the modules' own code.
 
-    The points are the starts of functions, jumps backwards, and returns of calls (ceval.c).
+class Points:
+    """Calls `action` at those of the points whose numbers, counted from 1, are in `numbers`.
+
+    Counts the points of this thread in the package and in contextlib, or in some modules only.
     """
 
-    def __init__(self, numbers, *modules: ModuleType) -> None:
-        self._files = {module.__file__ for module in modules}
-        self._numbers, self.seen, self._after_call = numbers, 0, False
+    def __init__(
+        self, numbers: Container[int], action: Callable[[], object], *modules: ModuleType
+    ) -> None:
+        package = str(Path(dmabuf.__file__).parent)
+        files = {module.__file__ for module in modules}
+        self._prefixes = tuple(files) if files else (package, contextlib.__file__)
+        self._numbers, self._action = numbers, action
+        self.seen, self._after_call = 0, False
 
-    def __enter__(self) -> "Interruptions":
+    def __enter__(self) -> "Points":
         self._before = sys.gettrace()
         sys.settrace(self._call)
         return self
@@ -24,7 +37,7 @@ class Interruptions:
         sys.settrace(self._before)
 
     def _call(self, frame, event, argument):
-        if frame.f_code.co_filename not in self._files:
+        if not frame.f_code.co_filename.startswith(self._prefixes):
             return None
         frame.f_trace_opcodes = True
         return self._opcode
@@ -38,5 +51,15 @@ class Interruptions:
         if point:
             self.seen += 1
             if self.seen in self._numbers:
-                raise KeyboardInterrupt
+                self._action()
         return self._opcode
+
+
+class Interruptions(Points):
+    """Raises KeyboardInterrupt at those points, as Ctrl-C may."""
+
+    def __init__(self, numbers: Container[int], *modules: ModuleType) -> None:
+        super().__init__(numbers, self._raise, *modules)
+
+    def _raise(self) -> None:
+        raise KeyboardInterrupt

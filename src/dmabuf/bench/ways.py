@@ -60,10 +60,11 @@ class Timed(Engine):
     latencies: array[int] = array("Q")
     """Nanoseconds, in the order of the segments."""
 
-    def run(self, job: Job) -> Outcome:
+    def run(self, job: Job, *, nested: bool = False) -> Outcome:
         """As any engine does."""
         self.latencies = array("Q", bytes(8 * job.count))
-        return super().run(job._replace(latencies=ffi.from_buffer("uint64_t[]", self.latencies)))
+        timed = job._replace(latencies=ffi.from_buffer("uint64_t[]", self.latencies))
+        return super().run(timed, nested=nested)
 
 
 class Way(ABC):

@@ -1,0 +1,211 @@
+"""Code of others in the middle of a transfer: signal handlers that raise, or transfer themselves.
+
+Destructors, weakref callbacks and the garbage collector run in the same way.
+"""
+
+import array
+import gc
+import os
+import signal
+import threading
+from contextlib import contextmanager, suppress
+
+import pytest
+
+import dmabuf
+from dmabuf import Engine
+from tests.resources import held
+from tests.support import assert_same, pattern, poison
+from tests.unit.interrupting import Interruptions, Points
+
+SIZE = 128 << 10
+SEGMENTS = array.array("Q", [0, 0, 8192, 16384, 16384, 8192])
+MOVES = {
+    "read": lambda file, buffer: file.read_into(buffer, SIZE - 5),
+    "small read": lambda file, buffer: file.read_into(buffer, 4096),
+    "staged read": lambda file, buffer: file.read_into(buffer, route="staged"),
+    "write": lambda file, buffer: file.write_from(buffer, SIZE - 5),
+    "growing write": lambda file, buffer: file.write_from(buffer, 9999, file_offset=SIZE),
+    "segments": lambda file, buffer: file.read_segments(buffer, SEGMENTS),
+    "plan": lambda file, buffer: file.plan(buffer),
+}
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(pattern(SIZE, 1))
+    return path
+
+
+@pytest.fixture
+def buf():
+    with dmabuf.allocate(SIZE, exporter="memfd") as buffer:
+        yield buffer
+
+
+@pytest.fixture(autouse=True)
+def waits_end():
+    """A wait for a lock that never comes ends in a failure."""
+
+    def give_up(*_):
+        raise TimeoutError("a transfer waits for ever")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(params=["default", "own", "threads"])
+def engine(request):
+    if request.param == "default":
+        yield None
+        return
+    with Engine(backend="threads" if request.param == "threads" else "auto") as made:
+        yield made
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_an_interrupt_anywhere_leaves_nothing_held(path, buf, move):
+    """The buffer and the file can be closed, no descriptor stays, and the engine works."""
+    move, number = MOVES[move], 0
+    with dmabuf.open(path, "r+") as whole:
+        whole.read_into(buf)
+        before = len(os.listdir("/proc/self/fd"))
+        counted = None
+        while counted is None or counted.seen >= number:
+            number += 1
+            file, buffer = dmabuf.open(path, "r+"), dmabuf.allocate(SIZE, exporter="memfd")
+            move(file, buffer)
+            with suppress(KeyboardInterrupt), Interruptions({number}) as counted:
+                move(file, buffer)
+            buffer.close()
+            file.close()
+            assert len(os.listdir("/proc/self/fd")) == before, number
+        path.write_bytes(pattern(SIZE, 2))
+        buf.pwrite(poison(SIZE), 0)
+        whole.read_into(buf)
+        assert_same(buf.pread(SIZE, 0), pattern(SIZE, 2), "the buffer")
+    assert number > 25
+
+
+@pytest.mark.parametrize("what", ["buffer", "file"])
+def test_an_interrupted_close_can_be_called_again(path, what):
+    before, number, counted = held(), 0, None
+    while counted is None or counted.seen >= number:
+        number += 1
+        buffer, file = dmabuf.allocate(SIZE, exporter="memfd"), dmabuf.open(path)
+        file.read_into(buffer)
+        with suppress(KeyboardInterrupt), Interruptions({number}) as counted:
+            (buffer if what == "buffer" else file).close()
+        buffer.close()
+        file.close()
+        assert held() == before, number
+    assert number > 10
+
+
+@contextmanager
+def paused_at(point, path):
+    """Another thread stands still in the middle of a transfer by the default engine."""
+    paused, go_on, moved = threading.Event(), threading.Event(), []
+
+    def pause():
+        paused.set()
+        go_on.wait()
+
+    def work():
+        with dmabuf.open(path) as file, dmabuf.allocate(SIZE, exporter="memfd") as buffer:
+            file.read_into(buffer)
+            with Points({point}, pause):
+                moved.append(file.read_into(buffer).nbytes)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        assert paused.wait(60)
+        yield
+    finally:
+        go_on.set()
+        thread.join()
+    assert moved == [SIZE]
+
+
+@contextmanager
+def inside(path, buf, engine, count):
+    """A transfer that is made inside another; both are compared."""
+    sink = path.with_name("inner")
+    with (
+        dmabuf.allocate(SIZE, exporter="memfd") as inner,
+        dmabuf.open(sink, "w", engine=engine) as out,
+        dmabuf.open(path, engine=engine) as file,
+    ):
+        file.read_into(buf)
+        file.read_into(inner)
+        done = []
+
+        def nested():
+            inner.pwrite(poison(SIZE), 0)
+            file.read_into(inner)
+            out.write_from(inner, SIZE - 7)
+            done.append(inner.pread(SIZE, 0))
+
+        yield nested, lambda: file.read_into(buf)
+        assert len(done) >= count
+        for got in done:
+            assert_same(got, pattern(SIZE, 1), "the inner buffer")
+        assert_same(sink.read_bytes(), pattern(SIZE, 1)[:-7], "the inner file")
+
+
+def test_a_transfer_in_a_signal_handler_inside_another(path, buf, engine):
+    with inside(path, buf, engine, 20) as (nested, outer):
+        with Points((), nested) as counted:
+            outer()
+        for number in range(1, counted.seen, max(1, counted.seen // 20)):
+            buf.pwrite(poison(SIZE), 0)
+            with Points({number}, nested):
+                assert outer().nbytes == SIZE
+            assert_same(buf.pread(SIZE, 0), pattern(SIZE, 1), "the outer buffer")
+
+
+def test_a_transfer_in_a_signal_handler_beside_another_thread(path, buf):
+    """Which has a ring of the default engine, and keeps it."""
+    with inside(path, buf, None, 20) as (nested, outer):
+        with Points((), nested) as counted:
+            outer()
+        points = range(1, counted.seen, max(1, counted.seen // 15))
+        for where in points:
+            with paused_at(where, path):
+                for number in points:
+                    buf.pwrite(poison(SIZE), 0)
+                    with Points({number}, nested):
+                        assert outer().nbytes == SIZE
+                    assert_same(buf.pread(SIZE, 0), pattern(SIZE, 1), "the outer buffer")
+
+
+class Garbage:
+    """Calls `act` when the collector finds it."""
+
+    def __init__(self, act):
+        self.cycle, self.act = self, act
+
+    def __del__(self):
+        self.act()
+
+
+def test_a_transfer_in_a_destructor_inside_another(path, buf, engine):
+    """Which the collector calls at one of the outer transfer's allocations."""
+    with inside(path, buf, engine, 10) as (nested, outer):
+        thresholds = gc.get_threshold()
+        for allocations in range(1, 60, 3):
+            buf.pwrite(poison(SIZE), 0)
+            gc.collect()
+            Garbage(nested)
+            gc.set_threshold(allocations)
+            try:
+                assert outer().nbytes == SIZE
+            finally:
+                gc.set_threshold(*thresholds)
+                gc.collect()
+            assert_same(buf.pread(SIZE, 0), pattern(SIZE, 1), "the outer buffer")
