@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import weakref
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -406,14 +407,16 @@ def _wake(flight: Flight) -> None:
         flight.wake.set_result(None)
 
 
-_engines: RunVar[LoopEngine] = RunVar("dmabuf.aio engine")
+_engines: RunVar[weakref.ref[LoopEngine]] = RunVar("dmabuf.aio engine")
+"""Weak: an engine refers to its loop, and a loop that is dropped takes its engine with it."""
 
 
 async def loop_engine() -> LoopEngine:
-    """The engine of the running event loop, made on first use."""
-    engine = _engines.get(None)
+    """The engine of the running event loop, made on first use; the loop keeps it."""
+    known = _engines.get(None)
+    engine = known() if known is not None else None
     if engine is None or engine.closed or engine._pid != _process.pid:
         engine = LoopEngine()
-        _engines.set(engine)
+        _engines.set(weakref.ref(engine))
         await engine.stay()
     return engine

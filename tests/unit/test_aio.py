@@ -4,6 +4,7 @@ import array
 import asyncio
 import functools
 import gc
+import logging
 import os
 import threading
 import weakref
@@ -509,6 +510,38 @@ def test_an_event_loop_that_ended_leaves_nothing_of_its_engine(run, path, buf):
         run(main)
     gc.collect()
     assert [engine() for engine in engines] == [None, None]
+
+
+@pytest.mark.parametrize("closed", [True, False])
+@pytest.mark.parametrize("size", [None, PAGE, SIZE])
+@pytest.mark.filterwarnings("ignore:unclosed event loop:ResourceWarning")
+def test_a_loop_dropped_without_shutdown_asyncgens_leaves_nothing(path, size, closed, caplog):
+    """Nor does a transfer that is under way; the buffer can be closed."""
+    caplog.set_level(logging.CRITICAL, "asyncio")
+
+    async def main(buffer):
+        file = await aio.open(path)
+        await file.read_into(buffer, PAGE)
+        if size is not None:
+            task = asyncio.create_task(file.read_into(buffer, size))
+            await asyncio.sleep(0)
+            assert not task.done()
+
+    run_in_a_loop_of_its_own(main, closed)  # what asyncio itself keeps
+    before = held()
+    for _ in range(3):
+        run_in_a_loop_of_its_own(main, closed)
+    assert held() == before
+
+
+def run_in_a_loop_of_its_own(main, closed):
+    with dmabuf.allocate(SIZE, exporter="memfd") as buffer:
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(main(buffer))
+        if closed:
+            loop.close()
+        del loop
+        gc.collect()
 
 
 def test_a_wake_is_for_who_still_sleeps(run):
