@@ -1,5 +1,5 @@
-# Two commands for users: `make demo` and `make test`. Most of the rest are the parts of `make test`.
-.PHONY: demo test test-stable soak check lint types c-tests unit lab-tests benchmarks clean
+# For users: `make demo` and `make test`. Most other targets are parts of `make test`.
+.PHONY: demo test test-stable soak check lint types c-tests unit unit-busy coverage lab-tests benchmarks clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -16,7 +16,7 @@ test: lint types c-tests unit lab-tests
 
 check: lint types c-tests unit
 
-# Not parts of make test: the lab's tests on Debian stable's kernel, and the long soak.
+# Not part of `make test`: the lab's tests on Debian stable's kernel, and the long soak.
 test-stable: $(VENV)/ready
 	tools/install-system-packages $$(lab/run --apt-packages)
 	lab/run --kernel stable --devices all -- python3 -m pytest tests/kernel tests/device
@@ -27,7 +27,7 @@ soak: $(VENV)/ready
 	tools/install-system-packages $$(lab/run --apt-packages)
 	lab/run --timeout 14400 -- python3 -m tests.soak --count $(TRANSFERS)
 
-# What the system must bring; asks apt only for what is missing.
+# Install missing system packages, and make the virtual environment.
 $(VENV)/ready: pyproject.toml setup.py csrc/core.h $(wildcard csrc/*.c csrc/*.h csrc/build_ffi.py)
 	tools/install-system-packages gcc libc6-dev libfuse3-dev liburing-dev pkg-config python3-dev python3-venv
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dmabuf needs Python 3.11 or later: make PYTHON=python3.12 ...")'
@@ -50,15 +50,37 @@ types: $(VENV)/ready
 c-tests: $(VENV)/ready
 	$(MAKE) -C csrc test tsan
 
+TESTS := tests/unit
 unit: $(VENV)/ready
 	tools/install-system-packages fio fuse3 rsync xxd
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest $(TESTS)
+
+# The unit tests beside eight busy loops and a busy disk.
+unit-busy: $(VENV)/ready
+	tools/install-system-packages fio fuse3 rsync xxd
+	tests/busy.sh $(BIN)/python -m pytest --timeout 1200 $(TESTS)
+
+# The coverage of the unit tests: Python, subprocesses included, and the C core.
+COVERAGE := $(CURDIR)/build/coverage
+coverage: $(VENV)/ready
+	tools/install-system-packages fio fuse3 rsync xxd
+	rm -rf $(COVERAGE) $(VENV)/ready
+	CFLAGS="--coverage -fprofile-update=atomic" LDFLAGS=--coverage \
+		$(BIN)/python setup.py -q build_ext --inplace --force --build-temp $(COVERAGE)/core
+	-$(BIN)/coverage run --data-file=$(COVERAGE)/data -m pytest --timeout 1200 $(TESTS)
+	$(BIN)/coverage combine --quiet --data-file=$(COVERAGE)/data
+	$(BIN)/coverage report --data-file=$(COVERAGE)/data >$(COVERAGE)/python.txt
+	$(BIN)/gcovr --root . --filter csrc/ --txt $(COVERAGE)/core.txt $(COVERAGE)/core
+	$(MAKE) $(VENV)/ready
+	@echo "Python, lines and branches: build/coverage/python.txt"; tail -n 1 $(COVERAGE)/python.txt
+	@echo "C core, lines: build/coverage/core.txt"; tail -n 2 $(COVERAGE)/core.txt
 
 lab-tests: $(VENV)/ready
 	tools/install-system-packages $$(lab/run --apt-packages)
 	lab/run --timeout 2700 --devices all -- python3 -m pytest tests/kernel tests/device
 
-# Beside other loaders: minutes, 2 GiB of downloads, 5 GiB of disk and (as root) 10 of memory.
+# Other loaders side by side: takes minutes, downloads 2 GiB, and needs 5 GiB of disk and, as root,
+# 10 GiB of memory.
 benchmarks: $(PEERS)/ready
 	$(PEERS)/bin/python benchmarks/beside_peers.py
 

@@ -1,4 +1,4 @@
-"""Builds the C core; everything else about the package stands in pyproject.toml."""
+"""Build the C core; pyproject.toml has everything else."""
 
 import shutil
 import subprocess
@@ -10,7 +10,7 @@ from setuptools.command.build_ext import build_ext
 
 
 class BuildCore(build_ext):
-    """build_ext that says what to install when the compiler or liburing's header is missing."""
+    """A build_ext that names the package to install where the compiler or a header is missing."""
 
     def run(self) -> None:
         compiler = (sysconfig.get_config_var("CC") or "cc").split()[0]

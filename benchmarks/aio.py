@@ -1,10 +1,10 @@
-"""Reads of 4 KiB at 256 in flight: `dmabuf.aio` beside `read_segments`, on one target.
+"""Compare reads of 4 KiB with 256 in flight by `dmabuf.aio` with `read_segments`, on one target.
 
     python benchmarks/aio.py [--backend trio] [--count 20000] [--json] TARGET
 
-TARGET is a file or block device, which is only read. Prints the machine, then time and processor
-time of each read, beside them of the event loop with the same tasks and no reads, and the ratio of
-the first two in the same run: the best of `--rounds`.
+TARGET is a file or block device, which is only read. Prints the machine; time and processor time of
+a read by each, and of the event loop with the same tasks and no reads; and the ratio of the first
+two in the same run. Each figure is the best of `--rounds`.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from common import PAGE, machine
 
 import dmabuf
 from dmabuf import aio
-from dmabuf._waits import Wake, call_soon, kind_of_wake
+from dmabuf.aio.backend import Wakeup, call_soon, wakeup_factory
 
 
 @dataclasses.dataclass
 class Meter:
-    """Wall and processor microseconds a read, the best of several rounds."""
+    """Wall and processor microseconds of a read, the best of several rounds."""
 
     wall: float = float("inf")
     cpu: float = float("inf")
 
     def add(self, wall: float, cpu: float, count: int) -> None:
-        """One round of `count` reads."""
+        """Add one round of `count` reads."""
         self.wall = min(self.wall, wall / count * 1e6)
         self.cpu = min(self.cpu, cpu / count * 1e6)
 
 
 async def by_aio(path: str, buffer: dmabuf.Buffer, offsets: list[int], flight: int) -> None:
-    """Tasks that read one after the other, `flight` of them at a time."""
+    """Run `flight` tasks, each of which reads one block after the other."""
     todo = iter(enumerate(offsets))
 
     async def worker(file: aio.File, slots: int) -> None:
@@ -48,15 +48,15 @@ async def by_aio(path: str, buffer: dmabuf.Buffer, offsets: list[int], flight: i
             await file.read_into(buffer, PAGE, file_offset=offset, buffer_offset=at)
 
     async with await aio.open(path) as file, anyio.create_task_group() as group:
-        await file.read_into(buffer, PAGE)  # opens with O_DIRECT, and looks at the page cache
+        await file.read_into(buffer, PAGE)  # opens with O_DIRECT, and checks the page cache
         for _ in range(flight):
             group.start_soon(worker, file, buffer.size // PAGE)
 
 
 async def loop_alone(count: int, flight: int) -> None:
-    """What any library pays here: the same tasks, each of whose reads is one wake of the loop's."""
-    new_wake, soon = kind_of_wake(), call_soon()
-    todo, waiting = iter(range(count)), list[Wake]()
+    """Run the same tasks with one wakeup of the event loop in place of each read."""
+    new_wake, soon = wakeup_factory(), call_soon()
+    todo, waiting = iter(range(count)), list[Wakeup]()
 
     def wake_them() -> None:
         woken = waiting.copy()
@@ -78,7 +78,7 @@ async def loop_alone(count: int, flight: int) -> None:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -103,7 +103,7 @@ def main() -> None:
 
 
 def run(how: argparse.Namespace, engine: dmabuf.Engine) -> dict[str, Meter]:
-    """Both, in turn, round by round."""
+    """Measure both in turn, round by round."""
     buffer = dmabuf.allocate(how.flight * 4 * PAGE, exporter="memfd")
     anyio.run(anyio.sleep, 0, backend=how.backend)  # loads it: some 50 ms on asyncio, 100 on trio
     segments, loop, alone = Meter(), Meter(), Meter()
@@ -115,7 +115,7 @@ def run(how: argparse.Namespace, engine: dmabuf.Engine) -> dict[str, Meter]:
         slots = buffer.size // PAGE
         triples = [(offset, n % slots * PAGE, PAGE) for n, offset in enumerate(offsets)]
         flat = array.array("Q", [number for triple in triples for number in triple])
-        file.read_segments(buffer, flat[: 3 * how.flight])  # opens, pins, looks at the page cache
+        file.read_segments(buffer, flat[: 3 * how.flight])  # opens, pins, checks the page cache
         for _ in range(how.rounds):
             cpu, wall = time.process_time(), time.perf_counter()
             file.read_segments(buffer, flat)

@@ -1,8 +1,8 @@
-"""What a read(2) or write(2) costs on the files that as_file() makes, beside a copy in memory.
+"""Measure the cost of read(2) and write(2) on the files of as_file(), beside a copy in memory.
 
     .venv/bin/python benchmarks/as_file.py
 
-FUSE is measured on a dma-buf where there is an exporter of them, else on a memfd in its place.
+FUSE is measured on a dma-buf if the machine has an exporter, otherwise on a memfd.
 """
 
 import functools
@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 
 import dmabuf
-from dmabuf import _as_file
+from dmabuf.memory import serve_by_fuse
 
 SIZE = 64 << 20
 SIZES = (4 << 10, 64 << 10, 1 << 20)
@@ -21,7 +21,7 @@ ROUNDS = 7
 
 
 def microseconds(call: Callable[[int], object], size: int) -> float:
-    """The median of some rounds; each goes through the file once, up to 2000 calls."""
+    """Return the median of several rounds; each is one pass over the file, at most 2000 calls."""
     offsets = range(0, min(SIZE, 2000 * size), size)
     taken = []
     for _ in range(ROUNDS):
@@ -33,7 +33,7 @@ def microseconds(call: Callable[[int], object], size: int) -> float:
 
 
 def measure(what: str, read: Callable[..., object], write: Callable[..., object]) -> None:
-    """``read`` and ``write`` are called with a block and an offset."""
+    """Measure ``read`` and ``write``, which are called with a block and an offset."""
     for size in SIZES:
         block = memoryview(bytearray(os.urandom(size)))
         told = []
@@ -44,7 +44,7 @@ def measure(what: str, read: Callable[..., object], write: Callable[..., object]
 
 
 def measure_file(what: str, fd: int) -> None:
-    """pread and pwrite of a descriptor."""
+    """Measure pread(2) and pwrite(2) of a descriptor."""
     measure(
         what,
         lambda block, offset: os.preadv(fd, [block], offset),
@@ -53,7 +53,7 @@ def measure_file(what: str, fd: int) -> None:
 
 
 def measure_copies(view: memoryview) -> None:
-    """The least that either can cost: one copy."""
+    """Measure the lower bound of either: one copy."""
 
     def read(block: memoryview, offset: int) -> None:
         block[:] = view[offset : offset + len(block)]
@@ -65,14 +65,14 @@ def measure_copies(view: memoryview) -> None:
 
 
 def main() -> None:
-    """Measure all three."""
+    """Measure all three and print the table."""
     print(f"Linux {platform.release()}, {platform.machine()}, Python {platform.python_version()}")
     with dmabuf.allocate(SIZE) as buffer:
         with buffer.map("rw") as view:
             measure_copies(view)
         slabs = [(slab.fd, slab.size, buffer.is_dmabuf) for slab in buffer.slabs]
         begun = time.perf_counter()
-        root = _as_file._start(slabs, True)
+        root = serve_by_fuse(slabs, True)
         fd = os.open(f"/proc/self/fd/{root}", os.O_RDWR | os.O_CLOEXEC)
         print(f"fuse     made in {(time.perf_counter() - begun) * 1e3:.0f} ms ({buffer.exporter})")
         os.close(root)

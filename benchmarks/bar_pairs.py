@@ -1,4 +1,4 @@
-"""What bars.py measures: ours and the other, one pair at a time."""
+"""The measurements of bars.py: dmabuf and its counterpart, one pair at a time."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from ours import Measure, run_ours
 from targets import huge_pages
 
 Cold = Callable[[], str]
-"""Gives the target, with no page of it in the page cache."""
+"""Returns the path of the target, which has no page in the page cache."""
 Pair = Callable[[Cold, int], tuple[float, float]]
-"""Measures the pair of that number: the figure of ours, that of the other."""
+"""Measures the pair with a number; returns the figures of dmabuf and of the counterpart."""
 Side = Callable[[str], float]
 
 HERE = Path(__file__).parent
@@ -31,7 +31,7 @@ WORKERS = str(HERE / "bar_workers.py")
 
 
 def by_turns(ours: Side, theirs: Side) -> Pair:
-    """Two processes; in every other pair ours is first."""
+    """Return a pair of two processes; dmabuf is first in every other pair."""
 
     def pair(path: Cold, number: int) -> tuple[float, float]:
         if number % 2:
@@ -47,7 +47,7 @@ def by_turns(ours: Side, theirs: Side) -> Pair:
 
 
 def beside_fio(measure: Measure, direct: bool) -> Pair:
-    """Bytes a second."""
+    """Return a pair of speeds beside fio, in bytes a second."""
     return by_turns(
         lambda path: run_ours(path, measure).speed,
         lambda path: run_fio(path, measure, direct).speed,
@@ -55,7 +55,7 @@ def beside_fio(measure: Measure, direct: bool) -> Pair:
 
 
 def cpu_beside_fio(measure: Measure, direct: bool) -> Pair:
-    """CPU seconds a GiB of the requests: the process, less one that does all but them."""
+    """Return a pair of CPU seconds for each GiB, less those of a process without requests."""
     idle, moved = measure.idle(), measure.total / GIB
 
     def ours(path: str) -> float:
@@ -70,7 +70,7 @@ def cpu_beside_fio(measure: Measure, direct: bool) -> Pair:
 
 @functools.cache
 def loop() -> str:
-    """The C loop, compiled."""
+    """Compile the C loop once; return its path."""
     folder = tempfile.mkdtemp(prefix="dmabuf-bench-")
     atexit.register(shutil.rmtree, folder)
     try:
@@ -81,7 +81,7 @@ def loop() -> str:
 
 
 def beside_loop(measure: Measure) -> Pair:
-    """Bytes a second, ours and a C program's with the same list of requests."""
+    """Return a pair of speeds beside a C program with the same list of requests."""
     needed = measure.footprint >> 21 if measure.huge_pages else 0
     numbers = (measure.depth, measure.window, measure.total, int(measure.huge_pages))
 
@@ -97,7 +97,7 @@ def beside_loop(measure: Measure) -> Pair:
     return by_turns(ours, theirs)
 
 
-# -- what arrives how soon, and what it leaves behind
+# -- speed, latency and the page cache
 
 
 def _worker(name: str, path: str) -> dict[str, float]:
@@ -107,20 +107,20 @@ def _worker(name: str, path: str) -> dict[str, float]:
 
 
 def speeds(ours: str, theirs: str) -> Pair:
-    """Bytes a second of two workers."""
+    """Return a pair of speeds of two workers, in bytes a second."""
     return by_turns(
         lambda path: _worker(ours, path)["speed"], lambda path: _worker(theirs, path)["speed"]
     )
 
 
 def lone(path: Cold, _number: int) -> tuple[float, float]:
-    """Seconds of one read of 4 KiB; the two are interleaved inside."""
+    """Measure the seconds of one read of 4 KiB; the worker interleaves both sides."""
     answer = _worker("lone", path())
     return answer["ours"], answer["theirs"]
 
 
 def pages_left(name: str) -> Pair:
-    """Pages in the page cache after a read, ours and a plain one's."""
+    """Return a pair of page counts in the page cache after a read, by dmabuf and a plain one."""
 
     def after(worker: str, path: str) -> float:
         _worker(worker, path)
@@ -130,7 +130,7 @@ def pages_left(name: str) -> Pair:
 
 
 def awaited(figure: str, backend: str) -> Pair:
-    """Microseconds a read of 4 KiB with 256 in flight, awaited and by read_segments."""
+    """Return a pair of microseconds of a 4 KiB read: awaited, 256 in flight, and read_segments."""
 
     def pair(path: Cold, _number: int) -> tuple[float, float]:
         command = [
@@ -152,7 +152,7 @@ def awaited(figure: str, backend: str) -> Pair:
 
 
 def beside_loaders(loaders: Loaders, place: str) -> Pair:
-    """Bytes a second of the file, ours and the fastest other loader's of the same round."""
+    """Return a pair of loading speeds: dmabuf, and the fastest other loader of the same round."""
 
     def pair(_path: Cold, number: int) -> tuple[float, float]:
         ours, theirs = report.sooner(loaders.round(place, number))
@@ -162,7 +162,7 @@ def beside_loaders(loaders: Loaders, place: str) -> Pair:
 
 
 def cpu_beside_loaders(loaders: Loaders, place: str) -> Pair:
-    """CPU seconds a GiB, ours and the least of those that read through the page cache."""
+    """Return a pair of CPU seconds for each GiB: dmabuf, and the least of the cached loaders."""
 
     def pair(_path: Cold, number: int) -> tuple[float, float]:
         ours, theirs = report.cheaper(loaders.round(place, number))
@@ -171,11 +171,11 @@ def cpu_beside_loaders(loaders: Loaders, place: str) -> Pair:
     return pair
 
 
-# -- what the package itself costs
+# -- the cost of the package itself
 
 
 def import_cost(_path: Cold, _number: int) -> tuple[float, float]:
-    """Milliseconds of `import dmabuf`, and of a bare interpreter: nine starts each, by turns."""
+    """Measure milliseconds of `import dmabuf` and of a bare interpreter, nine starts in turn."""
     taken: dict[str, list[float]] = {"import dmabuf": [], "pass": []}
     for _ in range(9):
         for source, milliseconds in taken.items():
@@ -187,7 +187,7 @@ def import_cost(_path: Cold, _number: int) -> tuple[float, float]:
 
 
 def registrations(path: Cold, _number: int) -> tuple[float, float]:
-    """How often the kernel was asked to register memory, of 1,000 transfers, by strace."""
+    """Count registrations of memory in 1,000 transfers, with strace."""
     command = ["strace", "-f", "-qq", "-e", "trace=io_uring_register", "-o", "/dev/stdout",
                sys.executable, WORKERS, "thousand", path()]  # fmt: skip
     trace = run(command).output

@@ -1,6 +1,6 @@
-"""What bars.py measures in a process of its own: `python benchmarks/bar_workers.py NAME TARGET`.
+"""Workers of bars.py, each a process: `python benchmarks/bar_workers.py NAME TARGET`.
 
-Each prints JSON: bytes a second, or seconds a request. The cache has been dropped before.
+Each prints JSON: bytes a second, or seconds of a request. The caller drops the page cache before.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ROUNDS, READS = 20, 100
 
 
 def lone(target: str) -> dict[str, float]:
-    """4 KiB at a time: read_into, and preadv with O_DIRECT into a mapped buffer, by turns."""
+    """Compare read_into of 4 KiB with preadv(2), O_DIRECT into a mapped buffer, in turn."""
     import dmabuf
 
     fd = os.open(target, os.O_RDONLY | os.O_DIRECT)
@@ -37,12 +37,12 @@ def lone(target: str) -> dict[str, float]:
             for slot, offset in enumerate(offsets):
                 os.preadv(fd, [slots[slot]], offset)
 
-        first = file.read_into(buffer, PAGE)  # shows that O_DIRECT works here: see lone.py
+        first = file.read_into(buffer, PAGE)  # proves O_DIRECT; later reads use the small path
         assert first.route == "direct", first
         taken = {"ours": 0.0, "theirs": 0.0}
         for number in range(ROUNDS):
             for name, read in (("ours", ours), ("theirs", theirs))[:: number % 2 * 2 - 1]:
-                offsets = dice.choices(places, k=READS)  # a disk's own cache helps neither
+                offsets = dice.choices(places, k=READS)  # so the disk's cache helps neither
                 begun = time.perf_counter()
                 read(offsets)
                 taken[name] += time.perf_counter() - begun
@@ -66,19 +66,19 @@ def _whole(target: str, route: str) -> dict[str, float]:
 
 
 def direct(target: str) -> dict[str, float]:
-    """1 GiB into a prefaulted buffer by the direct route; what opens and pins is timed too."""
+    """Read 1 GiB by the direct route into a prefaulted buffer; opening and pinning count."""
     return _whole(target, "direct")
 
 
 def staged(target: str) -> dict[str, float]:
-    """The same by the staged route."""
+    """Read 1 GiB by the staged route."""
     return _whole(target, "staged")
 
 
 def _copying(target: str, flags: int, size: int) -> dict[str, float]:
     import dmabuf
 
-    # A bounce buffer of a request's size, on pages of its own.
+    # A bounce buffer of the size of a request, on its own pages.
     with dmabuf.allocate(GIB) as buffer, buffer.map("rw") as view, mmap.mmap(-1, size) as bounce:
         bounce.write(bytes(size))
         with memoryview(bounce) as block:
@@ -93,19 +93,19 @@ def _copying(target: str, flags: int, size: int) -> dict[str, float]:
 
 
 def cold_copy(target: str) -> dict[str, float]:
-    """1 GiB by plain reads of 1 MiB through the page cache, each copied into the buffer."""
+    """Read 1 GiB in blocks of 1 MiB through the page cache, and copy each into the buffer."""
     return _copying(target, 0, MIB)
 
 
 def serial(target: str) -> dict[str, float]:
-    """The same by O_DIRECT: the blocks of the staged route, nothing overlapped."""
-    from dmabuf.engine import STAGED_BLOCK
+    """Read 1 GiB with O_DIRECT in blocks of the staged route, and copy, without overlap."""
+    from dmabuf.transfer.engine import STAGED_BLOCK
 
     return _copying(target, os.O_DIRECT, STAGED_BLOCK)
 
 
 def thousand(target: str) -> dict[str, float]:
-    """1,000 transfers of 1 MiB between random places of the target and of a 1 GiB buffer.
+    """Make 1,000 transfers of 1 MiB between random places of the target and a 1 GiB buffer.
 
     Every other one is by read_segments, which takes a ring: one by read_into may do without.
     """

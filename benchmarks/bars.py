@@ -1,20 +1,20 @@
-"""Each figure that dmabuf is held to, measured beside what it is compared with, in one run.
+"""Measure each performance bar of dmabuf beside its counterpart, in one run.
 
     python benchmarks/bars.py                           all, on disk, tmpfs and (as root) zram
     python benchmarks/bars.py --list
     python benchmarks/bars.py --only 'import,lone,loop-*' --targets disk,zram --pairs 3
 
-Five interleaved pairs of processes each, ours first in every other pair; the target is out of the
-page cache before each process. A line has the median of what the pairs come to, the lowest and the
-highest, the bar, and the medians of both sides. CPU seconds are by wait4(2), less those of a
-process that does all but the requests; beside_fio.py tells those of whole processes.
+Each bar takes five interleaved pairs of processes; dmabuf is first in every other pair. The target
+is dropped from the page cache before each process. A line has the median of the pairs' ratios with
+the lowest and the highest, the bar, and the medians of both sides. CPU seconds are by wait4(2),
+less those of a process without requests; beside_fio.py prints those of whole processes.
 
-As root it makes the zram devices and sets aside the huge pages that it needs, and gives them back
-in the end. What cannot be measured here is skipped, with the reason. The bars beside other loaders
-need those: make .venv-peers/ready, and then .venv-peers/bin/python benchmarks/bars.py.
+As root it makes zram devices and reserves huge pages, and removes them at the end. A bar that
+cannot be measured here is skipped, with the reason. The bars beside other loaders need them: run
+`make .venv-peers/ready`, then `.venv-peers/bin/python benchmarks/bars.py`.
 
-Exit status: 0 where every bar that was measured is met, 1 where one is not or a measurement failed,
-2 for bad arguments, 128 + N where signal N stopped it.
+Exit status: 0 if every measured bar is met, 1 if one is not or a measurement failed, 2 for invalid
+arguments, 128 + N after signal N.
 """
 
 from __future__ import annotations
@@ -64,23 +64,23 @@ from targets import Targets
 
 LOADERS = ["dmabuf-direct", *(name for name in PEERS if not name.startswith("dmabuf"))]
 NOWHERE = "-"
-"""The target of what needs none."""
+"""The target of bars that need none."""
 GBS, KIOPS, US = ("GB/s", 1e9), ("kIOPS", PAGE * 1e3), ("us", 1e-6)
 
 
 def saved(ours: float, theirs: float) -> float:
-    """How much of their time ours saves, of two speeds: 1 - t/t_copy."""
+    """Return the part of the counterpart's time that dmabuf saves, 1 - t/t_copy, of two speeds."""
     return 1 - theirs / ours
 
 
 def alone(ours: float, _theirs: float) -> float:
-    """Ours; the other is only told beside it."""
+    """Return the figure of dmabuf; the other is printed for comparison."""
     return ours
 
 
 @dataclasses.dataclass(frozen=True)
 class Bar:
-    """What one figure is to be, on one target."""
+    """A limit for one figure, on one target."""
 
     key: str
     target: str
@@ -88,14 +88,14 @@ class Bar:
     limit: float
     pair: Pair
     unit: tuple[str, float] = ("", 1)
-    """Its name, and how much of what the pair tells it is."""
+    """The name of the unit, and its size in the unit of the pair."""
     of: Callable[[float, float], float] = truediv
-    """What is held against the limit, from the figures of ours and of the other."""
+    """Computes the value that the limit is for, from the figures of dmabuf and the counterpart."""
     at_least: bool = True
     pairs: int | None = None
 
     def met(self, value: float) -> bool:
-        """Whether a value will do."""
+        """Return whether a value is within the limit."""
         return value >= self.limit if self.at_least else value <= self.limit
 
 
@@ -103,7 +103,7 @@ at_most = functools.partial(Bar, at_least=False)
 
 
 def beside_others() -> list[Bar]:
-    """Requests beside fio and beside a C loop."""
+    """Return the bars of requests beside fio and beside a C loop."""
     found = []
     for target in ("disk", "tmpfs", "zram"):
         direct = target != "tmpfs"
@@ -128,7 +128,7 @@ def beside_others() -> list[Bar]:
 
 
 def alike() -> list[Bar]:
-    """The routes beside each other and beside the usual ways, small requests, event loops."""
+    """Return the bars of routes, small requests and event loops."""
     found = []
     for target, limit in (("disk", 1.3), ("zram", 4)):
         text = "4 KiB, depth 1, read_into, by preadv"
@@ -149,7 +149,7 @@ def alike() -> list[Bar]:
 
 
 def loading(loaders: Loaders) -> list[Bar]:
-    """A 2 GiB file, cold, into memory that is there, beside other loaders of model files."""
+    """Return the bars of loading a cold 2 GiB file into existing memory, beside other loaders."""
     found = []
     for target, limit, where in (("zram", 1.3, " on ext4"), ("disk", 1, "")):
         text = f"2 GiB file{where}, direct, by the fastest loader"
@@ -161,7 +161,7 @@ def loading(loaders: Loaders) -> list[Bar]:
 
 
 def costs() -> list[Bar]:
-    """What a transfer leaves in the page cache and registers, and what the package costs."""
+    """Return the bars of the page cache, registrations and the import."""
     found = []
     for target in ("disk", "zram"):
         for route in ("direct", "staged"):
@@ -177,7 +177,7 @@ def costs() -> list[Bar]:
 
 
 def measure_bar(bar: Bar, targets: Targets, pairs: int) -> dict[str, Any]:
-    """All the pairs of one bar; a row for the report."""
+    """Measure all pairs of one bar; return a row of the report."""
     cold = functools.partial(targets.path, bar.target)
     sides = [bar.pair(cold, number) for number in range(bar.pairs or pairs)]
     value = Spread.of([bar.of(ours, theirs) for ours, theirs in sides])
@@ -190,7 +190,7 @@ def measure_bar(bar: Bar, targets: Targets, pairs: int) -> dict[str, Any]:
 
 
 def show(row: dict[str, Any]) -> str:
-    """One line of the report."""
+    """Return one line of the report."""
     head = f"{row['target']:5} {row['measure']:52}"
     for kind in ("skipped", "failed"):
         if kind in row:
@@ -203,7 +203,7 @@ def show(row: dict[str, Any]) -> str:
 
 
 def measured(bar: Bar, targets: Targets, pairs: int) -> dict[str, Any]:
-    """The row of a bar, whether it was measured, could not be, or failed."""
+    """Return the row of a bar that was measured, skipped, or failed."""
     row: dict[str, Any] = {
         "key": bar.key, "target": bar.target, "measure": bar.text, "bar": bar.limit,
         "at_least": bar.at_least,
@@ -217,7 +217,7 @@ def measured(bar: Bar, targets: Targets, pairs: int) -> dict[str, Any]:
 
 
 def header() -> list[str]:
-    """The machine, and the version of fio where there is one."""
+    """Return the lines about the machine, with the version of fio if it is installed."""
     try:
         return machine([fio_version()])
     except SkippedError:
@@ -225,11 +225,11 @@ def header() -> list[str]:
 
 
 def main() -> int:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", default="*", metavar="KEYS", help="as --list has them; * is any")
+    parser.add_argument("--only", default="*", metavar="KEYS", help="keys of --list; * is any")
     parser.add_argument("--targets", type=names(Targets.NAMES), default=list(Targets.NAMES),
                         help="of disk,tmpfs,zram")  # fmt: skip
     parser.add_argument("--dir", default="/var/tmp", help="a folder on the disk to measure")

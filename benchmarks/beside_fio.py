@@ -1,13 +1,13 @@
-"""dmabuf beside fio: the same target, block size, depth, data and footprint, in one run.
+"""Compare dmabuf with fio: same target, block size, depth, data and footprint, in one run.
 
     python benchmarks/beside_fio.py                  disk, tmpfs and (as root) zram
     python benchmarks/beside_fio.py --dir /mnt/nvme --pairs 5 --json
 
-Each measure is five interleaved pairs of processes, one of fio and one of ours; the ratio is the
-median of the pairs' ratios. CPU seconds are those of the whole process, start-up and io_uring's
-workers included, by wait4(2). fio reads into and writes from queue depth x block bytes that it
-uses again and again, so ours does too; a 1 GiB destination stands beside it. Targets are filled
-with random bytes, and everything is read and written past the page cache where that is possible.
+Each measure is five interleaved pairs of processes, one of fio and one of dmabuf; the ratio is the
+median of the pairs' ratios. CPU seconds are those of the whole process by wait4(2), start-up and
+io_uring's workers included. fio reuses queue depth x block bytes of memory, so dmabuf does too; a
+1 GiB destination is measured as well. Targets are filled with random bytes, and are read and
+written past the page cache if possible.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ BARS: dict[Measure, float | None] = {READ: 0.98, WRITE: 0.98, SMALL: 0.95, LARGE
 
 
 def bar_of(target: str, measure: Measure) -> float | None:
-    """How much of fio's speed ours is to reach; None where the two are not comparable."""
+    """Return the ratio to fio's speed that is required; None if the two are not comparable."""
     return 0.9 if (target, measure) == ("disk", SMALL) else BARS[measure]
 
 
 def run_fio(target: str, measure: Measure, direct: bool) -> Run:
-    """One process of fio, with io_uring, registered buffers and registered files."""
+    """Run one process of fio, with io_uring, registered buffers and registered files."""
     kind = ("rand" if measure.rand else "") + ("write" if measure.write else "read")
-    # fio cannot be told to move nothing. Its window first is what ours does before it is timed.
+    # fio cannot move nothing, so its idle run is one window, as the untimed start of dmabuf is.
     total = measure.block * measure.depth + measure.total
     command = [
         "fio", "--name=beside", f"--filename={target}", f"--rw={kind}", f"--bs={measure.block}",
         f"--iodepth={measure.depth}", "--ioengine=io_uring", "--fixedbufs=1", "--registerfiles=1",
         f"--direct={int(direct)}", f"--size={measure.span}", f"--io_size={total}",
-        # Shared memory, as ours is: malloc's may lie in transparent huge pages, which take the disk
-        # of a virtual machine far fewer segments a request.
+        # Shared memory, as in dmabuf: memory of malloc may be in transparent huge pages, for which
+        # the disk of a virtual machine needs far fewer segments.
         "--mem=mmapshared",
         "--norandommap=1", "--randrepeat=1", "--scramble_buffers=0", "--thread=1",
         "--invalidate=0", "--fallocate=none", "--allow_mounted_write=1", "--output-format=json",
@@ -67,7 +67,7 @@ def run_fio(target: str, measure: Measure, direct: bool) -> Run:
 
 
 def compare(targets: Targets, name: str, measure: Measure, pairs: int) -> dict[str, Any]:
-    """Interleaved pairs; medians, and the spread of the ratio."""
+    """Measure interleaved pairs; return medians and the spread of the ratio."""
     ours, fios = [], []
     for _ in range(pairs):
         path = targets.path(name)
@@ -90,7 +90,7 @@ def compare(targets: Targets, name: str, measure: Measure, pairs: int) -> dict[s
 
 
 def show(row: dict[str, Any], block: int) -> str:
-    """One line of the table."""
+    """Return one line of the table."""
     unit, scale = ("kIOPS", 1e3 * block) if block < MIB else ("GB/s ", 1e9)
     bar = "" if row["bar"] is None else f"  bar {row['bar']}"
     return (
@@ -101,7 +101,7 @@ def show(row: dict[str, Any], block: int) -> str:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

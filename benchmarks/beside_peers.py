@@ -1,15 +1,14 @@
-"""dmabuf beside other loaders: one cold file into memory, on disk and on ext4 over zram.
+"""Compare dmabuf with other loaders: a cold file into memory, on disk and on ext4 over zram.
 
-    make benchmarks                                     installs the loaders, and runs this
+    make benchmarks                                     installs the loaders and runs this
     python benchmarks/beside_peers.py --runs 5          where they are installed
-    python benchmarks/beside_peers.py --report DIR      draws again what DIR/peers.json has
+    python benchmarks/beside_peers.py --report DIR      writes the report of DIR/peers.json again
 
-The file is safetensors of random bytes, beside it one of torch.save with the same tensors. Each
-load is a process of its own, in which only the load is timed; before it the file is dropped from
-the page cache, and cachestat(2) has to agree. Runs are interleaved: every loader once, then all
-once more, in another order. A first round, which is not counted, compares the digest of what was
-loaded. CPU seconds are those of the process by wait4(2), and those of the load by getrusage(2)
-around it. The table, the charts and the figures go into docs/benchmarks/.
+The file is safetensors of random bytes; a file of torch.save has the same tensors. Each load is a
+process, in which only the load is timed. The file is dropped from the page cache before it, checked
+with cachestat(2). Each round runs every loader once, in a new order. A first round, which does not
+count, compares the digest of the loaded tensors. CPU seconds are those of the process by wait4(2),
+and those of the load by getrusage(2). The table, charts and figures go into docs/benchmarks/.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ SCRIPT = str(Path(__file__).with_name("peers.py"))
 
 
 def one(name: str, path: str, how: str) -> dict[str, Any]:
-    """One process: what it measured, what it cost, and what it left in the page cache."""
+    """Run one process; return its figures, its cost and its pages in the page cache."""
     drop(path)
     if name == FIO:
         size = os.path.getsize(path) // MIB * MIB
@@ -71,7 +70,7 @@ def one(name: str, path: str, how: str) -> dict[str, Any]:
 
 
 class Loaders(contextlib.ExitStack):
-    """Loaders of a file with `size` bytes of tensors, on each place where they are asked to."""
+    """Loaders of a file with `size` bytes of tensors, at each requested place."""
 
     PLACES = ("zram", "disk")
 
@@ -82,12 +81,12 @@ class Loaders(contextlib.ExitStack):
         self._paths: dict[str, dict[bool, str]] = {}
         self._rounds: dict[str, list[dict[str, dict[str, Any]]]] = {}
         self.skipped: dict[str, dict[str, str]] = {}
-        """Why a loader was left out, by place and name."""
+        """The reason why a loader was skipped, by place and name."""
 
     def round(self, place: str, number: int) -> dict[str, dict[str, Any]]:
-        """Every loader that can run once, and what each cost; measured once. Raises SkippedError.
+        """Return the figures of each loader in a round, which is run once. Raises SkippedError.
 
-        Other ways than ours need PyTorch, in whose absence nothing is measured.
+        Without PyTorch, which most loaders need, nothing is measured.
         """
         if importlib.util.find_spec("torch") is None:
             raise SkippedError("make .venv-peers/ready, and run it by .venv-peers/bin/python")
@@ -102,7 +101,7 @@ class Loaders(contextlib.ExitStack):
         return done[number]
 
     def rows(self, place: str) -> list[dict[str, Any]]:
-        """A row for each loader: the figures of all rounds, or why it was left out."""
+        """Return a row for each loader: the figures of all rounds, or why it was skipped."""
         found: list[dict[str, Any]] = []
         for name in self._wanted:
             if name in self.skipped[place]:
@@ -136,7 +135,7 @@ class Loaders(contextlib.ExitStack):
 
 
 def versions() -> list[str]:
-    """Of fio and of every package that takes part."""
+    """Return the versions of fio and of every package that was measured."""
     found = []
     with contextlib.suppress(SkippedError):
         found.append(fio_version())
@@ -149,7 +148,7 @@ def versions() -> list[str]:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,10 +1,10 @@
-"""What a look at all the machine's dma-bufs costs: many processes with many descriptors.
+"""Measure the cost of a census of dma-bufs with many processes and many descriptors.
 
     python benchmarks/census.py                          2000 processes of 50 descriptors
     python benchmarks/census.py --processes 100 --json
 
-Beside it, in turns, what the kernel alone takes for the same reading: listing every process's
-descriptors, reading where each leads, and reading every process's mappings.
+In turn, it measures the kernel's part alone: list the descriptors of every process, read where each
+leads, and read the mappings of every process.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from contextlib import contextmanager
 from common import machine, stop_tidily
 
 import dmabuf
-from dmabuf import system
+from dmabuf.inspect import take_census
 
 
 @contextmanager
 def processes(number: int, descriptors: int) -> Iterator[None]:
-    """So many, that sleep; the last of their descriptors is a dma-buf where there is udmabuf."""
+    """Start processes that sleep; their last descriptor is a dma-buf if there is udmabuf."""
     try:
         buffer = dmabuf.allocate(1 << 20, exporter="udmabuf")
     except OSError:
@@ -40,7 +40,7 @@ def processes(number: int, descriptors: int) -> Iterator[None]:
                 os.close(hold)
                 while len(os.listdir("/proc/self/fd")) <= descriptors:
                     os.open("/dev/null", os.O_RDONLY)
-                os.read(wake, 1)  # until the parent closes it, or ends
+                os.read(wake, 1)  # until the parent closes it or ends
                 os._exit(0)
             pids.append(pid)
         yield
@@ -54,26 +54,26 @@ def processes(number: int, descriptors: int) -> Iterator[None]:
 
 
 def kernel_alone() -> None:
-    """The same reading, with nothing made of it."""
+    """Read the same files, and discard what was read."""
     for pid in filter(str.isdecimal, os.listdir("/proc")):
         try:
             for fd in os.listdir(f"/proc/{pid}/fd"):
                 os.readlink(f"/proc/{pid}/fd/{fd}")
             with open(f"/proc/{pid}/maps", "rb", buffering=0) as maps:
                 maps.readall()
-        except OSError:  # it has gone, or is not ours
+        except OSError:  # it has ended, or is another user's
             continue
 
 
 def spent(work: Callable[[], object]) -> tuple[float, float]:
-    """Milliseconds of wall clock and of the processor."""
+    """Return milliseconds of wall clock and of processor time."""
     wall, cpu = time.perf_counter(), time.process_time()
     work()
     return (time.perf_counter() - wall) * 1e3, (time.process_time() - cpu) * 1e3
 
 
 def main() -> int:
-    """Measure and print; the exit status."""
+    """Measure and print; return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -84,12 +84,12 @@ def main() -> int:
     options = parser.parse_args()
     stop_tidily()
     ways: dict[str, Callable[[], object]] = {
-        "census": system.census,
+        "census": take_census,
         "the same reading": kernel_alone,
     }
     rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     with processes(options.processes, options.descriptors):
-        found = system.census()
+        found = take_census()
         for _ in range(options.looks):
             for name, work in ways.items():
                 rounds[name].append(spent(work))

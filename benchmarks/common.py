@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine, processes and what they cost, the page cache."""
+"""Shared by the benchmarks: the machine, processes and their cost, the page cache."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ PAGE = 4096
 
 
 class SkippedError(Exception):
-    """Cannot be measured here; says why, and how it could be."""
+    """The measurement is impossible here; the message has the reason and the fix."""
 
 
 class FailedError(Exception):
-    """A measurement failed; says why."""
+    """A measurement failed; the message has the reason."""
 
 
 def machine(versions: Sequence[str] = ()) -> list[str]:
-    """What was measured on: processors, kernel, interpreter, versions of what took part."""
+    """Return lines about processors, kernel, interpreter and versions."""
     model = next(
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
          if line.startswith("model name")), platform.machine(),
@@ -50,12 +50,12 @@ def machine(versions: Sequence[str] = ()) -> list[str]:
 
 
 def fio_version() -> str:
-    """As fio tells it. Raises SkippedError where there is none."""
+    """Return the version that fio reports. Raises SkippedError without fio."""
     return run(["fio", "--version"]).output.strip()
 
 
 def names(known: Sequence[str]) -> Callable[[str], list[str]]:
-    """For argparse: a list with commas between, of known names only."""
+    """Return a type for argparse: a list of known names, separated by commas."""
 
     def parse(text: str) -> list[str]:
         found = text.split(",")
@@ -73,11 +73,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def stop_tidily() -> None:
-    """Have a signal end the program by way of what takes devices, mounts and folders away."""
+    """Make signals end the program so that devices, mounts and folders are removed."""
 
     def stop(number: int, _frame: object) -> None:
         for other in SIGNALS:
-            signal.signal(other, signal.SIG_IGN)  # tidying up is not to be interrupted
+            signal.signal(other, signal.SIG_IGN)  # cleaning up must not be interrupted
         print(f"stopped by {signal.Signals(number).name}", file=sys.stderr)
         sys.exit(128 + number)
 
@@ -87,7 +87,7 @@ def stop_tidily() -> None:
 
 @contextlib.contextmanager
 def signals_held() -> Iterator[None]:
-    """Signals come afterwards, so that what is begun inside is known to what ends it."""
+    """Defer signals to the end of the block, so that cleanup covers all that it made."""
     came: list[int] = []
     before = {number: signal.getsignal(number) for number in SIGNALS}
     for number in before:
@@ -104,13 +104,13 @@ def signals_held() -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Process:
-    """A process that has ended: what it wrote, and by wait4(2) what it cost, threads included."""
+    """A process that has ended: its output, and its cost by wait4(2), threads included."""
 
     output: str
     cpu: float
     """Seconds, user and system."""
     peak: int
-    """The most memory it had resident, in bytes."""
+    """The maximum of resident memory, in bytes."""
 
 
 def run(
@@ -123,7 +123,7 @@ def run(
     if shutil.which(command[0]) is None:
         raise SkippedError(f"{command[0]} is not installed")
     env = dict(os.environ if env is None else env)
-    env.pop("PYTHONDONTWRITEBYTECODE", None)  # compiling is no part of what is measured
+    env.pop("PYTHONDONTWRITEBYTECODE", None)  # compiling must not be measured
     with (
         tempfile.TemporaryFile() as given,
         tempfile.TemporaryFile("w+") as output,
@@ -138,7 +138,7 @@ def run(
                     command, stdin=given, stdout=output, stderr=errors, env=env
                 )
             _, status, usage = os.wait4(process.pid, 0)
-        except BaseException:  # a signal: its target is about to be taken away
+        except BaseException:  # a signal: the target is about to be removed
             if process is not None:
                 process.kill()
                 process.wait()
@@ -159,7 +159,7 @@ def run(
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """The median of several runs, between the lowest and the highest."""
+    """The median of several runs, with the lowest and the highest."""
 
     median: float
     low: float
@@ -167,11 +167,11 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """The spread of measured values."""
+        """Return the spread of measured values."""
         return cls(statistics.median(values), min(values), max(values))
 
     def __str__(self) -> str:
-        """As in "0.99 (0.95 to 1.03)"."""
+        """Return text such as "0.99 (0.95 to 1.03)"."""
         return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
 
 
@@ -179,7 +179,7 @@ class Spread:
 
 
 def drop(path: str) -> None:
-    """No page of a file or device in the page cache, and seen to be so.
+    """Drop a file or device from the page cache, and check that no page is left.
 
     Raises FailedError where pages stay: something has the file mapped, or keeps writing to it.
     """
@@ -190,19 +190,19 @@ def drop(path: str) -> None:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             if not cached(path):
                 return
-            time.sleep(0.05)  # pages under writeback, or in a CPU's list of fresh ones
+            time.sleep(0.05)  # pages under writeback, or in a CPU's list of new pages
     finally:
         os.close(fd)
     raise FailedError(f"{cached(path)} pages of {path} stay in the page cache")
 
 
 def cached(path: str) -> int:
-    """Pages of a file or device in the page cache, by cachestat(2) of Linux 6.5."""
-    from dmabuf import facts
+    """Return the number of cached pages of a file or device, by cachestat(2) of Linux 6.5."""
+    from dmabuf.kernel import files
 
     fd = os.open(path, os.O_RDONLY)
     try:
-        pages = facts.cached_pages(fd, 0, os.lseek(fd, 0, os.SEEK_END))
+        pages = files.cached_pages(fd, 0, os.lseek(fd, 0, os.SEEK_END))
     finally:
         os.close(fd)
     if pages is None:

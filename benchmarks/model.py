@@ -1,7 +1,7 @@
-"""The file that loaders load: safetensors of random bytes, and its digest.
+"""The file of the loaders: safetensors of random bytes, and its digest.
 
-Tensors are bfloat16, and their header is padded with spaces, as the format allows, to HEADER bytes,
-so that loaders which know whole blocks only can take the file as it is.
+Tensors are bfloat16. The header is padded with spaces to HEADER bytes, as the format allows, for
+loaders that support whole blocks only.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Any
 HEADER = 64 << 10
 TENSOR = 32 << 20
 PIECE = 1 << 16
-"""Made at once: what a process had resident is told of those that it starts, too."""
+"""Bytes made at once; few, because children inherit the resident maximum of their parent."""
 
 
 def names(size: int) -> list[str]:
-    """The tensors of a file with `size` bytes of them, in order."""
+    """Return the tensors of a file with `size` bytes of them, in order."""
     return [f"layer.{number:03}.weight" for number in range(size // TENSOR)]
 
 
 def write(path: str, size: int) -> str:
-    """Write the file; the digest of its tensors."""
+    """Write the file; return the digest of its tensors."""
     header: dict[str, Any] = {}
     for number, name in enumerate(names(size)):
         span = [number * TENSOR, (number + 1) * TENSOR]
@@ -42,7 +42,7 @@ def write(path: str, size: int) -> str:
 
 
 def of_file(memory: memoryview) -> dict[str, memoryview]:
-    """The tensors in what was read of a whole file."""
+    """Return the tensors in the bytes of a whole file."""
     (length,) = struct.unpack_from("<Q", memory)
     header = json.loads(bytes(memory[8 : 8 + length]))
     base = 8 + length
@@ -54,7 +54,7 @@ def of_file(memory: memoryview) -> dict[str, memoryview]:
 
 
 def digest_of(tensors: Mapping[str, memoryview]) -> str:
-    """The digest of tensors, in the order of their names."""
+    """Return the digest of tensors, in the order of their names."""
     digest = hashlib.blake2b()
     for name in sorted(tensors):
         digest.update(tensors[name])

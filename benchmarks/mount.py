@@ -1,13 +1,13 @@
-"""Reading and writing through `dmabuf mount`, beside memcpy of the same memory.
+"""Compare reads and writes through `dmabuf mount` with memcpy of the same memory.
 
     python benchmarks/mount.py
     python benchmarks/mount.py --size 1GiB --rounds 21 --json
 
-A store and a mount of their own, and one buffer of --size. Each round takes four turns through all
-of it in requests of 1 MiB, one at a time and from one descriptor: memcpy out of the buffer's
-mapping, pread(2) through the mount, memcpy into it, pwrite(2) through the mount. The one block that
-is copied into, or out of, is the same in all four. What arrived is compared after each turn. Told
-are medians, and the ratio is the median of the rounds' ratios.
+It starts a store and a mount, with one buffer of --size. Each round makes four passes over the
+buffer in requests of 1 MiB, one at a time and from one descriptor: memcpy out of the mapping of the
+buffer, pread(2) through the mount, memcpy into the mapping, pwrite(2) through the mount. All four
+use the same block of other memory. The bytes are compared after each pass. Printed are medians; the
+ratio is the median of the rounds' ratios.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ import dmabuf.store
 from dmabuf.sizes import parse_size
 
 BAR = 0.2
-"""Of memcpy: what reading and writing are to reach."""
+"""The required part of memcpy's speed, for reads and for writes."""
 
 
 @contextmanager
 def program(*arguments: object) -> Iterator[None]:
-    """A command of dmabuf, from its first line until SIGTERM."""
+    """Run a command of dmabuf, from its first line until SIGTERM."""
     command = [sys.executable, "-m", "dmabuf.cli", *map(str, arguments)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
@@ -53,7 +53,7 @@ def program(*arguments: object) -> Iterator[None]:
 
 
 def measure(size: int, rounds: int) -> dict[str, list[float]]:
-    """Bytes a second of each turn, round by round."""
+    """Return the bytes a second of each pass, round by round."""
     rates: dict[str, list[float]] = {"memcpy out": [], "read": [], "memcpy in": [], "write": []}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dmabuf-mount-")))
@@ -105,7 +105,7 @@ def _timed(turn: Callable[[int], None], size: int) -> float:
 
 
 def main() -> int:
-    """Run it; 1 if a bar is missed."""
+    """Run it; return 1 if a bar is missed."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--size", default="256MiB", help="of the buffer (256MiB)")
     parser.add_argument("--rounds", type=int, default=15, help="measured rounds (15)")

@@ -1,6 +1,6 @@
-"""Requests of one size through read_segments or write_segments, in a process of its own.
+"""Run requests of one size by read_segments or write_segments, as a process.
 
-The process is told its Measure as JSON: `python benchmarks/ours.py TARGET '{"name": ...}'`.
+The Measure is an argument in JSON: `python benchmarks/ours.py TARGET '{"name": ...}'`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from common import GIB, MIB, Process, run
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """What both sides do: `total` bytes in requests of `block`, `depth` of them in flight.
+    """The work of both sides: `total` bytes in requests of `block`, `depth` of them in flight.
 
     They are within the first `span` bytes of the target, in `footprint` bytes of memory.
     """
@@ -33,15 +33,15 @@ class Measure:
 
     @property
     def window(self) -> int:
-        """Bytes of memory that the requests use again and again."""
+        """Bytes of memory that the requests reuse."""
         return self.footprint or self.block * self.depth
 
     def idle(self) -> Measure:
-        """The same without its requests: what a process costs besides them."""
+        """Return the measure without requests: the remaining cost of a process."""
         return dataclasses.replace(self, total=0)
 
     def segments(self) -> array[int]:
-        """One round of requests, as read_segments takes them."""
+        """Return one round of requests, as an array for read_segments."""
         count = self.span // self.block
         places = range(count)
         order = random.Random(1).choices(places, k=count) if self.rand else places
@@ -54,7 +54,7 @@ class Measure:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One process: bytes a second, and what the whole of it cost."""
+    """The speed of one process in bytes a second, and its whole cost."""
 
     speed: float
     process: Process
@@ -62,14 +62,14 @@ class Run:
 
 
 def run_ours(target: str, measure: Measure) -> Run:
-    """One process of ours."""
+    """Run one process of dmabuf."""
     process = run([sys.executable, __file__, target, json.dumps(dataclasses.asdict(measure))])
     answer = json.loads(process.output)
     return Run(answer["speed"], process, answer["route"])
 
 
 def worker(target: str, measure: Measure) -> None:
-    """Do the measure's requests; print bytes a second."""
+    """Run the requests of a measure; print bytes a second."""
     import dmabuf
 
     engine = dmabuf.Engine(queue_depth=measure.depth, block_size=measure.block)
@@ -79,7 +79,7 @@ def worker(target: str, measure: Measure) -> None:
         with dmabuf.open(target, "r+", force=True, engine=engine) as file:
             move = file.write_segments if measure.write else file.read_segments
             segments = measure.segments()
-            # The first touch and the pinning, as fio's set-up.
+            # The first access and the pinning, as in the setup of fio.
             transfer = move(buffer, segments[: 3 * measure.depth])
             done, seconds = 0, 0.0
             while done < measure.total:

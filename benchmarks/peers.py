@@ -1,8 +1,8 @@
 """Loaders of a file, one function each: `python benchmarks/peers.py NAME FILE load|verify`.
 
-A function imports what it needs, and makes the destination where its library lets one be given.
-What it returns is the load, which alone is timed; that returns the tensors, or all of the file.
-Every destination that is given was written to before: its pages are there. Prints JSON.
+A function imports its library, makes the destination if the library accepts one, and returns the
+load, which alone is timed. The load returns the tensors, or the whole file. A destination that is
+given has been written to, so its pages exist. Prints JSON.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ class Peer:
     label: str
     prepare: Callable[[str], Load]
     memory: str
-    """What it loads into: memory that is there before (given), that it allocates while it loads
-    (its own), or none but the page cache."""
+    """The destination: existing memory (given), memory that it allocates while it loads (its own),
+    or only the page cache."""
     cached: bool
     """Whether it reads through the page cache."""
     note: str = ""
     torch_file: bool = False
-    """Whether it loads what torch.save wrote, instead of safetensors."""
+    """Whether it loads the file of torch.save instead of safetensors."""
     package: str | None = None
-    """What it is installed as; None for ours."""
+    """The name of its package; None for dmabuf."""
 
 
 # -- dmabuf
@@ -77,7 +77,7 @@ def _deepspeed(path: str) -> Load:
 
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch-extensions"))
     handle = AsyncIOBuilder().load(verbose=False).aio_handle(MIB, 32, False, True, 2)
-    # Locked memory, as DeepSpeed itself takes: into any other it reads by way of a second copy.
+    # DeepSpeed's locked memory: it reads into other memory with a second copy.
     tensor = handle.new_cpu_locked_tensor(os.path.getsize(path), torch.empty(0, dtype=torch.uint8))
     tensor.fill_(1)
 
@@ -103,7 +103,7 @@ def _kvikio(path: str) -> Load:
 
 
 def _fastsafetensors(path: str) -> Load:
-    import torch  # noqa: F401 - which fastsafetensors would import while it is timed
+    import torch  # noqa: F401 - otherwise fastsafetensors imports it in the timed part
     from fastsafetensors import SafeTensorsFileLoader, SingleGroup
 
     kept = []
@@ -135,7 +135,7 @@ def _load_file(backend: str, path: str) -> Load:
 
     def load() -> Any:
         tensors = load_file(path, backend=backend)
-        for tensor in tensors.values():  # what is mapped is read when it is looked at
+        for tensor in tensors.values():  # a mapping is read when it is accessed
             tensor.view(torch.uint8).flatten()[::4096].max()
         return tensors
 
@@ -156,7 +156,7 @@ def _load_file_copied(path: str) -> Load:
 
 
 def _like(path: str) -> dict[str, Any]:
-    """The parameters of a model that is there already, as for load_state_dict()."""
+    """Return parameters that exist before the load, as for load_state_dict()."""
     import torch
     from safetensors import safe_open
 
@@ -247,7 +247,7 @@ def _cpu() -> float:
 
 
 def convert(path: str, target: str) -> None:
-    """Write the tensors of a safetensors file with torch.save."""
+    """Write the tensors of a safetensors file with torch.save()."""
     import torch
     from safetensors.torch import load_file
 
@@ -255,7 +255,7 @@ def convert(path: str, target: str) -> None:
 
 
 def main(arguments: Iterable[str]) -> None:
-    """One load, as its process."""
+    """Run one load, as its process."""
     name, path, how = arguments
     if name == "convert":
         convert(path, how)
@@ -268,7 +268,7 @@ def main(arguments: Iterable[str]) -> None:
         answer["digest"] = _digest(loaded)
     print(json.dumps(answer))
     sys.stdout.flush()
-    os._exit(0)  # how long libraries take to unload is no part of it
+    os._exit(0)  # the time to unload libraries must not count
 
 
 if __name__ == "__main__":

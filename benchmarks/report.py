@@ -1,4 +1,4 @@
-"""The table and the charts of beside_peers.py, from the figures that it measured."""
+"""The table and charts of beside_peers.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from common import GIB, SkippedError, Spread
 from peers import GIVEN, OWN, PEERS, Peer
 
 Sample = Mapping[str, float]
-"""What one process measured and cost, by KEYS."""
+"""The figures and the cost of one process, by KEYS."""
 KEYS = ("seconds", "cpu_of_load", "cpu", "peak", "pages")
 WHERE = {"zram": "ext4 over zram", "disk": "the disk"}
 FIO = Peer(
@@ -20,28 +20,28 @@ FIO = Peer(
 
 
 def peer(row: dict[str, Any]) -> Peer:
-    """What a row is of."""
+    """Return the loader of a row."""
     return FIO if row["name"] == "fio" else PEERS[row["name"]]
 
 
 def speed(row: dict[str, Any], size: int) -> Spread:
-    """GB/s."""
+    """Return the speed in GB/s."""
     return Spread.of([size / seconds / 1e9 for seconds in row["seconds"]])
 
 
 def cpu(row: dict[str, Any], size: int) -> float:
-    """CPU seconds a GiB of the load."""
+    """Return the CPU seconds of the load for each GiB."""
     return max(0.0, Spread.of(row["cpu_of_load"]).median) / (size / GIB)
 
 
 def measured(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those that were not skipped, fastest first."""
+    """Return the rows that were not skipped, fastest first."""
     found = [row for row in rows if "skipped" not in row]
     return sorted(found, key=lambda row: Spread.of(row["seconds"]).median)
 
 
 def table(rows: list[dict[str, Any]], size: int) -> list[str]:
-    """Markdown."""
+    """Return the table in Markdown."""
     lines = [
         "| loader | memory | GB/s | CPU s/GiB of the load | CPU s of the process | peak MiB "
         "| pages left |",
@@ -59,10 +59,10 @@ def table(rows: list[dict[str, Any]], size: int) -> list[str]:
 
 
 def sooner(one: Mapping[str, Sample], ours: str = "dmabuf-direct") -> tuple[float, float]:
-    """Of one round: the seconds of ours, and of the fastest of the others.
+    """Return the seconds of dmabuf and of the fastest other loader in one round.
 
-    Those that allocate while they load are among the others, and those alone are where ours
-    allocates too. What only maps the file is not: it loads nothing.
+    The others include loaders that allocate, and are only those if dmabuf allocates too. A loader
+    that maps the file loads nothing, and is excluded.
     """
     memory = (OWN,) if ours == "dmabuf-own" else (GIVEN, OWN)
     others = [
@@ -75,7 +75,7 @@ def sooner(one: Mapping[str, Sample], ours: str = "dmabuf-direct") -> tuple[floa
 
 
 def cheaper(one: Mapping[str, Sample]) -> tuple[float, float]:
-    """Of one round: the CPU seconds of ours, and the least of those through the page cache."""
+    """Return the CPU seconds of dmabuf and of the cheapest cached loader in one round."""
     others = [
         one[name]["cpu_of_load"] for name, peer in PEERS.items() if name in one
         and not name.startswith("dmabuf") and peer.cached
@@ -86,7 +86,7 @@ def cheaper(one: Mapping[str, Sample]) -> tuple[float, float]:
 
 
 def rounds(rows: list[dict[str, Any]]) -> list[dict[str, Sample]]:
-    """What was measured, round by round."""
+    """Return the figures, round by round."""
     found = measured(rows)
     return [
         {row["name"]: {key: row[key][number] for key in KEYS} for row in found}
@@ -95,7 +95,7 @@ def rounds(rows: list[dict[str, Any]]) -> list[dict[str, Sample]]:
 
 
 def comparison(rows: list[dict[str, Any]], size: int) -> list[str]:
-    """What it comes to: ours and the best of the others, in each round."""
+    """Return the comparisons of dmabuf with the best other loader of each round."""
     names = [row["name"] for row in measured(rows)]
     lines = []
     for ours, words in (
@@ -146,7 +146,7 @@ def write(folder: Path, result: dict[str, Any]) -> None:
 
 
 def notes() -> list[str]:
-    """What is not comparable, said plainly."""
+    """Return the notes on what is not comparable."""
     lines = [
         "*Memory*: where a library lets the destination be given, it is, and its pages are there "
         "before the clock starts (given). Others allocate while they load, and pay for the first "
@@ -166,7 +166,7 @@ def notes() -> list[str]:
 
 
 def chart(path: Path, place: str, rows: list[dict[str, Any]], size: int) -> None:
-    """Speed and CPU of each loader, side by side."""
+    """Draw the speed and CPU of each loader side by side."""
     import matplotlib
 
     matplotlib.use("svg")

@@ -1,7 +1,7 @@
-"""What a program pays before its first byte: `import dmabuf`, and the first use of it.
+"""Measure the cost of `import dmabuf` and of its first use.
 
-Each measure is a process of its own, the bare interpreter among them, in turn; printed are medians
-over the bare interpreter's: the time on the clock, and the processor's.
+Each measure is a process; they run in turn with a bare interpreter. Printed are medians of wall and
+processor time, less those of the bare interpreter.
 
     python benchmarks/start.py [--rounds 15] [--python /usr/bin/python3] [--file FILE]
 """
@@ -27,7 +27,7 @@ MEASURES = {
 
 
 def measure(python: str, source: str, path: str) -> tuple[float, float]:
-    """Milliseconds by the clock, and of processor time, of one process."""
+    """Return milliseconds of wall time and of processor time of one process."""
     begun = time.perf_counter()
     child = subprocess.Popen([python, "-I", "-c", source, path])
     _, status, usage = os.wait4(child.pid, 0)

@@ -1,17 +1,18 @@
-"""The store: how soon a named buffer is there for another process, and what many clients leave.
+"""Measure the store: the latency of opening a name, and what many clients leave behind.
 
     python benchmarks/store.py [--size 1GiB] [--names 10000] [--opens 100000] [--clients 100]
                                [--messages 1000000] [--exporter auto] [--json]
 
-Starts a server of its own. Prints the machine; the time of `open` of one buffer by another process,
-the first byte read through it included in the second figure; and the server's memory and
-descriptors after half and after all of the opens and messages.
+It starts a server. Prints the machine; the time of `open` by another process, without and with the
+first byte read; and the memory and descriptors of the server after half and after all of the opens
+and messages.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -58,7 +59,7 @@ with dmabuf.store.connect(path) as store:
 
 
 class Server:
-    """`dmabuf serve`, and what it has of the machine's."""
+    """A process of `dmabuf serve`, and its memory and descriptors."""
 
     def __init__(self, path: str) -> None:
         command = [sys.executable, "-m", "dmabuf.cli", "serve", "--socket", path]
@@ -67,19 +68,19 @@ class Server:
         assert self._process.stderr.readline().startswith("serving")
 
     def holds(self) -> tuple[int, int]:
-        """Descriptors, and resident KiB."""
+        """Return the number of descriptors, and resident KiB."""
         folder = Path(f"/proc/{self._process.pid}")
         resident = int((folder / "statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
         return len(os.listdir(folder / "fd")), resident >> 10
 
     def end(self) -> None:
-        """In order."""
+        """End the server by SIGTERM."""
         self._process.send_signal(signal.SIGTERM)
         assert self._process.wait(60) == 0
 
 
 def opening(path: str, count: int, how: str) -> dict[str, float]:
-    """Milliseconds of opens by another process."""
+    """Return the milliseconds of opens by another process."""
     done = subprocess.run(
         [sys.executable, "-c", _OPEN, path, str(count), how], stdout=subprocess.PIPE, check=True
     )
@@ -89,7 +90,7 @@ def opening(path: str, count: int, how: str) -> dict[str, float]:
 
 
 def load(path: str, clients: int, names: int, opens: int, messages: int) -> float:
-    """Seconds that many clients at once take for so many opens and messages in all."""
+    """Return the seconds that concurrent clients take for all opens and messages."""
     share = [str(names), str(opens // clients), str(messages // clients)]
     running = [
         subprocess.Popen(
@@ -113,7 +114,7 @@ def load(path: str, clients: int, names: int, opens: int, messages: int) -> floa
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -150,7 +151,7 @@ def main() -> None:
                 "resident_kib": resident,
             }
         store.list()
-        result["usage"] = store.usage()._asdict()
+        result["usage"] = dataclasses.asdict(store.usage())
     if options.json:
         print(json.dumps(result, indent=2))
         return

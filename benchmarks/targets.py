@@ -1,4 +1,4 @@
-"""What is measured on: files on disk and tmpfs, zram devices; made, filled, and taken away."""
+"""The targets of benchmarks: files on disk and tmpfs, and zram devices."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from common import MIB, FailedError, SkippedError, drop, run
 
 
 def fill(path: str, size: int) -> None:
-    """Put random bytes there."""
+    """Write random bytes to a file or device."""
     source = random.Random(0)
     with open(path, "r+b" if Path(path).exists() else "wb", buffering=0) as file:
         for start in range(0, size, 8 * MIB):
@@ -25,7 +25,7 @@ def fill(path: str, size: int) -> None:
 
 @contextlib.contextmanager
 def zram(size: int) -> Iterator[str]:
-    """A zram device, taken away in the end. Raises SkippedError where there can be none."""
+    """Make a zram device, and remove it at the end. Raises SkippedError if that is impossible."""
     control = Path("/sys/class/zram-control")
     if os.geteuid() != 0:
         raise SkippedError("only root may make a zram device")
@@ -35,7 +35,7 @@ def zram(size: int) -> Iterator[str]:
     try:
         device = f"/dev/zram{number}"
         Path(f"/sys/block/zram{number}/disksize").write_text(str(size))
-        # The last close of a block device empties its page cache: not before we have looked.
+        # The last close of a block device empties its page cache, which is examined before.
         with open(device, "rb", buffering=0):
             yield device
     finally:
@@ -43,7 +43,7 @@ def zram(size: int) -> Iterator[str]:
 
 
 def _let_go(take_away: Callable[[], object]) -> None:
-    # A worker of io_uring drops its reference to a device or file after the process has ended.
+    # A worker of io_uring releases a device or file after the process has ended.
     for _ in range(100):
         try:
             take_away()
@@ -55,7 +55,7 @@ def _let_go(take_away: Callable[[], object]) -> None:
 
 @contextlib.contextmanager
 def zram_folder(size: int) -> Iterator[str]:
-    """A folder on a fresh ext4 on a zram device of so many bytes."""
+    """Make a folder on a new ext4 on a zram device of `size` bytes."""
     with zram(size) as device, tempfile.TemporaryDirectory(prefix="dmabuf-bench-") as folder:
         run(["mkfs.ext4", "-q", "-F", "-m", "0", device])
         run(["mount", device, folder])
@@ -67,9 +67,9 @@ def zram_folder(size: int) -> Iterator[str]:
 
 @contextlib.contextmanager
 def folder_in(directory: str, size: int) -> Iterator[str]:
-    """A folder of the benchmark's own, removed in the end.
+    """Make a folder, and remove it at the end.
 
-    Raises SkippedError where the directory has no room for so many bytes.
+    Raises SkippedError if the directory has less than `size` bytes free.
     """
     if not os.access(directory, os.W_OK):
         raise SkippedError(f"{directory} cannot be written to")
@@ -93,7 +93,7 @@ class Targets(contextlib.ExitStack):
         self._paths: dict[str, str] = {}
 
     def path(self, name: str) -> str:
-        """A target, with no page of it in the page cache. Raises SkippedError."""
+        """Return the path of a target without cached pages. Raises SkippedError."""
         if name not in self._paths:
             if name == "zram":
                 path = self.enter_context(zram(self._size))
@@ -102,14 +102,14 @@ class Targets(contextlib.ExitStack):
                 path = self.enter_context(folder_in(where, self._size)) + "/target"
             fill(path, self._size)
             self._paths[name] = path
-        if name != "tmpfs":  # whose files are nothing but page cache
+        if name != "tmpfs":  # its files are page cache only
             drop(self._paths[name])
         return self._paths[name]
 
 
 @contextlib.contextmanager
 def huge_pages(needed: int) -> Iterator[None]:
-    """So many free huge pages of 2 MiB, set aside if they are not, and given back."""
+    """Reserve free huge pages of 2 MiB, and release them at the end."""
     folder = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
     if not needed:
         yield
@@ -133,7 +133,7 @@ def huge_pages(needed: int) -> Iterator[None]:
 
 
 def _set_pages(file: Path, number: int) -> None:
-    # Those in use become surplus, and are gone when a worker of io_uring lets go of them.
+    # Pages in use become surplus, and go when a worker of io_uring releases them.
     file.write_text(str(number))
     if (there := int(file.read_text())) != number:
         raise FailedError(f"vm.nr_hugepages stays at {there}: it was {number}")

@@ -1,4 +1,4 @@
-"""The cffi binding of the C core: `dmabuf._core`, one abi3 extension over core.h.
+"""The cffi binding of the C core: `dmabuf._ext`, one abi3 extension over core.h.
 
 liburing is linked statically where its archive is installed (Debian's and Ubuntu's liburing-dev
 bring it), so the extension needs nothing but libc when it runs.
@@ -11,25 +11,11 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
-SOURCES = (
-    "ring.c",
-    "threads.c",
-    "batch.c",
-    "loop.c",
-    "split.c",
-    "lane.c",
-    "stage.c",
-    "sys.c",
-    "nvme.c",
-    "emulate.c",
-    "fuse.c",
-    "fuse_mount.c",
-)
 
 
-def declarations() -> str:
-    """core.h as cffi reads it: constants, and no other preprocessor line."""
-    text = (HERE / "core.h").read_text()
+def declarations(header: str) -> str:
+    """Return a header as cffi reads it: constants, and no other preprocessor line."""
+    text = (HERE / header).read_text()
     kept = [
         line
         for line in text.splitlines()
@@ -39,7 +25,7 @@ def declarations() -> str:
 
 
 def archive() -> str | None:
-    """The path of liburing.a, where the compiler knows one."""
+    """Return the path of liburing.a, where the compiler knows one."""
     compiler = sysconfig.get_config_var("CC").split()[0]
     try:
         found = subprocess.run(
@@ -50,17 +36,31 @@ def archive() -> str | None:
     return found if Path(found).is_absolute() else None
 
 
-static = archive()
-ffi = FFI()
-ffi.cdef(declarations())
-ffi.set_source(
-    "dmabuf._core",
-    '#include "core.h"',
-    sources=[f"csrc/{name}" for name in SOURCES],
-    include_dirs=["csrc"],
-    define_macros=[("_GNU_SOURCE", "1")],
-    extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra"],
-    extra_objects=[static] if static else [],
-    libraries=[] if static else ["uring"],
-    py_limited_api=sysconfig.get_config_var("Py_GIL_DISABLED") != 1,
-)
+def make(folder: str, *, testing: bool = False) -> FFI:
+    """Return the binding, to be compiled.
+
+    Args:
+        folder: the path of this folder, as the compiler is to find it.
+        testing: whether it has the seams of tests/testing.h, which only tests use.
+    """
+    headers = ["core.h"] + ["tests/testing.h"] * testing
+    sources = sorted(path.name for path in HERE.glob("*.c")) + ["tests/testing.c"] * testing
+    static = archive()
+    ffi = FFI()
+    for header in headers:
+        ffi.cdef(declarations(header))
+    ffi.set_source(
+        "dmabuf._ext",
+        "\n".join(f'#include "{header}"' for header in headers),
+        sources=[f"{folder}/{name}" for name in sources],
+        include_dirs=[folder],
+        define_macros=[("_GNU_SOURCE", "1")] + [("DMB_TESTING", "1")] * testing,
+        extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra"],
+        extra_objects=[static] if static else [],
+        libraries=[] if static else ["uring"],
+        py_limited_api=sysconfig.get_config_var("Py_GIL_DISABLED") != 1,
+    )
+    return ffi
+
+
+ffi = make("csrc")

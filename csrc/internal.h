@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* What ring.c, threads.c, batch.c and stage.c share. */
+/* Declarations that the files of the core share and its callers do not use. */
 #ifndef DMABUF_INTERNAL_H
 #define DMABUF_INTERNAL_H
 
@@ -12,41 +12,39 @@
 
 struct dmb_nvme_cmd;
 
-/* Of sync_file_range(2): all that is dirty, written out when it returns. */
+/* Flags of sync_file_range(2) to write all dirty pages and wait until they are written. */
 #define DMB_FLUSH_FLAGS                                                                            \
 	(SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER)
 
-/* A batch's place among those that an event loop drives: in one list at most. */
-struct dmb_turn {
-	struct dmb_turn *next, *prev;
-	struct dmb_turns *in;
+/* The queue entry of a batch that an event loop drives, in at most one queue. */
+struct dmb_entry {
+	struct dmb_entry *next, *prev;
+	struct dmb_queue *in;
 	struct dmb_batch *batch;
 	uint64_t tag;
 	bool started;
-	bool own; /* the batch is destroyed once it is told that it is done */
-	struct dmb_turn *next_own, *prev_own;
 };
 
-struct dmb_turns {
-	struct dmb_turn *first, *last;
+struct dmb_queue {
+	struct dmb_entry *first, *last;
 };
 
 enum dmb_kind {
 	DMB_MOVE,
-	DMB_FLUSH, /* sync_file_range(2) of the edges: no bytes are moved */
-	DMB_PAUSE, /* nothing for DMB_PAUSE_NS; completes with an error */
+	DMB_FLUSH, /* sync_file_range(2) of the edges */
+	DMB_PAUSE, /* a timeout of DMB_PAUSE_NS, which completes with an error */
 };
 #define DMB_PAUSE_NS 1000000
 
-/* One request: what is asked of the kernel, and which bytes of which segment it is for. */
+/* One request to the kernel, and the part of a segment that it moves. */
 struct dmb_io {
 	struct dmb_io *next;
 	struct dmb_batch *batch;
 
-	/* the bytes wanted */
+	/* the part of the segment */
 	size_t segment;
-	uint64_t skip;	   /* bytes of the segment before them */
-	uint64_t position; /* bytes of all segments before them */
+	uint64_t skip;	   /* bytes of the segment before the part */
+	uint64_t position; /* bytes of all segments before the part */
 	uint64_t left;	   /* bytes to move, of which this request moves `want` */
 	uint64_t want;
 
@@ -57,41 +55,44 @@ struct dmb_io {
 	int file_slot;
 	int buffer_slot;
 	enum dmb_kind kind;
-	bool heavy;  /* may take long to start: for a thread of the kernel's */
+	bool async;  /* submission could block: pass it to a kernel worker thread */
 	bool native; /* address is an offset into the slot's dma-buf */
-	bool staged; /* goes through `block`, which is where address points */
+	bool staged; /* goes through `block`, and address points there */
 	uint8_t *address;
 	uint32_t length;
 	uint64_t offset;
 	uint8_t *block;	 /* the staging block, or NULL */
-	uint8_t *memory; /* where its bytes come from, or go to */
-	uint32_t lead;	 /* bytes at the block's start that nobody wants */
-	uint32_t nsid;	 /* as in the job */
+	uint8_t *memory; /* the buffer's memory that the block is copied from or to */
+	uint32_t lead;	 /* bytes at the block's start that are not part of the segment */
+	uint32_t nsid;	 /* the job's nsid */
 	uint32_t lba_shift;
 
-	bool busy;     /* taken by a batch: perhaps in flight */
-	int64_t began; /* when, where the job wants latencies */
+	bool busy; /* in use: may be in flight */
 	uint32_t reissues;
 	int32_t result;
 	int32_t status; /* the NVMe status behind the result, or 0 */
 };
 
+/* A buffer slot that no request uses: updating it is a probe without side effects. */
+#define DMB_PROBE_SLOT DMB_BUFFER_SLOTS
+
 struct dmb_backend_ops {
 	void (*destroy)(struct dmb_ring *ring);
-	/* Take a request; it may start at once or at the next wait. 0 or -errno. */
+	/* Queue a request, which may start at once or at the next wait. Returns 0 or -errno. */
 	int (*issue)(struct dmb_ring *ring, struct dmb_io *io);
-	/* Start what was taken; return when `count` of it are complete (some backends: when one
-	   is), the time is up, or a signal came. */
-	int (*wait)(struct dmb_ring *ring, uint32_t count, int timeout_ms);
-	/* Start what was taken, and see what completed; no wait. */
+	/* Start queued requests; return after a completion, a timeout or a signal. */
+	int (*wait)(struct dmb_ring *ring, int timeout_ms);
+	/* Start queued requests and collect completions, without waiting. */
 	int (*poll)(struct dmb_ring *ring);
-	/* The next completed request with its result, or NULL. */
+	/* Return the next completed request, with its result set, or NULL. */
 	struct dmb_io *(*reap)(struct dmb_ring *ring);
-	/* Ask that a request not run; it completes all the same, perhaps with ECANCELED. */
+	/* Try to cancel a request. It still completes, with -ECANCELED if it was cancelled. */
 	void (*cancel)(struct dmb_ring *ring, struct dmb_io *io);
+	/* Implement dmb_ring_register_dmabuf, also for DMB_PROBE_SLOT. */
+	int (*register_dmabuf)(struct dmb_ring *ring, unsigned slot, int dmabuf_fd, int target_fd);
 };
 
-/* Page-aligned blocks for bytes that cannot go straight. */
+/* A pool of page-aligned blocks for bytes that the device cannot move to or from the buffer. */
 struct dmb_stage {
 	uint8_t *memory;
 	size_t size;
@@ -106,78 +107,64 @@ struct dmb_ring {
 	struct dmb_ring_info info;
 	struct io_uring uring;
 	struct dmb_threads *threads;
-	struct dmb_emulated *emulated;
-	struct dmb_stage stage;	  /* what the last batch left for the next */
-	int eventfd;		  /* of the loop that drives it, or -1 */
-	bool issued;		  /* something was issued since the last poll */
-	uint32_t in_flight;	  /* requests, of all batches */
-	uint32_t ready;		  /* of them, those that were complete after the last wait */
-	struct dmb_turns touched; /* batches with completions since their last turn */
-	struct dmb_turns waiting; /* for room among the requests in flight */
-	struct dmb_turns done;	  /* whose tags were not told yet */
-	struct dmb_turn *own;	  /* lone requests that were not told yet */
-	dmb_filter filter;
-	void *filter_arg;
+	struct dmb_stage stage;	   /* memory of a finished batch, for the next one */
+	int eventfd;		   /* of the event loop that drives the ring, or -1 */
+	bool issued;		   /* something was issued since the last poll */
+	uint32_t in_flight;	   /* requests of all batches */
+	uint32_t ready;		   /* completions available after the last wait */
+	struct dmb_queue runnable; /* batches with completions to act on */
+	struct dmb_queue waiting;  /* batches that wait until they may submit */
+	struct dmb_queue done;	   /* finished batches, not reported yet */
+#ifdef DMB_TESTING
+	struct dmb_testing *testing; /* tests/testing.c */
+#endif
 };
 
-/* A step of a batch: make at most `quota` requests, and go through the phases. */
-enum dmb_step { DMB_STEP_DONE, DMB_STEP_FLYING, DMB_STEP_WANTS_ROOM };
+enum dmb_step { DMB_STEP_DONE, DMB_STEP_IN_FLIGHT, DMB_STEP_OVER_QUOTA };
+/* Return the bytes that a batch moved without a gap, once it is done; 0 before. */
+uint64_t dmb_batch_nbytes(const struct dmb_batch *batch);
+/* Advance a batch by at most `quota` new requests. */
 enum dmb_step dmb_batch_step(struct dmb_batch *batch, uint32_t quota);
-/* Handle what completed, of all the ring's batches, at most `most` requests; false for none. */
+/* Handle at most `most` completions of the ring; return whether there was one. */
 bool dmb_reap(struct dmb_ring *ring, uint32_t most);
 
-void dmb_turn_begin(struct dmb_ring *ring, struct dmb_turn *turn, uint64_t tag);
-/* One of its requests completed. */
-void dmb_turn_touch(struct dmb_ring *ring, struct dmb_turn *turn);
-/* It is to end: its next turn comes first. */
-void dmb_turn_hurry(struct dmb_ring *ring, struct dmb_turn *turn);
-void dmb_turn_leave(struct dmb_turn *turn);
-/* The ring has the batch from here on, until that is destroyed. */
-void dmb_turn_own(struct dmb_ring *ring, struct dmb_turn *turn);
-void dmb_turn_disown(struct dmb_ring *ring, struct dmb_turn *turn);
+/* Enqueue a new batch. */
+void dmb_queue_start(struct dmb_ring *ring, struct dmb_entry *entry, uint64_t tag);
+/* Mark a batch runnable after a completion. */
+void dmb_queue_completed(struct dmb_ring *ring, struct dmb_entry *entry);
+/* Make a batch that was stopped runnable before the waiting ones. */
+void dmb_queue_promote(struct dmb_ring *ring, struct dmb_entry *entry);
+void dmb_queue_remove(struct dmb_entry *entry);
 
 int dmb_threads_init(struct dmb_ring *ring);
 
-/*
- * DMB_RING_EMULATE_NATIVE, so that tests have the route on kernels without it: dma-bufs are mapped,
- * and the answers are those that the kernel with the series gives.
- */
-int dmb_emulate_create(struct dmb_emulated **ret);
-void dmb_emulate_destroy(struct dmb_emulated *emulated);
-int dmb_emulate_register(struct dmb_emulated *emulated, unsigned slot, int dmabuf_fd,
-			 int target_fd);
-/* A native request: a count or -errno. */
-int32_t dmb_emulate_execute(struct dmb_emulated *emulated, const struct dmb_io *io);
-
-/* A staged request's bytes, from the buffer into its block, and what was `moved` out of it. */
+/* Copy a staged request's bytes from the buffer into its block, or `moved` bytes out of it. */
 void dmb_fill_block(struct dmb_io *io);
 void dmb_empty_block(struct dmb_io *io, uint64_t moved);
 
 uint64_t dmb_page(void);
-/*
- * Drop the pages of [*at, end) from a file's page cache, and see that each is gone. Where one is
- * not, returns false, and *at is its offset. Both are multiples of a page.
- */
-bool dmb_drop_range(int fd, uint64_t *at, uint64_t end);
-/* Bytes of a transparent huge page. */
+/* Return the size of a transparent huge page. */
 uint64_t dmb_huge_page(void);
 
-/* One pread(2) or pwrite(2). Returns a count or -errno. */
-int64_t dmb_lone(int direction, int fd, uint64_t address, uint64_t size, uint64_t offset);
-/* Whether a lane moves such a request: see dmb_lane_move. */
-bool dmb_lane_takes(const struct dmb_lane *lane, uint64_t offset, uint64_t start, uint64_t size,
-		    bool fence);
+/* Call pread(2) or pwrite(2) once. Returns a count or -errno. */
+int64_t dmb_read_write(int direction, int fd, uint64_t address, uint64_t size, uint64_t offset);
+/* Return whether the job may access the dma-bufs of [start, end) now: poll(2) without waiting. */
+bool dmb_fences_signalled(const struct dmb_job *job, uint64_t start, uint64_t end);
 
-/* The NVMe command of a request that has a nsid; its length is not 0. */
+/* Return whether one request can move a range: small, aligned, and not used by a device. */
+bool dmb_is_small(const struct dmb_job *job, uint64_t offset, uint64_t start, uint64_t size,
+		  bool fence);
+
+/* Fill in the NVMe command of a request with a nsid and a length that is not 0. */
 void dmb_nvme_command(const struct dmb_io *io, struct dmb_nvme_cmd *ret);
-/* A count or -errno from a command's answer: 0, a status, or -errno. Sets the request's status. */
+/* Convert a command's result (0, a status or -errno) to a count or -errno, and store the status. */
 int32_t dmb_nvme_result(struct dmb_io *io, int answer);
-/* The command by ioctl(2): a count or -errno. */
+/* Run the command by ioctl(2). Returns a count or -errno. */
 int32_t dmb_nvme_execute(struct dmb_io *io);
 
 /*
- * `count` blocks of `block` bytes, in the memory that is there where it is enough. All blocks must
- * be free; after an error there is none. `large`: all will be used, and huge pages are worth it.
+ * Make a pool of `count` blocks of `block` bytes; reuse its memory if that is large enough. All
+ * blocks must be free. After an error the pool is empty. `large`: use huge pages if possible.
  */
 int dmb_stage_reserve(struct dmb_stage *stage, uint32_t count, size_t block, bool large);
 void dmb_stage_release(struct dmb_stage *stage);
@@ -185,15 +172,20 @@ uint8_t *dmb_stage_take(struct dmb_stage *stage);
 void dmb_stage_give(struct dmb_stage *stage, uint8_t *block);
 
 /*
- * Cut the next request out of io's `left` bytes at (segment, skip). Sets io->staged, and no
- * address, where the bytes have to go through a staging block.
+ * Cut the next request out of io's `left` bytes at (segment, skip). Sets io->staged and leaves the
+ * address NULL if the bytes need a staging block.
  */
-void dmb_shape(const struct dmb_job *job, const uint64_t *segments, struct dmb_io *io, bool edge);
+void dmb_cut_request(const struct dmb_job *job, const uint64_t *segments, struct dmb_io *io,
+		     bool edge);
 
-/* The part of a segment that goes in the first pass: [*start, *end), in bytes of the segment. */
+/* Compute the part of a segment that the first pass moves: bytes [*start, *end) of it. */
 void dmb_middle(const struct dmb_job *job, const uint64_t *segment, uint64_t *start, uint64_t *end);
 
-/* The buffer's address of a byte of a segment. */
+/* Return how many bytes the device can move to or from the buffer itself, after *staged others. */
+uint64_t dmb_straight_bytes(const struct dmb_job *job, const uint64_t *segment,
+			    const struct dmb_io *io, uint64_t *staged);
+
+/* Return the address of byte `skip` of a segment in the buffer. */
 static inline uint8_t *dmb_address(const struct dmb_job *job, const uint64_t *segment,
 				   uint64_t skip)
 {

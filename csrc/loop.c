@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Many batches on one ring, driven by an event loop that must not wait.
+ * Many batches on one ring, driven by an event loop that must not block.
  *
- * Requests in flight are bounded by the ring's depth. Batches with completions are looked at first,
- * since they may be done; those that want to make more requests queue up, and each gets a share of
- * the room in its turn.
+ * The ring's depth bounds the requests in flight. Batches with completions run first, because they
+ * may be done. Batches that have more requests to submit wait in a queue, and each submits a share
+ * when it reaches the head.
  */
 #include <errno.h>
 #include <sys/eventfd.h>
@@ -12,133 +12,89 @@
 #include "internal.h"
 
 enum {
-	SHARE = 8,  /* requests of one turn while others wait */
-	ROUNDS = 4, /* then the loop gets to do something else */
+	SHARE = 8,  /* requests that a batch submits at once while other batches wait */
+	ROUNDS = 4, /* rounds of one poll, before the event loop runs other tasks */
 };
 
-void dmb_turn_leave(struct dmb_turn *turn)
+void dmb_queue_remove(struct dmb_entry *entry)
 {
-	struct dmb_turns *turns = turn->in;
+	struct dmb_queue *queue = entry->in;
 
-	if (!turns)
+	if (!queue)
 		return;
-	*(turn->prev ? &turn->prev->next : &turns->first) = turn->next;
-	*(turn->next ? &turn->next->prev : &turns->last) = turn->prev;
-	turn->next = turn->prev = NULL;
-	turn->in = NULL;
+	*(entry->prev ? &entry->prev->next : &queue->first) = entry->next;
+	*(entry->next ? &entry->next->prev : &queue->last) = entry->prev;
+	entry->next = entry->prev = NULL;
+	entry->in = NULL;
 }
 
-static void join(struct dmb_turns *turns, struct dmb_turn *turn)
+static void enqueue(struct dmb_queue *queue, struct dmb_entry *entry)
 {
-	dmb_turn_leave(turn);
-	turn->in = turns;
-	turn->prev = turns->last;
-	*(turns->last ? &turns->last->next : &turns->first) = turn;
-	turns->last = turn;
+	dmb_queue_remove(entry);
+	entry->in = queue;
+	entry->prev = queue->last;
+	*(queue->last ? &queue->last->next : &queue->first) = entry;
+	queue->last = entry;
 }
 
-void dmb_turn_begin(struct dmb_ring *ring, struct dmb_turn *turn, uint64_t tag)
+void dmb_queue_start(struct dmb_ring *ring, struct dmb_entry *entry, uint64_t tag)
 {
-	turn->tag = tag;
-	turn->started = true;
-	join(&ring->waiting, turn);
+	entry->tag = tag;
+	entry->started = true;
+	enqueue(&ring->waiting, entry);
 }
 
-void dmb_turn_touch(struct dmb_ring *ring, struct dmb_turn *turn)
+void dmb_queue_completed(struct dmb_ring *ring, struct dmb_entry *entry)
 {
-	if (turn->started && !turn->in) /* one that waits keeps its place */
-		join(&ring->touched, turn);
+	if (entry->started && !entry->in) /* a waiting batch keeps its place */
+		enqueue(&ring->runnable, entry);
 }
 
-void dmb_turn_hurry(struct dmb_ring *ring, struct dmb_turn *turn)
+void dmb_queue_promote(struct dmb_ring *ring, struct dmb_entry *entry)
 {
-	if (turn->started && turn->in != &ring->done)
-		join(&ring->touched, turn);
-}
-
-void dmb_turn_own(struct dmb_ring *ring, struct dmb_turn *turn)
-{
-	turn->own = true;
-	turn->next_own = ring->own;
-	if (ring->own)
-		ring->own->prev_own = turn;
-	ring->own = turn;
-}
-
-void dmb_turn_disown(struct dmb_ring *ring, struct dmb_turn *turn)
-{
-	if (!turn->own)
-		return;
-	*(turn->prev_own ? &turn->prev_own->next_own : &ring->own) = turn->next_own;
-	if (turn->next_own)
-		turn->next_own->prev_own = turn->prev_own;
-	turn->own = false;
-}
-
-static struct dmb_batch *find_own(const struct dmb_ring *ring, uint64_t tag)
-{
-	for (const struct dmb_turn *turn = ring->own; turn; turn = turn->next_own)
-		if (turn->tag == tag)
-			return turn->batch;
-	return NULL;
-}
-
-int dmb_ring_stop_lone(struct dmb_ring *ring, uint64_t tag)
-{
-	struct dmb_batch *batch = find_own(ring, tag);
-
-	if (!batch)
-		return 0;
-	dmb_batch_stop(batch);
-	return 1;
-}
-
-void dmb_ring_drain_lone(struct dmb_ring *ring, uint64_t tag)
-{
-	dmb_batch_destroy(find_own(ring, tag)); /* drains */
+	if (entry->started && entry->in != &ring->done)
+		enqueue(&ring->runnable, entry);
 }
 
 static uint32_t room(const struct dmb_ring *ring)
 {
-	uint32_t most = ring->info.depth ? ring->info.depth : 1; /* no workers: in place */
+	uint32_t most = ring->info.depth ? ring->info.depth : 1; /* no workers: one at a time */
 
 	return ring->in_flight < most ? most - ring->in_flight : 0;
 }
 
-static void take_turn(struct dmb_ring *ring, struct dmb_turn *turn, uint32_t quota)
+static void step_batch(struct dmb_ring *ring, struct dmb_entry *entry, uint32_t quota)
 {
 	enum dmb_step step;
 
-	dmb_turn_leave(turn);
-	step = dmb_batch_step(turn->batch, quota);
+	dmb_queue_remove(entry);
+	step = dmb_batch_step(entry->batch, quota);
 	if (step == DMB_STEP_DONE) {
-		join(&ring->done, turn);
-		turn->started = false;
-	} else if (step == DMB_STEP_WANTS_ROOM) {
-		join(&ring->waiting, turn);
+		enqueue(&ring->done, entry);
+		entry->started = false;
+	} else if (step == DMB_STEP_OVER_QUOTA) {
+		enqueue(&ring->waiting, entry);
 	}
 }
 
-static void take_turns(struct dmb_ring *ring)
+static void step_batches(struct dmb_ring *ring)
 {
-	struct dmb_turn *turn;
+	struct dmb_entry *entry;
 
-	while ((turn = ring->touched.first))
-		take_turn(ring, turn, ring->waiting.first ? 0 : room(ring));
-	while ((turn = ring->waiting.first) && room(ring))
-		take_turn(ring, turn,
-			  turn->next ? (uint32_t)dmb_min(room(ring), SHARE) : room(ring));
+	while ((entry = ring->runnable.first))
+		step_batch(ring, entry, ring->waiting.first ? 0 : room(ring));
+	while ((entry = ring->waiting.first) && room(ring))
+		step_batch(ring, entry,
+			   entry->next ? (uint32_t)dmb_min(room(ring), SHARE) : room(ring));
 }
 
-static void tell(struct dmb_ring *ring, struct dmb_done *done, uint32_t capacity, uint32_t *ret)
+static void report(struct dmb_ring *ring, struct dmb_done *done, uint32_t capacity, uint32_t *ret)
 {
-	struct dmb_turn *turn;
+	struct dmb_entry *entry;
 
-	while (*ret < capacity && (turn = ring->done.first)) {
-		done[(*ret)++] = (struct dmb_done){turn->tag, dmb_batch_nbytes(turn->batch)};
-		dmb_turn_leave(turn);
-		if (turn->own)
-			dmb_batch_destroy(turn->batch);
+	while (*ret < capacity && (entry = ring->done.first)) {
+		done[(*ret)++] = (struct dmb_done){entry->tag, dmb_batch_nbytes(entry->batch)};
+		dmb_queue_remove(entry);
 	}
 }
 
@@ -148,7 +104,7 @@ int dmb_ring_poll(struct dmb_ring *ring, struct dmb_done *done, uint32_t capacit
 	int rc = 0;
 
 	for (int round = 0; more && !rc && round < ROUNDS; round++) {
-		take_turns(ring);
+		step_batches(ring);
 		if (round && !ring->issued) {
 			more = false;
 			break;
@@ -156,10 +112,34 @@ int dmb_ring_poll(struct dmb_ring *ring, struct dmb_done *done, uint32_t capacit
 		rc = ring->ops->poll(ring);
 		more = dmb_reap(ring, UINT32_MAX);
 	}
-	take_turns(ring);
+	step_batches(ring);
 	if ((more || ring->issued) && ring->eventfd >= 0)
-		eventfd_write(ring->eventfd, 1); /* not all was done: come again */
-	tell(ring, done, capacity, ret);
+		eventfd_write(ring->eventfd, 1); /* more to do: the event loop polls again */
+	report(ring, done, capacity, ret);
+	return rc;
+}
+
+int dmb_job_start_small(struct dmb_ring *ring, const struct dmb_job *job, uint64_t offset,
+			uint64_t start, uint64_t size, int fence, uint64_t tag,
+			struct dmb_batch **ret)
+{
+	const uint64_t segment[3] = {offset, start, size};
+	struct dmb_job one = *job;
+	int rc;
+
+	if (!dmb_is_small(job, offset, start, size, fence))
+		return -EOPNOTSUPP;
+	one.memory_align = 1; /* the range meets both alignments */
+	one.page = job->offset_align;
+	one.file_size = offset + size;
+	one.route = DMB_DIRECT;
+	one.file_slot = -1;
+	one.slots = NULL;
+	one.depth = 1;
+	one.block = (uint32_t)size;
+	rc = dmb_batch_create(ring, &one, segment, 1, ret);
+	if (!rc)
+		dmb_batch_start(*ret, tag);
 	return rc;
 }
 

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * NVMe passthrough: reads and writes of a namespace by its character device, /dev/ngXnY, as
- * commands of the NVM Command Set; and what the device's status codes mean.
+ * NVMe passthrough: commands of the NVM Command Set on a namespace's character device, /dev/ngXnY,
+ * and the errno of each status code.
  */
 #include <errno.h>
 #include <string.h>
@@ -16,7 +16,7 @@ enum {
 	LBA_OUT_OF_RANGE = 0x080,
 };
 
-/* Command retry delay, "more" and "do not retry" stand above the code and its type. */
+/* The bits above the code and its type: command retry delay, "more" and "do not retry". */
 #define STATUS_CODE 0x7ffU
 #define STATUS_DO_NOT_RETRY 0x4000U
 
@@ -57,7 +57,7 @@ int32_t dmb_nvme_execute(struct dmb_io *io)
 
 /*
  * NVM Express Base Specification 2.0, figures 94 to 98, and the NVM and Zoned Namespace Command Set
- * Specifications 1.1. EAGAIN: may pass by itself, if the device does not say otherwise.
+ * Specifications 1.1. EAGAIN: worth a retry unless the status has "do not retry".
  */
 static const struct status {
 	uint16_t code; /* the type, 3 bits, and the status code, 8 bits */
@@ -127,7 +127,7 @@ int dmb_nvme_errno(uint32_t status, int direction)
 	if (!found)
 		return EIO;
 	if (found->code == LBA_OUT_OF_RANGE && direction == DMB_READ)
-		return EINVAL; /* nothing is full */
+		return EINVAL; /* ENOSPC is for writes */
 	if (found->error == EAGAIN && status & STATUS_DO_NOT_RETRY)
 		return EBUSY;
 	return found->error;

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* One io_uring ring: set up, register, issue, reap, tear down. */
+/* The io_uring backend, and the functions that are common to both backends. */
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
@@ -11,15 +11,18 @@
 #include "internal.h"
 #include "uapi.h"
 
-/* Never handed out: an update of it is a probe without side effects. */
-#define DMB_PROBE_SLOT DMB_BUFFER_SLOTS
+#ifdef DMB_TESTING
+void dmb_testing_wrap(struct dmb_ring *ring); /* tests/testing.c */
+#else
+#define dmb_testing_wrap(ring) ((void)(ring))
+#endif
 
 static void uring_destroy(struct dmb_ring *ring)
 {
 	io_uring_queue_exit(&ring->uring);
 }
 
-/* A queue that is full is submitted; while the kernel is short of memory it may stay full. */
+/* Get an SQE; submit if the queue is full, repeatedly while the kernel is short of memory. */
 static struct io_uring_sqe *next_sqe(struct dmb_ring *ring)
 {
 	const struct timespec pause = {.tv_nsec = 1000000};
@@ -34,12 +37,12 @@ static struct io_uring_sqe *next_sqe(struct dmb_ring *ring)
 	return sqe;
 }
 
-/* The SQE is twice as long on such a ring, and its second half follows `cmd`. */
+/* The ring has SQEs of 128 bytes, and `cmd` extends into their second half. */
 static void prep_nvme(struct io_uring_sqe *sqe, int fd, const struct dmb_io *io)
 {
 	struct dmb_nvme_cmd command;
 
-	if (!io->length) { /* past the end, where a device would call it an error */
+	if (!io->length) { /* past the end, where a device would return an error */
 		io_uring_prep_nop(sqe);
 		return;
 	}
@@ -83,35 +86,35 @@ static int uring_issue(struct dmb_ring *ring, struct dmb_io *io)
 	}
 	if (io->file_slot >= 0)
 		sqe->flags |= IOSQE_FIXED_FILE;
-	if (io->heavy)
+	if (io->async)
 		sqe->flags |= IOSQE_ASYNC;
 	io_uring_sqe_set_data(sqe, io);
 	return 0;
 }
 
-static int uring_wait(struct dmb_ring *ring, uint32_t count, int timeout_ms)
+static int uring_wait(struct dmb_ring *ring, int timeout_ms)
 {
 	struct __kernel_timespec time = {
 		.tv_sec = timeout_ms / 1000,
 		.tv_nsec = (long long)(timeout_ms % 1000) * 1000000,
 	};
 	struct io_uring_cqe *cqe;
-	int rc = io_uring_submit_and_wait_timeout(&ring->uring, &cqe, count, &time, NULL);
+	int rc = io_uring_submit_and_wait_timeout(&ring->uring, &cqe, 1, &time, NULL);
 
 	if (rc == -EAGAIN ||
-	    rc == -EBUSY) /* no memory to submit more: wait for what is in flight */
+	    rc == -EBUSY) /* no memory to submit more: wait for requests in flight */
 		rc = io_uring_wait_cqe_timeout(&ring->uring, &cqe, &time);
 	ring->ready = io_uring_cq_ready(&ring->uring);
 	return rc == -ETIME || rc == -EINTR || rc >= 0 ? 0 : rc;
 }
 
-/* With DEFER_TASKRUN completions appear when they are asked for, and by nothing else. */
+/* With DEFER_TASKRUN the kernel posts completions only when the thread requests events. */
 static int uring_poll(struct dmb_ring *ring)
 {
 	int rc = io_uring_submit_and_get_events(&ring->uring);
 
 	if (rc == -EINTR || rc == -EAGAIN || rc == -EBUSY)
-		return 0; /* once more: it stays `issued` */
+		return 0; /* `issued` stays set, so dmb_ring_poll tries again */
 	ring->issued = false;
 	return rc < 0 ? rc : 0;
 }
@@ -126,7 +129,7 @@ static struct dmb_io *uring_reap(struct dmb_ring *ring)
 		if (io)
 			io->result = io->nsid ? dmb_nvme_result(io, cqe->res) : cqe->res;
 		io_uring_cqe_seen(&ring->uring, cqe);
-		if (io) /* NULL: the answer to a cancel */
+		if (io) /* NULL for the completion of a cancel */
 			return io;
 	}
 	return NULL;
@@ -143,6 +146,38 @@ static void uring_cancel(struct dmb_ring *ring, struct dmb_io *io)
 	io_uring_sqe_set_data(sqe, NULL);
 }
 
+/* Update one slot with the extended update, which liburing does not provide yet. */
+static int update_slot(struct dmb_ring *ring, unsigned slot, const struct dmb_regbuf_desc *desc)
+{
+	struct dmb_rsrc_update2 update = {
+		.offset = slot,
+		.flags = DMB_RSRC_UPDATE_EXTENDED,
+		.data = (uint64_t)(uintptr_t)desc,
+		.nr = 1,
+	};
+	long rc;
+
+	if (ring->info.buffer_table)
+		return ring->info.buffer_table;
+	rc = syscall(SYS_io_uring_register, ring->uring.ring_fd, DMB_REGISTER_BUFFERS_UPDATE,
+		     &update, sizeof(update));
+	if (rc < 0)
+		return -errno;
+	return rc == 1 ? 0 : -EIO;
+}
+
+static int uring_register_dmabuf(struct dmb_ring *ring, unsigned slot, int dmabuf_fd, int target_fd)
+{
+	struct dmb_regbuf_desc desc = {.type = DMB_REGBUF_EMPTY};
+
+	if (dmabuf_fd >= 0) {
+		desc.type = DMB_REGBUF_DMABUF;
+		desc.dmabuf_fd = dmabuf_fd;
+		desc.target_fd = target_fd;
+	}
+	return update_slot(ring, slot, &desc);
+}
+
 static const struct dmb_backend_ops uring_ops = {
 	.destroy = uring_destroy,
 	.issue = uring_issue,
@@ -150,14 +185,15 @@ static const struct dmb_backend_ops uring_ops = {
 	.poll = uring_poll,
 	.reap = uring_reap,
 	.cancel = uring_cancel,
+	.register_dmabuf = uring_register_dmabuf,
 };
 
-/* The best set of flags the kernel takes: older ones know fewer. */
+/* Create a ring with the best set of flags that the kernel supports. */
 static int uring_setup(struct io_uring *uring, unsigned entries, unsigned flags)
 {
 	const unsigned shared[] = {IORING_SETUP_COOP_TASKRUN, 0};
-	/* TASKRUN_FLAG: the kernel does 20 pieces of work when asked, and this tells that more is
-	   left. The eventfd does not: uring_reap asks again for as long as it is set. */
+	/* TASKRUN_FLAG: a request for events runs 20 pieces of deferred work. If more is left, the
+	   kernel sets the flag and liburing, in uring_reap, requests events again. */
 	const unsigned owned[] = {IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN |
 					  IORING_SETUP_TASKRUN_FLAG,
 				  IORING_SETUP_COOP_TASKRUN, 0};
@@ -177,8 +213,8 @@ static int uring_setup(struct io_uring *uring, unsigned entries, unsigned flags)
 	}
 }
 
-/* An empty table of files. io_uring_register_files_sparse() raises RLIMIT_NOFILE of the whole
-   process where it is lower than the table; here it stays, and the table is refused (EMFILE). */
+/* Create an empty table of files. io_uring_register_files_sparse() is not used because it raises
+   the process's RLIMIT_NOFILE if that is below the table's size; here the result is -EMFILE. */
 static int create_file_table(struct io_uring *uring)
 {
 	struct io_uring_rsrc_register table = {
@@ -199,10 +235,9 @@ static int uring_init(struct dmb_ring *ring, unsigned depth, unsigned flags)
 		return rc;
 	ring->ops = &uring_ops;
 	ring->info.setup_flags = ring->uring.flags;
-	ring->info.features = ring->uring.features;
 	if (!(ring->uring.features & IORING_FEAT_EXT_ARG)) {
 		io_uring_queue_exit(&ring->uring);
-		return -ENOSYS; /* waiting with a timeout would need one request more a wait */
+		return -ENOSYS; /* Linux before 5.11: a wait with a timeout needs it */
 	}
 	ring->info.buffer_table =
 		io_uring_register_buffers_sparse(&ring->uring, DMB_PROBE_SLOT + 1);
@@ -223,8 +258,6 @@ int dmb_ring_create(int backend, unsigned depth, unsigned flags, struct dmb_ring
 	if (backend == DMB_BACKEND_THREADS) {
 		ring->info.buffer_table = ring->info.file_table = -EOPNOTSUPP;
 		rc = dmb_threads_init(ring);
-		if (!rc && flags & DMB_RING_EMULATE_NATIVE)
-			rc = dmb_emulate_create(&ring->emulated);
 	} else {
 		rc = uring_init(ring, depth, flags);
 	}
@@ -232,6 +265,7 @@ int dmb_ring_create(int backend, unsigned depth, unsigned flags, struct dmb_ring
 		free(ring);
 		return rc;
 	}
+	dmb_testing_wrap(ring);
 	*ret = ring;
 	return 0;
 }
@@ -241,7 +275,6 @@ void dmb_ring_destroy(struct dmb_ring *ring)
 	if (!ring)
 		return;
 	ring->ops->destroy(ring);
-	dmb_emulate_destroy(ring->emulated);
 	dmb_stage_release(&ring->stage);
 	free(ring);
 }
@@ -265,50 +298,16 @@ int dmb_ring_register_buffer(struct dmb_ring *ring, unsigned slot, uint64_t addr
 	return rc < 0 ? rc : 0;
 }
 
-/* One descriptor into a slot, through the extended update that liburing has no name for yet. */
-static int update_slot(struct dmb_ring *ring, unsigned slot, const struct dmb_regbuf_desc *desc)
-{
-	struct dmb_rsrc_update2 update = {
-		.offset = slot,
-		.flags = DMB_RSRC_UPDATE_EXTENDED,
-		.data = (uint64_t)(uintptr_t)desc,
-		.nr = 1,
-	};
-	long rc = syscall(SYS_io_uring_register, ring->uring.ring_fd, DMB_REGISTER_BUFFERS_UPDATE,
-			  &update, sizeof(update));
-
-	if (rc < 0)
-		return -errno;
-	return rc == 1 ? 0 : -EIO;
-}
-
 int dmb_ring_probe_native(struct dmb_ring *ring)
 {
-	const struct dmb_regbuf_desc empty = {.type = DMB_REGBUF_EMPTY};
-
-	if (ring->info.backend == DMB_BACKEND_THREADS)
-		return ring->emulated ? 0 : -EOPNOTSUPP;
-	if (ring->info.buffer_table)
-		return ring->info.buffer_table;
-	return update_slot(ring, DMB_PROBE_SLOT, &empty);
+	return ring->ops->register_dmabuf(ring, DMB_PROBE_SLOT, -1, -1);
 }
 
 int dmb_ring_register_dmabuf(struct dmb_ring *ring, unsigned slot, int dmabuf_fd, int target_fd)
 {
-	struct dmb_regbuf_desc desc = {.type = DMB_REGBUF_EMPTY};
-
 	if (slot >= DMB_BUFFER_SLOTS)
 		return -EINVAL;
-	if (ring->info.backend == DMB_BACKEND_THREADS)
-		return dmb_emulate_register(ring->emulated, slot, dmabuf_fd, target_fd);
-	if (ring->info.buffer_table)
-		return ring->info.buffer_table;
-	if (dmabuf_fd >= 0) {
-		desc.type = DMB_REGBUF_DMABUF;
-		desc.dmabuf_fd = dmabuf_fd;
-		desc.target_fd = target_fd;
-	}
-	return update_slot(ring, slot, &desc);
+	return ring->ops->register_dmabuf(ring, slot, dmabuf_fd, target_fd);
 }
 
 void dmb_ring_settle(struct dmb_ring *ring)
@@ -325,12 +324,6 @@ int dmb_ring_register_file(struct dmb_ring *ring, unsigned slot, int fd)
 		return ring->info.file_table;
 	rc = io_uring_register_files_update(&ring->uring, slot, &fd, 1);
 	return rc < 0 ? rc : 0;
-}
-
-void dmb_ring_set_filter(struct dmb_ring *ring, dmb_filter filter, void *arg)
-{
-	ring->filter = filter;
-	ring->filter_arg = arg;
 }
 
 int dmb_uring_probe(void)

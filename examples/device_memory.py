@@ -1,9 +1,9 @@
-"""A file into the memory of a PCI device, from the disk to the device and not by the CPU.
+"""Read a file into the memory of a PCI device, from the disk to the device without the CPU.
 
     python examples/device_memory.py 0000:65:00.0 2 weights.bin
 
-The device has to be in vfio-pci's hands, and the kernel has to have dma-buf registered buffers:
-without those there is no way into this memory, and this says so.
+The device must be bound to vfio-pci, and the kernel must have dma-buf registered buffers. Without
+them no route leads to this memory, and the error states so.
 """
 
 import os

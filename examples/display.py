@@ -1,9 +1,9 @@
-"""A picture from a file onto a display, read by the disk into the memory that the display shows.
+"""Show a picture on a display: the disk writes it into the memory that the display shows.
 
     python examples/display.py /dev/dri/card0 picture.raw 1920 1080
 
-The file has four bytes a pixel: blue, green, red and one that does not matter. Not under a desktop:
-on a text console, or where nothing else has the display.
+The file has four bytes a pixel: blue, green, red and an unused one. Run it on a text
+console, or where no other program uses the display.
 """
 
 import sys

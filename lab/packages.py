@@ -52,7 +52,7 @@ EARLY_MODULES = ("virtio_pci", "virtio_blk", "ext4")
 PYTHON_TESTS = ("cffi", "hypothesis", "pytest", "pytest-timeout")
 """What pip installs for the guest, besides what pyproject.toml names."""
 
-PYTHON_EXTRAS = ("cli", "test", "v4l2", "vulkan")
+PYTHON_EXTRAS = ("test", "v4l2", "vulkan")
 """The groups of optional dependencies in pyproject.toml that the guest has."""
 
 HOST_TOOLS = {

@@ -24,8 +24,15 @@ SITE = f"lib/python{packages.PYTHON}/dist-packages"
 JUNK = {".git", ".venv", "venv", "__pycache__", "build", "dist", ".pytest_cache", ".mypy_cache"}
 """What is not copied from a folder that is no git checkout."""
 
-BUILD_INPUTS = ("csrc/", "setup.py", "setup.cfg", "MANIFEST.in", "pyproject.toml")
-"""The files and folders that the extension and the package's metadata are made of."""
+TESTING_CORE = "tests/core.py"
+"""A program of the checkout that builds what its tests need compiled, below BUILT."""
+BUILT = "build/testing-core"
+
+BUILD_INPUTS = (
+    *("csrc/", "setup.py", "setup.cfg", "MANIFEST.in", "pyproject.toml"),
+    TESTING_CORE,
+)
+"""The files and folders that the extensions and the package's metadata are made of."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,8 @@ class Project:
     dependencies: Path
     """The folder of the piece with the ext4 image for the guest's /usr/local."""
     extension: Path | None
-    """The folder of the piece with the built package, less its Python sources."""
+    """The folder of the piece with the built package, less its Python sources, and with what the
+    tests need compiled."""
 
 
 def prepare(cache: Cache, root: Root, folder: Path) -> Project:
@@ -60,7 +68,7 @@ def prepare(cache: Cache, root: Root, folder: Path) -> Project:
         parts = [part for name in inputs for part in (name.encode(), _contents(folder / name))]
         extension = cache.piece(
             "extension",
-            key_of(key, *parts, "1"),
+            key_of(key, *parts, "2"),
             "the extension, for the guest's Python",
             lambda made: _make_extension(root, dependencies, folder, files, settings, made),
         )
@@ -99,7 +107,7 @@ def requirements(settings: dict[str, Any]) -> tuple[list[str], list[str]]:
     def flat(names: Iterable[str]) -> Iterable[str]:
         for name in names:
             match = own.match(name)
-            if match:  # a group that includes others: "dmabuf[cli]"
+            if match:  # a group that includes others: "dmabuf[test]"
                 groups = [group.strip() for group in match[1].split(",")]
                 yield from flat(entry for group in groups for entry in extras.get(group, []))
             else:
@@ -174,8 +182,16 @@ def _make_extension(
         "os.environ['PYTHONPATH'] = '/mnt/build'; os.chdir('/mnt/checkout'); "
         f"importlib.import_module('{backend}').build_wheel('/mnt/wheel')"
     )
+    tests = (
+        "import os, runpy, sys; sys.path.insert(0, '/mnt/build'); "
+        "os.environ['PYTHONPATH'] = '/mnt/build'; os.chdir('/mnt/checkout'); "
+        f"runpy.run_path('{TESTING_CORE}', run_name='__main__')"
+    )
     try:
         host.run(host.in_tree(root.tree, work, "python3", "-c", script))
+        if (work / "checkout" / TESTING_CORE).exists():
+            host.run(host.in_tree(root.tree, work, "python3", "-c", tests))
+            (work / "checkout" / BUILT).rename(made / "testing-core")
     except LabError as error:
         output = str(error).split("\n", 1)[-1]
         raise LabError(f"the extension did not build for the guest:\n{output}") from None
@@ -205,6 +221,8 @@ def lay_out(root: Root, project: Project, lab: Path) -> None:
         site.mkdir()
         return
     shutil.copytree(project.extension / "site", site, symlinks=True)
+    if (project.extension / "testing-core").exists():
+        shutil.copytree(project.extension / "testing-core", lab / "checkout" / BUILT)
     source = lab / "checkout/src"
     for package in source.iterdir() if source.exists() else ():
         for path in (site / package.name).rglob("*.py"):

@@ -1,4 +1,4 @@
-"""Hypothesis is deterministic, and the suite leaves the process as it found it."""
+"""Shared fixtures; Hypothesis is deterministic, and the suite leaves the process as it was."""
 
 import functools
 import os
@@ -10,9 +10,18 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from dmabuf.audit import PAIRS
-from dmabuf.engine import default_engine
+from tests import core  # before dmabuf
+
+# isort: split
+
+import dmabuf
+from dmabuf._core import lib
+from dmabuf.transfer.audit import PAIRS
+from dmabuf.transfer.engine import Engine, default_engine
 from tests.resources import held
+from tests.support import drop_cache, pattern, poison
+
+assert isinstance(core.lib, core.Core), "dmabuf was imported before its core was replaced"
 
 settings.register_profile(
     "deterministic",
@@ -26,41 +35,96 @@ settings.load_profile("deterministic")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Temporary files on a disk: /tmp is often a tmpfs, where nothing can go past the cache."""
+    """Put temporary files on a disk: /tmp is often a tmpfs, which has no O_DIRECT."""
     if config.option.basetemp is None:
         folder = Path(f"/var/tmp/dmabuf-tests-{os.getpid()}")
         config.option.basetemp = folder
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
+RING = "anon_inode:[io_uring]"
+RINGS = 2
+"""The default engine's rings that are made when first needed: a second, one for passthrough."""
+
+
 @pytest.fixture(scope="session", autouse=True)
 def nothing_leaks() -> Iterator[None]:
-    """As many descriptors, shared mappings and threads after the suite as before it."""
-    engine = default_engine()
-    with engine._rings[0].lock:  # it has two rings at most: both made now, they are no leak
-        engine._pick_ring()
-    engine._passthrough_ring()  # and one for NVMe passthrough, one for zram
-    engine._copying_ring()
-    before = held(), _threads()
+    """Fail if the suite leaves a descriptor, a thread, or a mapping of a memfd or dma-buf."""
+    default_engine()
+    (before, shared), threads = _left()
     yield
-    after = held(), _threads()
-    assert after == before
+    (after, now), still = _left()
+    for _ in range(RINGS):
+        if after.count(RING) > before.count(RING):
+            after.remove(RING)
+    assert ((after, now), still) == ((before, shared), threads)
 
 
-def _threads() -> list[threading.Thread]:
-    """All but trio's workers, which end by themselves when they were idle for some time."""
-    return [one for one in threading.enumerate() if not one.name.startswith("Trio thread")]
+@pytest.fixture
+def leaves_nothing() -> Iterator[None]:
+    """Fail the test if it leaves a descriptor, a thread, or a mapping of a memfd or dma-buf.
+
+    For all tests of a file: ``pytestmark = pytest.mark.usefixtures("leaves_nothing")``.
+    """
+    before = _left()
+    yield
+    assert _left() == before
+
+
+def _left() -> tuple[object, list[threading.Thread]]:
+    """Return what the process holds. Idle workers of trio are left out: they end by themselves."""
+    threads = [one for one in threading.enumerate() if not one.name.startswith("Trio thread")]
+    return held(), threads
+
+
+def _size(request: pytest.FixtureRequest) -> int:
+    return getattr(request.module, "SIZE", 1 << 16)
+
+
+@pytest.fixture
+def buf(request: pytest.FixtureRequest) -> Iterator[dmabuf.Buffer]:
+    """A memfd buffer of the test module's SIZE in bytes (64 KiB), filled with poison."""
+    size = _size(request)
+    with dmabuf.allocate(size, exporter="memfd") as buffer:
+        buffer.pwrite(poison(size), 0)
+        yield buffer
+
+
+@pytest.fixture
+def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A file of the test module's SIZE in bytes (64 KiB) with the content of pattern(SIZE, 1)."""
+    path = tmp_path / "file"
+    path.write_bytes(pattern(_size(request), 1))
+    return path
+
+
+@pytest.fixture
+def cold_path(path: Path) -> Path:
+    """The file of `path`, none of whose pages are in the page cache."""
+    with path.open("rb") as file:
+        drop_cache(file.fileno())
+    return path
 
 
 @pytest.fixture(autouse=True)
 def no_pair_is_known() -> None:
-    """Each test is the first to use its exporter with its device."""
+    """Let each test be the first to use its exporter with its device."""
     PAIRS.forget()
 
 
 @pytest.fixture(params=["asyncio", "trio"])
 def run(request: pytest.FixtureRequest) -> Callable[..., object]:
-    """Runs a coroutine function, on each kind of event loop."""
+    """A function that runs a coroutine function, on each kind of event loop."""
     import anyio
 
     return functools.partial(anyio.run, backend=request.param)
+
+
+@pytest.fixture(params=["io_uring or threads", "threads"])
+def loop_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run the engines of event loops with what the machine has, and with threads."""
+    if request.param == "threads":
+        monkeypatch.setattr(
+            Engine, "_choose_backend", lambda self, asked: int(lib.DMB_BACKEND_THREADS)
+        )
+    return str(request.param)

@@ -1,4 +1,4 @@
-"""Running a part of a test in a fork()ed child."""
+"""Run a part of a test in a child made by fork()."""
 
 import os
 import traceback
@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 
 def in_child(work: Callable[[], object]) -> None:
-    """Run ``work`` in a child; an exception there, shown on standard error, fails the test."""
+    """Run `work` in a child; an exception there is printed to standard error and fails the test."""
     with warnings.catch_warnings():
-        # What the child may do beside the parent's threads is what these tests are about.
+        # These tests are about a fork beside threads, which Python 3.12 warns of.
         warnings.simplefilter("ignore", DeprecationWarning)
         pid = os.fork()
     if pid == 0:

@@ -1,8 +1,8 @@
-"""Named guards for tests that need something of the machine.
+"""Named guards for tests that need something from the machine.
 
-``@needs("udmabuf")`` skips the test where there is none, with a reason that says how to enable it.
+``@needs("udmabuf")`` skips the test where the machine lacks it; the reason names how to enable it.
 ``DMABUF_REQUIRE=all``, or a comma-separated list of guards, turns those skips into failures, and
-lets a guard load the kernel module it is about; the lab sets it.
+lets a guard load its kernel module; the lab sets it.
 """
 
 import functools
@@ -17,13 +17,13 @@ import pytest
 
 
 def required(guard: str) -> bool:
-    """Whether a skip by this guard is to be a failure."""
+    """Return whether a skip by this guard must be a failure."""
     wanted = os.environ.get("DMABUF_REQUIRE", "").split(",")
     return "all" in wanted or guard in wanted
 
 
 def needs(*guards: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Run the test only where each guard finds what it is named after."""
+    """Skip the test, or fail it, unless the machine has what each guard is named after."""
     for guard in guards:
         problem = problem_with(guard)
         if problem is not None:
@@ -33,14 +33,14 @@ def needs(*guards: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
 
 
 def since(release: tuple[int, int], what: str) -> pytest.MarkDecorator:
-    """The test is to fail on kernels before this release, which cannot do it: docs/kernels.md."""
+    """Expect the test to fail on earlier kernels, which lack it (docs/reference/kernels.md)."""
     before = tuple(map(int, os.uname().release.split(".")[:2])) < release
     number = ".".join(map(str, release))
     return pytest.mark.xfail(before, reason=f"{what}: since Linux {number}", strict=True)
 
 
 def demand(*guards: str) -> None:
-    """The same for a fixture, where a decorator skips nothing."""
+    """Skip or fail the running test as `needs` does; for fixtures, where decorators do not work."""
     for guard in guards:
         problem = problem_with(guard)
         if problem is not None:
@@ -52,7 +52,7 @@ def _failing(reason: str) -> Callable[[Callable[..., None]], Callable[..., None]
     def decorate(test: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(test)
         def fail(*args: object, **kwargs: object) -> None:
-            pytest.fail(f"{reason} (a failure and no skip because of DMABUF_REQUIRE)")
+            pytest.fail(f"{reason} (a failure, not a skip, because of DMABUF_REQUIRE)")
 
         return fail
 
@@ -61,7 +61,7 @@ def _failing(reason: str) -> Callable[[Callable[..., None]], Callable[..., None]
 
 @functools.cache
 def problem_with(guard: str) -> str | None:
-    """None, or why the machine does not have it and what would change that."""
+    """Return None, or why the machine lacks it and how to enable it."""
     return _GUARDS[guard]()
 
 
@@ -69,7 +69,7 @@ def _device(path: str, fix: str) -> str | None:
     if not os.path.exists(path):
         return f"{path} does not exist ({fix})"
     if not os.access(path, os.R_OK | os.W_OK):
-        return f"{path} is not ours to open (be root, or join its group)"
+        return f"{path} cannot be opened: permission denied (be root, or join its group)"
     return None
 
 
@@ -88,7 +88,7 @@ def _vgem() -> str | None:
 
 
 def drm_node(driver: str, kind: str = "card") -> str | None:
-    """The device node of a DRM driver's device, `kind` "card" or "render"; None where none is."""
+    """Return the node of a DRM driver's device, or None; `kind` is "card" or "render"."""
     for link in sorted(Path("/sys/class/drm").glob(f"{kind}*[0-9]")):
         node = Path("/dev/dri", link.name)
         names = (*link.resolve().parts, (link / "device/driver").resolve().name)
@@ -98,12 +98,12 @@ def drm_node(driver: str, kind: str = "card") -> str | None:
 
 
 def vgem_node() -> str | None:
-    """The device node of the vgem driver, None where there is none."""
+    """Return the device node of the vgem driver, or None."""
     return drm_node("vgem")
 
 
 def lab_port() -> str | None:
-    """The port to the monitor of the lab's QEMU, None outside."""
+    """Return the port to the monitor of the lab's QEMU, or None outside the lab."""
     for name in Path("/sys/class/virtio-ports").glob("*/name"):
         if name.read_text() == "lab-monitor\n":
             return f"/dev/{name.parent.name}"
@@ -111,7 +111,7 @@ def lab_port() -> str | None:
 
 
 def lab_drive() -> str | None:
-    """The drive that the lab's QEMU dumps the screen to, None outside."""
+    """Return the drive that the lab's QEMU dumps the screen to, or None outside the lab."""
     for serial in Path("/sys/block").glob("vd*/serial"):
         if serial.read_text().strip() == "lab-screen":
             return f"/dev/{serial.parent.name}"
@@ -119,9 +119,9 @@ def lab_drive() -> str | None:
 
 
 def vivid_node(kind: str = "vid-cap", number: int = 0) -> str | None:
-    """The device node of vivid's `number`th camera, or one beside it; None where there is none.
+    """Return a device node of vivid's camera `number`, or None.
 
-    `kind` is as vivid names it: "vid-cap", "vid-out", "meta-cap".
+    `kind` is vivid's own name of it: "vid-cap", "vid-out", "meta-cap".
     """
     for name in Path("/sys/class/video4linux").glob("*/name"):
         node = Path("/dev", name.parent.name)
@@ -138,12 +138,12 @@ def _vivid() -> str | None:
 
 
 def _cameras() -> str | None:
-    """All of vivid's that the lab has: their numbers and kinds depend on its parameters."""
+    """Look for all cameras of the lab, whose number and kinds depend on vivid's parameters."""
     return None if vivid_node("vid-cap", 2) else "no vivid cameras (lab/run --devices vivid)"
 
 
 def _vulkan() -> str | None:
-    """The binding, and a driver that shares memory and fences."""
+    """Look for the binding, and a driver that shares memory and fences."""
     try:
         from dmabuf.devices import vulkan
 
@@ -160,11 +160,14 @@ def _hugepages() -> str | None:
 
 
 def _io_uring() -> str | None:
-    from dmabuf._ffi import lib
+    import dmabuf
 
-    rc = lib.dmb_uring_probe()
-    fix = "sysctl kernel.io_uring_disabled=0, and a seccomp profile that allows it"
-    return None if rc >= 0 else f"io_uring is refused: {os.strerror(-rc)} ({fix})"
+    try:
+        dmabuf.Engine(backend="io_uring").close()
+    except OSError as error:
+        fix = "sysctl kernel.io_uring_disabled=0, and a seccomp profile that allows it"
+        return f"{error.strerror} ({fix})"
+    return None
 
 
 def _nvme() -> str | None:
@@ -176,14 +179,12 @@ def _nvme() -> str | None:
 
 def _unplug() -> str | None:
     if os.environ.get("DMABUF_TEST_UNPLUG") != "1":
-        return (
-            "DMABUF_TEST_UNPLUG=1 permits to pull the drive of DMABUF_TEST_NVME0; lab/run sets it"
-        )
+        return "DMABUF_TEST_UNPLUG=1 permits unplugging that of DMABUF_TEST_NVME0; lab/run sets it"
     return _nvme()
 
 
 def _module(name: str, shows: str) -> str | None:
-    """None where a kernel module's files are there; loads it where that is required."""
+    """Return None if the files of a kernel module exist; load it if the guard is required."""
     if not os.path.exists(shows) and required(name):
         subprocess.run(["modprobe", name, *_PARAMETERS.get(name, [])], check=False)
     fix = f"modprobe {name}; lab/run has it"
@@ -267,12 +268,12 @@ def _root() -> str | None:
 def _fuse() -> str | None:
     if not os.path.exists("/dev/fuse") and required("fuse"):
         subprocess.run(["modprobe", "fuse"], check=False)
-    from dmabuf import _as_file
+    from dmabuf.memory import serve_by_fuse
 
     memory = os.memfd_create("guard")
     try:
         os.ftruncate(memory, 4096)
-        os.close(_as_file._start([(memory, 4096, False)], True))
+        os.close(serve_by_fuse([(memory, 4096, False)], True))
     except OSError as error:
         return error.strerror
     finally:
@@ -301,7 +302,7 @@ def _virtio_gpu() -> str | None:
 
 
 def vfio_address() -> str | None:
-    """The PCI address of the lab's device in vfio-pci's hands, None outside."""
+    """Return the PCI address of the lab's device with vfio-pci, or None outside the lab."""
     devices = Path("/sys/bus/pci/drivers/vfio-pci").glob("0000:*")
     found = (one for one in devices if (one / "device").read_text() == "0x1110\n")
     return next((one.name for one in found), None)

@@ -1,4 +1,4 @@
-"""What a process holds of the kernel's: to compare before and after."""
+"""The kernel resources that this process holds, to compare before and after a test."""
 
 import gc
 import os
@@ -6,13 +6,13 @@ from pathlib import Path
 
 
 def held() -> tuple[list[str], list[str]]:
-    """The open descriptors and the mappings of memfds and dma-bufs, each as what it refers to."""
+    """Return the targets of open descriptors, and the mappings of memfds and dma-bufs."""
     gc.collect()
     descriptors = []
     for fd in os.listdir("/proc/self/fd"):
         try:
             descriptors.append(os.readlink(f"/proc/self/fd/{fd}"))
-        except FileNotFoundError:  # the listing's own
+        except FileNotFoundError:  # that of the listing
             continue
     maps = Path("/proc/self/maps").read_text().splitlines()
     shared = [line.split()[-1] for line in maps if "/memfd:" in line or "/dmabuf:" in line]

@@ -1,4 +1,4 @@
-"""What the tests of transfers share: poison, references by os.pread, and devices to test on."""
+"""Shared helpers of the tests: data and poison, comparisons by plain pread, and block devices."""
 
 import contextlib
 import gc
@@ -13,14 +13,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import dmabuf
-from dmabuf._ffi import ffi, lib
-from dmabuf.ring import Ring
+from dmabuf.transfer.ring import Ring
+from tests.core import ffi, lib
+from tests.emulation import Filter as Filter
 
 PAGE = os.sysconf("SC_PAGESIZE")
 
 
 def pattern(size: int, seed: int) -> bytes:
-    """Bytes that no shift or swap of blocks leaves equal."""
+    """Return bytes that differ from any shift or swap of their blocks."""
     return random.Random(seed).randbytes(size)
 
 
@@ -28,12 +29,12 @@ _POISON = pattern(1 << 20, 0xDEAD)
 
 
 def poison(size: int) -> bytes:
-    """What a destination holds before a transfer."""
+    """Return the content that a destination gets before a transfer."""
     return (_POISON * (size // len(_POISON) + 1))[:size]
 
 
 def assert_same(got: bytes, expected: bytes, what: str) -> None:
-    """Compare every byte, and name the first that differs."""
+    """Compare every byte; the error names the first that differs."""
     if got == expected:
         return
     assert len(got) == len(expected), f"{what}: {len(got)} bytes, not {len(expected)}"
@@ -43,7 +44,7 @@ def assert_same(got: bytes, expected: bytes, what: str) -> None:
 
 
 def whole(fd: int, limit: int | None = None) -> bytes:
-    """All of a file or block device, or its first `limit` bytes, by plain pread."""
+    """Return a whole file or block device, or its first `limit` bytes, by plain pread."""
     size = os.lseek(fd, 0, os.SEEK_END)
     size = size if limit is None else min(size, limit)
     parts, offset = [], 0
@@ -56,20 +57,20 @@ def whole(fd: int, limit: int | None = None) -> bytes:
 
 
 def fill(fd: int, data: bytes, offset: int = 0) -> None:
-    """Write all of it by plain pwrite."""
+    """Write `data` by plain pwrite."""
     done = 0
     while done < len(data):
         done += os.pwrite(fd, data[done : done + (1 << 24)], offset + done)
 
 
 def drop_cache(fd: int) -> None:
-    """No page of the file in the page cache, and none dirty."""
+    """Flush a file and drop its pages from the page cache."""
     os.fsync(fd)
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def cached(fd: int, offset: int = 0, size: int = 0) -> int:
-    """Pages of a range in the page cache, by cachestat(2)."""
+    """Return the number of pages of a range in the page cache, by cachestat(2)."""
     answer = ffi.new("uint64_t *")
     rc = lib.dmb_cachestat(fd, offset, size or os.lseek(fd, 0, os.SEEK_END), answer)
     assert rc == 0, os.strerror(-rc)
@@ -85,7 +86,7 @@ def read_and_compare(
     buffer_offset: int = 0,
     **how: object,
 ) -> dmabuf.Transfer:
-    """read_into a poisoned buffer against os.pread, bytes around the range included."""
+    """Read into a poisoned buffer and compare all of it, also around the range, with os.pread."""
     expected = bytearray(poison(buffer.size))
     there = os.pread(reference, size, file_offset)
     expected[buffer_offset : buffer_offset + len(there)] = there
@@ -109,9 +110,9 @@ def write_and_compare(
     uncached: bool = False,
     **how: object,
 ) -> dmabuf.Transfer:
-    """write_from a buffer against os.pread of the whole file, bytes around the range included.
+    """Write from a buffer and compare the whole file, also around the range, by os.pread.
 
-    `limit` compares the first bytes only; `uncached` what has reached the medium.
+    `limit` compares only the first bytes; `uncached` compares what reached the medium.
     """
     before = whole(reference, limit)
     content = poison(buffer.size)
@@ -131,7 +132,7 @@ def write_and_compare(
 
 
 def ranges(seed: int, count: int, limit: int, size: int) -> Iterator[tuple[int, int, int]]:
-    """Triples (file offset, buffer offset, size) at and beside blocks, pages and both ends."""
+    """Yield (file offset, buffer offset, size) at and beside blocks, pages and both ends."""
     dice = random.Random(seed)
 
     def near(top: int) -> int:
@@ -159,9 +160,9 @@ def exercise(
     rounds: int = 12,
     seed: int = 1,
 ) -> set[str]:
-    """Read and write a file or device in many ways, each compared; the routes that were chosen.
+    """Read and write a file or device in many ways, compare each, and return the routes chosen.
 
-    Its first `limit` bytes are overwritten, and the file is at least that long.
+    The file has at least `limit` bytes, and its first `limit` bytes are overwritten.
     """
     reference = os.open(path, os.O_RDWR)
     chosen = set()
@@ -198,32 +199,8 @@ def exercise(
     return chosen
 
 
-class Filter:
-    """The core's seam: a function sees each completion of an engine and answers its result."""
-
-    def __init__(self, engine: dmabuf.Engine, function) -> None:
-        self.seen: list[tuple[int, int, int]] = []
-
-        @ffi.callback("int32_t(void *, const struct dmb_completion *)", error=-5)
-        def filtered(_arg: object, completion) -> int:
-            self.seen.append((completion.offset, completion.size, completion.result))
-            return function(completion)
-
-        self._callback, self._engine = filtered, engine
-
-    def __enter__(self) -> "Filter":
-        for ring in self._engine._all_rings():
-            lib.dmb_ring_set_filter(ring.handle, self._callback, ffi.NULL)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for ring in self._engine._all_rings():
-            if ring.handle is not None:
-                lib.dmb_ring_set_filter(ring.handle, ffi.NULL, ffi.NULL)
-
-
 def together(function: Callable[[int], object], count: int = 8) -> None:
-    """Run function(0), function(1) ..., all at once; the first exception is raised."""
+    """Run function(0), function(1), ... in threads at the same time; raise the first exception."""
     start = threading.Barrier(count)
     failures: list[BaseException] = []
 
@@ -243,8 +220,8 @@ def together(function: Callable[[int], object], count: int = 8) -> None:
         raise failures[0]
 
 
-def in_child(source: str, *arguments: object, timeout: float = 60) -> str:
-    """Run Python source in a process of its own; its standard output, once it exits with 0."""
+def in_child(source: str, *arguments: object, timeout: float = 300) -> str:
+    """Run Python source in its own process and return its standard output; it must exit with 0."""
     done = subprocess.run(
         [sys.executable, "-c", source, *map(str, arguments)],
         capture_output=True,
@@ -257,40 +234,53 @@ def in_child(source: str, *arguments: object, timeout: float = 60) -> str:
 
 
 def run(*command: object) -> str:
-    """Run a program of the system; its standard output."""
+    """Run a program and return its standard output; it must exit with 0."""
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, f"{command}: {done.stderr}"
     return done.stdout.strip()
+
+
+PATIENCE = 120.0
+"""Seconds until a test gives up on a state that takes moments, unless something is broken."""
+
+
+def wait_until(condition: Callable[[], object], what: str = "the expected state") -> None:
+    """Return when a condition is true; fail the test after `PATIENCE`."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, f"{what} did not come within {PATIENCE} s"
+        time.sleep(0.01)
 
 
 # -- devices; all need root
 
 
 def let_go(release: Callable[[], object]) -> None:
-    """Take a device away, once the kernel has let go of it too.
+    """Release a device, as soon as the kernel has dropped its references to it.
 
-    A worker of io_uring posts a completion first and drops its reference to the file after, so a
-    device may be busy for a moment when the last descriptor has been closed. An engine of this
-    thread's own has to come by for that: on Linux 6.12 it was seen to be put off until then.
+    A worker of io_uring posts a completion before it drops its reference to the file, so a device
+    can be busy for a moment after its last descriptor was closed. On Linux 6.12 the reference can
+    wait until the thread of a ring enters the kernel for it again.
     """
-    for _ in range(200):
+
+    def released() -> bool:
         try:
             release()
         except (OSError, AssertionError) as error:
             if "busy" not in str(error):
                 raise
-            time.sleep(0.01)
             for ring in gc.get_objects():
-                if isinstance(ring, Ring) and ring.handle and ring._owner == threading.get_ident():
-                    lib.dmb_ring_settle(ring.handle)
-        else:
-            return
-    release()
+                if isinstance(ring, Ring) and ring.handle:
+                    lib.dmb_ring_settle(ring.handle)  # refused to all but the ring's owner
+            return False
+        return True
+
+    wait_until(released, "the release of a busy device")
 
 
 @contextlib.contextmanager
 def loop_device(image: Path, size: int, block: int = 512) -> Iterator[str]:
-    """A loop device over a new image; its path."""
+    """Make a loop device over a new image, and return its path."""
     with image.open("wb") as file:
         file.truncate(size)
     device = run("losetup", "--find", "--show", "--sector-size", block, image)
@@ -302,7 +292,7 @@ def loop_device(image: Path, size: int, block: int = 512) -> Iterator[str]:
 
 @contextlib.contextmanager
 def zram(size: int) -> Iterator[str]:
-    """A compressed disk in memory, with blocks of 4096 bytes; its path."""
+    """Make a compressed disk in memory with 4096-byte blocks, and return its path."""
     control = Path("/sys/class/zram-control")
     number = (control / "hot_add").read_text().strip()
     try:
@@ -320,7 +310,7 @@ def zram(size: int) -> Iterator[str]:
 def mounted(
     device: str, filesystem: str, folder: Path, *options: str, how: str = "defaults"
 ) -> Iterator[Path]:
-    """A fresh filesystem on a device, mounted; `options` are those of mkfs, `how` of mount."""
+    """Make a filesystem on a device and mount it; `options` are for mkfs, `how` is for mount."""
     quiet = ["-F", "-q"] if filesystem == "ext4" else ["-f", "-q"]
     if filesystem == "btrfs":
         quiet = ["-f"]
@@ -334,5 +324,5 @@ def mounted(
 
 
 def has_program(name: str) -> bool:
-    """Whether a program is installed."""
+    """Return whether a program is installed."""
     return shutil.which(name) is not None

@@ -180,20 +180,6 @@ void file_check(const struct file *file)
 	free(bytes);
 }
 
-struct dmb_lane make_lane(const struct file *file, const struct memory *memory, int direction)
-{
-	return (struct dmb_lane){
-		.fd = file->direct,
-		.direction = direction,
-		.unit = direction == DMB_READ ? file->offset_align : PAGE,
-		.memory_align = file->memory_align,
-		.most = 1 << 20,
-		.base = (uintptr_t)memory->bytes,
-		.size = memory->size,
-		.slab_size = memory->size,
-	};
-}
-
 struct dmb_job make_job(const struct file *file, const struct memory *memory, int direction,
 			int route)
 {
@@ -202,7 +188,7 @@ struct dmb_job make_job(const struct file *file, const struct memory *memory, in
 	return (struct dmb_job){
 		.fd = direct ? file->direct : file->plain,
 		.file_slot = -1,
-		.edge_fd = direct && direction == DMB_WRITE ? file->plain : -1,
+		.plain_fd = file->plain,
 		.offset_align = direct ? file->offset_align : 1,
 		.memory_align = direct ? file->memory_align : 1,
 		.page = PAGE,
@@ -213,8 +199,6 @@ struct dmb_job make_job(const struct file *file, const struct memory *memory, in
 		.route = route,
 		.depth = 1 + (uint32_t)random_below(12),
 		.block = PAGE << random_below(5),
-		.by_workers = (uint32_t)random_below(2),
-		.in_memory = (uint32_t)random_below(2),
 	};
 }
 
@@ -355,7 +339,7 @@ struct dmb_result transfer(struct dmb_ring *ring, const struct dmb_job *job,
 
 void check_idle(struct dmb_ring *ring)
 {
-	CHECK_EQUAL(ring->ops->wait(ring, 1, 0), 0);
+	CHECK_EQUAL(ring->ops->wait(ring, 0), 0);
 	CHECK(!ring->ops->reap(ring));
 	CHECK_EQUAL(ring->stage.free_count, ring->stage.count);
 }

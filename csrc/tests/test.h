@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "../internal.h"
+#include "testing.h"
 
 #define CHECK(condition)                                                                           \
 	do {                                                                                       \
@@ -69,8 +70,6 @@ void file_check(const struct file *file);
 
 struct dmb_job make_job(const struct file *file, const struct memory *memory, int direction,
 			int route);
-
-struct dmb_lane make_lane(const struct file *file, const struct memory *memory, int direction);
 
 /* Random segments that overlap nowhere on the side that is written to. */
 size_t random_segments(uint64_t *segments, size_t count, uint64_t file_size, uint64_t memory_size,

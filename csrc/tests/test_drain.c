@@ -83,7 +83,7 @@ static void on_alarm(int signal)
 	(void)signal;
 }
 
-/* A signal every 300 us is no error. */
+/* A signal every 300 us is not an error. */
 static void signals(struct dmb_ring *ring)
 {
 	const struct sigaction action = {.sa_handler = on_alarm};
@@ -123,11 +123,11 @@ static int failing_issue(struct dmb_ring *ring, struct dmb_io *io)
 	return real->issue(ring, io);
 }
 
-static int failing_wait(struct dmb_ring *ring, uint32_t count, int timeout_ms)
+static int failing_wait(struct dmb_ring *ring, int timeout_ms)
 {
 	if (++waits <= waits_that_fail)
 		return -EEXIST;
-	return real->wait(ring, count, timeout_ms);
+	return real->wait(ring, timeout_ms);
 }
 
 static void failing_ring(struct dmb_ring *ring, int direction, int route)

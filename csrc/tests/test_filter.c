@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* What a batch makes of completions that went wrong, put there by the ring's filter. */
+/* What a batch makes of completions that went wrong, put there by the rings' filter. */
 #include "test.h"
 
 #include <fcntl.h>
@@ -95,7 +95,7 @@ static void storms(struct dmb_ring *ring, int direction, int route)
 		faults.shorten = round & 1;
 		if (direction == DMB_WRITE && route != DMB_BUFFERED)
 			faults.shorten = false;
-		dmb_ring_set_filter(ring, inject, &faults);
+		dmb_testing_set_filter(inject, &faults);
 		result = transfer(ring, &job, segments, count);
 		CHECK_EQUAL(result.error, 0);
 		CHECK_EQUAL(result.nbytes, sum(segments));
@@ -128,7 +128,7 @@ static void short_writes(struct dmb_ring *ring, int route)
 		struct dmb_result result;
 
 		context("short writes", round);
-		dmb_ring_set_filter(ring, whole_blocks_less, &faults);
+		dmb_testing_set_filter(whole_blocks_less, &faults);
 		result = transfer(ring, &job, segments, count);
 		CHECK_EQUAL(result.error, 0);
 		CHECK_EQUAL(result.nbytes, sum(segments));
@@ -147,7 +147,7 @@ static void endless_storm(struct dmb_ring *ring)
 	context("endless storm", 0);
 	memset(memory.bytes, POISON, memory.size);
 	faults.storm = UINT32_MAX - 1;
-	dmb_ring_set_filter(ring, inject, &faults);
+	dmb_testing_set_filter(inject, &faults);
 	result = transfer(ring, &job, segments, 1);
 	CHECK(result.error == EAGAIN || result.error == EINTR);
 	CHECK_EQUAL(result.nbytes, 0);
@@ -209,7 +209,7 @@ static void bad_blocks(struct dmb_ring *ring, int direction, int route)
 		faults.storm = round % 5 == 0;
 		for (uint64_t i = 0; i <= random_below(BAD); i++)
 			faults.bad[i] = dmb_align_down(random_below(file.size), faults.granularity);
-		dmb_ring_set_filter(ring, inject, &faults);
+		dmb_testing_set_filter(inject, &faults);
 		result = transfer(ring, &job, segments, count);
 		nbytes = first_bad(&job, &faults, segments, count, &offset, &error);
 		CHECK_EQUAL(result.nbytes, nbytes);
@@ -237,7 +237,7 @@ static void other_errors(struct dmb_ring *ring, int direction, int route)
 		context("other errors", round);
 		faults.error = errors[round % 6];
 		faults.bad[0] = dmb_align_down(random_below(file.size), faults.granularity);
-		dmb_ring_set_filter(ring, inject, &faults);
+		dmb_testing_set_filter(inject, &faults);
 		result = transfer(ring, &job, segments, count);
 		nbytes = first_bad(&job, &faults, segments, count, &offset, &error);
 		CHECK(result.nbytes <= nbytes);
@@ -257,7 +257,7 @@ static void unreachable(struct dmb_ring *ring)
 	struct dmb_result result;
 
 	context("unreachable memory", 0);
-	dmb_ring_set_filter(ring, NULL, NULL);
+	dmb_testing_set_filter(NULL, NULL);
 	job.size += PAGE; /* one that nobody may touch */
 	result = transfer(ring, &job, segments, 2);
 	CHECK_EQUAL(result.error, EFAULT);
@@ -278,13 +278,13 @@ static void flush_fails(struct dmb_ring *ring)
 	};
 	int null = open("/dev/null", O_RDWR | O_CLOEXEC); /* takes a write, and no sync */
 
-	dmb_ring_set_filter(ring, NULL, NULL);
+	dmb_testing_set_filter(NULL, NULL);
 	for (unsigned i = 0; i < sizeof(cases) / sizeof(*cases); i++) {
 		struct dmb_job job = make_job(&file, &memory, DMB_WRITE, DMB_DIRECT);
 		struct dmb_result result;
 
 		context("a flush that fails", i);
-		job.edge_fd = null;
+		job.plain_fd = null;
 		result = transfer(ring, &job, cases[i].segment, 1);
 		CHECK_EQUAL(result.error, ESPIPE);
 		CHECK_EQUAL(result.nbytes, cases[i].nbytes);
@@ -310,7 +310,7 @@ static void test(struct dmb_ring *ring)
 	flush_fails(ring);
 	endless_storm(ring);
 	unreachable(ring);
-	dmb_ring_set_filter(ring, NULL, NULL);
+	dmb_testing_set_filter(NULL, NULL);
 	memory_unmap(&memory);
 	file_close(&file);
 }

@@ -1,12 +1,20 @@
 /* SPDX-License-Identifier: MIT */
 /* Many batches on one ring, driven as an event loop does: poll(2) on the eventfd, then a round. */
+#include <errno.h>
 #include <poll.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
 
 #include "test.h"
 
-enum { FILE_SIZE = 100000, MEMORY = 20 * PAGE, SEGMENTS = 3, BATCHES = 40, ROUNDS = 5, LONE = 600 };
+enum {
+	FILE_SIZE = 100000,
+	MEMORY = 20 * PAGE,
+	SEGMENTS = 3,
+	BATCHES = 40,
+	ROUNDS = 5,
+	SMALL = 600
+};
 
 struct one {
 	struct file file;
@@ -111,80 +119,74 @@ static void together(struct dmb_ring *ring, int fd, bool stopping)
 			turn(ring, fd, done, 7, &count);
 	}
 	CHECK_EQUAL(ring->in_flight, 0);
-	CHECK(!ring->touched.first && !ring->waiting.first && !ring->done.first);
+	CHECK(!ring->runnable.first && !ring->waiting.first && !ring->done.first);
 }
 
 /* Far more than the ring has room for, submitted by as few system calls as there are rounds. */
-static void lone(struct dmb_ring *ring, int fd)
+static void small(struct dmb_ring *ring, int fd)
 {
-	struct dmb_done done[LONE];
+	static struct dmb_batch *batches[SMALL];
+	struct dmb_done done[SMALL];
 	struct memory memory;
 	uint32_t count = 0;
-	struct dmb_lane lane;
+	struct dmb_job job;
 	struct file file;
 	uint64_t tags = 0;
-	int blocks;
+	uint64_t blocks = FILE_SIZE / PAGE;
 
 	if (!file_open(&file, FILE_SIZE))
 		return;
 	blocks = FILE_SIZE / PAGE;
-	memory_map(&memory, LONE * PAGE);
+	memory_map(&memory, SMALL * PAGE);
 	memset(memory.bytes, POISON, memory.size);
-	lane = make_lane(&file, &memory, DMB_READ);
-	for (int i = 0; i < LONE; i++)
-		CHECK_EQUAL(dmb_batch_start_lone(ring, &lane, (uint64_t)(i % blocks) * PAGE,
-						 (uint64_t)i * PAGE, PAGE, 1, (uint64_t)i),
+	job = make_job(&file, &memory, DMB_READ, DMB_DIRECT);
+	for (int i = 0; i < SMALL; i++)
+		CHECK_EQUAL(dmb_job_start_small(ring, &job, (uint64_t)(i % blocks) * PAGE,
+						(uint64_t)i * PAGE, PAGE, 1, (uint64_t)i,
+						&batches[i]),
 			    0);
 	CHECK_EQUAL(ring->in_flight, 0); /* nothing is submitted before the poll */
-	CHECK_EQUAL(dmb_ring_poll(ring, done, LONE, &count), 0);
-	while (count < LONE)
-		turn(ring, fd, done, LONE, &count);
-	for (int i = 0; i < LONE; i++) {
+	CHECK_EQUAL(dmb_ring_poll(ring, done, SMALL, &count), 0);
+	while (count < SMALL)
+		turn(ring, fd, done, SMALL, &count);
+	for (int i = 0; i < SMALL; i++) {
 		CHECK_EQUAL(done[i].nbytes, PAGE);
 		tags += done[i].tag;
+		dmb_batch_destroy(batches[i]);
 		CHECK(!memcmp(memory.bytes + (uint64_t)i * PAGE,
 			      file.bytes + (uint64_t)(i % blocks) * PAGE, PAGE));
 	}
-	CHECK_EQUAL(tags, LONE * (LONE - 1) / 2); /* each is told of once */
+	CHECK_EQUAL(tags, SMALL * (SMALL - 1) / 2); /* each is reported once */
 	memory_unmap(&memory);
 	file_close(&file);
 }
 
-/* Known by their tags until they were told, or drained, which none is told of. */
-static void lone_by_tag(struct dmb_ring *ring, int fd)
+/* Edges, the end of the file and memory outside the buffer need more than one request. */
+static void not_small(struct dmb_ring *ring)
 {
-	struct dmb_done done[4];
+	const uint64_t ranges[][3] = {
+		{1, 0, PAGE},
+		{0, 0, PAGE - 1},
+		{0, 1, PAGE},
+		{0, MEMORY, PAGE},
+		{0, 0, 2 << 20},
+		{0, 0, 0},
+		{FILE_SIZE / PAGE * PAGE, 0, PAGE},
+	};
+	struct dmb_batch *batch = NULL;
 	struct memory memory;
-	uint32_t count = 0;
-	struct dmb_lane lane;
+	struct dmb_job job;
 	struct file file;
 
 	if (!file_open(&file, FILE_SIZE))
 		return;
-	memory_map(&memory, 4 * PAGE);
-	lane = make_lane(&file, &memory, DMB_READ);
-	for (uint64_t i = 0; i < 4; i++)
-		CHECK_EQUAL(dmb_batch_start_lone(ring, &lane, i * PAGE, i * PAGE, PAGE, 1, 10 + i),
-			    0);
-	dmb_ring_drain_lone(ring, 11);
-	dmb_ring_drain_lone(ring, 11);
-	dmb_ring_drain_lone(ring, 9);
-	CHECK_EQUAL(dmb_ring_stop_lone(ring, 12), 1);
-	CHECK_EQUAL(dmb_ring_stop_lone(ring, 11), 0);
-	CHECK_EQUAL(dmb_ring_poll(ring, done, 4, &count), 0);
-	while (count < 3)
-		turn(ring, fd, done, 4, &count);
-	for (uint32_t i = 0; i < 3; i++) {
-		uint64_t block = done[i].tag - 10;
-
-		CHECK(block < 4 && block != 1);
-		CHECK_EQUAL(done[i].nbytes, block == 2 ? 0 : PAGE);
-		if (block < 4 && done[i].nbytes)
-			CHECK(!memcmp(memory.bytes + block * PAGE, file.bytes + block * PAGE,
-				      PAGE));
-		dmb_ring_drain_lone(ring, done[i].tag);
-	}
-	CHECK(!ring->own);
+	memory_map(&memory, MEMORY);
+	job = make_job(&file, &memory, DMB_READ, DMB_DIRECT);
+	for (size_t i = 0; i < sizeof(ranges) / sizeof(*ranges); i++)
+		CHECK_EQUAL(dmb_job_start_small(ring, &job, ranges[i][0], ranges[i][1],
+						ranges[i][2], 1, 1, &batch),
+			    -EOPNOTSUPP);
+	CHECK(!batch);
 	memory_unmap(&memory);
 	file_close(&file);
 }
@@ -195,10 +197,9 @@ static void test(struct dmb_ring *ring)
 
 	CHECK(fd >= 0);
 	CHECK_EQUAL(dmb_ring_set_eventfd(ring, fd), 0);
-	context("lone", 0);
-	lone(ring, fd);
-	context("lone by tag", 0);
-	lone_by_tag(ring, fd);
+	context("small", 0);
+	small(ring, fd);
+	not_small(ring);
 	check_idle(ring);
 	for (unsigned round = 0; round < ROUNDS; round++) {
 		context("together", round);

@@ -76,10 +76,10 @@ static void register_slots(struct shared *shared)
 			    0);
 }
 
-static void open_ring(struct shared *shared, int backend, unsigned depth, unsigned flags)
+static void open_ring(struct shared *shared, int backend, unsigned depth)
 {
 	pthread_mutex_init(&shared->lock, NULL);
-	CHECK_EQUAL(dmb_ring_create(backend, depth, flags, &shared->ring), 0);
+	CHECK_EQUAL(dmb_ring_create(backend, depth, 0, &shared->ring), 0);
 	watch(shared->ring);
 	shared->registered = native || backend == DMB_BACKEND_URING;
 	for (int i = 0; i < SLOTS; i++)
@@ -221,17 +221,18 @@ static void *register_beside(void *arg)
 	return NULL;
 }
 
-static void threads(const char *name, int backend, unsigned depth, unsigned flags)
+static void threads(const char *name, int backend, unsigned depth, bool emulated)
 {
 	struct part parts[THREADS];
 	pthread_t workers[THREADS], others[RINGS];
 
 	context(name, 0);
 	prepare_all();
-	native = flags & DMB_RING_EMULATE_NATIVE;
+	native = emulated;
+	dmb_testing_set_native(native ? 1U << backend : 0);
 	stop = false;
 	for (int i = 0; i < RINGS; i++)
-		open_ring(&rings[i], backend, depth, flags);
+		open_ring(&rings[i], backend, depth);
 	for (int i = 0; i < RINGS; i++)
 		CHECK_EQUAL(pthread_create(&others[i], NULL, register_beside, &rings[i]), 0);
 	for (unsigned i = 0; i < THREADS; i++) {
@@ -246,6 +247,7 @@ static void threads(const char *name, int backend, unsigned depth, unsigned flag
 		close_ring(&rings[i]);
 	}
 	native = false;
+	dmb_testing_set_native(0);
 	check_all();
 }
 
@@ -361,16 +363,17 @@ int main(void)
 	if (!file_open(&file, PAGE))
 		return finish();
 	file_close(&file);
-	threads("threads", DMB_BACKEND_THREADS, 3, 0);
-	threads("in place", DMB_BACKEND_THREADS, 0, 0);
-	threads("emulated native", DMB_BACKEND_THREADS, 3, DMB_RING_EMULATE_NATIVE);
+	threads("threads", DMB_BACKEND_THREADS, 3, false);
+	threads("in place", DMB_BACKEND_THREADS, 0, false);
+	threads("emulated native", DMB_BACKEND_THREADS, 3, true);
 	loops("loops on threads", DMB_BACKEND_THREADS, 0);
 	if (dmb_uring_probe()) {
 		skip("io_uring is refused: allow it in seccomp, or set kernel.io_uring_disabled "
 		     "to 0");
 		return finish();
 	}
-	threads("io_uring", DMB_BACKEND_URING, DEPTH, 0);
+	threads("io_uring", DMB_BACKEND_URING, DEPTH, false);
+	threads("emulated native on io_uring", DMB_BACKEND_URING, DEPTH, true);
 	loops("loops on io_uring", DMB_BACKEND_URING, DMB_RING_SINGLE_ISSUER);
 	return finish();
 }

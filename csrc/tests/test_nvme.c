@@ -89,7 +89,7 @@ static void ends(void)
 			uint64_t segment[3] = {offset, 4096, left};
 			struct dmb_io io = {.left = left};
 
-			dmb_shape(&job, segment, &io, false);
+			dmb_cut_request(&job, segment, &io, false);
 			CHECK_EQUAL(io.nsid, 1);
 			CHECK_EQUAL(io.offset % 512, 0);
 			CHECK_EQUAL(io.length % 512, 0);
@@ -109,7 +109,7 @@ static void refused(struct dmb_ring *ring)
 	struct dmb_job job = {
 		.fd = open("/dev/zero", O_RDWR),
 		.file_slot = -1,
-		.edge_fd = -1,
+		.plain_fd = -1,
 		.nsid = 1,
 		.lba_shift = 9,
 		.offset_align = 512,

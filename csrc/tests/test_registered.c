@@ -64,7 +64,7 @@ static void transfers(struct dmb_ring *ring)
 		context("registered", round);
 		prepare(&job, segments, direction, route);
 		job.file_slot = route == DMB_BUFFERED ? 8 : 7;
-		if (job.edge_fd < 0)
+		if (direction == DMB_READ)
 			job.fd = -1; /* the slot alone will do */
 		result = transfer(ring, &job, segments, 4);
 		CHECK_EQUAL(result.error, 0);

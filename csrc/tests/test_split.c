@@ -9,7 +9,7 @@ static struct dmb_job random_job(const int32_t *slots)
 	struct dmb_job job = {
 		.fd = 3,
 		.file_slot = 5,
-		.edge_fd = 4,
+		.plain_fd = 4,
 		.memory_align = 1U << random_below(13),
 		.offset_align = 1U << random_below(15),
 		.page = PAGE,
@@ -91,7 +91,7 @@ static void check_part(const struct dmb_job *job, const uint64_t *segment, uint6
 
 	for (io.skip = start; io.skip < end; io.skip += io.want) {
 		io.left = end - io.skip;
-		dmb_shape(job, segment, &io, edge);
+		dmb_cut_request(job, segment, &io, edge);
 		CHECK(io.want > 0);
 		CHECK(io.want <= io.left);
 		CHECK_EQUAL(io.fd, edge ? 4 : 3);

@@ -95,72 +95,6 @@ static void residence(void)
 	close(fd);
 }
 
-static void punching(void)
-{
-	int fd = memfd_create("test", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-	char bytes[2 * PAGE];
-	struct stat status;
-
-	context("punching", 0);
-	memset(bytes, 7, sizeof(bytes));
-	CHECK_EQUAL(write(fd, bytes, sizeof(bytes)), (ssize_t)sizeof(bytes));
-	CHECK_EQUAL(dmb_punch(fd, PAGE), 0);
-	CHECK_EQUAL(pread(fd, bytes, sizeof(bytes), 0), (ssize_t)sizeof(bytes));
-	CHECK_EQUAL(bytes[PAGE - 1], 0);
-	CHECK_EQUAL(bytes[PAGE], 7);
-	CHECK_EQUAL(fstat(fd, &status), 0);
-	CHECK_EQUAL(status.st_size, (off_t)sizeof(bytes));
-	CHECK_EQUAL(status.st_blocks, PAGE / 512);
-	CHECK_EQUAL(fcntl(fd, F_ADD_SEALS, F_SEAL_WRITE), 0);
-	CHECK_EQUAL(dmb_punch(fd, PAGE), -EPERM);
-	CHECK_EQUAL(dmb_punch(-1, PAGE), -EBADF);
-	close(fd);
-}
-
-static int marked(int group)
-{
-	char path[64], line[512];
-	int count = 0;
-	FILE *file;
-
-	snprintf(path, sizeof(path), "/proc/self/fdinfo/%d", group);
-	file = fopen(path, "r");
-	CHECK(file != NULL);
-	while (fgets(line, sizeof(line), file))
-		count += !strncmp(line, "fanotify ino:", 13);
-	fclose(file);
-	return count;
-}
-
-static void marks(void)
-{
-	int fd = memfd_create("test", MFD_CLOEXEC), again;
-	int group = dmb_fanotify_group();
-	char path[64], event;
-
-	context("marks", 0);
-	if (group == -EPERM || group == -ENOSYS || group == -EINVAL) {
-		close(fd);
-		skip("no fanotify group: as root, or on Linux 6.8, there is one");
-		return;
-	}
-	CHECK(group >= 0);
-	CHECK_EQUAL(dmb_fanotify_mark(group, -1), -EBADF);
-	CHECK_EQUAL(dmb_fanotify_mark(group, fd), 0);
-	snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
-	again = open(path, O_RDWR);
-	CHECK(again >= 0);
-	CHECK_EQUAL(read(group, &event, 1), -1);
-	CHECK_EQUAL(errno, EAGAIN);
-	close(again);
-	again = open(path, O_PATH);
-	close(fd);
-	CHECK_EQUAL(marked(group), 1);
-	close(again);
-	CHECK_EQUAL(marked(group), 0);
-	close(group);
-}
-
 static void alignments(void)
 {
 	uint32_t memory = 77, offset = 77;
@@ -178,7 +112,7 @@ static void alignments(void)
 	close(pipes[0]);
 	close(pipes[1]);
 	close(fd);
-	if (!file_open(&file, PAGE)) /* checks that they are told */
+	if (!file_open(&file, PAGE)) /* checks the reported alignments */
 		return;
 	CHECK(!(file.offset_align & (file.offset_align - 1)));
 	CHECK(!(file.memory_align & (file.memory_align - 1)));
@@ -278,20 +212,20 @@ static void lone(void)
 	struct file file;
 	uint64_t address;
 
-	context("lone", 0);
+	context("one read or write", 0);
 	if (!file_open(&file, 1000))
 		return;
 	memory_map(&memory, PAGE);
 	memset(memory.bytes, POISON, memory.size);
 	address = (uintptr_t)memory.bytes;
-	CHECK_EQUAL(dmb_lone(DMB_READ, file.plain, address, PAGE, 100), 900);
+	CHECK_EQUAL(dmb_read_write(DMB_READ, file.plain, address, PAGE, 100), 900);
 	CHECK_EQUAL(memcmp(memory.bytes, file.bytes + 100, 900), 0);
 	CHECK_EQUAL(memory.bytes[900], POISON);
-	CHECK_EQUAL(dmb_lone(DMB_WRITE, file.plain, address, 10, 990), 10);
+	CHECK_EQUAL(dmb_read_write(DMB_WRITE, file.plain, address, 10, 990), 10);
 	memcpy(file.bytes + 990, memory.bytes, 10);
 	file_check(&file);
-	CHECK_EQUAL(dmb_lone(DMB_READ, -1, address, PAGE, 0), -EBADF);
-	CHECK_EQUAL(dmb_lone(DMB_READ, file.plain, 0, PAGE, 0), -EFAULT);
+	CHECK_EQUAL(dmb_read_write(DMB_READ, -1, address, PAGE, 0), -EBADF);
+	CHECK_EQUAL(dmb_read_write(DMB_READ, file.plain, 0, PAGE, 0), -EFAULT);
 	file_close(&file);
 	memory_unmap(&memory);
 }
@@ -301,8 +235,6 @@ int main(void)
 	mapping_over();
 	teeing();
 	residence();
-	punching();
-	marks();
 	alignments();
 	cache();
 	populate();

@@ -53,13 +53,13 @@ static void cancel(unsigned depth, unsigned round)
 	CHECK_EQUAL(dmb_ring_create(DMB_BACKEND_THREADS, depth, 0, &ring), 0);
 	issue_all(ring, ios, bytes);
 	for (uint64_t left = random_below(4); left; left--)
-		CHECK_EQUAL(ring->ops->wait(ring, 1, 1000), 0);
+		CHECK_EQUAL(ring->ops->wait(ring, 1000), 0);
 	for (size_t i = 0; i < REQUESTS; i++) /* the middle, the ends, and twice */
 		ring->ops->cancel(ring, &ios[(i * 37 + round) % REQUESTS]);
 	for (size_t i = 0; i < REQUESTS; i += 2)
 		ring->ops->cancel(ring, &ios[i]);
 	while (reaped < REQUESTS) {
-		CHECK_EQUAL(ring->ops->wait(ring, 1, 1000), 0);
+		CHECK_EQUAL(ring->ops->wait(ring, 1000), 0);
 		for (; (io = ring->ops->reap(ring)); reaped++) {
 			uint8_t poison[16];
 
@@ -93,12 +93,12 @@ static void wakes(unsigned workers, unsigned round)
 	CHECK(bytes);
 	CHECK_EQUAL(dmb_ring_create(DMB_BACKEND_THREADS, workers, 0, &ring), 0);
 	issue_all(ring, ios, bytes);
-	CHECK_EQUAL(ring->ops->wait(ring, 1, 60000), 0);
+	CHECK_EQUAL(ring->ops->wait(ring, 60000), 0);
 	while (ring->ops->reap(ring))
 		reaped++;
 	CHECK(reaped >= REQUESTS - busy);
 	while (reaped < REQUESTS) {
-		CHECK_EQUAL(ring->ops->wait(ring, 1, 60000), 0);
+		CHECK_EQUAL(ring->ops->wait(ring, 60000), 0);
 		while (ring->ops->reap(ring))
 			reaped++;
 	}
@@ -118,7 +118,7 @@ static void *drain_and_destroy(void *arg)
 		struct dmb_job job = {
 			.fd = file.plain,
 			.file_slot = -1,
-			.edge_fd = -1,
+			.plain_fd = -1,
 			.offset_align = 1,
 			.memory_align = 1,
 			.page = PAGE,

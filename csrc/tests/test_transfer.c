@@ -2,7 +2,6 @@
 /* Random segments on every route, in both directions: every byte against pread and pwrite. */
 #include "test.h"
 
-#include <time.h>
 #include <unistd.h>
 
 enum { FILE_SIZE = 150000, MEMORY = 36 * PAGE, SEGMENTS = 6, ROUNDS = 8 };
@@ -155,68 +154,6 @@ static void aligned(struct dmb_ring *ring)
 	file_close(&file);
 }
 
-enum { SLOW = 3, SLOW_NS = 2000000 };
-
-static int32_t slow_one(void *arg, const struct dmb_completion *completion)
-{
-	const struct timespec pause = {.tv_nsec = SLOW_NS};
-
-	(void)arg;
-	if (completion->offset == SLOW * PAGE)
-		nanosleep(&pause, NULL);
-	return completion->result;
-}
-
-static uint64_t clock_ns(void)
-{
-	struct timespec time;
-
-	clock_gettime(CLOCK_MONOTONIC, &time);
-	return (uint64_t)time.tv_sec * 1000000000 + (uint64_t)time.tv_nsec;
-}
-
-/* One at a time, so that all together take no longer than the transfer does. */
-static void latencies(struct dmb_ring *ring)
-{
-	uint64_t segments[3 * SEGMENTS], found[SEGMENTS];
-	struct memory memory;
-	struct file file;
-
-	if (!file_open(&file, FILE_SIZE))
-		return;
-	memory_map(&memory, MEMORY);
-	for (uint64_t i = 0; i < SEGMENTS; i++) {
-		segments[3 * i] = segments[3 * i + 1] = i * PAGE;
-		segments[3 * i + 2] = i == 1 ? 0 : PAGE;
-	}
-	dmb_ring_set_filter(ring, slow_one, NULL);
-	for (int route = DMB_DIRECT; route <= DMB_BUFFERED; route++) {
-		struct dmb_job job = make_job(&file, &memory, DMB_READ, route);
-		uint64_t began, all, sum = 0;
-
-		context("latencies", (unsigned)route);
-		memset(found, POISON, sizeof(found));
-		job.depth = 1;
-		job.latencies = found;
-		began = clock_ns();
-		CHECK_EQUAL(transfer(ring, &job, segments, SEGMENTS).error, 0);
-		all = clock_ns() - began;
-		for (int i = 0; i < SEGMENTS; i++) {
-			if (i == 1) {
-				CHECK(found[i] > all); /* no request, and left as it was */
-				continue;
-			}
-			CHECK(found[i] > 0);
-			sum += found[i];
-		}
-		CHECK(sum <= all);
-		CHECK(found[SLOW] >= SLOW_NS);
-	}
-	dmb_ring_set_filter(ring, NULL, NULL);
-	memory_unmap(&memory);
-	file_close(&file);
-}
-
 static void test(struct dmb_ring *ring)
 {
 	for (int route = DMB_DIRECT; route <= DMB_BUFFERED; route++) {
@@ -226,7 +163,6 @@ static void test(struct dmb_ring *ring)
 		growth(ring, route);
 	}
 	aligned(ring);
-	latencies(ring);
 }
 
 int main(void)

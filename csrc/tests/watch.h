@@ -23,24 +23,23 @@ void __tsan_write_range(void *address, long size);
 
 enum { NO_SYNC = 1 };
 
-static const struct dmb_backend_ops *uring;
-static struct dmb_backend_ops watched;
+static struct dmb_backend_ops uring, watched;
 
 static int watched_issue(struct dmb_ring *ring, struct dmb_io *io)
 {
 	__tsan_release(io);
-	return uring->issue(ring, io);
+	return uring.issue(ring, io);
 }
 
 static struct dmb_io *watched_reap(struct dmb_ring *ring)
 {
 	static _Thread_local void *kernel; /* it knows only what the requests tell it */
-	struct dmb_io *io = uring->reap(ring);
+	struct dmb_io *io = uring.reap(ring);
 	void *me = __tsan_get_current_fiber(), *address;
 	bool read;
 	long size;
 
-	if (!io || io->flush || io->result <= 0)
+	if (!io || io->kind != DMB_MOVE || io->result <= 0)
 		return io;
 	if (!kernel)
 		kernel = __tsan_create_fiber(0);
@@ -63,9 +62,8 @@ static void watch(struct dmb_ring *ring)
 	if (ring->info.backend != DMB_BACKEND_URING)
 		return;
 	pthread_mutex_lock(&lock);
-	if (!uring) {
-		uring = ring->ops;
-		watched = *uring;
+	if (!watched.issue) {
+		uring = watched = *ring->ops;
 		watched.issue = watched_issue;
 		watched.reap = watched_reap;
 	}

@@ -6,31 +6,41 @@
     ...     transfer = f.read_into(buf)
 
 A `Buffer` is memory that devices can share, and a file object. A `File`, made by `dmabuf.open`, is
-what lies on the other side. Every transfer returns a `Transfer`, which tells the route the bytes
-took and why.
+what lies on the other side. Every transfer returns a `Transfer`, which reports the route of the
+bytes and the reason.
 """
 
-import os
-from _thread import RLock  # threading's own, without what importing threading costs
-
-from dmabuf import _ffi as _ffi  # a core that is not built is an ImportError here already
+from dmabuf import _core as _core  # a core that is not built is an ImportError here already
 from dmabuf.errors import (
     BusyError,
     ClosedError,
     IntegrityError,
     RouteUnavailable,
     ShortReadError,
+    TransferError,
 )
 
 TYPE_CHECKING = False  # typing's own, without what importing typing costs
 if TYPE_CHECKING:
-    from dmabuf._as_file import BufferFile, as_file
-    from dmabuf.buffer import Buffer, Slab
-    from dmabuf.engine import Engine, Transfer
-    from dmabuf.exporters import allocate, from_dlpack, from_fd
-    from dmabuf.file import File, open  # noqa: A004 - dmabuf.open is the API
-    from dmabuf.pipeline import Copy, copy
-    from dmabuf.route import Plan, Route
+    from dmabuf.copying import Copy, CopySide, FileRange, copy, read_files, write_files
+    from dmabuf.memory import (
+        Buffer,
+        BufferFile,
+        Slab,
+        allocate,
+        as_file,
+        from_dlpack,
+        from_fd,
+    )
+    from dmabuf.transfer import (
+        Engine,
+        File,
+        Plan,
+        Route,
+        Terms,
+        Transfer,
+        open,  # noqa: A004 - dmabuf.open is the API
+    )
 
 __all__ = [
     "Buffer",
@@ -38,60 +48,54 @@ __all__ = [
     "BusyError",
     "ClosedError",
     "Copy",
+    "CopySide",
     "Engine",
     "File",
+    "FileRange",
     "IntegrityError",
     "Plan",
     "Route",
     "RouteUnavailable",
     "ShortReadError",
     "Slab",
+    "Terms",
     "Transfer",
+    "TransferError",
     "allocate",
     "as_file",
     "copy",
     "from_dlpack",
     "from_fd",
     "open",
+    "read_files",
+    "write_files",
 ]
 
 if not TYPE_CHECKING:
-    _HOMES = {
-        "Buffer": "buffer",
-        "BufferFile": "_as_file",
-        "Copy": "pipeline",
-        "Engine": "engine",
-        "File": "file",
-        "Plan": "route",
-        "Route": "route",
-        "Slab": "buffer",
-        "Transfer": "engine",
-        "allocate": "exporters",
-        "as_file": "_as_file",
-        "copy": "pipeline",
-        "from_dlpack": "exporters",
-        "from_fd": "exporters",
-        "open": "file",
+    _ROOMS = {
+        "copying": ("Copy", "CopySide", "FileRange", "copy", "read_files", "write_files"),
+        "memory": (
+            "Buffer",
+            "BufferFile",
+            "Slab",
+            "allocate",
+            "as_file",
+            "from_dlpack",
+            "from_fd",
+        ),
+        "transfer": ("Engine", "File", "Plan", "Route", "Terms", "Transfer", "open"),
     }
 
-    # A fork waits for a name that another thread is loading: its child could never load it.
-    _loading = RLock()
-    os.register_at_fork(
-        before=_loading.acquire,
-        after_in_parent=_loading.release,
-        after_in_child=_loading.release,
-    )
-
     def __getattr__(name):
-        """A public name, loaded when it is first asked for (PEP 562)."""
-        if name not in _HOMES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        with _loading:
-            from importlib import import_module
+        """Return a public name, loading its room when it is first used (PEP 562)."""
+        for room, names in _ROOMS.items():
+            if name in names:
+                from importlib import import_module
 
-            value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-        globals()[name] = value
-        return value
+                value = getattr(import_module(f"{__name__}.{room}"), name)
+                globals()[name] = value
+                return value
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __dir__():
         return sorted({*globals(), *__all__})

@@ -1,18 +1,19 @@
 """The exceptions of dmabuf.
 
-What the kernel refuses is a plain ``OSError`` with errno, a sentence and the path, so Python
-picks ``PermissionError`` and its kin by itself, and a bad range is a plain ``ValueError``. A class
-of our own exists only for what an errno cannot say, and each inherits the nearest builtin::
+An error of the kernel is a plain ``OSError`` with errno, a sentence and the path, so Python picks
+``PermissionError`` and the like by itself. A bad range is a plain ``ValueError``. A class of this
+package exists only where an errno does not suffice, and inherits the nearest builtin::
 
     OSError
-     ├── RouteUnavailable   the route that require= or route= asks for is not to be had (EOPNOTSUPP)
+     ├── RouteUnavailable   the route that require= or route= asks for is impossible (EOPNOTSUPP)
+     ├── TransferError      a transfer failed under way; carries nbytes and file_offset
      └── IntegrityError     bytes read back differ from the bytes written (EIO)
     BufferError
      └── BusyError          a buffer that a transfer or a device uses cannot be closed
     ValueError
      └── ClosedError        use of a buffer, window, file or engine after close()
     EOFError
-     └── ShortReadError     a file ended inside what had to be read whole
+     └── ShortReadError     a file ended within a range that must be read whole
 
 All of them can be pickled, so they cross process pools.
 """
@@ -22,12 +23,19 @@ from __future__ import annotations
 import errno
 import os
 
-TYPE_CHECKING = False  # typing's own: `import dmabuf` comes here, and is to stay quick
+TYPE_CHECKING = False  # typing's own: `import dmabuf` loads this module, and must stay fast
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any, NoReturn
 
-__all__ = ["BusyError", "ClosedError", "IntegrityError", "RouteUnavailable", "ShortReadError"]
+__all__ = [
+    "BusyError",
+    "ClosedError",
+    "IntegrityError",
+    "RouteUnavailable",
+    "ShortReadError",
+    "TransferError",
+]
 
 _Path = str | bytes | int | None
 
@@ -52,11 +60,11 @@ class Uncopyable:
 
 
 class RouteUnavailable(OSError):
-    """The route that ``require=`` or ``route=`` asks for is not to be had; errno is EOPNOTSUPP.
+    """The route that ``require=`` or ``route=`` names is not possible; errno is EOPNOTSUPP.
 
-    ``reason`` (also ``strerror``) is a sentence with the cause and, where there is one, the fix;
-    ``filename`` the file's path; ``route`` and ``plan`` are what was asked for and what there is
-    instead, or None.
+    ``reason`` (also ``strerror``) is a sentence with the cause and, if there is one, the fix;
+    ``filename`` is the file's path; ``route`` the requested route and ``plan`` the possible one, or
+    None.
     """
 
     def __init__(
@@ -71,12 +79,49 @@ class RouteUnavailable(OSError):
         return type(self), (self.strerror, self.filename), self.__dict__
 
 
+class TransferError(OSError):
+    """A transfer that failed under way. ``errno``, ``strerror`` and ``filename`` say why.
+
+    ``nbytes`` is how many bytes were moved before it without a gap; ``file_offset`` the offset of
+    the first byte in the file that could not be moved, or None if it is not known. Where Python has
+    a class for the errno, such as BrokenPipeError, the exception is also one of that class.
+    """
+
+    def __new__(cls, number: int, *args: object, **kwargs: object) -> TransferError:
+        """Return an exception that is also of Python's class for the errno."""
+        builtin = type(OSError(number, ""))
+        if cls is TransferError and builtin is not OSError:
+            if builtin not in _BOTH:
+                _BOTH[builtin] = type("TransferError", (TransferError, builtin), {})
+            cls = _BOTH[builtin]
+        return super().__new__(cls, number, *args)
+
+    def __init__(
+        self,
+        number: int,
+        message: str,
+        path: _Path = None,
+        *,
+        nbytes: int = 0,
+        file_offset: int | None = None,
+    ) -> None:
+        super().__init__(number, message, path)
+        self.nbytes = nbytes
+        self.file_offset = file_offset
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return TransferError, (self.errno, self.strerror, self.filename), self.__dict__
+
+
+_BOTH: dict[type[OSError], type[TransferError]] = {}
+
+
 class IntegrityError(OSError):
     """Bytes read back differ from the bytes written; errno is EIO.
 
     ``offset`` is the file offset, in bytes, of the first difference, or None if it is not known;
-    ``counts`` the bytes that are wrong by kind ("unchanged poison", "stale", "zeros", "foreign",
-    "shifted"), where that was looked into; ``nbytes`` how many are right before the first.
+    ``counts`` the wrong bytes by kind ("unchanged poison", "stale", "zeros", "foreign", "shifted"),
+    if they were counted; ``nbytes`` the number of right bytes before the first.
     """
 
     nbytes = 0
@@ -98,7 +143,7 @@ class IntegrityError(OSError):
 
 
 class BusyError(BufferError):
-    """A buffer that a running transfer or a device uses cannot be closed; nothing has changed."""
+    """A buffer that a running transfer or a device uses cannot be closed; it stays as it was."""
 
 
 class ClosedError(ValueError):
@@ -106,10 +151,10 @@ class ClosedError(ValueError):
 
 
 class ShortReadError(EOFError):
-    """A file ended inside what had to be read whole.
+    """A file ended within a range that must be read whole.
 
-    ``index`` is the first segment that came up short (None where there are no segments), and
-    ``nbytes`` the number of bytes that did arrive, without a gap, from the first segment's start.
+    ``index`` is the first short segment (None if there are no segments), and ``nbytes`` the number
+    of bytes that arrived, without a gap, from the first segment's start.
     """
 
     def __init__(self, message: str, index: int | None = None, nbytes: int = 0) -> None:
@@ -122,5 +167,5 @@ class ShortReadError(EOFError):
 
 
 def os_error(number: int, text: str, path: _Path | os.PathLike[str] = None) -> OSError:
-    """The OSError for an errno: ``text`` says what was attempted, with the cause and the fix."""
+    """Return the OSError for an errno; ``text`` is what was attempted, the cause and the fix."""
     return OSError(number, text, os.fspath(path) if isinstance(path, os.PathLike) else path)

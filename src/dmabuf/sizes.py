@@ -1,4 +1,4 @@
-"""Sizes in bytes: reading, writing and checking them."""
+"""Sizes in bytes: parsing, formatting and checking them."""
 
 import operator
 import re
@@ -9,7 +9,7 @@ __all__ = ["Size", "as_int", "format_size", "parse_size", "round_up"]
 Size = SupportsIndex | str
 """A size or offset in bytes as callers pass it: an integer of any type, or text like "1MiB"."""
 
-OFFSET_MAX = 2**63 - 1  # the largest file offset Linux has (loff_t)
+OFFSET_MAX = 2**63 - 1  # the largest file offset of Linux (loff_t)
 
 _BINARY = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 _FACTORS = {unit.lower(): 1024**power for power, unit in enumerate(_BINARY)}
@@ -20,10 +20,10 @@ _PATTERN = re.compile(r"(\d+)(?:\.(\d+))?\s*([a-z]*)", re.ASCII)
 
 
 def as_int(value: object, what: str) -> int:
-    """``value`` as an int, for anything with ``__index__`` except bool.
+    """Return ``value`` as a plain int, for anything with ``__index__`` except bool.
 
-    Raises TypeError, naming ``what``, for floats, strings, booleans and everything else: ``True``
-    as an offset is a mistake that would otherwise pass as 1.
+    Raises TypeError, which names ``what``, for everything else: ``True`` as an offset would
+    otherwise count as 1.
     """
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{what} must be an int, not {type(value).__name__}")
@@ -31,14 +31,14 @@ def as_int(value: object, what: str) -> int:
 
 
 def parse_size(value: object, what: str = "size") -> int:
-    """A size in bytes from an int or from text such as ``"256MiB"``.
+    """Return a size or offset in bytes as a plain int, from an int or text such as ``"256MiB"``.
 
-    The units are those of GNU tools, in any case: KiB, MiB, GiB, TiB, PiB, EiB and the single
-    letters K, M, G, T, P, E are powers of 1024; kB, MB, GB, TB, PB, EB powers of 1000; B or nothing
-    is bytes. ``"1.5GiB"`` is fine as long as it comes to whole bytes.
+    The units are those of GNU tools, in upper or lower case: KiB, MiB, GiB, TiB, PiB, EiB and the
+    single letters K, M, G, T, P, E are powers of 1024; kB, MB, GB, TB, PB, EB powers of 1000; B or
+    nothing is bytes. A fraction is accepted if the result is whole bytes: ``"1.5GiB"``.
 
-    Raises ValueError for text that is no size, for a negative one and for one above 2**63-1;
-    TypeError for bool, float and anything else that is neither int nor str.
+    Raises ValueError for other text, a negative size and one above 2**63-1; TypeError for bool,
+    float and anything else that is neither an integer nor str.
     """
     if not isinstance(value, str):
         nbytes = as_int(value, what)
@@ -46,8 +46,7 @@ def parse_size(value: object, what: str = "size") -> int:
         match = _PATTERN.fullmatch(value.strip().lower())
         if match is None or match[3] not in _FACTORS:
             raise ValueError(
-                f"{what} {value!r} is no size: write bytes, or a number with a unit "
-                f"such as 4KiB, 256MiB, 1.5GiB"
+                f"invalid {what} {value!r}: use bytes or a unit such as 4KiB, 256MiB, 1.5GiB"
             )
         whole, fraction, unit = match[1], match[2] or "", match[3]
         scale = 10 ** len(fraction)
@@ -62,7 +61,7 @@ def parse_size(value: object, what: str = "size") -> int:
 
 
 def format_size(nbytes: int) -> str:
-    """A size for people: ``"256 MiB"``, ``"1.5 GiB"``, ``"12 B"``; one decimal at most."""
+    """Return a size as text: ``"256 MiB"``, ``"1.5 GiB"``, ``"12 B"``; one decimal at most."""
     if nbytes < 0:
         return "-" + format_size(-nbytes)
     power = min(max(nbytes.bit_length() - 1, 0) // 10, len(_BINARY) - 1)
@@ -74,5 +73,5 @@ def format_size(nbytes: int) -> str:
 
 
 def round_up(nbytes: int, unit: int) -> int:
-    """The smallest multiple of ``unit`` that is not below ``nbytes``."""
+    """Return the smallest multiple of ``unit`` that is not below ``nbytes``."""
     return -(-nbytes // unit) * unit

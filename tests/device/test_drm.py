@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 import dmabuf
-from dmabuf import _uapi
 from dmabuf.devices import drm
-from tests import support
+from dmabuf.kernel import uapi
+from tests import forking, support
 from tests.device import screen
 from tests.device.conftest import dma_bufs
 from tests.guards import drm_node, needs, since, vgem_node
@@ -155,7 +155,10 @@ def test_one_display_and_two_who_want_it() -> None:
             assert caught.value.errno in (errno.EBUSY, errno.EINVAL)
             one.close()
             second.show(other)
-            with first.framebuffer(picture) as again, pytest.raises(ValueError, match="another"):
+            with (
+                first.framebuffer(picture) as again,
+                pytest.raises(ValueError, match="another C"),
+            ):
                 second.show(again)
             other.close()
 
@@ -194,10 +197,10 @@ def test_a_buffer_is_a_gpus_memory(exporter: str) -> None:
         with card.export(one.number) as again:
             assert os.path.sameopenfile(again.fileno(), buffer.fileno())
         buffer.pwrite(poison(buffer.size), 0)
-        with pytest.raises(OSError, match="in use by a Handle"):
+        with pytest.raises(OSError, match="a Handle uses it"):
             card.close_handle(one.number)
         one.close()
-        with pytest.raises(OSError, match="there is no such handle") as caught:
+        with pytest.raises(OSError, match="no such handle") as caught:
             card.export(one.number)
         assert caught.value.errno == errno.ENOENT
 
@@ -238,7 +241,7 @@ def test_an_import_that_a_driver_refuses(exporter: str) -> None:
     with drm.Card(VIRTIO) as card, drm.Card(VGEM) as gpu:
         with made(exporter, gpu) as picture:
             for attempt in (lambda: card.handle(picture.buffer), lambda: card.framebuffer(picture)):
-                with pytest.raises(OSError, match="imports no memory of others") as caught:
+                with pytest.raises(OSError, match="imports no memory of other devices") as caught:
                     attempt()
                 assert (caught.value.errno, caught.value.filename) == (errno.ENODEV, VIRTIO)
         no_handle_is_open(card)
@@ -250,10 +253,8 @@ def test_an_import_that_a_driver_refuses(exporter: str) -> None:
 @pytest.mark.parametrize(
     ("number", "match"),
     [
-        (errno.EIO, "its hardware cannot reach such memory; use memory of its own"),
-        (errno.ENODEV, "it imports no memory of others"),
-        (errno.ENOSYS, "it has no PRIME import"),
-        (errno.ENOMEM, "not enough memory or address space"),
+        (errno.EIO, "it cannot reach such memory; use memory of the card"),
+        (errno.ENOSYS, "it imports no memory of other devices"),
     ],
 )
 @pytest.mark.parametrize("plane", [0, 1])
@@ -261,11 +262,11 @@ def test_what_drivers_may_say_of_an_import(
     number: int, match: str, plane: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also of the second plane: the handle of the first is closed."""
-    real, left = _uapi.ioctl, plane
+    real, left = uapi.ioctl, plane
 
     def refusing(fd: int, request: int, argument: object) -> object:
         nonlocal left
-        if request == _uapi.DRM_IOCTL_PRIME_FD_TO_HANDLE:
+        if request == uapi.DRM_IOCTL_PRIME_FD_TO_HANDLE:
             left -= 1
             if left < 0:
                 raise OSError(number, os.strerror(number))
@@ -278,24 +279,15 @@ def test_what_drivers_may_say_of_an_import(
     ):
         planes = (drm.Plane(luma, 0, 640), drm.Plane(chroma, 0, 640))
         with monkeypatch.context() as patch:
-            patch.setattr(_uapi, "ioctl", refusing)
-            with pytest.raises(OSError, match=f"vgem refuses to import .*: {match}") as caught:
+            patch.setattr(uapi, "ioctl", refusing)
+            with pytest.raises(OSError, match=f"import .* into vgem: {match}") as caught:
                 card.framebuffer(drm.Image(640, 480, "NV12", planes))
         assert (caught.value.errno, caught.value.filename) == (number, VGEM)
         no_handle_is_open(card)
 
 
-@needs("display", "vgem", "root", "nvme")
-def test_nodes_that_cannot_be_opened() -> None:
-    for path, number, match in (
-        ("/dev/dri/card99", errno.ENOENT, "those that are there are in /dev/dri"),
-        ("/dev/null", errno.ENODEV, "is no DRM device"),
-        (os.environ["DMABUF_TEST_NVME0"], errno.ENODEV, "is no DRM device"),
-        ("/dev/dri", errno.ENODEV, "is no DRM device"),
-    ):
-        with pytest.raises(OSError, match=match) as caught:
-            drm.Card(path)
-        assert (caught.value.errno, caught.value.filename) == (number, path)
+@needs("display", "root")
+def test_a_node_without_permission() -> None:
     before = os.stat(BOCHS).st_mode
     os.chmod(BOCHS, 0o600)
     os.seteuid(65534)
@@ -321,7 +313,7 @@ def test_nodes_of_the_wrong_kind() -> None:
                 lambda: render.framebuffer(picture),
                 lambda: render.dumb(64, 64),
             ):
-                with pytest.raises(PermissionError, match=r"render nodes .* open /dev/dri/card0"):
+                with pytest.raises(PermissionError, match=r"a render node .* open /dev/dri/card0"):
                     attempt()
 
 
@@ -333,19 +325,19 @@ def test_pictures_that_a_display_cannot_show() -> None:
         dmabuf.allocate(drm.size(WIDTH, HEIGHT), exporter="udmabuf") as buffer,
     ):
         for how, match in (
-            ({"format": "NV12"}, "its displays have no NV12: .*XR24"),
-            ({"modifier": (1 << 56) | 1}, "modifier 0x100000000000001, the size or the pitch"),
+            ({"format": "NV12"}, "bochs-drm refuses the format, the size or pitch 320; try XR24"),
+            ({"modifier": (1 << 56) | 1}, "or pitch 1280 with modifier 0x100000000000001"),
         ):
             with pytest.raises(OSError, match=match) as caught:
                 card.framebuffer(drm.image(buffer, 320, 240, **how))
             assert (caught.value.errno, caught.value.filename) == (errno.EINVAL, BOCHS)
         with card.framebuffer(drm.image(buffer, 333, 240, modifier=0)) as odd:
-            with pytest.raises(OSError, match=r"has no mode of 333x240: it has .*640x480"):
+            with pytest.raises(OSError, match=r"has no mode of 333x240; it has .*640x480"):
                 card.show(odd)
-            with pytest.raises(OSError, match="no display at HDMI-A-7: its connectors are Virt"):
+            with pytest.raises(OSError, match="no display at HDMI-A-7; its connectors are Virt"):
                 card.show(odd, "HDMI-A-7")
         for sides in ((100_000, 100_000), (1, 1 << 31)):
-            with pytest.raises(OSError, match="bochs-drm makes none of that size"):
+            with pytest.raises(OSError, match="bochs-drm refuses that size"):
                 card.dumb(*sides)
         no_handle_is_open(card)
 
@@ -353,13 +345,13 @@ def test_pictures_that_a_display_cannot_show() -> None:
 @needs("vgem", "udmabuf")
 def test_buffers_that_are_not_one_dma_buf() -> None:
     with drm.Card(VGEM) as card, dmabuf.allocate(4096, exporter="memfd") as buffer:
-        with pytest.raises(OSError, match=r'a memfd and no dma-buf: allocate with exporter="udm'):
+        with pytest.raises(OSError, match=r'a memfd is not a dma-buf; allocate with exporter="udm'):
             card.handle(buffer)
         with pytest.raises(TypeError, match=r"a dmabuf\.Buffer is needed, not int"):
             card.handle(buffer.fileno())
         for number in (-1, 1 << 32):
             for use in (card.export, card.close_handle):
-                with pytest.raises(ValueError, match="GEM handles are numbers of 32 bits"):
+                with pytest.raises(ValueError, match="a GEM handle is a number of 32 bits"):
                     use(number)
     with pytest.raises(dmabuf.ClosedError):
         card.handle(buffer)
@@ -372,18 +364,14 @@ def test_buffers_that_are_not_one_dma_buf() -> None:
 def test_a_fork_leaves_the_parents_handles_alone() -> None:
     with drm.Card(VGEM) as card, dmabuf.allocate(4096, exporter="udmabuf") as buffer:
         with card.handle(buffer) as handle:
-            child = os.fork()
-            if not child:
-                status = 1
-                try:
-                    handle.close()
-                    with pytest.raises(dmabuf.ClosedError, match="forked"):
-                        card.handle(buffer)
-                    card.close()
-                    status = 0
-                finally:
-                    os._exit(status)
-            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+            def child() -> None:
+                handle.close()
+                with pytest.raises(dmabuf.ClosedError, match="before fork"):
+                    card.handle(buffer)
+                card.close()
+
+            forking.in_child(child)
             card.export(handle.number).close()
         no_handle_is_open(card)
 

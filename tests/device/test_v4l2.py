@@ -16,7 +16,7 @@ import pytest
 
 import dmabuf
 from dmabuf.devices import v4l2
-from dmabuf.exporters import udmabuf
+from dmabuf.memory import exporters
 from tests import support
 from tests.device.vivid import (
     CONTIGUOUS,
@@ -69,7 +69,7 @@ EXPORTERS = {
 @pytest.mark.parametrize("which", EXPORTERS)
 def test_every_byte_of_a_picture_that_moves(which: str, moving: Moving) -> None:
     """At the camera's full rate: what it cannot deliver it says."""
-    if which == "huge pages" and not udmabuf.maps_large_pages():
+    if which == "huge pages" and not exporters.maps_large_pages():
         with pytest.raises(OSError, match="huge pages"):
             v4l2.capture(SINGLE, **EXPORTERS[which])
         return
@@ -155,7 +155,7 @@ def test_a_frame_stays_as_it_is_until_it_is_released(moving: Moving) -> None:
     ):
         kept = [next(camera) for _ in camera.buffers]
         first = [frame.buffer.pread(frame.nbytes, 0) for frame in kept]
-        with pytest.raises(TimeoutError, match="all 3 are held"):
+        with pytest.raises(TimeoutError, match="all 3 buffers are held"):
             next(camera)
         for frame, before in zip(kept, first, strict=True):
             assert_same(frame.buffer.pread(frame.nbytes, 0), before, "a frame that is held")
@@ -167,22 +167,6 @@ def test_a_frame_stays_as_it_is_until_it_is_released(moving: Moving) -> None:
             moving.turn_of(frame.buffer.pread(frame.nbytes, 0))
 
 
-@needs("cameras", "udmabuf")
-def test_in_an_event_loop(run, moving: Moving) -> None:
-    async def main() -> list[tuple[bytes, int]]:
-        frames = []
-        with v4l2.capture(SINGLE, format="RGB3", fps=60, **SMALL) as camera:
-            async for frame in camera:
-                with frame:
-                    frames.append((frame.buffer.pread(frame.nbytes, 0), frame.lost))
-                if len(frames) == 10:
-                    break
-        return frames
-
-    with picture(SINGLE, MOVE_RIGHT):
-        moving.check(run(main))
-
-
 # -- record
 
 
@@ -191,7 +175,7 @@ def test_in_an_event_loop(run, moving: Moving) -> None:
 def test_a_recording(exporter: str, moving: Moving, tmp_path: Path, capsys: Capture) -> None:
     """To a filesystem on an NVMe drive, and no byte of a frame by the CPU."""
     how = []
-    if exporter == "huge pages" and udmabuf.maps_large_pages():
+    if exporter == "huge pages" and exporters.maps_large_pages():
         how = ["--huge-pages"]
     with (
         picture(SINGLE, MOVE_RIGHT),
@@ -232,7 +216,7 @@ def test_a_full_disk(frames: list[str], tmp_path: Path, capsys: Capture) -> None
         )  # fmt: skip
         assert (ended.status, ended.out) == (1, "")
         assert "No space left on device" in ended.err
-        assert "the old file is as it was" in ended.err
+        assert "the old file is unchanged" in ended.err
         assert os.listdir(folder) == ["out.raw"]
         assert (folder / "out.raw").read_bytes() == b"old"
     finally:
@@ -272,13 +256,13 @@ def test_the_example(tmp_path: Path) -> None:
 
 
 @needs("cameras", "udmabuf", "root", "nvme")
-def test_nodes_that_are_no_cameras() -> None:
+def test_nodes_that_are_not_cameras() -> None:
     for path, number, match in (
-        ("/dev/null", errno.ENODEV, "is no video device"),
-        (os.environ["DMABUF_TEST_NVME0"], errno.ENODEV, "is no video device"),
-        (OUTPUT, errno.ENODEV, "an output node of 'vivid'"),
-        (METADATA, errno.ENODEV, "a metadata node of 'vivid'"),
-        ("/dev/video99", errno.ENOENT, "No such file"),
+        ("/dev/null", errno.ENODEV, "not a video device"),
+        (os.environ["DMABUF_TEST_NVME0"], errno.ENODEV, "not a video device"),
+        (OUTPUT, errno.ENODEV, "this node of 'vivid' has no frames"),
+        (METADATA, errno.ENODEV, "this node of 'vivid' has no frames"),
+        ("/dev/video99", errno.ENOENT, "no such video device"),
     ):
         with pytest.raises(OSError, match=match) as caught:
             v4l2.capture(path)
@@ -295,15 +279,22 @@ def test_nodes_that_are_no_cameras() -> None:
 
 
 @needs("cameras", "udmabuf")
-def test_what_the_device_lacks() -> None:
-    for how, match in (
-        ({"format": "ABCD"}, "has no format 'ABCD': it has YUYV, "),
-        ({"width": 650}, "cannot deliver 650x"),
-        ({"fps": 1000}, "cannot deliver 1000 frames a second"),
-    ):
-        with pytest.raises(OSError, match=match) as caught:
-            v4l2.capture(SINGLE, **how)
-        assert caught.value.errno == errno.EINVAL
+def test_what_is_refused_leaves_the_format_and_the_rate() -> None:
+    how = {"format": "YUYV", "width": 640, "height": 480, "fps": 15}
+    with v4l2.capture(SINGLE, **how) as camera:
+        before = camera.format
+    with dmabuf.allocate(4096, exporter="udmabuf") as small:
+        for how, match in (
+            ({"format": "ABCD"}, "no format 'ABCD'; it has YUYV, "),
+            ({"format": "GREY", "width": 650}, "it has no 650x"),
+            ({"format": "RGB3", "fps": 1000, **SMALL}, "cannot deliver 1000 frames a second"),
+            ({"format": "RGB3", "fps": 30, "buffers": [small], **SMALL}, "has 4096 bytes"),
+        ):
+            with pytest.raises(OSError, match=match) as caught:
+                v4l2.capture(SINGLE, **how)
+            assert caught.value.errno == errno.EINVAL
+            with v4l2.capture(SINGLE) as camera:
+                assert camera.format == before
 
 
 @contextlib.contextmanager
@@ -315,7 +306,7 @@ def scattered() -> Iterator[dmabuf.Buffer]:
     """
     size = 32 * PAGE
     memory = os.memfd_create("pieces", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    device = udmabuf.open_device()
+    device = exporters.open_udmabuf()
     try:
         os.ftruncate(memory, size)
         fcntl.fcntl(memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
@@ -339,7 +330,7 @@ def test_an_import_that_the_driver_refuses() -> None:
     how = {"format": "RGB3", **SMALL}
     large = {"format": "AR24", "width": 3840, "height": 2160}
     with scattered() as one, scattered() as other:
-        with pytest.raises(OSError, match=r"the driver refuses to import buffer [01] ") as caught:
+        with pytest.raises(OSError, match=r"import buffer [01] \(") as caught:
             v4l2.capture(CONTIGUOUS, buffers=[one, other], **large)
         assert caught.value.filename == CONTIGUOUS
         assert caught.value.errno in (errno.EINVAL, errno.EFAULT)
@@ -350,16 +341,9 @@ def test_an_import_that_the_driver_refuses() -> None:
 
 
 @needs("cameras", "udmabuf")
-def test_a_buffer_too_small_and_a_camera_in_use() -> None:
-    with (
-        dmabuf.allocate(4096, exporter="udmabuf") as one,
-        dmabuf.allocate(4096, exporter="udmabuf") as other,
-    ):
-        with pytest.raises(OSError, match="buffer 0 holds 4096 bytes") as caught:
-            v4l2.capture(SINGLE, buffers=[one, other])
-        assert caught.value.errno == errno.EINVAL
-        with v4l2.capture(SINGLE):
-            for how in ({}, {"format": "GREY"}):
-                with pytest.raises(OSError, match="another program is using it") as caught:
-                    v4l2.capture(SINGLE, **how)
-                assert caught.value.errno == errno.EBUSY
+def test_a_camera_in_use() -> None:
+    with v4l2.capture(SINGLE):
+        for how in ({}, {"format": "GREY"}):
+            with pytest.raises(OSError, match="another program is using it") as caught:
+                v4l2.capture(SINGLE, **how)
+            assert caught.value.errno == errno.EBUSY

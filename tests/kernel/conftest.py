@@ -4,19 +4,20 @@ import contextlib
 import mmap
 import os
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 import dmabuf
-from dmabuf import _uapi
-from dmabuf.engine import default_engine
-from dmabuf.exporters import memfd, udmabuf
+from dmabuf.kernel import uapi
+from dmabuf.memory import exporters
+from dmabuf.transfer.audit import PAIRS
+from dmabuf.transfer.engine import default_engine
 from tests.guards import needs, vgem_node
 from tests.kernel.nvme_drive import drive
 from tests.kernel.test_exporters import drm, heap_fd
+from tests.support import wait_until
 
 BUFINFO = Path("/sys/kernel/debug/dma_buf/bufinfo")
 
@@ -34,11 +35,8 @@ def no_dma_buf_is_left() -> Iterator[None]:
 
 
 def settled(look: Callable[[], object], expected: object) -> object:
-    """What is seen at last: the kernel lets the last reference go a moment later."""
-    for _ in range(1500):
-        if look() == expected:
-            break
-        time.sleep(0.02)
+    """Return what `look` returns, once it is `expected`: the kernel drops references late."""
+    wait_until(lambda: look() == expected, repr(expected))
     return look()
 
 
@@ -70,9 +68,9 @@ def heap_read_only(size: int) -> dmabuf.Buffer:
 @contextlib.contextmanager
 def bare_udmabuf(offset: int, size: int, **how: object) -> Iterator[tuple[int, mmap.mmap]]:
     """A udmabuf as another program may make it, and the mapping of its memfd of 4 MiB at least."""
-    device = udmabuf.open_device()
-    fd, memory, _ = memfd.make_memory(4 << 20, name=None, numa_node=None, **how)
-    made = _uapi.udmabuf_create(device, fd, offset, size)
+    device = exporters.open_udmabuf()
+    fd, memory, _ = exporters.make_memory(4 << 20, name=None, numa_node=None, **how)
+    made = uapi.udmabuf_create(device, fd, offset, size)
     try:
         with memory:
             yield made, memory
@@ -91,7 +89,7 @@ def others_huge_pages(size: int) -> Iterator[dmabuf.Buffer]:
 def huge_pages(size: int) -> dmabuf.Buffer:
     """A udmabuf of huge pages, or a memfd of them where the kernel's udmabuf maps those wrongly."""
     buffer = dmabuf.allocate(size, huge_pages="2MiB")
-    assert buffer.exporter == ("udmabuf" if udmabuf.maps_large_pages() else "memfd")
+    assert buffer.exporter == ("udmabuf" if exporters.maps_large_pages() else "memfd")
     return buffer
 
 
@@ -114,11 +112,11 @@ def native(buffer: dmabuf.Buffer, engine: dmabuf.Engine | None = None) -> bool:
 @contextlib.contextmanager
 def without_native(file: dmabuf.File, buffer: dmabuf.Buffer) -> Iterator[None]:
     """As if the kernel could not, for what is tested of the next routes."""
-    file._target._no_native[buffer] = "left out of this test"
-    try:
-        yield
-    finally:
-        del file._target._no_native[buffer]
+    PAIRS.mark(buffer.exporter, file.target.device(), "left out of this test")
+    file.links.refresh()
+    yield
+    PAIRS.forget()
+    file.links.refresh()
 
 
 @contextlib.contextmanager
@@ -145,15 +143,15 @@ def scsi() -> Iterator[str]:
     subprocess.run(["modprobe", "sd_mod"], check=True)
     subprocess.run(["modprobe", "scsi_debug", "dev_size_mb=16", "sector_size=512"], check=True)
     subprocess.run(["udevadm", "settle"], check=False) if Path("/run/udev").exists() else None
-    for _ in range(500):
-        for device in Path("/sys/block").glob("sd*"):
-            model = (device / "device/model").read_text().strip()
-            if model == "scsi_debug" and Path("/dev", device.name).exists():
-                yield f"/dev/{device.name}"
-                subprocess.run(["modprobe", "--remove", "scsi_debug"], check=True)
-                return
-        time.sleep(0.02)
-    pytest.fail("scsi_debug made no disk")
+
+    def disks() -> list[str]:
+        models = Path("/sys/block").glob("sd*/device/model")
+        names = (one.parts[3] for one in models if one.read_text().strip() == "scsi_debug")
+        return [f"/dev/{name}" for name in names if Path("/dev", name).exists()]
+
+    wait_until(disks, "a disk by scsi_debug")
+    yield disks()[0]
+    subprocess.run(["modprobe", "--remove", "scsi_debug"], check=True)
 
 
 __all__ = [

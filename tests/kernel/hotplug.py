@@ -12,7 +12,7 @@ from pathlib import Path
 from tests.support import drop_cache, fill, let_go, run
 
 MIB = 1 << 20
-_PATIENCE = 20
+_PATIENCE = 120
 _BLKPG, _ADD, _DELETE = 0x1269, 1, 2
 _WHERE = {"partition": MIB}
 """Where on the disk a kind of target begins, in bytes, if not at 0."""

@@ -7,7 +7,7 @@ import pytest
 
 import dmabuf
 from dmabuf import Route
-from dmabuf.engine import default_engine
+from dmabuf.transfer.engine import default_engine
 from tests.guards import needs
 from tests.kernel.conftest import BUFFERS
 from tests.support import pattern

@@ -9,8 +9,8 @@ import zipfile
 
 import pytest
 
-from dmabuf import _uapi
-from dmabuf.exporters import allocate, from_fd
+from dmabuf.kernel import uapi
+from dmabuf.memory import allocate, from_fd
 from tests.forking import in_child
 from tests.guards import needs
 from tests.resources import held
@@ -79,15 +79,15 @@ def test_the_standard_library_round_trips(kind):
 @kinds
 @needs("udmabuf", "dma_heap")
 def test_the_kernel_accepts_every_bracket(kind, monkeypatch):
-    real, flags = _uapi.ioctl, []
+    real, flags = uapi.ioctl, []
 
     def ioctl(fd, request, argument):
-        if request == _uapi.DMA_BUF_IOCTL_SYNC:
+        if request == uapi.DMA_BUF_IOCTL_SYNC:
             flags.append(int.from_bytes(argument, "little"))
         return real(fd, request, argument)
 
     with make(kind) as buf:
-        monkeypatch.setattr(_uapi, "ioctl", ioctl)
+        monkeypatch.setattr(uapi, "ioctl", ioctl)
         buf.pread(1, 0)
         buf.pwrite(b"x", 0)
         buf.pwrite(bytes(PAGE), 0)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import dmabuf
-from dmabuf.exporters import udmabuf
+from dmabuf.memory import exporters
 from tests.file_programs import check_readers, check_writers
 from tests.guards import needs
 from tests.kernel.conftest import BUFFERS, heap_read_only, vgem
@@ -75,7 +75,7 @@ def test_programs(kind: str, tmp_path: Path) -> None:
 
 @everything
 def test_several_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(udmabuf, "_LARGEST_SLAB", 3 * 4096)
+    monkeypatch.setattr(exporters, "_LARGEST_SLAB", 3 * 4096)
     with dmabuf.allocate(SIZE, exporter="udmabuf") as buf, dmabuf.as_file(buf) as file:
         assert len(buf.slabs) == 14
         buf.pwrite(pattern(SIZE, 1), 0)
@@ -158,7 +158,8 @@ def test_where_fuse_is_not_to_be_had(fuse_for_all: None) -> None:
         os.chmod("/dev/fuse", 0o600)
         done = execute(buf, "true", before=NOBODY)
         assert done.returncode == 1
-        assert done.stderr.startswith(b"error: opening /dev/fuse: Permission denied (modprobe")
+        assert b"chmod" not in done.stderr
+        assert done.stderr.startswith(b"error: as_file: open /dev/fuse: Permission denied")
         os.chmod("/dev/fuse", 0o666)
         limit.write_text("0")
         try:
@@ -166,7 +167,9 @@ def test_where_fuse_is_not_to_be_had(fuse_for_all: None) -> None:
         finally:
             limit.write_text(before)
         assert done.returncode == 1
-        assert done.stderr.startswith(b"error: a namespace to mount FUSE in: No space left on")
+        assert done.stderr.startswith(
+            b"error: as_file: no user namespace for FUSE: No space left on"
+        )
 
 
 _OF_NOBODY = """
@@ -240,18 +243,15 @@ def test_a_read_waits_for_the_device() -> None:
 
 
 @everything
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_who_waits_for_a_device_can_be_ended(number: int) -> None:
+def test_a_read_waits_for_a_device_no_longer_than_ten_seconds() -> None:
+    """The kernel's own timeout of a vgem fence is as long: either ends the read."""
     card = Card()
     try:
         with dmabuf.from_fd(card.fd) as buf, dmabuf.as_file(buf) as file:
-            fence = card.job("write")
+            card.job("write")
             with reading(file) as process:
-                begun = time.monotonic()
-                process.send_signal(number)
-                assert process.wait(60) == -number
-                assert time.monotonic() - begun < 5, "before the fence's end"
-            card.done(fence)
+                assert process.poll() is None
+                assert process.wait(60) in (0, 1)
             assert os.pread(file.fileno(), 10, 0) == bytes(10)
     finally:
         card.close()

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dmabuf import _uapi
-from dmabuf.exporters import allocate, from_fd, names, udmabuf
+from dmabuf.kernel import uapi
+from dmabuf.memory import allocate, exporters, from_fd
 from tests.guards import needs, vgem_node
 from tests.resources import held
 
@@ -32,9 +32,9 @@ def fdinfo(fd):
 def through_dmabuf(slab):
     """The bytes that the dma-buf itself shows, by a mapping of its own."""
     with mmap.mmap(slab.fd, slab.size, mmap.MAP_SHARED, mmap.PROT_READ) as mapping:
-        _uapi.sync(slab.fd, _uapi.DMA_BUF_SYNC_START | _uapi.DMA_BUF_SYNC_READ)
+        uapi.sync(slab.fd, uapi.DMA_BUF_SYNC_START | uapi.DMA_BUF_SYNC_READ)
         data = mapping[:]
-        _uapi.sync(slab.fd, _uapi.DMA_BUF_SYNC_END | _uapi.DMA_BUF_SYNC_READ)
+        uapi.sync(slab.fd, uapi.DMA_BUF_SYNC_END | uapi.DMA_BUF_SYNC_READ)
     return data
 
 
@@ -72,14 +72,14 @@ def test_pages_behind_a_udmabuf_can_be_pinned(tmp_path):
 
     with allocate(PAGE, exporter="udmabuf") as buf, from_fd(buf) as twin:
         buf.write(b"p" * PAGE)
-        assert buf._pin_refusal is None and vmsplice(buf._address) == b"p" * PAGE
-        assert "EFAULT" in twin._pin_refusal and vmsplice(twin._address) == 14
+        assert buf.pin_refusal is None and vmsplice(buf.address) == b"p" * PAGE
+        assert "EFAULT" in twin.pin_refusal and vmsplice(twin.address) == 14
 
 
 @pytest.fixture
 def size_limit():
     """Sets the module's parameter, and restores it."""
-    path = Path(udmabuf.SIZE_LIMIT)
+    path = Path(exporters.UDMABUF_SIZE_LIMIT)
     before = path.read_text()
     yield lambda megabytes: path.write_text(str(megabytes))
     path.write_text(before)
@@ -106,7 +106,7 @@ def test_slabs_within_the_modules_limit(size_limit):
 def test_a_limit_that_cannot_be_read_is_found_by_trying(size_limit, monkeypatch, tmp_path):
     size_limit(1)
     with monkeypatch.context() as patch:
-        patch.setattr(udmabuf, "SIZE_LIMIT", str(tmp_path / "absent"))
+        patch.setattr(exporters, "UDMABUF_SIZE_LIMIT", str(tmp_path / "absent"))
         with allocate(3 * MIB, exporter="udmabuf") as buf:
             assert [slab.size for slab in buf.slabs] == [768 << 10] * 4
             buf.write(bytes(range(256)) * (buf.size // 256))
@@ -127,14 +127,14 @@ def test_the_default_limit_is_met():
 def test_huge_pages():
     with allocate("3MiB", huge_pages="2MiB") as buf:
         assert buf.size == 4 * MIB
-        assert buf.exporter == ("udmabuf" if udmabuf.maps_large_pages() else "memfd")
+        assert buf.exporter == ("udmabuf" if exporters.maps_large_pages() else "memfd")
         data = os.urandom(buf.size)
         buf.write(data)
         if buf.is_dmabuf:
             assert b"".join(map(through_dmabuf, buf.slabs)) == data
         assert buf.pread(buf.size, 0) == data
         smaps = Path("/proc/self/smaps").read_text()
-        part = smaps[smaps.index(f"\n{buf._address:x}-") :]
+        part = smaps[smaps.index(f"\n{buf.address:x}-") :]
         assert "KernelPageSize:     2048 kB" in part[: part.index("VmFlags")]
 
 
@@ -148,13 +148,13 @@ def test_more_huge_pages_than_are_free_are_refused():
 def test_a_udmabuf_on_a_node():
     with allocate("1MiB", exporter="udmabuf", numa_node=0) as buf:
         numa_maps = Path("/proc/self/numa_maps").read_text().splitlines()
-        line = next(line for line in numa_maps if line.startswith(f"{buf._address:08x} "))
+        line = next(line for line in numa_maps if line.startswith(f"{buf.address:08x} "))
         assert "bind:0" in line and "N0=256" in line
 
 
 @needs("dma_heap")
 def test_a_heap():
-    assert "system" in names()
+    assert "system" in exporters.names()
     with allocate("1MiB", exporter="system", name="heap") as buf:
         assert buf.exporter == "system" and fdinfo(buf.fileno())["exp_name"] == "system"
         assert fdinfo(buf.fileno())["name"] == "heap"
@@ -163,7 +163,7 @@ def test_a_heap():
         data = os.urandom(MIB)
         buf.pwrite(data, 0)
         assert through_dmabuf(buf.slabs[0]) == data
-        assert "has no pages to pin" in buf._pin_refusal
+        assert "has no pages to pin" in buf.pin_refusal
 
 
 @needs("dma_heap")
@@ -175,7 +175,7 @@ def test_a_heap_is_not_asked_for_more_than_there_is():
 def heap_fd(size, mode):
     device = os.open("/dev/dma_heap/system", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return _uapi.heap_alloc(device, size, mode | os.O_CLOEXEC)
+        return uapi.heap_alloc(device, size, mode | os.O_CLOEXEC)
     finally:
         os.close(device)
 
@@ -206,12 +206,12 @@ def test_from_fd_shares_the_memory_and_outlives_the_first():
 
 @needs("udmabuf")
 def test_a_dma_buf_is_known_without_proc(monkeypatch):
-    from dmabuf.exporters import foreign
+    from dmabuf.memory import foreign
 
     monkeypatch.setattr(foreign, "FDINFO", "/nonexistent")
     with allocate(PAGE, exporter="udmabuf") as buf, from_fd(buf) as twin:
         assert twin.exporter == "unknown"
-    with allocate(PAGE, exporter="memfd") as buf, pytest.raises(OSError, match="is no dma-buf"):
+    with allocate(PAGE, exporter="memfd") as buf, pytest.raises(OSError, match="is not a dma-buf"):
         from_fd(buf)
 
 

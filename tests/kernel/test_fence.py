@@ -17,8 +17,9 @@ from contextlib import contextmanager
 import pytest
 
 import dmabuf
-from dmabuf import RouteUnavailable, _uapi
-from dmabuf.exporters import allocate, from_fd, udmabuf
+from dmabuf import RouteUnavailable
+from dmabuf.kernel import uapi
+from dmabuf.memory import allocate, exporters, from_fd
 from tests.guards import needs, vgem_node
 from tests.resources import held
 from tests.support import assert_same, pattern, poison
@@ -86,7 +87,7 @@ class Card:
     def sync_file(self, access="write"):
         """A job, and a sync file with its fence and no other."""
         fence = self.job(access)
-        return fence, _uapi.export_sync_file(self.fd, _uapi.DMA_BUF_SYNC_WRITE)
+        return fence, uapi.export_sync_file(self.fd, uapi.DMA_BUF_SYNC_WRITE)
 
     def close(self):
         try:
@@ -302,14 +303,14 @@ def test_a_write_waits_for_those_who_write_the_buffer(card, buf, tmp_path):
 
 @needs("vgem")
 def test_start_comes_after_the_wait(card, buf, source, monkeypatch):
-    real, pending = _uapi.ioctl, []
+    real, pending = uapi.ioctl, []
 
     def ioctl(fd, request, argument):
-        if request == _uapi.DMA_BUF_IOCTL_SYNC:
+        if request == uapi.DMA_BUF_IOCTL_SYNC:
             pending.append(set(card.fences))
         return real(fd, request, argument)
 
-    monkeypatch.setattr(_uapi, "ioctl", ioctl)
+    monkeypatch.setattr(uapi, "ioctl", ioctl)
     with dmabuf.open(source) as file, card.ending(card.job("write")):
         file.read_into(buf)
     assert pending == [set(), set()]
@@ -367,7 +368,7 @@ def test_import_carries_a_fence_to_another_buffer(card, access):
 @needs("vgem")
 def test_what_is_no_sync_file_is_refused(buf):
     for fd in (0, buf.fileno(), 1 << 20):
-        with pytest.raises(OSError, match="is no sync file") as caught:
+        with pytest.raises(OSError, match="not a sync file") as caught:
             buf.import_fence(fd)
         assert caught.value.errno == errno.EINVAL
     with pytest.raises(OSError, match="descriptor -1") as caught:
@@ -377,7 +378,7 @@ def test_what_is_no_sync_file_is_refused(buf):
 
 @pytest.fixture
 def small_slabs():
-    path = udmabuf.SIZE_LIMIT
+    path = exporters.UDMABUF_SIZE_LIMIT
     with open(path) as file:
         before = file.read()
     with open(path, "w") as file:

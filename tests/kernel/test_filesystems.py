@@ -34,7 +34,7 @@ def test_statx_is_believed_here(filesystem):
     path = filesystem / "warm"
     path.write_bytes(pattern(LIMIT, 1))
     with dmabuf.open(path) as file:
-        assert file._target.direct().proven
+        assert file.target.direct().proven
 
 
 @everything

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import dmabuf
-from dmabuf.exporters import udmabuf
+from dmabuf.memory import exporters
 from tests.guards import needs, vivid_node
 from tests.kernel.conftest import bare_udmabuf
 from tests.resources import held
@@ -93,7 +93,7 @@ def frame_through(offset, **how):
 @pytest.mark.parametrize("offset", [0, 65536, HUGE, HUGE - 2 * PAGE])
 def test_the_probe_tells_what_a_camera_does_to_huge_pages(offset):
     missing, strayed = frame_through(offset, huge_pages="2MiB")
-    if udmabuf.maps_large_pages():
+    if exporters.maps_large_pages():
         assert (missing, strayed) == (0, False)
     else:  # every page of it went to the first of the huge page, in the dma-buf or before it
         begins = offset % HUGE == 0 or offset % HUGE + SIZE > HUGE
@@ -104,7 +104,7 @@ def test_the_probe_tells_what_a_camera_does_to_huge_pages(offset):
 @needs("udmabuf", "vivid", "root")
 def test_the_probe_tells_what_a_camera_does_to_transparent_huge_pages():
     with transparent_huge_pages():
-        assert (frame_through(0, huge_pages=False)[0] == 0) == udmabuf.maps_large_pages()
+        assert (frame_through(0, huge_pages=False)[0] == 0) == exporters.maps_large_pages()
         assert frame_through(0, huge_pages=False, transparent=False) == (0, False)
 
 
@@ -121,16 +121,16 @@ def test_a_frame_arrives_whole_whatever_pages_shared_memory_gets(exporter):
 
 @needs("udmabuf", "vivid", "hugepages")
 def test_huge_pages_are_right_for_a_camera_or_refused():
-    if udmabuf.maps_large_pages():
+    if exporters.maps_large_pages():
         with dmabuf.allocate(HUGE, exporter="udmabuf", huge_pages="2MiB") as buffer:
             buffer.write(poison(HUGE))
             frame_into(buffer.fileno(), HUGE)
             assert untouched(buffer.pread(HUGE, 0)) == 0
     else:
-        with pytest.raises(OSError, match="may see wrong bytes") as refused:
+        with pytest.raises(OSError, match="may get wrong bytes") as refused:
             dmabuf.allocate(HUGE, exporter="udmabuf", huge_pages="2MiB")
         assert refused.value.errno == errno.EOPNOTSUPP
-        assert refused.value.filename == udmabuf.DEVICE
+        assert refused.value.filename == exporters.UDMABUF
         assert 'exporter="memfd"' in refused.value.strerror
 
 
@@ -138,8 +138,8 @@ def test_huge_pages_are_right_for_a_camera_or_refused():
 def test_huge_pages_by_the_direct_route_are_had_on_every_kernel():
     path = os.environ["DMABUF_TEST_NVME0"]
     with dmabuf.allocate(HUGE, huge_pages="2MiB") as buffer, dmabuf.open(path) as file:
-        assert buffer.exporter == ("udmabuf" if udmabuf.maps_large_pages() else "memfd")
-        assert buffer.is_dmabuf or "may see wrong bytes" in buffer.reason
+        assert buffer.exporter == ("udmabuf" if exporters.maps_large_pages() else "memfd")
+        assert buffer.is_dmabuf or "may get wrong bytes" in buffer.reason
         reference = os.open(path, os.O_RDONLY)
         transfer = read_and_compare(file, reference, buffer, HUGE, require="zero-copy")
         os.close(reference)

@@ -101,8 +101,8 @@ def test_a_request_waits_for_the_device_and_others_do_not(files: Mounted, access
 _HURRIED = """
 import sys
 from dmabuf.cli import main
-from dmabuf.mount import operations
-operations.FENCE_SECONDS = 2.0
+from dmabuf.mount import access
+access.FENCE_SECONDS = 2.0
 sys.exit(main(sys.argv[1:]))
 """
 """A mount that gives up long before the kernel does, whose vgem fence ends after ten seconds."""

@@ -11,7 +11,7 @@ import pytest
 
 import dmabuf
 from dmabuf import Route
-from dmabuf.engine import default_engine
+from dmabuf.transfer.engine import default_engine
 from tests.guards import needs
 from tests.kernel.conftest import BUFFERS, null_blk
 from tests.support import exercise, pattern
@@ -53,7 +53,7 @@ def test_the_plan(kind, native):
         if native:
             assert plan.route is Route.NATIVE and not plan.rejected
         else:
-            why = "no dma-buf registered buffers" if buffer.is_dmabuf else "is no dma-buf"
+            why = "no dma-buf registered buffers" if buffer.is_dmabuf else "is not a dma-buf"
             assert why in plan.rejected[Route.NATIVE]
             with pytest.raises(dmabuf.RouteUnavailable, match=why):
                 file.read_into(buffer, route="native")

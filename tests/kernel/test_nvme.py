@@ -9,7 +9,9 @@ from array import array
 import pytest
 
 import dmabuf
-from dmabuf import Engine, Route, _uapi
+from dmabuf import Engine, Route
+from dmabuf._core import lib
+from dmabuf.kernel import uapi
 from tests.kernel.conftest import BUFFERS, PINNED
 from tests.kernel.nvme_drive import everything
 from tests.support import Filter, assert_same, pattern, poison
@@ -43,7 +45,7 @@ def test_what_it_is(drive):
     with dmabuf.open(drive.node, "r+") as file, dmabuf.allocate(SIZE) as buffer:
         assert file.kind == "NVMe character device"
         assert file.size == drive.size
-        namespace = file._target.namespace
+        namespace = file.target.namespace
         assert (namespace.nsid, namespace.block) == (1, drive.block)
         assert namespace.disk == os.path.basename(drive.disk)
         assert namespace.limit in (508 << 10, 512 << 10)  # the former on Linux 6.12
@@ -161,10 +163,10 @@ def test_requests_are_split_at_the_limit(drive, backend):
         for at in (0, 4, 2052):
             buffer.pwrite(bytes(size), at)
             file.read_into(buffer, 4096)  # so that there is a ring to look at
-            with Filter(engine, lambda completion: completion.result) as filter_:
+            with Filter(lambda completion: completion.result) as filter_:
                 done = file.read_into(buffer, size, buffer_offset=at, require="zero-copy")
             lengths = sorted((length for _, length, _ in filter_.seen), reverse=True)
-            limit = file._target.namespace.limit
+            limit = file.target.namespace.limit
             whole, rest = divmod(size, limit)
             assert lengths == [limit] * whole + [rest] * bool(rest)
             assert done.requests == len(lengths)
@@ -257,10 +259,10 @@ def test_what_the_device_refuses_is_named(drive, engine):
         dmabuf.open(drive.node, "r+", engine=engine) as file,
         dmabuf.allocate(SIZE, exporter="udmabuf") as buffer,
     ):
-        namespace, end = file._target.namespace, drive.size
-        file._target.namespace = namespace._replace(size=end + (1 << 30))
+        namespace, end = file.target.namespace, drive.size
+        file.target.namespace = namespace._replace(size=end + (1 << 30))
         drive.write(data := pattern(16384, 14), end - 16384)
-        expected = r"failed at file offset .*: LBA out of range \(NVMe status 0x0080\)"
+        expected = r"at file offset .*: LBA out of range \(NVMe status 0x0080\)"
         with pytest.raises(OSError, match=expected) as caught:
             file.read_into(buffer, 65536, file_offset=end - 16384)
         assert caught.value.errno == errno.EINVAL
@@ -269,7 +271,7 @@ def test_what_the_device_refuses_is_named(drive, engine):
             file.write_from(buffer, 65536, file_offset=end)
         assert (caught.value.errno, caught.value.nbytes) == (errno.ENOSPC, 0)
         assert f"file offset {end}," in str(caught.value)
-        file._target.namespace = namespace
+        file.target.namespace = namespace
         buffer.pwrite(poison(SIZE), 0)
         file.read_into(buffer, 16384, file_offset=end - 16384)
         assert_same(buffer.pread(16384, 0), data, "the ring works on")
@@ -290,7 +292,7 @@ def test_a_bad_block_is_found(drive, engine):
     ):
         file.read_into(buffer, 4096)
         buffer.pwrite(poison(SIZE), 0)
-        with Filter(engine, judge), pytest.raises(OSError, match=f"file offset {bad},") as caught:
+        with Filter(judge), pytest.raises(OSError, match=f"file offset {bad},") as caught:
             file.read_into(buffer, SIZE)
         assert (caught.value.errno, caught.value.nbytes) == (errno.EIO, bad)
         assert_same(buffer.pread(bad, 0), data[:bad], "what lies before it")
@@ -306,7 +308,7 @@ class Wrong(dmabuf.Engine):
         offset, at, size = job.segments[0:3]
         if self.drive is None:
             return outcome
-        if job.write:
+        if job.core.direction == lib.DMB_WRITE:
             end = (offset + size) // self.drive.block * self.drive.block
             block = self.drive.read(self.drive.block, end - self.drive.block)
             self.drive.write(block[:-1] + bytes([block[-1] ^ 1]), end - self.drive.block)
@@ -324,14 +326,12 @@ def test_audit(drive, buf):
     with Wrong() as engine, dmabuf.open(drive.node, "r+", engine=engine) as file:
         for offset, at, size in ((0, 0, SIZE), (513, 17, 70001), (end - 5000, 0, 5000)):
             done = file.read_into(buf, size, file_offset=offset, buffer_offset=at, audit="always")
-            assert done.audited.endswith("compared, read by NVMe Read commands of their own")
+            assert done.audited.endswith("compared, read by separate NVMe Read commands")
             if offset < AREA:
                 assert_same(buf.pread(size, at), data[offset : offset + size], "the buffer")
         buf.pwrite(data[:SIZE], 0)
         done = file.write_from(buf, SIZE, file_offset=AREA, audit="always")
-        assert (
-            done.audited == "every byte of 96 KiB compared, read by NVMe Read commands of their own"
-        )
+        assert done.audited == "every byte of 96 KiB compared, read by separate NVMe Read commands"
         engine.drive = drive
         for verb in (file.read_into, file.write_from):
             with pytest.raises(dmabuf.IntegrityError) as caught:
@@ -344,7 +344,7 @@ def test_verify(drive, capsys):
     ended = command(capsys, "verify", "--rounds", 1, "--seed", 1, "--json", drive.node)
     assert (ended.status, ended.err) == (0, "")
     told = json.loads(ended.out)
-    assert told["ok"] and told["reference"] == "by NVMe Read commands of their own"
+    assert told["ok"] and told["reference"] == "by separate NVMe Read commands"
     assert {row["route"] for row in told["results"] if row["transfers"]} == {"direct", "staged"}
     before = drive.read(AREA)
     ended = command(capsys, "verify", "--destroy", "--region", "0+1MiB", drive.node)
@@ -354,14 +354,14 @@ def test_verify(drive, capsys):
 
 @everything
 def test_sync_is_a_flush(drive, monkeypatch):
-    seen, ioctl = [], _uapi.ioctl
+    seen, ioctl = [], uapi.ioctl
 
     def watched(fd, request, argument):
-        if request == _uapi.NVME_IOCTL_IO_CMD:
-            seen.append(_uapi.NVME_CMD_STRUCT.unpack(argument)[:4])
+        if request == uapi.NVME_IOCTL_IO_CMD:
+            seen.append(uapi.NVME_CMD_STRUCT.unpack(argument)[:4])
         return ioctl(fd, request, argument)
 
-    monkeypatch.setattr(_uapi, "ioctl", watched)
+    monkeypatch.setattr(uapi, "ioctl", watched)
     with dmabuf.open(drive.node, "r+") as file, dmabuf.allocate(SIZE) as buffer:
         file.write_from(buffer)
         assert seen == []

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 import dmabuf
-from dmabuf import Route, _uapi, nvme
-from dmabuf.cli import _path
+from dmabuf import Route
+from dmabuf.inspect import examine_path
+from dmabuf.kernel import nvme, uapi
 from tests.forking import in_child
 from tests.kernel.nvme_drive import everything
 from tests.support import assert_same, mounted, pattern
@@ -21,7 +22,7 @@ SIZE = 96 << 10
 
 @everything
 def test_doctor(drive):
-    report = _path.examine(drive.node)
+    report = examine_path(drive.node)
     assert report.kind == "NVMe character device"
     assert report.direct.name == "passthrough"
     assert (report.memory_alignment, report.offset_alignment) == (4, drive.block)
@@ -111,7 +112,7 @@ def format_namespace(drive, index):
     fd = os.open(drive.node, os.O_RDWR)
     try:
         command = bytearray(struct.pack("=BBHIIIQQIIIIIIIIII", *fields))
-        assert _uapi.ioctl(fd, _uapi.NVME_IOCTL_ADMIN_CMD, command) == 0
+        assert uapi.ioctl(fd, uapi.NVME_IOCTL_ADMIN_CMD, command) == 0
     finally:
         os.close(fd)
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 import dmabuf
-from dmabuf import _uapi, system
-from dmabuf.engine import default_engine
-from dmabuf.system import SystemBuffer
+from dmabuf.inspect import SystemBuffer, take_census
+from dmabuf.kernel import uapi
+from dmabuf.transfer.engine import default_engine
 from tests.guards import needs, vgem_node
 from tests.kernel.conftest import settled, vgem
 from tests.kernel.test_exporters import fdinfo, heap_fd
@@ -36,7 +36,7 @@ def heap(name: str | None = None) -> Iterator[int]:
     fd = heap_fd(SIZE, os.O_RDWR)
     try:
         if name is not None:
-            _uapi.set_name(fd, name.encode())
+            uapi.set_name(fd, name.encode())
         yield fd
     finally:
         with contextlib.suppress(OSError):  # the test has closed it
@@ -77,7 +77,7 @@ def child(code: str, *arguments: object, fds: tuple[int, ...] = (), **how: objec
 
 def of(inode: int) -> SystemBuffer | None:
     """The buffer of that number in a new census."""
-    return next((one for one in system.census().buffers if one.inode == inode), None)
+    return next((one for one in take_census().buffers if one.inode == inode), None)
 
 
 def inode_of(fd: int) -> int:
@@ -92,7 +92,7 @@ def test_buffers_of_each_exporter_and_their_holders():
         heap() as fd,
         child("", fds=(fd,)) as other,
     ):
-        census = system.census()
+        census = take_census()
         assert (census.hidden, census.complete, census.refusals) == (0, True, ())
         found = {one.inode: one for one in census.buffers}
         one = found[inode_of(frames.fileno())]
@@ -116,7 +116,7 @@ def test_buffers_of_each_exporter_and_their_holders():
         assert (one.references, one.unseen) == (2, 0)
         share = census.of(lambda buffer: buffer is one).by_process()
         assert [(total.nbytes, total.share) for total in share.values()] == [(SIZE, SIZE // 2)] * 2
-    assert {one.inode for one in system.census().buffers}.isdisjoint(found)
+    assert {one.inode for one in take_census().buffers}.isdisjoint(found)
 
 
 _IMPORT = """
@@ -137,7 +137,7 @@ def test_a_device_has_imported_it_and_nobody_else_holds_it():
             assert (one.size, one.exporter, one.name) == (SIZE, "system", "texture")
             assert (one.holders, one.devices) == ((), ("vgem",))
             assert one.unseen == one.references > 0
-            assert system.census().by_process()[None].buffers == 1
+            assert take_census().by_process()[None].buffers == 1
         assert settled(lambda: of(inode), None) is None
 
 
@@ -260,7 +260,7 @@ def test_a_file_that_is_called_like_a_dma_buf(beside: bool):
             maps = Path(f"/proc/{other.pid}/maps").read_text()
             assert "/dmabuf:forged" in maps
             with heap() if beside else contextlib.nullcontext():
-                held = [by.process.pid for one in system.census().buffers for by in one.holders]
+                held = [by.process.pid for one in take_census().buffers for by in one.holders]
             assert held == ([os.getpid()] if beside else [])
     finally:
         forged.unlink()
@@ -305,8 +305,10 @@ def test_a_user_without_rights_sees_his_own_and_is_told_so():
         assert told["hidden"] == told["processes"] - 1 > 0
         assert not told["complete"]
         assert notes == [f"note: {refusal}" for refusal in told["refusals"]]
-        assert re.match(r"note: \d+ of \d+ processes could not be looked into.*: root", notes[0])
-        assert notes[1].endswith("bufinfo alone: Permission denied: look as root")
+        assert re.match(
+            r"note: \d+ of \d+ processes could not be examined: permission denied", notes[0]
+        )
+        assert notes[1].endswith("bufinfo: Permission denied; run as root")
 
 
 _LEAK = """
@@ -344,10 +346,10 @@ _LOOK = """
 import sys
 events = []
 sys.addaudithook(lambda event, arguments: events.append((event, arguments)))
-from dmabuf import system
-system.census()
+from dmabuf.inspect import take_census
+take_census()
 del events[:]
-found = system.census()
+found = take_census()
 kinds = {"open": [], "fcntl.ioctl": [], "mmap.__new__": [], "fcntl.fcntl": []}
 for event, arguments in list(events):
     if event in kinds:

@@ -3,24 +3,25 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from dmabuf.engine import default_engine
+from dmabuf.transfer.engine import default_engine
 from tests.guards import needs
 
 REQUESTS = 64
+ROOT = Path(__file__).parents[2]
 
 TRANSFERS = """
 import array, os, sys
+from tests import emulation
 import dmabuf
-from dmabuf._ffi import lib
 path, backend, *routes = sys.argv[1:]
 segments = array.array("Q", [n for at in range({requests}) for n in (at * 4096, at * 4096, 4096)])
 size = {requests} * 4096
-if backend == "threads":
-    dmabuf.Engine._flags = lib.DMB_RING_EMULATE_NATIVE
-engine = dmabuf.Engine(block_size=4096, backend=backend)
+make = emulation.engine if backend == "threads" else dmabuf.Engine
+engine = make(block_size=4096, backend=backend)
 with engine, dmabuf.allocate(size, exporter="udmabuf") as buffer:
     with dmabuf.open(path, "r+", engine=engine) as file:
         for route in routes:
@@ -43,7 +44,7 @@ def system_calls(folder, backend, routes):
     done = subprocess.run(
         ["strace", "--kill-on-exit", "-f", "-qq", "-o", trace, sys.executable, "-c",
          TRANSFERS.format(requests=REQUESTS), os.environ["DMABUF_TEST_NVME0"], backend, *routes],
-        check=True, capture_output=True, text=True, timeout=400,
+        check=True, capture_output=True, text=True, timeout=400, cwd=ROOT,
     )  # fmt: skip
     taken = [route for route in routes for _ in ("read", "write")]
     assert done.stdout.splitlines() == [f"{route} {REQUESTS}" for route in taken]

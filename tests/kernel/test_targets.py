@@ -84,7 +84,7 @@ def test_nvme(drive, buf, engine):
     path = os.environ[drive]
     with dmabuf.open(path) as file:
         block = 512 if drive.endswith("0") else 4096
-        assert file._target.direct().alignment.offset == block
+        assert file.target.direct().alignment.offset == block
     check(path, buf, engine, best=lambda buf: "native" if native(buf, engine) else best(buf))
 
 

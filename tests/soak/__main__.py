@@ -7,23 +7,17 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from dmabuf.engine import default_engine
 from tests.soak.accounts import MOST, Account
 from tests.soak.work import KINDS, Soak
 
 EACH = 6
-"""How often each kind is done before the first account: what is made once is no leak."""
+"""How often each kind runs before the first account: what is made once is not a leak."""
 
 
 def run(
     count: int, seed: int, folder: Path, *, loud: bool = False
 ) -> tuple[list[str], Account, Account, Counter[str]]:
-    """Warm up, take account, soak, take account: what differs, both accounts, what was done."""
-    engine = default_engine()
-    with engine._rings[0].lock:  # it has two rings at most, and two for certain devices: no leak
-        engine._pick_ring()
-    engine._passthrough_ring()
-    engine._copying_ring()
+    """Warm up, take account, soak, take account; return differences, both accounts, counts."""
     _some(count // 10, seed + 1, folder, each=EACH)
     before = Account.take()
     counts, routes = _some(count, seed, folder, loud=loud)
@@ -57,8 +51,10 @@ def _some(
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
     parser.add_argument("--count", type=int, default=100_000, help="transfers (100000)")
-    parser.add_argument("--seed", type=int, default=1, help="of what is random (1)")
-    parser.add_argument("--folder", type=Path, default=Path("/var/tmp"), help="for its files")
+    parser.add_argument("--seed", type=int, default=1, help="of the random choices (1)")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("/var/tmp"), help="directory for its files"
+    )
     options = parser.parse_args()
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="dmabuf-soak-", dir=options.folder) as folder:

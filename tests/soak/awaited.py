@@ -16,7 +16,7 @@ PIECE = 16 << 10
 
 
 def at_once(soak: "Soak", backend: str) -> int:
-    """Up to 64 transfers twice, each with a piece of a target and of a memory to itself."""
+    """Run up to 64 transfers twice, each with its own part of a target and of a memory."""
     memory = max(soak.memories, key=lambda memory: memory.size)
     target = soak.dice.choice(soak.targets)
     if target.grows and len(target.model) < LIMIT:
@@ -45,7 +45,7 @@ async def _at_once(soak: "Soak", target: "Target", memory: "Memory") -> int:
         target.put(memory.model[start : start + PIECE], offset)
 
     async def never() -> None:
-        """From a pipe that nobody writes to, until it is cancelled."""
+        """Read from an empty pipe until it is cancelled."""
         ends = os.pipe()
         try:
             async with await aio.open(ends[0]) as pipe:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def copy(soak: "Soak") -> int:
-    """One copy() between two random ends."""
+    """Copy between two random ends."""
     dice = soak.dice
     return dice.choice([_to_target, _to_target, _to_memory, _from_memory, _from_pipe, _to_pipe])(
         soak
@@ -35,7 +35,7 @@ def _has(soak: "Soak", exporter: str) -> bool:
 
 
 def _write_range(soak: "Soak", target: Any, most: int) -> tuple[int, int]:
-    """(offset, size) to write to a target, whole blocks where it takes no less."""
+    """Return (offset, size) to write to a target, in whole blocks if it needs them."""
     offset = soak.near(LIMIT)
     size = min(soak.near(most), LIMIT - offset)
     return offset // target.block * target.block, size // target.block * target.block
@@ -90,7 +90,7 @@ def _from_memory(soak: "Soak") -> int:
 
 
 def _from_pipe(soak: "Soak") -> int:
-    """From a pipe that another thread fills, of more than it holds."""
+    """Copy from a pipe that another thread fills with more than it holds."""
     target = soak.dice.choice(soak.targets)
     offset, size = _write_range(soak, target, 200_000)
     data = noise(soak.dice, size)

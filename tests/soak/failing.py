@@ -1,4 +1,4 @@
-"""What the soak has refused, and what it has fail: nothing is left of either."""
+"""Refusals and failures in the soak; neither may leave anything behind."""
 
 import errno
 import os
@@ -9,7 +9,6 @@ import pytest
 
 import dmabuf
 from dmabuf import ClosedError, RouteUnavailable, ShortReadError
-from dmabuf.engine import default_engine
 from tests.soak.world import BLOCK, LIMIT, noise
 from tests.support import Filter
 
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def refused(soak: "Soak") -> None:
-    """Bad input of a random kind; nothing is touched."""
+    """Pass bad input of a random kind; nothing may change."""
     target, memory = soak.pick()
     file, buffer = soak.file(target), memory.buffer
     pipe = os.pipe()
@@ -71,12 +70,12 @@ def _of_a_pipe(fd: int, buffer: dmabuf.Buffer, **how: Any) -> None:
 
 
 def failing(soak: "Soak") -> None:
-    """An error, or an answer that asks for more, in the middle of a transfer."""
+    """Put an error, EAGAIN or a short result in the middle of a transfer."""
     soak.dice.choice([_injected, _injected, _injected, _short, _broken_pipe, _full])(soak)
 
 
 def _injected(soak: "Soak") -> None:
-    """EIO for a request or two; EAGAIN for some, or less than was asked for."""
+    """Return EIO for one or two requests, or EAGAIN or short results for some."""
     target, memory = soak.pick()
     file, dice = soak.file(target), soak.dice
     offset, start, size = soak.place_write(target, memory)
@@ -101,7 +100,7 @@ def _injected(soak: "Soak") -> None:
     call = file.write_from if write else file.read_into
     wanted = data if write else bytes(target.model[offset : offset + size])
     sure = size
-    with Filter(file._target.engine or default_engine(), answer):
+    with Filter(answer):
         try:
             assert call(memory.buffer, size, **where).nbytes == size
         except OSError as error:
@@ -116,7 +115,7 @@ def _injected(soak: "Soak") -> None:
 
 
 def _short(soak: "Soak") -> None:
-    """A segment reaches past the end of the file."""
+    """Read a segment that ends past the end of the file."""
     target = soak.dice.choice([target for target in soak.targets if target.grows])
     memory = soak.dice.choice(soak.memories)
     end, half = len(target.model), memory.size // 2
@@ -143,7 +142,7 @@ def _broken_pipe(soak: "Soak") -> None:
 
 
 def _full(soak: "Soak") -> None:
-    """Past the end of a device."""
+    """Transfer past the end of a device."""
     devices = [target for target in soak.targets if not target.grows and target.ends]
     if not devices:
         return

@@ -20,11 +20,11 @@ from tests.soak.failing import failing, refused
 from tests.soak.world import BLOCK, LIMIT, Emulating, Memory, Target, exporters, noise, targets
 
 BUFFERS = 5
-"""How many are open."""
+"""How many are open at a time."""
 
 
 class Soak:
-    """Targets and memories, and what is done with them, all from one seed."""
+    """Targets, memories, and random transfers between them, all from one seed."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.dice = random.Random(seed)
@@ -51,7 +51,7 @@ class Soak:
         self.stack.close()
 
     def check(self) -> None:
-        """Every byte of all there is, as the medium has it."""
+        """Compare every byte of all targets, as the medium has it, and of all memories."""
         for memory in self.memories:
             memory.check("all of it")
         for target in self.targets:
@@ -64,7 +64,7 @@ class Soak:
     # -- what there is
 
     def new_engines(self) -> int:
-        """One of this thread's own, two that are threads, and None: the process's own."""
+        """Return an engine of this thread, two of threads, and None for the default engine."""
         self.close_engines()
         depth, block = self.dice.choice([1, 4, 32]), self.dice.choice([4096, 16384, 1 << 20])
         self.engines = [
@@ -84,7 +84,7 @@ class Soak:
             engine.close()
 
     def new_memory(self) -> None:
-        """A Buffer of a random exporter and size, or another descriptor of one that is there."""
+        """Make a Buffer of a random exporter and size, or from a descriptor of an existing one."""
         kind = self.dice.choice(list(self.exporters))
         dma_bufs = [memory for memory in self.memories if memory.buffer.is_dmabuf]
         if dma_bufs and self.dice.random() < 0.2:
@@ -100,7 +100,7 @@ class Soak:
         self.memories.append(memory)
 
     def swap_memory(self) -> int:
-        """A Buffer is closed and another made."""
+        """Close a Buffer and make another."""
         memory = self.memories.pop(self.dice.randrange(len(self.memories)))
         memory.check("much")
         memory.close()
@@ -108,7 +108,7 @@ class Soak:
         return 0
 
     def file(self, target: Target) -> dmabuf.File:
-        """Open through a random engine, opened again at times."""
+        """Return a target, which is opened again at times by a random engine."""
         if target.file is None or self.dice.random() < 0.02:
             if target.file is not None:
                 target.file.close()
@@ -120,19 +120,19 @@ class Soak:
         return target.file
 
     def emulated(self, target: Target) -> bool:
-        """Whether native may have been tried and given up, which leaves an audit's poison."""
-        return target.file is not None and isinstance(target.file._target.engine, Emulating)
+        """Return whether native may have been tried first, which leaves the poison of an audit."""
+        return target.file is not None and isinstance(target.file.target.engine, Emulating)
 
     # -- ranges
 
     def near(self, top: int) -> int:
-        """A number up to `top`, often round."""
+        """Return a number up to `top`, often a round one."""
         unit = self.dice.choice([1, 512, BLOCK, BLOCK, 65536])
         number = self.dice.randint(0, top) // unit * unit + self.dice.choice([0, 0, 0, 0, 1, 3])
         return min(number, top)
 
     def place(self, target: Target, memory: Memory, top: int) -> tuple[int, int, int]:
-        """(file offset, buffer offset, size) within `top` bytes of the target."""
+        """Return (file offset, buffer offset, size) within `top` bytes of the target."""
         offset, start = self.near(top), self.near(memory.size - 1)
         if self.dice.random() < 0.6:  # something can go straight
             start = min(start // BLOCK * BLOCK + offset % BLOCK, memory.size - 1)
@@ -147,7 +147,7 @@ class Soak:
         return offset, start, size
 
     def how(self) -> dict[str, Any]:
-        """Keywords that change the way of a transfer, and nothing of what it does."""
+        """Return keywords that change the route of a transfer but not its result."""
         dice = self.dice.random()
         if dice < 0.4:
             return {}
@@ -160,7 +160,7 @@ class Soak:
     # -- transfers
 
     def one(self, kind: str) -> int:
-        """Do one thing; how many transfers that was."""
+        """Run one kind of work; return the number of transfers."""
         number = KINDS[kind][1](self)
         number = 1 if number is None else number
         self.counts[kind] += number
@@ -170,7 +170,7 @@ class Soak:
         return self.dice.choice(self.targets), self.dice.choice(self.memories)
 
     def carry(self, call: Callable[..., dmabuf.Transfer], *given: Any, **how: Any) -> int | None:
-        """Transfer; the bytes, or None where no route that is permitted is possible."""
+        """Transfer; return the number of bytes, or None if no permitted route is possible."""
         try:
             done = call(*given, **how)
         except RouteUnavailable:
@@ -181,7 +181,7 @@ class Soak:
         return done.nbytes
 
     def count_route(self, done: dmabuf.Transfer, *, awaited: bool = False) -> None:
-        """By its route, and apart where it was a lone request by a lane: see lone.py."""
+        """Count a transfer by its route; a lone small request is counted as a lane."""
         by = "lane" if "one small request" in done.registration else done.route.value
         self.routes[f"awaited {by}" if awaited else by] += 1
 
@@ -215,7 +215,7 @@ class Soak:
         memory.check(what)
 
     def small(self) -> int:
-        """Up to 16 single blocks, read and written: lanes take them once the file is known."""
+        """Read and write up to 16 single blocks, which may take the fast path."""
         target, memory = self.pick()
         there, here = len(target.model) // BLOCK, memory.size // BLOCK
         count = self.dice.randint(1, 16) if there else 0
@@ -237,7 +237,7 @@ class Soak:
         return count
 
     def places(self, target: Target, memory: Memory) -> list[tuple[int, int, int]]:
-        """Ranges that overlap neither in the target nor in the memory."""
+        """Transfer ranges that overlap neither in the target nor in the memory."""
         most = min(LIMIT, memory.size) // 16 // BLOCK * BLOCK or 512
         count = min(memory.size // most, len(target.model) // most, 16)
         spots = self.dice.sample(range(len(target.model) // most), count)
@@ -275,7 +275,7 @@ class Soak:
         memory.check((target.name, places, how))
 
     def in_a_thread(self) -> int:
-        """The same from another thread, by the process's own engine or a file's of its own."""
+        """Transfer from another thread, by the default engine or by an engine of that thread."""
         target, memory = self.pick()
         size = min(memory.size, LIMIT // 2)
         errors: list[BaseException] = []
@@ -303,7 +303,7 @@ class Soak:
         return 2
 
     def stream(self) -> None:
-        """Into a buffer or out of it by a pipe or a pair of sockets."""
+        """Transfer between a buffer and a pipe or a pair of sockets."""
         memory = self.dice.choice(self.memories)
         start = self.near(memory.size - 1)
         size = min(self.near(60000), memory.size - start)
@@ -333,7 +333,7 @@ class Soak:
         memory.check("a stream")
 
     def by_the_cpu(self) -> int:
-        """A Buffer as a file: no transfer, but what one shares the memory with."""
+        """Open a Buffer as a file, and compare it."""
         memory = self.dice.choice(self.memories)
         start = self.near(memory.size - 1)
         size = min(self.near(memory.size), memory.size - start)
@@ -348,7 +348,7 @@ class Soak:
         return 0
 
     def truncate(self) -> int:
-        """A file is cut off or made longer behind the package's back."""
+        """Truncate or extend a file without the package."""
         target = self.dice.choice([target for target in self.targets if target.grows])
         size = self.near(LIMIT)
         os.ftruncate(target.fd, size)
@@ -375,4 +375,4 @@ KINDS: dict[str, tuple[float, Callable[[Soak], int | None]]] = {
     "another buffer": (4, Soak.swap_memory),
     "other engines": (0.2, Soak.new_engines),
 }
-"""How often each is done, and what does it: returns how many transfers it was, None for one."""
+"""The weight and the method of each kind; it returns the number of transfers, None for one."""

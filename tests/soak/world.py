@@ -1,4 +1,4 @@
-"""What the soak works on: memories and targets, each with a model of what it must hold."""
+"""The memories and targets of the soak, each with a model of its content."""
 
 import contextlib
 import os
@@ -6,27 +6,28 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import dmabuf
-from dmabuf._ffi import lib
+from tests import emulation
 from tests.guards import problem_with, required
 from tests.support import assert_same, drop_cache, fill, loop_device, mounted, zram
 
 LIMIT = 1 << 20
-"""Bytes of each target that are used."""
+"""The number of bytes of each target that are used."""
 BLOCK = 4096
 _NOISE = random.Random(0).randbytes(4 << 20)
 
 
 def noise(dice: random.Random, size: int) -> bytes:
-    """Bytes that no two calls share, nearly."""
+    """Return bytes that differ from call to call."""
     start = dice.randrange(len(_NOISE) - size)
     return _NOISE[start : start + size]
 
 
 @dataclass
 class Memory:
-    """A Buffer and what it must hold; two of one memory share the model."""
+    """A Buffer and its expected content; two Buffers of one memory share the model."""
 
     kind: str
     buffer: dmabuf.Buffer
@@ -42,13 +43,13 @@ class Memory:
         self.model[offset : offset + len(data)] = data
 
     def check(self, what: object) -> None:
-        """Every byte of it."""
+        """Compare every byte."""
         got = self.buffer.pread(self.size, 0)
         if got != self.model:
             assert_same(got, bytes(self.model), f"{self.buffer} after {what}")
 
     def settle(self, offset: int, wanted: bytes, sure: int, what: object) -> None:
-        """After a failure: `sure` bytes arrived, each after them is the old or the wanted one."""
+        """Update the model after a failure: `sure` bytes arrived, later ones are old or new."""
         got = self.buffer.pread(self.size, 0)
         _old_or_new(self.model, got, offset, wanted, sure, what)
         self.check(what)
@@ -57,7 +58,7 @@ class Memory:
 def _old_or_new(
     model: bytearray, got: bytes, offset: int, wanted: bytes, sure: int, what: object
 ) -> None:
-    """Take into the model what a failed transfer left, where it may have left that."""
+    """Copy the content after a failed transfer to the model; each byte must be old or new."""
     assert got[offset : offset + sure] == wanted[:sure], f"what arrived by {what}"
     for at in range(sure, min(len(wanted), len(got) - offset)):
         seen = got[offset + at]
@@ -68,18 +69,18 @@ def _old_or_new(
 
 @dataclass
 class Target:
-    """A file or device, what it must hold, and the File through which it is used."""
+    """A file or device, its expected content, and its File."""
 
     name: str
     path: str
     grows: bool
-    """Whether it is a regular file."""
+    """Whether the target is a regular file."""
     ends: bool = True
-    """Whether the model is all of it."""
+    """Whether the model covers the whole target."""
     block: int = 1
-    """Writes are multiples of it."""
+    """Writes are multiples of this size."""
     disk: str = ""
-    """By what plain reads go, where not by `path`."""
+    """The path for plain reads, if it is not `path`."""
     model: bytearray = field(default_factory=bytearray)
     file: dmabuf.File | None = None
     fd: int = -1
@@ -96,7 +97,7 @@ class Target:
         os.close(self.fd)
 
     def put(self, data: bytes, offset: int) -> None:
-        """As a write must change it."""
+        """Update the model for a write."""
         if data and len(self.model) < offset:
             self.model += bytes(offset - len(self.model))
         self.model[offset : offset + len(data)] = data
@@ -104,7 +105,7 @@ class Target:
     def check(
         self, what: object, offset: int = 0, size: int = LIMIT, *, deep: bool = False
     ) -> None:
-        """Every byte from two pages before a range to two after it, and how long it is."""
+        """Compare every byte from two pages before a range to two after it, and the length."""
         start, end = max(0, offset - 2 * BLOCK), min(offset + size + 2 * BLOCK, len(self.model))
         if deep or self.disk:
             drop_cache(self.fd)
@@ -116,7 +117,7 @@ class Target:
             assert os.fstat(self.fd).st_size == len(self.model), f"{self.name} after {what}"
 
     def settle(self, offset: int, wanted: bytes, sure: int, what: object) -> None:
-        """As `Memory.settle`; a file that grew was cut back to what is sure."""
+        """Update the model after a failure, as for memory; a file that grew was cut back."""
         drop_cache(self.fd)
         if self.grows and sure and offset + sure > len(self.model):
             self.model += bytes(offset + sure - len(self.model))
@@ -126,14 +127,16 @@ class Target:
 
 
 class Emulating(dmabuf.Engine):
-    """Has the native route, on threads that map the dma-buf."""
+    """An engine of threads that emulates the native route by mapping the dma-buf."""
 
-    _flags = lib.DMB_RING_EMULATE_NATIVE
+    def __init__(self, **how: Any) -> None:
+        with emulation.native():
+            super().__init__(**how)
 
 
 @contextlib.contextmanager
 def targets(folder: Path, dice: random.Random) -> Iterator[list[Target]]:
-    """All that this machine has, overwritten."""
+    """Yield all targets that this machine has; they are overwritten."""
     with contextlib.ExitStack() as stack:
         made = [Target("file", str(folder / "file"), True)]
         shm = Path("/dev/shm", f"dmabuf-soak-{os.getpid()}")
@@ -163,7 +166,7 @@ def targets(folder: Path, dice: random.Random) -> Iterator[list[Target]]:
 
 
 def exporters() -> dict[str, Callable[[int], object]]:
-    """What makes Buffers on this machine, of the size that is asked for or more."""
+    """Return functions that make Buffers on this machine, of at least the given size."""
     made: dict[str, Callable[[int], object]] = {
         "memfd": lambda size: dmabuf.allocate(size, exporter="memfd"),
         "auto": dmabuf.allocate,

@@ -12,6 +12,8 @@ import pytest
 from dmabuf.cli import main
 
 PROGRAM = [sys.executable, "-m", "dmabuf.cli"]
+PATIENCE = 100
+"""Seconds to wait for what hangs only if something is broken; a busy machine needs many."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ def start(*arguments: object, **how: object) -> subprocess.Popen:
 
 def finish(process: subprocess.Popen, data: bytes | None = None) -> Ended:
     """Wait for its end."""
-    out, err = process.communicate(data, timeout=60)
+    out, err = process.communicate(data, timeout=PATIENCE)
     text = out.decode(errors="surrogateescape"), err.decode(errors="surrogateescape")
     return Ended(process.returncode, *text)
 

@@ -1,18 +1,20 @@
-"""A V4L2 driver that imports dma-bufs, behind the seam that every ioctl of the package passes.
+"""A V4L2 driver that imports dma-bufs, behind the one function for ioctls and `os.open`.
 
-Its node is an eventfd that can be read while frames are there, and its dma-bufs are memfds, as
-those of FakeKernel. A frame is taken each time that the test says so.
+Its node is an eventfd that is readable while frames are ready, and its dma-bufs are memfds, as
+those of FakeKernel. A test decides when a frame is taken.
 """
 
 import ctypes
 import errno
 import os
 import stat
+import types
 from collections.abc import Callable
 
 from linuxpy.video import raw
 
-from dmabuf.devices import _v4l2
+from dmabuf.kernel import uapi
+from dmabuf.memory import exporters
 from tests.unit.fake_kernel import FakeKernel
 
 FORMATS = ("YUYV", "GREY", "NM12")
@@ -24,11 +26,10 @@ def fail(number: int) -> None:
 
 
 class FakeCamera(FakeKernel):
-    """`node` is the path that is a camera; `calls_of` counts the ioctls by name."""
+    """A camera at the path `node`; `asked` lists its ioctls by name, `errors` makes them fail."""
 
     def __init__(self, node: str, multi: bool = False) -> None:
         super().__init__()
-        self._open = _v4l2._open
         self.node, self.multi = node, multi
         self.caps = raw.Capability.STREAMING | raw.Capability.READWRITE
         self.caps |= raw.Capability.VIDEO_CAPTURE_MPLANE if multi else raw.Capability.VIDEO_CAPTURE
@@ -47,16 +48,32 @@ class FakeCamera(FakeKernel):
         self.on_frame: Callable[[int], object] | None = None
         """If set, a frame comes whenever one is asked for, and this is told its number before."""
 
-    def open(self, path: str) -> int:
-        if path != self.node:
-            return self._open(path)
-        self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        return self.fd
+    def install(self, monkeypatch) -> "FakeCamera":
+        """Have the package find this camera, and udmabufs."""
+        real_open, real_stat = os.open, os.stat
+
+        def open_node(path, flags, *more, **how):
+            if path != self.node:
+                return real_open(path, flags, *more, **how)
+            assert flags & os.O_NONBLOCK and flags & os.O_CLOEXEC
+            self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            return self.fd
+
+        def stat_node(path, *more, **how):
+            if path != self.node:
+                return real_stat(path, *more, **how)
+            return types.SimpleNamespace(st_mode=stat.S_IFCHR, st_rdev=os.makedev(81, 7))
+
+        monkeypatch.setattr(os, "open", open_node)
+        monkeypatch.setattr(os, "stat", stat_node)
+        monkeypatch.setattr(uapi, "ioctl", self.ioctl)
+        monkeypatch.setattr(exporters, "UDMABUF", os.devnull)
+        return self
 
     # What the world does.
 
     def expose(self, content: bytes | None = None, flags: int = 0) -> None:
-        """A frame: into the next buffer, or lost where there is none."""
+        """Take a frame into the next buffer, or lose it where none is queued."""
         assert self.streaming
         number, self.sequence = self.sequence, self.sequence + 1
         if not self.queued:
@@ -108,7 +125,9 @@ class FakeCamera(FakeKernel):
         return (name, *near)
 
     def s_fmt(self, what: raw.v4l2_format) -> None:
-        self.form = self.try_fmt(what)
+        if self.count:
+            fail(errno.EBUSY)
+        self.form, self.fps = self.try_fmt(what), (1, 30)
 
     def _tell(self, what: raw.v4l2_format, form: tuple[str, int, int]) -> None:
         pix = what.fmt.pix_mp if self.multi else what.fmt.pix

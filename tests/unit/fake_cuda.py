@@ -1,77 +1,76 @@
-"""A stand-in for cuda.bindings.driver over a FakeDevice, as strict as the driver is.
+# ruff: noqa: N802 - the names are those of the bindings
+"""A stand-in for cuda.bindings.driver over a FakeDevice, as strict as the driver.
 
 Functions return (CUresult, results...) as the bindings do, pointers are objects that only int()
-makes numbers, and what is called without a current context is refused.
+converts, and a call without a current context is refused.
 """
 
 import ctypes
 import enum
 import fcntl
 import os
+import sys
 import threading
+import types
 
-from dmabuf import _uapi
+from dmabuf.kernel import uapi
 from tests.unit.fake_device import BASE, FakeDevice
 
 PAGE = 4096
 
 
-class CUresult(enum.IntEnum):
-    CUDA_SUCCESS = 0
-    CUDA_ERROR_INVALID_VALUE = 1
-    CUDA_ERROR_OUT_OF_MEMORY = 2
-    CUDA_ERROR_STUB_LIBRARY = 34
-    CUDA_ERROR_DEVICE_UNAVAILABLE = 46
-    CUDA_ERROR_NO_DEVICE = 100
-    CUDA_ERROR_INVALID_DEVICE = 101
-    CUDA_ERROR_INVALID_CONTEXT = 201
-    CUDA_ERROR_NOT_READY = 600
-    CUDA_ERROR_ILLEGAL_ADDRESS = 700
-    CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED = 712
-    CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED = 713
-    CUDA_ERROR_NOT_PERMITTED = 800
-    CUDA_ERROR_NOT_SUPPORTED = 801
-    CUDA_ERROR_SYSTEM_DRIVER_MISMATCH = 803
-    CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE = 804
+def enumeration(name, prefix, **members):
+    return enum.IntEnum(name, {prefix + member: number for member, number in members.items()})
 
 
-class CUdevice_attribute(enum.IntEnum):  # noqa: N801 - the bindings' own name
-    CU_DEVICE_ATTRIBUTE_READ_ONLY_HOST_REGISTER_SUPPORTED = 113
-    CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_FLUSH_WRITES_OPTIONS = 117
-    CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WRITES_ORDERING = 118
-    CU_DEVICE_ATTRIBUTE_DMA_BUF_SUPPORTED = 124
-
-
-class CUpointer_attribute(enum.IntEnum):  # noqa: N801
-    CU_POINTER_ATTRIBUTE_MEMORY_TYPE = 2
-    CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL = 9
-    CU_POINTER_ATTRIBUTE_RANGE_START_ADDR = 11
-    CU_POINTER_ATTRIBUTE_RANGE_SIZE = 12
-
-
-class CUmemorytype(enum.IntEnum):
-    CU_MEMORYTYPE_HOST = 1
-    CU_MEMORYTYPE_DEVICE = 2
-
-
-class CUmemRangeHandleType(enum.IntEnum):
-    CU_MEM_RANGE_HANDLE_TYPE_DMA_BUF_FD = 1
-
-
-class CUstream_flags(enum.IntEnum):  # noqa: N801
-    CU_STREAM_NON_BLOCKING = 1
-
-
-class CUevent_flags(enum.IntEnum):  # noqa: N801
-    CU_EVENT_DISABLE_TIMING = 2
-
-
-class CUflushGPUDirectRDMAWritesTarget(enum.IntEnum):
-    CU_FLUSH_GPU_DIRECT_RDMA_WRITES_TARGET_CURRENT_CTX = 0
-
-
-class CUflushGPUDirectRDMAWritesScope(enum.IntEnum):
-    CU_FLUSH_GPU_DIRECT_RDMA_WRITES_TO_OWNER = 100
+CUresult = enumeration(
+    "CUresult",
+    "CUDA_",
+    SUCCESS=0,
+    ERROR_INVALID_VALUE=1,
+    ERROR_OUT_OF_MEMORY=2,
+    ERROR_STUB_LIBRARY=34,
+    ERROR_NO_DEVICE=100,
+    ERROR_INVALID_CONTEXT=201,
+    ERROR_NOT_READY=600,
+    ERROR_ILLEGAL_ADDRESS=700,
+    ERROR_HOST_MEMORY_ALREADY_REGISTERED=712,
+    ERROR_HOST_MEMORY_NOT_REGISTERED=713,
+    ERROR_NOT_SUPPORTED=801,
+    ERROR_SYSTEM_DRIVER_MISMATCH=803,
+)
+CUdevice_attribute = enumeration(
+    "CUdevice_attribute",
+    "CU_DEVICE_ATTRIBUTE_",
+    READ_ONLY_HOST_REGISTER_SUPPORTED=113,
+    GPU_DIRECT_RDMA_FLUSH_WRITES_OPTIONS=117,
+    GPU_DIRECT_RDMA_WRITES_ORDERING=118,
+    DMA_BUF_SUPPORTED=124,
+)
+CUpointer_attribute = enumeration(
+    "CUpointer_attribute",
+    "CU_POINTER_ATTRIBUTE_",
+    MEMORY_TYPE=2,
+    DEVICE_ORDINAL=9,
+    RANGE_START_ADDR=11,
+    RANGE_SIZE=12,
+)
+CUmemorytype = enumeration("CUmemorytype", "CU_MEMORYTYPE_", HOST=1, DEVICE=2)
+CUmemRangeHandleType = enumeration(
+    "CUmemRangeHandleType", "CU_MEM_RANGE_HANDLE_TYPE_", DMA_BUF_FD=1
+)
+CUstream_flags = enumeration("CUstream_flags", "CU_STREAM_", NON_BLOCKING=1)
+CUevent_flags = enumeration("CUevent_flags", "CU_EVENT_", DISABLE_TIMING=2)
+_FLUSH = "CU_FLUSH_GPU_DIRECT_RDMA_WRITES_"
+CUflushGPUDirectRDMAWritesTarget = enumeration(
+    "CUflushGPUDirectRDMAWritesTarget", _FLUSH, TARGET_CURRENT_CTX=0
+)
+CUflushGPUDirectRDMAWritesScope = enumeration(
+    "CUflushGPUDirectRDMAWritesScope", _FLUSH, TO_OWNER=100
+)
+ENUMERATIONS = {
+    name: kind for name, kind in list(globals().items()) if isinstance(kind, enum.EnumMeta)
+}
 
 
 class Handle:
@@ -100,24 +99,16 @@ def _in_context(method):
 class FakeCuda:
     """The module; ``gpu`` is the device behind it.
 
-    ``fail`` has the CUresult that a function returns from now on, or what it raises; ``after`` what
-    it raises once it has done its work. ``busy`` is how often an event of the caller's own stream
-    is asked for until it is done.
+    ``fail`` has the CUresult that a function returns from now on, or the exception it raises;
+    ``after`` has an exception it raises once it has done its work. An event of the caller's stream
+    has occurred after ``busy`` queries.
     """
 
-    CUresult = CUresult
-    CUdevice_attribute = CUdevice_attribute
-    CUpointer_attribute = CUpointer_attribute
-    CUmemorytype = CUmemorytype
-    CUmemRangeHandleType = CUmemRangeHandleType
-    CUstream_flags = CUstream_flags
-    CUevent_flags = CUevent_flags
-    CUflushGPUDirectRDMAWritesTarget = CUflushGPUDirectRDMAWritesTarget
-    CUflushGPUDirectRDMAWritesScope = CUflushGPUDirectRDMAWritesScope
     CU_MEMHOSTREGISTER_DEVICEMAP = 2
     CU_MEMHOSTREGISTER_READ_ONLY = 8
 
     def __init__(self, size: int = 16 << 20, count: int = 1) -> None:
+        vars(self).update(ENUMERATIONS)
         self.gpu = FakeDevice(size)
         self.count, self.retained, self.busy = count, 0, 0
         self._stacks: dict[int, list[Handle]] = {}
@@ -157,7 +148,7 @@ class FakeCuda:
         return call
 
     def left(self) -> dict[str, object]:
-        """What nobody gave back."""
+        """Return what was not released."""
         held = {
             "contexts": self.retained,
             "current": sum(map(len, self._stacks.values())),
@@ -170,46 +161,46 @@ class FakeCuda:
 
     # -- devices and contexts
 
-    def cuInit(self, flags):  # noqa: N802
+    def cuInit(self, flags):
         return (CUresult.CUDA_SUCCESS,)
 
-    def cuGetErrorName(self, code):  # noqa: N802
+    def cuGetErrorName(self, code):
         return CUresult.CUDA_SUCCESS, code.name.encode()
 
-    def cuGetErrorString(self, code):  # noqa: N802
+    def cuGetErrorString(self, code):
         return CUresult.CUDA_SUCCESS, code.name[11:].lower().replace("_", " ").encode()
 
-    def cuDeviceGetCount(self):  # noqa: N802
+    def cuDeviceGetCount(self):
         return CUresult.CUDA_SUCCESS, self.count
 
-    def cuDeviceGet(self, ordinal):  # noqa: N802
+    def cuDeviceGet(self, ordinal):
         return CUresult.CUDA_SUCCESS, Handle(ordinal)
 
-    def cuDeviceGetName(self, length, device):  # noqa: N802
+    def cuDeviceGetName(self, length, device):
         return CUresult.CUDA_SUCCESS, b"Fake GPU\0".ljust(length)
 
-    def cuDeviceGetAttribute(self, key, device):  # noqa: N802
+    def cuDeviceGetAttribute(self, key, device):
         return CUresult.CUDA_SUCCESS, self.attributes[key]
 
-    def cuDevicePrimaryCtxRetain(self, device):  # noqa: N802
+    def cuDevicePrimaryCtxRetain(self, device):
         self.retained += 1
         return CUresult.CUDA_SUCCESS, Handle(0xC0)
 
-    def cuDevicePrimaryCtxRelease(self, device):  # noqa: N802
+    def cuDevicePrimaryCtxRelease(self, device):
         self.retained -= 1
         return (CUresult.CUDA_SUCCESS,)
 
-    def cuCtxPushCurrent(self, context):  # noqa: N802
+    def cuCtxPushCurrent(self, context):
         self.stack.append(context)
         return (CUresult.CUDA_SUCCESS,)
 
-    def cuCtxPopCurrent(self):  # noqa: N802
+    def cuCtxPopCurrent(self):
         return CUresult.CUDA_SUCCESS, self.stack.pop()
 
     # -- memory
 
     @_in_context
-    def cuMemAlloc(self, size):  # noqa: N802
+    def cuMemAlloc(self, size):
         if self._next + size > len(self.gpu.memory):
             return (CUresult.CUDA_ERROR_OUT_OF_MEMORY,)
         address = BASE + self._next
@@ -218,14 +209,14 @@ class FakeCuda:
         return CUresult.CUDA_SUCCESS, Handle(address)
 
     @_in_context
-    def cuMemFree(self, address):  # noqa: N802
+    def cuMemFree(self, address):
         if self.gpu.flying:
             self.gpu.broken.append("device memory freed under a copy")
         del self.allocated[address]
         return (CUresult.CUDA_SUCCESS,)
 
     @_in_context
-    def cuPointerGetAttribute(self, key, address):  # noqa: N802
+    def cuPointerGetAttribute(self, key, address):
         for start, size in self.allocated.items():
             if start <= address < start + size:
                 kind = CUmemorytype.CU_MEMORYTYPE_DEVICE
@@ -236,16 +227,16 @@ class FakeCuda:
         return CUresult.CUDA_ERROR_INVALID_VALUE, None
 
     @_in_context
-    def cuMemGetHandleForAddressRange(self, address, size, kind, flags):  # noqa: N802
+    def cuMemGetHandleForAddressRange(self, address, size, kind, flags):
         assert kind == 1 and not flags and not (address | size) % PAGE
         fd = os.memfd_create("fake export", os.MFD_ALLOW_SEALING)
         os.ftruncate(fd, size)
         # No mapping to be had, as of most devices' memory: it may not be written, so not mapped so.
-        fcntl.fcntl(fd, _uapi.F_ADD_SEALS, 8)
+        fcntl.fcntl(fd, uapi.F_ADD_SEALS, 8)
         return CUresult.CUDA_SUCCESS, fd
 
     @_in_context
-    def cuMemHostRegister(self, address, size, flags):  # noqa: N802
+    def cuMemHostRegister(self, address, size, flags):
         if address in self.gpu.pinned:
             return (CUresult.CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED,)
         self.gpu.pin(address, size)
@@ -253,58 +244,58 @@ class FakeCuda:
         return (CUresult.CUDA_SUCCESS,)
 
     @_in_context
-    def cuMemHostUnregister(self, address):  # noqa: N802
+    def cuMemHostUnregister(self, address):
         if address not in self.gpu.pinned:
             return (CUresult.CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED,)
         self.gpu.unpin(address)
         return (CUresult.CUDA_SUCCESS,)
 
     @_in_context
-    def cuMemHostGetDevicePointer(self, address, flags):  # noqa: N802
+    def cuMemHostGetDevicePointer(self, address, flags):
         assert self.flags[address] & self.CU_MEMHOSTREGISTER_DEVICEMAP
         return CUresult.CUDA_SUCCESS, Handle(address + (1 << 46))
 
     @_in_context
-    def cuFlushGPUDirectRDMAWrites(self, target, scope):  # noqa: N802
+    def cuFlushGPUDirectRDMAWrites(self, target, scope):
         return (CUresult.CUDA_SUCCESS,)
 
     # -- streams and events
 
     @_in_context
-    def cuStreamCreate(self, flags):  # noqa: N802
+    def cuStreamCreate(self, flags):
         assert flags == CUstream_flags.CU_STREAM_NON_BLOCKING
         self.streams.add(stream := Handle(0x5EA))
         return CUresult.CUDA_SUCCESS, stream
 
     @_in_context
-    def cuStreamDestroy(self, stream):  # noqa: N802
+    def cuStreamDestroy(self, stream):
         self.gpu.close()
         self.streams.remove(stream)
         return (CUresult.CUDA_SUCCESS,)
 
     @_in_context
-    def cuStreamQuery(self, stream):  # noqa: N802
+    def cuStreamQuery(self, stream):
         assert stream in self.streams
         return self._answer(self.gpu.idle)
 
     @_in_context
-    def cuEventCreate(self, flags):  # noqa: N802
+    def cuEventCreate(self, flags):
         assert flags == CUevent_flags.CU_EVENT_DISABLE_TIMING
         self.events.add(event := Event(0xE0))
         return CUresult.CUDA_SUCCESS, event
 
     @_in_context
-    def cuEventDestroy(self, event):  # noqa: N802
+    def cuEventDestroy(self, event):
         self.events.remove(event)
         return (CUresult.CUDA_SUCCESS,)
 
     @_in_context
-    def cuEventRecord(self, event, stream):  # noqa: N802
+    def cuEventRecord(self, event, stream):
         event.copy = self._last if stream in self.streams else int(stream)
         return (CUresult.CUDA_SUCCESS,)
 
     @_in_context
-    def cuEventQuery(self, event):  # noqa: N802
+    def cuEventQuery(self, event):
         if not isinstance(event.copy, int):
             return self._answer(lambda: self.gpu.finished(event.copy))
         if self.busy:
@@ -321,12 +312,12 @@ class FakeCuda:
     # -- copies
 
     @_in_context
-    def cuMemcpyHtoDAsync(self, device, host, size, stream):  # noqa: N802
+    def cuMemcpyHtoDAsync(self, device, host, size, stream):
         assert stream in self.streams
         return self._copy(self.gpu.to_device, device, host, size)
 
     @_in_context
-    def cuMemcpyDtoHAsync(self, host, device, size, stream):  # noqa: N802
+    def cuMemcpyDtoHAsync(self, host, device, size, stream):
         assert stream in self.streams
         return self._copy(self.gpu.to_host, host, device, size)
 
@@ -338,6 +329,14 @@ class FakeCuda:
         return (CUresult.CUDA_SUCCESS,)
 
 
+def install(monkeypatch, module):
+    """Have `import cuda.bindings.driver` find this module."""
+    bindings = types.SimpleNamespace(driver=module)
+    monkeypatch.setitem(sys.modules, "cuda", types.SimpleNamespace(bindings=bindings))
+    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", module)
+
+
 def host_bytes(address: int, size: int) -> bytes:
-    """What a kernel would read at a device pointer of registered memory."""
+    """Return what a kernel reads at a device pointer of registered memory."""
     return ctypes.string_at(address - (1 << 46), size)

@@ -1,4 +1,4 @@
-"""A device that copies when the test lets it, and notices whatever would harm a real one."""
+"""A device whose copies end when a test lets them, and which notices what would harm it."""
 
 import ctypes
 from collections import deque
@@ -25,14 +25,13 @@ class Copying:
 class FakeDevice:
     """A `Copier` whose memory is a bytearray.
 
-    Copies run in the order they were begun. Each question, `finished` or `idle`, brings the oldest
-    nearer to its end, and after ``lag`` of them it ends: so none ends while nobody waits.
-    ``events`` has what happened; ``broken`` what a real device would have suffered from: memory
-    that was unpinned, changed or used again during a copy.
+    Copies end in order: each call of `finished` or `idle` counts, and the oldest ends after ``lag``
+    of them. ``events`` lists what happened; ``broken`` lists what would harm a real device: memory
+    that was unpinned, changed or reused during a copy.
 
-    ``fail_begin`` and ``fail_end`` give the OSError of the copy with that number, ``fail_pin`` and
-    ``fail_unpin`` those of the calls so counted; ``lost_at`` is the copy from which on nothing ends
-    and every question fails.
+    ``fail_begin`` and ``fail_end`` have the OSError of the copy with that number, ``fail_pin`` and
+    ``fail_unpin`` those of the calls so counted. From the copy ``lost_at`` on nothing ends, and
+    every call fails.
     """
 
     name = "fake:0"
@@ -64,7 +63,7 @@ class FakeDevice:
         if address not in self.pinned:
             return
         self.unpins += 1
-        if any(copy.host == address for copy in self.flying):
+        if any(address <= copy.host < address + self.pinned[address] for copy in self.flying):
             self.broken.append("unpinned under a copy")
         if self.unpins in self.fail_unpin:
             raise self.fail_unpin[self.unpins]

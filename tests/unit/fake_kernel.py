@@ -1,18 +1,19 @@
-"""A kernel with dma-buf exporters, behind the one seam that every ioctl of the package passes."""
+"""A fake kernel with dma-buf exporters, in place of the ioctls of the package."""
 
 import errno
 import mmap
 import os
 
-from dmabuf import _uapi
+from dmabuf.kernel import uapi
 
 
 class FakeKernel:
-    """Answers the package's ioctls; its dma-bufs are memfds, which can be mapped and measured.
+    """The ioctls of udmabuf, dma-heaps and dma-bufs; its dma-bufs are memfds.
 
-    ``calls`` lists the SYNC calls that reached it as ``(descriptor, "START" or "END", "R", "W" or
-    "RW")``. Errnos in ``sync_errors`` are taken from the front, one for each such call; 0 lets one
-    succeed. A udmabuf of more than ``limit`` bytes is refused.
+    ``calls`` lists the SYNC calls as ``(descriptor, "START" or "END", "R", "W" or "RW")``. Each
+    such call takes the first errno of ``sync_errors``, where 0 is success. A udmabuf of more than
+    ``limit`` bytes is refused, and after ``creates_left`` udmabufs the next one fails with
+    ``create_error``.
     """
 
     def __init__(self) -> None:
@@ -22,24 +23,24 @@ class FakeKernel:
         self.labels: dict[int, bytes] = {}
         self.limit = 1 << 40
         self.create_error = 0
-        self.creates_left = -1  # how many udmabufs until it fails with create_error
+        self.creates_left = -1  # -1: without limit
 
     def ioctl(self, fd: int, request: int, argument: object) -> object:
-        if request == _uapi.DMA_BUF_IOCTL_SYNC:
-            return self._sync(fd, *_uapi._SYNC.unpack(argument))
-        if request == _uapi.DMA_BUF_SET_NAME_B:
+        if request == uapi.DMA_BUF_IOCTL_SYNC:
+            return self._sync(fd, *uapi._SYNC.unpack(argument))
+        if request == uapi.DMA_BUF_SET_NAME_B:
             assert argument.endswith(b"\0") and len(argument) <= 32
             self.labels[fd] = argument[:-1]
             return argument
-        if request == _uapi.UDMABUF_CREATE:
-            return self._create(*_uapi.UDMABUF_CREATE_STRUCT.unpack(argument))
-        assert request == _uapi.DMA_HEAP_IOCTL_ALLOC
+        if request == uapi.UDMABUF_CREATE:
+            return self._create(*uapi.UDMABUF_CREATE_STRUCT.unpack(argument))
+        assert request == uapi.DMA_HEAP_IOCTL_ALLOC
         return self._alloc(argument)
 
     def _sync(self, fd: int, flags: int) -> bytes:
         if not flags & 3:
             raise OSError(self.undirected_sync_error, "no direction")
-        what = "END" if flags & _uapi.DMA_BUF_SYNC_END else "START"
+        what = "END" if flags & uapi.DMA_BUF_SYNC_END else "START"
         self.calls.append((fd, what, {1: "R", 2: "W", 3: "RW"}[flags & 3]))
         error = self.sync_errors.pop(0) if self.sync_errors else 0
         if error:
@@ -47,7 +48,7 @@ class FakeKernel:
         return b""
 
     def _create(self, memfd: int, flags: int, offset: int, size: int) -> int:
-        assert flags == _uapi.UDMABUF_FLAGS_CLOEXEC
+        assert flags == uapi.UDMABUF_FLAGS_CLOEXEC
         if size > self.limit or (offset | size) % mmap.PAGESIZE or not size:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         if self.creates_left == 0:
@@ -57,9 +58,9 @@ class FakeKernel:
         return os.dup(memfd)
 
     def _alloc(self, argument: bytearray) -> int:
-        size, _, flags, heap_flags = _uapi.DMA_HEAP_ALLOC_STRUCT.unpack(argument)
+        size, _, flags, heap_flags = uapi.DMA_HEAP_ALLOC_STRUCT.unpack(argument)
         assert flags == os.O_RDWR | os.O_CLOEXEC and heap_flags == 0
         fd = os.memfd_create("heap")
         os.ftruncate(fd, size)
-        argument[:] = _uapi.DMA_HEAP_ALLOC_STRUCT.pack(size, fd, flags, 0)
+        argument[:] = uapi.DMA_HEAP_ALLOC_STRUCT.pack(size, fd, flags, 0)
         return 0

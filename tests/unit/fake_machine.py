@@ -1,4 +1,4 @@
-"""A made-up /proc and /sys, with dma-bufs in them."""
+"""A fake /proc and /sys with dma-bufs."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -12,7 +12,7 @@ FIRST_NAMESPACE = "pid:[4026531836]"
 
 @dataclass(frozen=True)
 class Made:
-    """A dma-buf as the kernel would write of it."""
+    """A dma-buf, and the text that the kernel shows of it."""
 
     inode: int
     size: int = 4096
@@ -48,7 +48,7 @@ class Made:
 
 @contextmanager
 def statted(fd: Path, made: Made) -> Iterator[None]:
-    """What stat(2) says of a descriptor, as of the kernel's; no other descriptor may be asked."""
+    """Let stat(2) of a descriptor return the fields of a dma-buf; no other one may be asked."""
     real = os.stat
     fields = list(real("/"))
     fields[1:3] = made.inode, os.makedev(0, 14)
@@ -64,7 +64,7 @@ def statted(fd: Path, made: Made) -> Iterator[None]:
 
 
 def bufinfo(made: Iterable[Made]) -> str:
-    """As dma_buf_debug_show writes it."""
+    """Return the text of dma_buf_debug_show (drivers/dma-buf/dma-buf.c)."""
     made = list(made)
     total = f"\nTotal {len(made)} objects, {sum(one.size for one in made)} bytes\n"
     head = "size    \tflags   \tmode    \tcount   \texp_name\tino     \tname\n"
@@ -72,7 +72,7 @@ def bufinfo(made: Iterable[Made]) -> str:
 
 
 class FakeMachine:
-    """`root` has `proc` with a process 1, and `sys` with nothing."""
+    """A tree at `root` with `proc`, which has a process 1, and an empty `sys`."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -94,7 +94,7 @@ class FakeMachine:
         started: int = 100,
         folder: str | None = None,
     ) -> Path:
-        """A process, with standard output, the descriptors and the mappings."""
+        """Add a process with standard output, descriptors and mappings; return its directory."""
         path = self.root / "proc" / (folder or str(pid))
         for part in ("fd", "fdinfo"):
             (path / part).mkdir(parents=True, exist_ok=True)
@@ -114,11 +114,12 @@ class FakeMachine:
             )
             (path / f"fdinfo/{fd}").write_bytes(made.fdinfo())
         text = "7f0000000000-7f0000001000 r--p 00000000 fe:00 4      /usr/bin/worker\n"
-        (path / "maps").write_text((text if alive else "") + "".join(maps))
+        text = (text if alive else "") + "".join(maps)
+        (path / "maps").write_bytes(text.encode(errors="surrogateescape"))
         return path
 
     def list(self, *made: Made) -> None:
-        """Mount debugfs, with these."""
+        """Make debugfs appear, with these dma-bufs in its list."""
         folder = self.root / "sys/kernel/debug/dma_buf"
         folder.mkdir(exist_ok=True)
         (folder / "bufinfo").write_bytes(bufinfo(made).encode(errors="surrogateescape"))

@@ -1,20 +1,23 @@
-"""A `vulkan` binding without a GPU behind it: it answers what a test has it answer."""
+# ruff: noqa: N802 - the names are those of the binding
+"""A `vulkan` binding without a GPU, whose answers a test chooses."""
 
 import itertools
 import os
 from types import ModuleType, SimpleNamespace
 
+from dmabuf.devices import vulkan
+
 DMA_BUF = 0x200
 
 
 class FakeVulkan(ModuleType):
-    """Every VK_ name is a number and every Vk name a record; functions are those below.
+    """Every VK_ name is a number, every Vk name a record; the functions are those below.
 
-    What is made is in `alive` until it is destroyed, and keeps the descriptors that it took over,
-    in `taken`, until then. While a job is `running` nothing may be destroyed; vkDeviceWaitIdle ends
-    it. Attributes of a test's choice: `devices`, the names there are; `extensions` and `version` of
-    each; `features` for dma-bufs; `needs`, bytes more than a VkBuffer has; `fails`, the name of a
-    function and the error that it raises; `exported`, what hands out a descriptor.
+    `alive` lists what was made and not destroyed, `taken` the descriptors that it owns. While a job
+    is `running` nothing may be destroyed; vkDeviceWaitIdle ends it. A test sets: `devices`, the
+    names; `extensions` and `version` of each; `features` for dma-bufs; `needs`, the bytes beyond
+    those of a VkBuffer; `fails`, the error of a function by name; `exported`, which returns a
+    descriptor.
     """
 
     VK_QUEUE_COMPUTE_BIT = 2
@@ -55,10 +58,8 @@ class FakeVulkan(ModuleType):
 
     def __init__(self) -> None:
         super().__init__("vulkan")
-        from dmabuf.devices._vulkan import NEEDED
-
         self.devices = ["fake GPU"]
-        self.extensions = set(NEEDED)
+        self.extensions = set(vulkan.EXTENSIONS[:-1])
         self.version = (1, 3, 0)
         self.features = 6
         self.needs = 0
@@ -115,47 +116,47 @@ class FakeVulkan(ModuleType):
             return KeyError(-1000072003)
         return getattr(self, kind)()
 
-    def VK_MAKE_VERSION(self, *parts: int) -> tuple[int, ...]:  # noqa: N802
+    def VK_MAKE_VERSION(self, *parts: int) -> tuple[int, ...]:
         return parts
 
-    def _vkEnumeratePhysicalDevices(self, instance):  # noqa: N802
+    def _vkEnumeratePhysicalDevices(self, instance):
         return self.devices
 
-    def _vkGetPhysicalDeviceProperties(self, device):  # noqa: N802
+    def _vkGetPhysicalDeviceProperties(self, device):
         return SimpleNamespace(deviceName=device, apiVersion=self.version)
 
-    def _vkEnumerateDeviceExtensionProperties(self, device, layer):  # noqa: N802
+    def _vkEnumerateDeviceExtensionProperties(self, device, layer):
         return [SimpleNamespace(extensionName=name) for name in self.extensions]
 
-    def _vkGetPhysicalDeviceQueueFamilyProperties(self, device):  # noqa: N802
+    def _vkGetPhysicalDeviceQueueFamilyProperties(self, device):
         return [SimpleNamespace(queueFlags=1), SimpleNamespace(queueFlags=2)]
 
-    def _vkGetPhysicalDeviceExternalBufferProperties(self, device, asked):  # noqa: N802
+    def _vkGetPhysicalDeviceExternalBufferProperties(self, device, asked):
         features = SimpleNamespace(externalMemoryFeatures=self.features)
         return SimpleNamespace(externalMemoryProperties=features)
 
-    def _vkGetBufferMemoryRequirements(self, device, made):  # noqa: N802
+    def _vkGetBufferMemoryRequirements(self, device, made):
         (about,) = [call[1][1] for call in self.calls if call[0] == "vkCreateBuffer"][-1:]
         return SimpleNamespace(size=about.size + self.needs, memoryTypeBits=0b110)
 
-    def _vkGetDeviceProcAddr(self, device, name):  # noqa: N802
+    def _vkGetDeviceProcAddr(self, device, name):
         return getattr(self, name)
 
-    def _vkGetMemoryFdPropertiesKHR(self, device, kind, fd):  # noqa: N802
+    def _vkGetMemoryFdPropertiesKHR(self, device, kind, fd):
         return SimpleNamespace(memoryTypeBits=self.memory_types)
 
-    def _vkGetPhysicalDeviceMemoryProperties(self, device):  # noqa: N802
+    def _vkGetPhysicalDeviceMemoryProperties(self, device):
         kinds = [SimpleNamespace(propertyFlags=self.own_memory >> kind & 1) for kind in range(4)]
         return SimpleNamespace(memoryTypeCount=len(kinds), memoryTypes=kinds)
 
-    def _vkGetMemoryFdKHR(self, device, wanted):  # noqa: N802
+    def _vkGetMemoryFdKHR(self, device, wanted):
         return self.exported()
 
-    def _vkGetSemaphoreFdKHR(self, device, wanted):  # noqa: N802
+    def _vkGetSemaphoreFdKHR(self, device, wanted):
         return self.exported()
 
-    def _vkImportSemaphoreFdKHR(self, device, source):  # noqa: N802
+    def _vkImportSemaphoreFdKHR(self, device, source):
         self._take(source.semaphore, source)
 
-    def _vkDeviceWaitIdle(self, device):  # noqa: N802
+    def _vkDeviceWaitIdle(self, device):
         self.running = False

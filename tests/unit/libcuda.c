@@ -1,13 +1,12 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * A libcuda.so.1 without a GPU, for the real cuda-bindings: the functions that dmabuf calls, over
- * host memory. Copies are queued, and done when somebody asks for the second time whether they are.
+ * host memory. A copy counts as in flight until it is queried for the second time.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <stdint.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -23,36 +22,25 @@ enum {
 enum { ALREADY_REGISTERED = 712, NOT_REGISTERED = 713 };
 enum { MOST = 64, DMA_BUF_SUPPORTED = 124 };
 
-struct copy {
-	void *to;
-	const void *from;
-	size_t size;
-};
-
-static struct copy queue[MOST];
-static unsigned long begun, ended;
-static int asked, depth;
+static int stream, depth, in_flight;
 static uint64_t memory;
 static size_t memory_size;
 static void *pinned[MOST];
 
-static int step(unsigned long number)
+static int query(void)
 {
-	if (ended >= number)
+	if (!in_flight)
 		return OK;
-	if (++asked < 2)
-		return NOT_READY;
-	asked = 0;
-	memcpy(queue[ended % MOST].to, queue[ended % MOST].from, queue[ended % MOST].size);
-	ended++;
-	return ended >= number ? OK : NOT_READY;
+	in_flight--;
+	return NOT_READY;
 }
 
 static int copy(void *to, const void *from, size_t size)
 {
 	if (!depth)
 		return INVALID_CONTEXT;
-	queue[begun++ % MOST] = (struct copy){to, from, size};
+	memcpy(to, from, size);
+	in_flight = 1;
 	return OK;
 }
 
@@ -129,7 +117,7 @@ int cuMemAlloc_v2(uint64_t *ret, size_t size)
 
 int cuMemFree_v2(uint64_t address)
 {
-	if (address != memory || begun != ended)
+	if (address != memory || in_flight)
 		return INVALID_VALUE;
 	munmap((void *)(uintptr_t)memory, memory_size);
 	memory = 0;
@@ -169,7 +157,7 @@ int cuMemHostUnregister(void *address)
 	if (!slot(address))
 		return NOT_REGISTERED;
 	*slot(address) = NULL;
-	return begun == ended ? OK : INVALID_VALUE;
+	return in_flight ? INVALID_VALUE : OK;
 }
 
 int cuMemHostGetDevicePointer_v2(uint64_t *ret, void *address, unsigned int flags)
@@ -202,51 +190,49 @@ int cuFlushGPUDirectRDMAWrites(int target, int scope)
 
 int cuStreamCreate(void **ret, unsigned int flags)
 {
-	*ret = &queue;
+	*ret = &stream;
 	return flags == 1 ? OK : INVALID_VALUE;
 }
 
-int cuStreamDestroy_v2(void *stream)
+int cuStreamDestroy_v2(void *which)
 {
-	return stream == &queue && begun == ended ? OK : INVALID_VALUE;
+	return which == &stream && !in_flight ? OK : INVALID_VALUE;
 }
 
-int cuStreamQuery(void *stream)
+int cuStreamQuery(void *which)
 {
-	return stream == &queue ? step(begun) : INVALID_VALUE;
+	return which == &stream ? query() : INVALID_VALUE;
 }
 
 int cuEventCreate(void **ret, unsigned int flags)
 {
-	*ret = calloc(1, sizeof(unsigned long));
+	*ret = &in_flight;
 	return flags == 2 ? OK : INVALID_VALUE;
 }
 
 int cuEventDestroy_v2(void *event)
 {
-	free(event);
-	return OK;
+	return event == &in_flight ? OK : INVALID_VALUE;
 }
 
-int cuEventRecord(void *event, void *stream)
+int cuEventRecord(void *event, void *which)
 {
-	*(unsigned long *)event = stream == &queue ? begun : 0;
-	return OK;
+	return event == &in_flight && (!which || which == &stream) ? OK : INVALID_VALUE;
 }
 
 int cuEventQuery(void *event)
 {
-	return step(*(unsigned long *)event);
+	return event == &in_flight ? query() : INVALID_VALUE;
 }
 
-int cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t size, void *stream)
+int cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t size, void *which)
 {
-	return stream == &queue ? copy((void *)(uintptr_t)to, from, size) : INVALID_VALUE;
+	return which == &stream ? copy((void *)(uintptr_t)to, from, size) : INVALID_VALUE;
 }
 
-int cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t size, void *stream)
+int cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t size, void *which)
 {
-	return stream == &queue ? copy(to, (void *)(uintptr_t)from, size) : INVALID_VALUE;
+	return which == &stream ? copy(to, (void *)(uintptr_t)from, size) : INVALID_VALUE;
 }
 
 int cuGetErrorName(int code, const char **ret)

@@ -1,42 +1,45 @@
-"""An engine on which a full-length completion does not mean that the bytes arrived."""
+"""An engine whose full-length completions do not mean that the bytes arrived."""
 
 import mmap
 import os
 
 import dmabuf
 from dmabuf import Route
-from dmabuf._ffi import lib
-from dmabuf.buffer import Buffer, Slab
+from dmabuf.memory import Buffer, Slab
+from tests import emulation
 from tests.support import pattern
 
 
 class Lying(dmabuf.Engine):
-    """Emulates the native route, runs each job, and then lets `fault` undo what it did.
+    """An engine that emulates the native route, and spoils the result of each job by `fault`.
 
-    `fault(right, before)` answers what the job's one range holds in the end: `right` is what it
-    should, `before` what it held when the job began. It is asked for the routes in `routes`.
+    `fault(right, before)` returns the final content of the job's single range, from the right
+    content and the content before the job. It is called for jobs on the routes in `routes`.
     """
 
-    _flags = lib.DMB_RING_EMULATE_NATIVE
     fault = None
     routes = (Route.NATIVE,)
 
+    def __init__(self, **how):
+        with emulation.native():
+            super().__init__(**how)
+
     def run(self, job):
-        lies = self.fault is not None and job.route in self.routes
-        if not lies:
+        if self.fault is None or job.route not in self.routes:
             return super().run(job)
         file_offset, offset, size = job.segments[0:3]
-        path = os.readlink(f"/proc/self/fd/{job.fd}")
-        before = os_pread(path, size, file_offset) if job.write else content(job.buffer)
-        before = before if job.write else before[offset : offset + size]
-        outcome = super().run(job)
-        if job.write:
-            wrong = self.fault(content(job.buffer)[offset : offset + size], before)
-            os_pwrite(path, wrong, file_offset)
+        path = os.readlink(f"/proc/self/fd/{job.core.fd}")
+        if job.core.direction == emulation.core.lib.DMB_WRITE:
+            before = os_pread(path, size, file_offset)
+            job = super().run(job)
+            right = content(job.buffer)[offset : offset + size]
+            os_pwrite(path, self.fault(right, before), file_offset)
         else:
+            before = content(job.buffer)[offset : offset + size]
+            job = super().run(job)
             wrong = self.fault(os_pread(path, size, file_offset), before)
             os.pwrite(job.buffer.slabs[0].fd, wrong, offset)
-        return outcome
+        return job
 
 
 def os_pread(path, size, offset):
@@ -57,17 +60,28 @@ def os_pwrite(path, data, offset):
 
 
 def content(buffer):
+    """Return the bytes of a Buffer, read from its dma-bufs, whether the CPU can map it or not."""
     return b"".join(os.pread(slab.fd, slab.size, 0) for slab in buffer.slabs)
 
 
-def dma_buf(size, *, exporter="fake", mapped=True):
-    """A Buffer that the CPU can map, or not, as far as anyone can tell."""
-    fd = os.memfd_create("dma-buf")
-    os.ftruncate(fd, size)
-    memory = mmap.mmap(fd, size) if mapped else None
-    refusal = None if mapped else "not by the CPU"
+def dma_buf(*sizes, exporter="fake", mapped=True, writable=True):
+    """Return a Buffer of one slab of each size, which passes for dma-bufs.
+
+    The CPU can map it, or not, as far as anyone can tell.
+    """
+    slabs, start = [], 0
+    for size in sizes:
+        fd = os.memfd_create("dma-buf")
+        os.ftruncate(fd, size)
+        slabs.append(Slab(fd, start, size))
+        start += size
     return Buffer(
-        [Slab(fd, 0, size)], memory, exporter=exporter, reason="a test", map_refusal=refusal
+        slabs,
+        mmap.mmap(slabs[0].fd, sizes[0]) if mapped else None,
+        exporter=exporter,
+        reason="a test",
+        map_refusal=None if mapped else "not by the CPU",
+        writable=writable,
     )
 
 

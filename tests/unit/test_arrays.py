@@ -17,9 +17,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import dmabuf
-from dmabuf import _uapi
-from dmabuf.buffer import Slab
-from dmabuf.exporters import allocate, udmabuf
+from dmabuf.kernel import uapi
+from dmabuf.memory import Slab, allocate, exporters
 from tests.forking import in_child
 from tests.resources import held
 from tests.support import pattern
@@ -46,9 +45,9 @@ def buf():
 @pytest.fixture
 def kernel(monkeypatch):
     kernel = FakeKernel()
-    monkeypatch.setattr(_uapi, "ioctl", kernel.ioctl)
-    monkeypatch.setattr(udmabuf, "DEVICE", os.devnull)
-    monkeypatch.setattr(udmabuf, "SIZE_LIMIT", os.devnull)
+    monkeypatch.setattr(uapi, "ioctl", kernel.ioctl)
+    monkeypatch.setattr(exporters, "UDMABUF", os.devnull)
+    monkeypatch.setattr(exporters, "UDMABUF_SIZE_LIMIT", os.devnull)
     return kernel
 
 
@@ -101,7 +100,7 @@ def test_without_a_shape_it_is_all_the_rest(buf):
     assert buf.asarray().tobytes() == pattern(SIZE, 1)
     assert buf.asarray("<u4", offset=8).shape == (SIZE // 4 - 2,)
     assert buf.asarray("u1", offset=SIZE).shape == (0,)
-    with pytest.raises(ValueError, match=r"65535 bytes from offset 1 .* no whole number of items"):
+    with pytest.raises(ValueError, match=r"65535 bytes from offset 1 .* not a whole number"):
         buf.asarray("<u4", offset=1)
 
 
@@ -374,7 +373,7 @@ def test_from_dlpack_refuses(buf):
     consumed = array.__dlpack__()
     np.from_dlpack(Elsewhere(1, consumed))
     for value, error, match in [
-        (np.zeros(4), BufferError, "in no Buffer: copy them into one"),
+        (np.zeros(4), BufferError, "not in a Buffer: copy them into one"),
         (array[:, 1:], BufferError, "not contiguous"),
         (array[::2], BufferError, "not contiguous"),
         (array.T, BufferError, "not contiguous"),
@@ -390,8 +389,8 @@ def test_from_dlpack_refuses(buf):
 
 
 def test_an_array_that_reaches_past_the_buffer_is_not_in_it(buf):
-    memory = (ctypes.c_ubyte * 16).from_address(buf._address + SIZE - 8)
-    with pytest.raises(BufferError, match="in no Buffer"):
+    memory = (ctypes.c_ubyte * 16).from_address(buf.address + SIZE - 8)
+    with pytest.raises(BufferError, match="not in a Buffer"):
         dmabuf.from_dlpack(np.ctypeslib.as_array(memory))
 
 

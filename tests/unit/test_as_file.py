@@ -1,17 +1,14 @@
-"""as_file(): a Buffer as a descriptor that any program can use, where it takes no real dma-buf.
+"""as_file(): a Buffer as a descriptor that any program can use, where no real dma-buf is needed.
 
-What goes by FUSE is shown on a memfd that is taken for one of huge pages, which has no write(2).
+FUSE is tested on a memfd; tests/kernel/test_exec.py has as_file() of dma-bufs.
 """
 
 import errno
 import fcntl
-import io
-import json
 import mmap
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,8 +17,7 @@ from pathlib import Path
 import pytest
 
 import dmabuf
-from dmabuf import _as_file, _file_server
-from dmabuf._ffi import lib
+from dmabuf.memory import serve_by_fuse
 from tests.file_programs import check_readers, check_writers
 from tests.guards import needs
 from tests.resources import held
@@ -44,9 +40,15 @@ def buf():
         yield buf
 
 
-@pytest.fixture
-def by_fuse(monkeypatch):
-    monkeypatch.setattr(_as_file, "_has_huge_pages", lambda memfd: True)
+def by_fuse(buf, writable=True):
+    """The buffer's bytes as a file by FUSE, though it is a memfd."""
+    root = serve_by_fuse([(buf.fileno(), buf.size, False)], writable)
+    flags = os.O_RDWR if writable else os.O_RDONLY
+    try:
+        fd = os.open(f"/proc/self/fd/{root}", flags | os.O_DIRECT | os.O_CLOEXEC)
+    finally:
+        os.close(root)
+    return open(fd, "rb+" if writable else "rb", buffering=0)
 
 
 def servers():
@@ -54,7 +56,7 @@ def servers():
     found = set()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if b"_file_server.main" in (folder / "cmdline").read_bytes():
+            if b"dmabuf.mount.one_file" in (folder / "cmdline").read_bytes():
                 found.add(int(folder.name))
         except OSError:  # ended meanwhile
             continue
@@ -89,7 +91,7 @@ def _state(pid):
 def test_a_memfd_is_the_file(buf):
     with dmabuf.as_file(buf) as file:
         assert (file.way, file.mode) == ("memfd", "rb+")
-        assert file.reason == "the memory is a memfd, which is a file already"
+        assert file.reason == "the memory is a memfd, which is a file"
         assert os.path.samestat(os.fstat(file.fileno()), os.fstat(buf.fileno()))
         assert not os.get_inheritable(file.fileno())
         assert_same(file.read(), pattern(SIZE, 1), "what the file reads")
@@ -111,9 +113,9 @@ def test_programs_on_a_memfd(buf, tmp_path):
         check_writers(file.fileno(), fill, look, tmp_path, truncating=False)
 
 
-@pytest.mark.parametrize("mode", ["r", "w", "rw", "r+", "rb"])
+@pytest.mark.parametrize("mode", ["r", "w", "r+"])
 def test_modes(buf, mode):
-    plain = mode.replace("b", "").replace("r+", "rw")
+    plain = mode.replace("r+", "rw")
     with dmabuf.as_file(buf, mode) as file:
         assert (file.readable(), file.writable()) == ("r" in plain, "w" in plain)
         access = fcntl.fcntl(file.fileno(), fcntl.F_GETFL) & os.O_ACCMODE
@@ -129,22 +131,17 @@ def test_what_is_refused(buf):
         dmabuf.as_file(buf)
 
 
-def test_memory_that_the_cpu_cannot_map(buf, monkeypatch):
-    monkeypatch.setattr(buf, "_map_refusal", "the CPU cannot map this dma-buf")
-    with pytest.raises(io.UnsupportedOperation, match="cannot map") as caught:
-        dmabuf.as_file(buf)
-    assert caught.value.errno == errno.EOPNOTSUPP
+def opened(buf, way):
+    return dmabuf.as_file(buf) if way == "memfd" else by_fuse(buf)
 
 
 @needs("fuse")
 @pytest.mark.parametrize("way", ["memfd", "fuse"])
-def test_the_file_outlives_the_buffer(way, monkeypatch):
-    monkeypatch.setattr(_as_file, "_has_huge_pages", lambda memfd: way == "fuse")
+def test_the_file_outlives_the_buffer(way):
     with dmabuf.allocate(SIZE, exporter="memfd") as buf:
         buf.pwrite(b"kept", 0)
-        file = dmabuf.as_file(buf)
+        file = opened(buf, way)
     with file:
-        assert file.way == way
         assert file.read(4) == b"kept"
 
 
@@ -153,10 +150,9 @@ def test_the_file_outlives_the_buffer(way, monkeypatch):
     ("way", "past_the_end", "truncating"),
     [("memfd", "EPERM", "EPERM"), ("fuse", "ENOSPC", "EINVAL")],
 )
-def test_the_size_is_fixed(buf, way, past_the_end, truncating, monkeypatch):
-    """As the table in docs/exec.md has it."""
-    monkeypatch.setattr(_as_file, "_has_huge_pages", lambda memfd: way == "fuse")
-    with dmabuf.as_file(buf) as file:
+def test_the_size_is_fixed(buf, way, past_the_end, truncating):
+    """The table in docs/guides/programs.md."""
+    with opened(buf, way) as file:
         for attempt, expected in (
             (lambda: os.pwrite(file.fileno(), b"x", SIZE), past_the_end),
             (lambda: os.ftruncate(file.fileno(), SIZE + 1), truncating),
@@ -168,6 +164,24 @@ def test_the_size_is_fixed(buf, way, past_the_end, truncating, monkeypatch):
         assert os.fstat(file.fileno()).st_size == SIZE
         assert os.pread(file.fileno(), 10, SIZE) == b""
     assert_same(buf.pread(SIZE, 0), pattern(SIZE, 1), "the buffer")
+
+
+@needs("fuse")
+def test_what_a_file_by_fuse_does_not_have(buf):
+    """The same table."""
+    with by_fuse(buf) as file:
+        fd = file.fileno()
+        for attempt, expected in (
+            (lambda: os.fchmod(fd, 0o644), "EPERM"),
+            (lambda: os.fchown(fd, 1, 1), "EPERM"),
+            (lambda: mmap.mmap(fd, SIZE), "ENODEV"),
+        ):
+            with pytest.raises(OSError) as caught:
+                attempt()
+            assert errno.errorcode[caught.value.errno] == expected
+        with mmap.mmap(fd, SIZE, mmap.MAP_PRIVATE) as view:
+            assert_same(view[:], pattern(SIZE, 1), "a private mapping")
+        assert os.pwrite(fd, b"12345", SIZE - 3) == 3, "as much as fits"
 
 
 _WITHOUT_PROC = """
@@ -186,13 +200,13 @@ with dmabuf.allocate(4096, exporter="memfd") as buf:
 @needs("root")
 def test_without_proc(tmp_path):
     told = in_child(_WITHOUT_PROC, tmp_path)
-    assert told == f"{errno.EOPNOTSUPP} a file is opened through /proc/self/fd: mount /proc\n"
+    assert told == f"{errno.EOPNOTSUPP} as_file: /proc/self/fd is missing; mount /proc\n"
 
 
 @needs("fuse", "root")
-def test_another_user_keeps_what_the_descriptor_allows(buf, by_fuse):
-    """And cannot open it again, for it is the maker's alone."""
-    with dmabuf.as_file(buf) as file:
+def test_another_user_keeps_what_the_descriptor_allows(buf):
+    """And cannot open it again: it is the maker's alone."""
+    with by_fuse(buf) as file:
         fd = file.fileno()
         script = f"head -c 9 <&{fd}; stat -Lc %s /proc/self/fd/{fd}; cat /dev/fd/{fd}"
         done = subprocess.run(
@@ -205,8 +219,8 @@ def test_another_user_keeps_what_the_descriptor_allows(buf, by_fuse):
 _ANOTHERS = """
 import mmap, os, sys
 import dmabuf
-from dmabuf import _as_file
-from dmabuf.exporters import foreign
+from dmabuf.memory import descriptor_as_file, serve_by_fuse
+from dmabuf.memory import foreign
 from tests.resources import held
 from tests.support import pattern
 
@@ -224,9 +238,9 @@ except PermissionError:
 else:
     sys.exit("it is to be opened")
 for fd, mode in (memory, "rb+"), (memory, "rb"), (reading, "rb"):
-    with _as_file.of_descriptor(fd, read_only=mode == "rb") as file:
+    with descriptor_as_file(fd, read_only=mode == "rb") as file:
         assert (file.way, file.mode) == ("fuse", mode)
-        assert "another user's" in file.reason
+        assert "may not open the memfd again" in file.reason
         assert file.read() == pattern(SIZE, 1)
         if mode == "rb+":
             file.seek(5)
@@ -255,23 +269,21 @@ def test_a_memfd_that_may_not_be_opened_again():
 
 
 @needs("fuse")
-def test_programs_on_a_file_by_fuse(buf, by_fuse, tmp_path):
+def test_programs_on_a_file_by_fuse(buf, tmp_path):
     def look():
         return buf.pread(SIZE, 0)
 
     def fill(data):
         buf.pwrite(data, 0)
 
-    with dmabuf.as_file(buf) as file:
-        assert (file.way, file.mode) == ("fuse", "rb+")
-        assert "huge pages has no write(2)" in file.reason
+    with by_fuse(buf) as file:
         check_readers(file.fileno(), fill, SIZE, tmp_path)
         check_writers(file.fileno(), fill, look, tmp_path, truncating=True)
 
 
 @needs("fuse")
-def test_its_process_ends_with_the_last_descriptor(buf, by_fuse):
-    file, pid = server_of(lambda: dmabuf.as_file(buf))
+def test_its_process_ends_with_the_last_descriptor(buf):
+    file, pid = server_of(lambda: by_fuse(buf))
     other = os.dup(file.fileno())
     file.close()
     assert os.pread(other, 100, 7) == pattern(SIZE, 1)[7:107]
@@ -281,23 +293,23 @@ def test_its_process_ends_with_the_last_descriptor(buf, by_fuse):
 
 
 @needs("fuse")
-def test_its_process_is_nobodys_child_and_holds_the_buffer_alone(buf, by_fuse):
-    file, pid = server_of(lambda: dmabuf.as_file(buf))
+def test_its_process_is_nobodys_child_and_holds_the_buffer_alone(buf):
+    file, pid = server_of(lambda: by_fuse(buf))
     with file:
         with pytest.raises(ChildProcessError):
             os.waitpid(-1, os.WNOHANG)
         assert os.getsid(pid) == pid
-        links = [os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()]
-        kinds = sorted(link.split("/")[1].split(":")[0] for link in links)
-        # null three times, fuse, and the memfd once more by its mapping
-        assert kinds == ["dev"] * 4 + ["memfd"] * 2, links
+        links = sorted(os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir())
+        named = [link for link in links if link.startswith("/")]
+        memfd = os.readlink(f"/proc/self/fd/{buf.fileno()}")
+        assert named == ["/dev/fuse"] + ["/dev/null"] * 3 + [memfd] * 2, links
         assert os.readlink(f"/proc/{pid}/cwd") == "/"
     assert ended(pid)
 
 
 @needs("fuse")
-def test_when_its_process_dies_every_call_is_an_error(buf, by_fuse):
-    file, pid = server_of(lambda: dmabuf.as_file(buf))
+def test_when_its_process_dies_every_call_is_an_error(buf):
+    file, pid = server_of(lambda: by_fuse(buf))
     os.kill(pid, signal.SIGKILL)
     assert ended(pid)
     for program in (["cat"], ["head", "-c1"]):
@@ -311,81 +323,69 @@ def test_when_its_process_dies_every_call_is_an_error(buf, by_fuse):
 
 
 @needs("fuse")
-def test_read_only_is_read_only(buf, by_fuse, monkeypatch):
-    fd = _as_file._start([(buf.fileno(), buf.size, False)], False)
-    path = f"/proc/self/fd/{fd}"
-    try:
-        with open(path, "rb", buffering=0) as file:
-            assert_same(file.read(), pattern(SIZE, 1), "the file")
-            assert os.fstat(file.fileno()).st_mode & 0o777 == 0o400
-            with pytest.raises(PermissionError):
-                os.open(path, os.O_RDWR)
-    finally:
-        os.close(fd)
+def test_read_only_is_read_only(buf):
+    with by_fuse(buf, writable=False) as file:
+        assert_same(file.read(), pattern(SIZE, 1), "the file")
+        assert os.fstat(file.fileno()).st_mode & 0o777 == 0o400
+        with pytest.raises(PermissionError):
+            os.open(f"/proc/self/fd/{file.fileno()}", os.O_RDWR)
     assert_same(buf.pread(SIZE, 0), pattern(SIZE, 1), "the buffer")
 
 
-_CLOSING = """
-import os, sys
+_ENDING = """
+import os, sys, warnings
+warnings.simplefilter("ignore")
 import dmabuf
-from dmabuf import _as_file
-_as_file._has_huge_pages = lambda memfd: True
+from tests.unit.test_as_file import by_fuse
 with dmabuf.allocate(4096, exporter="memfd") as buf:
-    sys.exit(dmabuf.as_file(buf).fileno() < 0)
+    sys.exit(by_fuse(buf).fileno() < 0)
 """
 
 
 @needs("fuse")
 def test_a_program_that_ends_leaves_no_process():
     before = servers()
-    in_child("import warnings; warnings.simplefilter('ignore')" + _CLOSING)
+    in_child(_ENDING)
     assert all(ended(pid) for pid in servers() - before)
 
 
-@pytest.mark.parametrize(
-    ("step", "said"),
-    [
-        ("DMB_FUSE_DEVICE", "opening /dev/fuse: Permission denied (modprobe fuse"),
-        ("DMB_FUSE_NAMESPACES", "a namespace to mount FUSE in: Permission denied (as root: sysctl"),
-        ("DMB_FUSE_MOUNT", "mounting FUSE: Permission denied (Linux 5.4 with CONFIG_FUSE_FS"),
-    ],
-)
-def test_where_fuse_is_not_to_be_had(buf, step, said, monkeypatch):
-    class Refusing:
-        DMB_FUSE_DEVICE, DMB_FUSE_NAMESPACES = lib.DMB_FUSE_DEVICE, lib.DMB_FUSE_NAMESPACES
-
-        @staticmethod
-        def dmb_fuse_mount(device, root, ret_step):
-            ret_step[0] = getattr(lib, step)
-            return -errno.EACCES
-
-    monkeypatch.setattr(_file_server, "lib", Refusing)
-    ours, theirs = socket.socketpair()
-    with ours:
-        _file_server.main(theirs.detach(), True, [(buf.fileno(), buf.size, False)])
-        number, text = json.loads(ours.recv(4096))
-    assert number == errno.EOPNOTSUPP
-    assert text.startswith(said)
+_WITHOUT_PYFUSE3 = """
+import sys
+import dmabuf
+from dmabuf.memory import descriptor_as_file, serve_by_fuse
+sys.path = [folder for folder in sys.path if not folder.endswith("site-packages")]
+with dmabuf.allocate(4096, exporter="memfd") as buf:
+    try:
+        serve_by_fuse([(buf.fileno(), 4096, False)], True)
+    except ImportError as error:
+        print(error)
+"""
 
 
-def test_no_program_to_start(buf, by_fuse, monkeypatch):
+def test_without_pyfuse3():
+    assert in_child(_WITHOUT_PYFUSE3) == (
+        "as_file: pyfuse3 is not installed; pip install 'dmabuf[fuse]'\n"
+    )
+
+
+def test_no_program_to_start(buf, monkeypatch):
     for executable in ("", None):
         monkeypatch.setattr(sys, "executable", executable)
         with pytest.raises(OSError, match=r"sys\.executable is empty") as caught:
-            dmabuf.as_file(buf)
+            by_fuse(buf)
         assert caught.value.errno == errno.EOPNOTSUPP
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(OSError, match="did not start: /bin/false ended with 1") as caught:
-        dmabuf.as_file(buf)
+    with pytest.raises(OSError, match=r"/bin/false -m dmabuf\.mount\.one_file ended") as caught:
+        by_fuse(buf)
     assert caught.value.errno == errno.EOPNOTSUPP
 
 
-def test_no_descriptor_left(buf, by_fuse):
+def test_no_descriptor_left(buf):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")), hard))
     try:
         with pytest.raises(OSError) as caught:
-            dmabuf.as_file(buf)
+            by_fuse(buf)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert caught.value.errno == errno.EMFILE

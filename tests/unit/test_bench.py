@@ -1,22 +1,17 @@
-"""The ways of `dmabuf bench`, each by every byte; the page cache, the rounds, the scratch file."""
+"""The benchmark: every way moves the right bytes, and its figures claim no more than they show."""
 
 import errno
-import mmap
 import os
-import time
 from array import array
-from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import pytest
 
 import dmabuf
-from dmabuf import facts
-from dmabuf.bench import cache, run, scratch, ways
-from dmabuf.bench.run import Bench, Setting
-from dmabuf.bench.ways import Place
-from tests.forking import in_child
+from dmabuf.inspect import Group, Result, Row, Sample, measure_routes
+from dmabuf.kernel import files
 from tests.guards import needs
-from tests.support import PAGE, assert_same, cached, drop_cache, pattern, poison, zram
+from tests.support import PAGE, assert_same, pattern, zram
 
 BLOCK = 2 * PAGE
 START, SIZE = 4 * PAGE, 16 * BLOCK
@@ -25,392 +20,256 @@ NAMES = ("direct", "staged", "buffered", "copy", "bounce", "mmap")
 
 
 @pytest.fixture
-def path(tmp_path):
+def path(tmp_path: Path) -> Path:
     path = tmp_path / "target"
     path.write_bytes(pattern(WHOLE, 3))
     return path
 
 
-@contextmanager
-def placed(path, mode="r", size=SIZE, start=START):
-    with dmabuf.allocate(size + PAGE, exporter="memfd") as buffer, dmabuf.open(path, mode) as file:
-        drop_cache(file.fileno())
-        yield Place(file, buffer, start, size)
+def measure(path: object, **how: object) -> Result:
+    how = {"blocks": (PAGE, BLOCK), "depths": (1, 4), "rounds": 3, "seed": 5, "size": SIZE} | how
+    return measure_routes(str(path), exporter="memfd", **how)
 
 
-@contextmanager
-def way(place, direction, name):
-    with ExitStack() as stack:
-        engine = stack.enter_context(ways.Timed(queue_depth=4, block_size=BLOCK))
-        found, _ = ways.by_route(place, direction, BLOCK, engine)
-        found += ways.today(place, direction, BLOCK)[0]
-        for one in found:
-            stack.callback(one.close)
-        (chosen,) = (one for one in found if one.name == name)
-        chosen.begin()
-        stack.callback(chosen.end)
-        yield chosen
-
-
-def segments(*places):
-    return array("Q", [n for at in places for n in (START + at * BLOCK, at * BLOCK, BLOCK)])
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_reading(path, name):
-    content = path.read_bytes()
-    with placed(path) as place, way(place, "read", name) as one:
-        expected = bytearray(poison(place.buffer.size))
-        place.buffer.pwrite(expected, 0)
-        one.run(segments(5, 0, 15, 7))
-        for at in (5, 0, 15, 7):
-            expected[at * BLOCK : (at + 1) * BLOCK] = content[START + at * BLOCK :][:BLOCK]
-        assert_same(place.buffer.pread(place.buffer.size, 0), bytes(expected), "after run")
-        with one.single() as move:
-            move(START + 9 * BLOCK, 2 * BLOCK)
-        expected[2 * BLOCK : 3 * BLOCK] = content[START + 9 * BLOCK :][:BLOCK]
-        assert_same(place.buffer.pread(place.buffer.size, 0), bytes(expected), "after one")
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_writing(path, name):
-    expected = bytearray(path.read_bytes())
-    with placed(path, "r+") as place, way(place, "write", name) as one:
-        content = poison(place.buffer.size)
-        place.buffer.pwrite(content, 0)
-        one.run(segments(5, 0, 15, 7))
-        for at in (5, 0, 15, 7):
-            where = START + at * BLOCK
-            expected[where : where + BLOCK] = content[at * BLOCK : (at + 1) * BLOCK]
-        os.posix_fadvise(place.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        if name in ("copy", "buffered"):
-            assert cached(place.file.fileno()) == 0, "run flushes, so that all can be dropped"
-        assert_same(path.read_bytes(), bytes(expected), "after run")
-        with one.single() as move:
-            move(START + 9 * BLOCK, 2 * BLOCK)
-        where = START + 9 * BLOCK
-        expected[where : where + BLOCK] = content[2 * BLOCK : 3 * BLOCK]
-        assert_same(path.read_bytes(), bytes(expected), "after one")
-        assert_same(place.buffer.pread(place.buffer.size, 0), content, "the buffer")
-
-
-def test_a_short_read_is_no_read(path):
-    with placed(path) as place, way(place, "read", "copy") as one:
-        os.truncate(path, START + BLOCK + 1)
-        with pytest.raises(OSError, match="1 of 8192 bytes were moved") as caught:
-            one.run(segments(0, 1))
-        assert caught.value.errno == errno.EIO
-
-
-def test_a_route_that_is_not_taken(path, monkeypatch):
-    """As where O_DIRECT turns out to go through the page cache."""
-    with placed(path) as place, way(place, "read", "direct") as one:
-        monkeypatch.setattr(type(place.file._target), "saw_cache", lies := Lies())
-        monkeypatch.setattr(type(place.file._target), "cache_to_watch", lambda *_: True)
-        with pytest.raises(dmabuf.RouteUnavailable, match="through the page cache all the same"):
-            one.run(segments(0, 1, 2))
-        assert lies.told
-
-
-class Lies:
-    """A look at the page cache that always finds the range there."""
-
-    told = False
-
-    def __get__(self, target, _kind):
-        def saw(_offset, _size):
-            self.told = True
-            target.rule_out_direct("it went through the page cache all the same")
-
-        return saw
-
-
-# -- the page cache
-
-
-def test_dropping_and_seeing(path):
-    with placed(path, "r+") as place:
-        fd = place.file.fileno()
-        pages = cache.PageCache(fd, START, SIZE, "name")
-        os.pread(fd, WHOLE, 0)
-        assert pages.pages() == SIZE // PAGE == cache.mincore(fd, START, SIZE)
-        assert pages.pages(BLOCK) == BLOCK // PAGE == cache.mincore(fd, START, BLOCK)
-        os.pwrite(fd, b"dirty", START)
-        assert pages.drop(dirty=True) == 0
-        assert cached(fd, START, SIZE) == 0 == cache.mincore(fd, START, SIZE)
-
-
-def test_a_folio_that_reaches_beyond_the_range(tmp_path):
-    path = tmp_path / "target"
-    path.write_bytes(bytes(4 << 20))  # in one write, so in large folios where there are some
-    with dmabuf.open(path) as file:
-        assert cache.PageCache(file.fileno(), 0, 64 << 10, "name").drop(dirty=True) == 0
-
-
-def test_before_cachestat(path, monkeypatch):
-    monkeypatch.setattr(facts, "cached_pages", lambda *_: None)
-    with placed(path, "r+") as place:
-        pages = cache.PageCache(place.file.fileno(), START, SIZE, "name")
-        assert pages.pages() == 0
-        with open(path, "rb", buffering=0) as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # no reading ahead
-            os.pread(file.fileno(), 3 * PAGE, START + PAGE)
-        assert pages.pages() == 3
-
-
-def test_pages_that_stay(path, monkeypatch):
-    monkeypatch.setattr(cache, "_PATIENCE", 0.02)
-    with placed(path) as place:
-        fd = place.file.fileno()
-        pages = cache.PageCache(fd, START, SIZE, "name")
-        with mmap.mmap(fd, WHOLE, prot=mmap.PROT_READ) as mapped:
-            assert mapped[START] >= 0 and mapped[START + SIZE - 1] >= 0
-            with pytest.raises(OSError, match="pages of it stay in the page cache") as caught:
-                pages.drop(dirty=False)
-            assert (caught.value.errno, caught.value.filename) == (errno.EBUSY, "name")
-            pages.stays = "a reason"
-            assert pages.drop(dirty=False) > 0
-        pages.stays = None
-        assert pages.drop(dirty=False) == 0
-
-
-# -- the rounds
-
-
-def setting(**how):
-    usual = {
-        "directions": ("read", "write"),
-        "blocks": (PAGE, BLOCK),
-        "depths": (1, 4),
-        "rounds": 3,
-        "deadline": time.monotonic() + 600,
-        "seed": 5,
-    }
-    return Setting(**(usual | how))
-
-
-def measure(place, wanted, **how):
-    return Bench(place, wanted, lambda *_: None, **how).run()
-
-
-def test_every_way_once_a_round(path, monkeypatch):
-    order = []
-
-    class Noting(Bench):
-        def _round(self, plan, title):
-            def note(plan, entry):
-                order[-1].append((plan.group.title, entry.row.label))
-                return original(plan, entry)
-
-            order.append([])
-            original, self._measure = self._measure, note
-            super()._round(plan, title)
-            del self._measure
-
-    with placed(path, "r+") as place:
-        measured = Noting(place, setting(), lambda *_: None).run()
-    assert measured.rounds == 3 and measured.warm is None and measured.unseen is None
-    assert len(order) == 3 * 4
-    labels = [
-        *(f"{route} x{depth}" for route in ("direct", "staged", "buffered") for depth in (1, 4)),
-        "copy", "bounce", "mmap",
-    ]  # fmt: skip
-    for group in measured.groups:
+@pytest.mark.parametrize("region", [None, (START, SIZE)], ids=["reads", "reads and writes"])
+def test_what_is_measured(path: Path, region: tuple[int, int] | None) -> None:
+    before, titles = path.read_bytes(), []
+    result = measure(path, region=region, progress=lambda title, *_: titles.append(title))
+    assert (result.rounds, result.warm, result.unseen) == (3, None, None)
+    directions = ["read", "write"] if region else ["read"]
+    assert [(group.direction, group.block) for group in result.groups] == [
+        (direction, block) for direction in directions for block in (PAGE, BLOCK)
+    ]
+    labels = [f"{route} x{depth}" for route in NAMES[:3] for depth in (1, 4)] + list(NAMES[3:])
+    for group in result.groups:
         assert [row.label for row in group.rows] == labels
-        assert "no dma-buf" in group.refused["native"] and len(group.refused) == 1
-        assert group.nbytes == SIZE
-        rounds = [[label for title, label in one if title == group.title] for one in order]
-        rounds = [one for one in rounds if one]
-        assert [sorted(one) for one in rounds] == [sorted(labels)] * 3
-        assert rounds[0] != rounds[1] or rounds[1] != rounds[2]
+        assert list(group.refused) == ["native"]
+        assert "no dma-buf" in group.refused["native"]
         for row in group.rows:
             assert len(row.samples) == 3
+            cached = group.nbytes // PAGE if row.way in ("buffered", "copy", "mmap") else 0
             for sample in row.samples:
                 assert sample.before == 0 and sample.seconds > 0 <= sample.cpu
-                through = row.way in ("buffered", "copy", "mmap")
-                assert sample.after == (SIZE // PAGE if through else 0), (group.title, row.label)
-        assert set(group.latencies) == {(row.way, row.depth) for row in group.rows}
-        most = 3 * SIZE // group.block
-        for (_, depth), latencies in group.latencies.items():
-            assert 3 <= len(latencies) <= most and min(latencies) > 0
-            assert len(latencies) == most or depth == 1
+                assert sample.after == cached, (group.title, row.label)
+        assert list(group.latencies) == list(NAMES)
+        for calls in group.latencies.values():
+            assert 3 <= len(calls) <= 3 * SIZE // group.block and min(calls) > 0
+    # In each round each way once, in an order of its own.
+    for group in result.groups:
+        rounds = [
+            [title for title in titles if title.startswith(f"round {n} of 3: {group.title}, ")]
+            for n in (1, 2, 3)
+        ]
+        orders = [[title.rpartition(", ")[2] for title in one] for one in rounds]
+        assert [sorted(order) for order in orders] == [sorted(labels)] * 3
+        assert orders[0] != orders[1] or orders[1] != orders[2]
+    after = path.read_bytes()
+    if region is None:
+        assert_same(after, before, "the target")
+    else:
+        assert_same(after[:START], before[:START], "before the region")
+        assert_same(after[START + SIZE :], before[START + SIZE :], "after the region")
 
 
-def test_the_seed_repeats_the_order(path):
-    def order(seed):
-        told = []
-        with placed(path) as place:
-            wanted = setting(directions=("read",), blocks=(BLOCK,), seed=seed, shuffled=True)
-            Bench(place, wanted, lambda title, *_: told.append(title)).run()
-        return [title for title in told if title.startswith("round")]
+def test_the_seed_repeats_the_order(path: Path) -> None:
+    def order(seed: int) -> list[str]:
+        titles: list[str] = []
+        measure(path, seed=seed, blocks=(BLOCK,), progress=lambda title, *_: titles.append(title))
+        return [title for title in titles if title.startswith("round")]
 
     assert order(1) == order(1) != order(2)
 
 
-def test_random_blocks(path):
-    with placed(path) as place:
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_the_order_of_blocks(path: Path, monkeypatch, shuffled: bool) -> None:
+    seen: list[list[int]] = []
+    read = dmabuf.File.read_segments
 
-        def blocks(**how):
-            one = Bench(place, setting(**how), lambda *_: None)._segments(BLOCK, 16)
-            assert all(one[i] - START == one[i + 1] for i in range(0, len(one), 3))
-            return list(one[1::3])
+    def reading(file, buffer, segments, **how):
+        seen.append(list(segments))
+        return read(file, buffer, segments, **how)
 
-        assert blocks() == [at * BLOCK for at in range(16)]
-        assert blocks(shuffled=True) != blocks()
-        assert sorted(blocks(shuffled=True)) == blocks()
+    monkeypatch.setattr(dmabuf.File, "read_segments", reading)
+    measure(path, blocks=(BLOCK,), depths=(1,), rounds=1, shuffled=shuffled)
+    longest = max(seen, key=len)
+    places = longest[1::3]
+    assert longest[0::3] == places  # the range begins at the file's start
+    assert set(longest[2::3]) == {BLOCK}
+    assert sorted(places) == list(range(0, len(places) * BLOCK, BLOCK))
+    assert (places != sorted(places)) == shuffled
 
 
-def test_no_time_is_one_block_and_one_round(path):
-    with placed(path) as place:
-        measured = measure(place, setting(deadline=time.monotonic() - 1, directions=("read",)))
-    assert measured.rounds == 1
-    for group in measured.groups:
+def test_a_bound_of_time(path: Path) -> None:
+    """One round of one block is always done."""
+    result = measure(path, seconds=0.001)
+    assert result.rounds == 1
+    for group in result.groups:
         assert group.nbytes == group.block
         assert all(len(row.samples) == 1 for row in group.rows)
         assert all(len(calls) >= 1 for calls in group.latencies.values())
+    assert 1 <= measure(path, seconds=0.3, rounds=100_000).rounds < 100_000
 
 
-def test_rounds_end_in_time(path):
-    """By a clock on which each look takes a second: a round is two looks."""
-    now = iter(range(100))
-    with placed(path) as place:
-        wanted = setting(directions=("read",), rounds=50, deadline=7)
-        measured = measure(place, wanted, clock=lambda: next(now))
-    assert 1 < measured.rounds < 5
+@pytest.mark.parametrize("direction", ["read", "write"])
+@pytest.mark.parametrize("way", ["route", "copy"])
+def test_a_way_that_moves_wrong_bytes_is_not_measured(
+    path: Path, monkeypatch, direction: str, way: str
+) -> None:
+    """One byte of one block is wrong."""
+    place = START + 3 * BLOCK
+    if way == "route":
+        verb = f"{direction}_segments"
+        move = getattr(dmabuf.File, verb)
+
+        def moving(file, buffer, segments, **how):
+            record = move(file, buffer, segments, **how)
+            if place in segments[0::3]:
+                if direction == "read":
+                    at = 3 * BLOCK + 7
+                    buffer.pwrite(bytes([buffer.pread(1, at)[0] ^ 1]), at)
+                else:
+                    spoil(path, place + 7)
+            return record
+
+        monkeypatch.setattr(dmabuf.File, verb, moving)
+    else:
+        verb = {"read": "preadv", "write": "pwritev"}[direction]
+        call = getattr(os, verb)
+
+        def calling(fd, buffers, offset, *flags):
+            done = call(fd, buffers, offset, *flags)
+            if offset == place and len(buffers[0]) == BLOCK:
+                if direction == "read":
+                    buffers[0][7] ^= 1
+                else:
+                    spoil(path, place + 7)
+            return done
+
+        monkeypatch.setattr(os, verb, calling)
+    with pytest.raises(dmabuf.IntegrityError) as caught:
+        measure(path, blocks=(BLOCK,), rounds=1, region=(START, SIZE))
+    assert caught.value.offset == place + 7
+    label = "direct x1" if way == "route" else "copy"
+    assert f"{label} moved wrong bytes, the first at offset {place + 7}" in str(caught.value)
 
 
-def test_a_slow_warm_up_makes_runs_small(path):
-    class Slow(Bench):
-        def _warm_up(self, plan, reference):
-            super()._warm_up(plan, reference)
-            compared.append(plan.group.nbytes)
-            now[0] = 99.0
-
-    compared, now = [], [0.0]
-    with placed(path) as place:
-        wanted = setting(directions=("read",), deadline=100)
-        measured = Slow(place, wanted, lambda *_: None, clock=lambda: now[0]).run()
-        assert all(nbytes == SIZE for nbytes in compared) and measured.rounds == 3
-        now[0], wanted = 0.0, setting(directions=("read",), deadline=99)
-        measured = Slow(place, wanted, lambda *_: None, clock=lambda: now[0]).run()
-    assert [group.nbytes for group in measured.groups] == [PAGE, BLOCK]
+def spoil(path: Path, at: int) -> None:
+    with path.open("r+b", buffering=0) as file:
+        byte = os.pread(file.fileno(), 1, at)[0]
+        os.pwrite(file.fileno(), bytes([byte ^ 1]), at)
 
 
-@pytest.mark.parametrize(("direction", "verb"), [("read", "_get"), ("write", "_put")])
-@pytest.mark.parametrize("name", ["copy", "mmap"])
-def test_a_broken_way_is_not_measured(path, monkeypatch, direction, verb, name):
-    kind = {"copy": ways.Copying, "mmap": ways.Mapping}[name]
-    right = getattr(kind, verb)
-
-    def wrong(self, view, offset, at):
-        if offset != START + 3 * BLOCK:  # one block is left as it was
-            right(self, view, offset, at)
-
-    monkeypatch.setattr(kind, verb, wrong)
-    with placed(path, "r+") as place, pytest.raises(dmabuf.IntegrityError) as caught:
-        measure(place, setting(directions=(direction,), blocks=(BLOCK,), rounds=1))
-    assert caught.value.offset in range(START + 3 * BLOCK, START + 4 * BLOCK)
-    assert f"{name} moved the wrong bytes" in str(caught.value)
+def test_a_read_that_ends_early(path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(os, "preadv", lambda *_: 1)
+    with pytest.raises(OSError, match="1 of 4096 bytes were moved at offset 0") as caught:
+        measure(path)
+    assert (caught.value.errno, caught.value.filename) == (errno.EIO, str(path))
 
 
-def test_a_kernel_that_shows_no_page(path, monkeypatch):
-    """As on overlayfs, where cachestat looks at the upper inode."""
-    monkeypatch.setattr(facts, "cached_pages", lambda *_: 0)
-    with placed(path) as place:
-        measured = measure(place, setting(directions=("read",), rounds=1))
-    assert measured.unseen == "the kernel shows no page of it after a buffered read"
+def test_a_kernel_that_shows_no_page(path: Path, monkeypatch) -> None:
+    """As on overlayfs, where cachestat examines the upper inode; and before Linux 6.5."""
+    monkeypatch.setattr(files, "cached_pages", lambda *_: 0)
+    result = measure(path, rounds=1)
+    assert result.unseen == "the kernel reports no page of it after a buffered read"
+    monkeypatch.setattr(files, "cached_pages", lambda *_: None)
+    result = measure(path, rounds=1)
+    assert "cachestat(2) needs Linux 6.5" in result.unseen
+    assert result.residency(result.groups[0].rows[0], result.groups[0]) is None
 
 
-@needs("root")
-def test_a_file_of_someone_else(path, monkeypatch):
-    """mincore(2) says that all of it is cached, and newer kernels refuse cachestat(2): EPERM."""
-    monkeypatch.setattr(facts, "cached_pages", lambda *_: None)
-    os.chmod(path, 0o644)
-
-    def look():
-        fd = os.open(path, os.O_RDONLY)
-        os.seteuid(65534)
-        pages = cache.PageCache(fd, START, SIZE, "name")
-        assert pages.unseen and pages.pages() == 0 == pages.drop(dirty=True)
-        os.seteuid(0)
-        os.chown(path, 65534, -1)
-        os.seteuid(65534)
-        assert cache.PageCache(fd, START, SIZE, "name").unseen is None
-        os.seteuid(0)
-        os.chown(path, 0, -1)
-        os.chmod(path, 0o666)
-        os.seteuid(65534)
-        assert cache.PageCache(fd, START, SIZE, "name").unseen is None
-
-    in_child(look)
+def test_pages_that_stay(path: Path, monkeypatch) -> None:
+    """Another program uses the file all the time."""
+    monkeypatch.setattr(os, "posix_fadvise", lambda *_: None)
+    with path.open("rb") as file, pytest.raises(OSError, match="stay in the page cache") as caught:
+        file.read()
+        measure(path)
+    assert (caught.value.errno, caught.value.filename) == (errno.EBUSY, str(path))
 
 
-def test_memory_filesystems_are_never_cold():
-    file = f"/dev/shm/dmabuf-test-{os.getpid()}"
+def test_memory_filesystems_are_never_cold() -> None:
+    file = Path(f"/dev/shm/dmabuf-test-{os.getpid()}")
     try:
-        with open(file, "wb") as made:
-            made.write(pattern(WHOLE, 1))
-        with placed(file) as place:
-            measured = measure(place, setting(directions=("read",), rounds=1))
+        file.write_bytes(pattern(WHOLE, 1))
+        result = measure(file, rounds=1)
     finally:
-        os.unlink(file)
-    assert measured.warm == "tmpfs keeps its files in the page cache, so nothing is cold"
-    for group in measured.groups:
+        file.unlink()
+    assert result.warm == "tmpfs keeps its files in the page cache, so nothing is cold"
+    for group in result.groups:
         assert {row.way for row in group.rows} == {"buffered", "copy", "mmap"}
         assert set(group.refused) == {"native", "direct", "staged", "bounce"}
 
 
 @needs("zram")
-def test_a_block_device():
+def test_a_block_device() -> None:
     with zram(SIZE + START) as device:
         with open(device, "r+b", buffering=0) as file:
             file.write(pattern(SIZE + START, 1))
-        with placed(device, "r+") as place:
-            measured = measure(place, setting(rounds=1))
-    for group in measured.groups:
+        result = measure(device, rounds=1, region=(START, SIZE))
+    assert (len(result.groups), result.warm, result.unseen) == (4, None, None)
+    for group in result.groups:
         assert {row.way for row in group.rows} == set(NAMES)
         assert all(row.samples[0].before == 0 for row in group.rows)
 
 
-# -- the scratch file
+# -- figures
 
 
-def test_a_file_without_a_name(tmp_path):
-    with scratch.scratch(str(tmp_path)) as fd:
-        assert os.listdir(tmp_path) == []
-        done = scratch.fill(fd, 9 << 20, 0, 3, time.monotonic() + 60, lambda _: None)
-        assert done == 9 << 20 == os.fstat(fd).st_size
-        assert cached(fd) and not _dirty(fd)
-        content = os.pread(fd, 9 << 20, 0)
-        assert len({content[at : at + PAGE] for at in range(0, 9 << 20, PAGE)}) == (9 << 20) // PAGE
-    assert os.listdir(tmp_path) == []
+def group_of(direction: str = "read", **seconds: list[float]) -> Group:
+    """A group with one row for each way, from the seconds of its rounds."""
+    group = Group(direction, 1 << 20, nbytes=64 << 20)
+    for way, each in seconds.items():
+        samples = [Sample(seconds=one, cpu=0.25, before=0, after=0) for one in each]
+        group.rows.append(Row(way, 32 if way == "direct" else 1, samples=samples))
+    return group
 
 
-def _dirty(fd):
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    return cached(fd)
+@pytest.mark.parametrize(
+    ("direct", "copy", "median", "certain"),
+    [
+        ([1.0, 5.0, 3.0], [2.0, 20.0, 4.0], 2.0, False),  # 2, 4 and 1.33: wide, though all agree
+        ([1.0, 1.0, 1.0], [2.0, 2.2, 1.9], 2.0, True),
+        ([2.0, 2.2, 1.9], [1.0, 1.0, 1.0], 0.5, True),
+        ([1.0, 1.0, 1.0], [1.02, 0.99, 1.05], 1.02, False),  # they do not agree
+        ([1.0, 1.0, 1.0], [1.0, 1.0, 1.0], 1.0, False),
+        ([1.0, 1.0], [2.0, 2.0], 2.0, False),  # too few rounds
+        ([1.0, 1.0, 1.0], [1.01, 1.2, 1.05], 1.05, False),  # less than half of the range
+    ],
+)
+def test_a_difference_within_the_noise_is_not_claimed(direct, copy, median, certain) -> None:
+    group = group_of(direct=direct, copy=copy)
+    figure = group.ratio(group.row("direct"))
+    assert figure.median == pytest.approx(median)
+    pairs = [theirs / ours for ours, theirs in zip(direct, copy, strict=True)]
+    assert (figure.low, figure.high) == (min(pairs), max(pairs))
+    assert figure.certain == certain
+    line = group.headline()
+    assert line.startswith("read 1 MiB: direct x32 is ")
+    claim = f"{figure.median:.2f} times as fast as a buffered read and a copy"
+    assert (claim in line) == certain
+    assert ("not measurably faster or slower than" in line) != certain
+    assert f"(ratio {figure.low:.2f} to {figure.high:.2f} in {len(direct)} rounds)" in line
 
 
-def test_filling_ends_in_time(tmp_path):
-    with scratch.scratch(str(tmp_path)) as fd:
-        assert scratch.fill(fd, 64 << 20, 5 << 20, 3, 0, lambda _: None) == 8 << 20
+def test_figures_of_a_group() -> None:
+    group = group_of(direct=[1.0, 3.0], copy=[2.0, 6.0])
+    copy = group.row("copy")
+    assert group.speed(copy) == (64 << 20) / 4.0
+    assert group.cpu(copy) == 0.25 * 16
+    assert group.ratio(copy) is None and group.ratio(copy, "mmap") is None
+    assert group.ratio(copy, "direct").median == 0.5
+    assert group_of(copy=[1.0]).headline() is None
+    written = group_of("write", buffered=[1.0] * 3, copy=[2.0] * 3).headline()
+    assert "2.00 times as fast as a copy and a buffered write" in written
 
 
-def test_no_room(tmp_path):
-    with scratch.scratch(str(tmp_path)) as fd:
-        free = os.fstatvfs(fd)
-        with pytest.raises(OSError, match="give a smaller --size, or another --dir") as caught:
-            scratch.check_space(fd, free.f_blocks * free.f_frsize, "folder")
-        assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, "folder")
-        scratch.check_space(fd, 1, "folder")
-
-
-def test_no_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match="a scratch file cannot be made there"):
-        with scratch.scratch(str(tmp_path / "none")):
-            raise AssertionError
-
-
-def test_why_warm(path):
-    with dmabuf.open(path) as file:
-        assert run.why_warm(file) is None
+def test_percentiles_by_nearest_rank() -> None:
+    group = group_of(copy=[1.0])
+    for count, expected in (
+        (1000, {"p50": 500, "p99": 990, "p99.9": 999, "p100": 1000}),
+        (100, {"p50": 50, "p99": 99, "p99.9": None, "p100": 100}),
+        (3, {"p50": 2, "p99": None, "p99.9": None, "p100": 3}),
+        (1, {"p50": None, "p99": None, "p99.9": None, "p100": 1}),
+        (0, {"p50": None, "p99": None, "p99.9": None, "p100": None}),
+    ):
+        group.latencies["copy"] = array("d", range(count, 0, -1))
+        assert group.percentiles("copy") == expected

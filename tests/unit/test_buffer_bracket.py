@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from dmabuf import _uapi
-from dmabuf.exporters import allocate, heap, udmabuf
+from dmabuf.kernel import uapi
+from dmabuf.memory import allocate, exporters
 from tests.unit.fake_kernel import FakeKernel
 
 PAGE = mmap.PAGESIZE
@@ -17,10 +17,10 @@ PAGE = mmap.PAGESIZE
 def kernel(monkeypatch, tmp_path):
     fake = FakeKernel()
     fake.limit = PAGE
-    monkeypatch.setattr(_uapi, "ioctl", fake.ioctl)
-    monkeypatch.setattr(udmabuf, "DEVICE", os.devnull)
-    monkeypatch.setattr(udmabuf, "SIZE_LIMIT", str(tmp_path / "absent"))
-    monkeypatch.setattr(udmabuf, "maps_large_pages", lambda: True)
+    monkeypatch.setattr(uapi, "ioctl", fake.ioctl)
+    monkeypatch.setattr(exporters, "UDMABUF", os.devnull)
+    monkeypatch.setattr(exporters, "UDMABUF_SIZE_LIMIT", str(tmp_path / "absent"))
+    monkeypatch.setattr(exporters, "maps_large_pages", lambda: True)
     return fake
 
 
@@ -62,7 +62,7 @@ def test_only_the_slabs_that_are_touched(kernel, buf):
         with buf.map("r", offset, size):
             assert calls(kernel) == [(slab, "START", "R") for slab in slabs]
         assert calls(kernel) == [(slab, "END", "R") for slab in reversed(slabs)]
-        with buf._cpu_access(True, True, offset, size):
+        with buf.cpu_access(True, True, offset, size):
             pass
         assert calls(kernel) == around(slabs, "RW")
 
@@ -125,7 +125,7 @@ def test_an_interrupt_that_raises_ends_what_was_started(kernel, buf):
             raise Interrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_uapi, "ioctl", interrupted)
+        patch.setattr(uapi, "ioctl", interrupted)
         with pytest.raises(Interrupt):
             buf.pread(3 * PAGE, 0)
     assert calls(kernel) == around([0, 1], "R")
@@ -179,7 +179,7 @@ def test_a_bracket_lasts_to_its_own_end_even_if_the_view_is_released(kernel, buf
 
 def test_a_heap_has_the_bracket(kernel, monkeypatch, tmp_path):
     (tmp_path / "system").touch()
-    monkeypatch.setattr(heap, "FOLDER", str(tmp_path))
+    monkeypatch.setattr(exporters, "HEAPS", str(tmp_path))
     with allocate(PAGE, exporter="system") as buffer:
         kernel.fds = [buffer.fileno()]
         buffer.pread(1, 0)

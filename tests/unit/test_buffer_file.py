@@ -9,7 +9,7 @@ import os
 import pytest
 
 from dmabuf.errors import ClosedError
-from dmabuf.exporters import allocate
+from dmabuf.memory import allocate
 
 SIZE = 8192
 
@@ -168,18 +168,18 @@ def test_bad_ranges_are_value_errors(raw):
         lambda: raw.pwrite(b"x", -1),
         lambda: raw.pwrite(b"x", 2**64),
         lambda: raw.preadv([bytearray(1)], -1),
-        lambda: raw._check_range(-1, 1),
-        lambda: raw._check_range(1, -1),
-        lambda: raw._check_range(SIZE, 1),
-        lambda: raw._check_range(0, SIZE + 1),
-        lambda: raw._check_range(2**64, 2**64),
+        lambda: raw.check_range(-1, 1),
+        lambda: raw.check_range(1, -1),
+        lambda: raw.check_range(SIZE, 1),
+        lambda: raw.check_range(0, SIZE + 1),
+        lambda: raw.check_range(2**64, 2**64),
         lambda: raw.read(-2),
     ):
         with pytest.raises(ValueError, match=r"negative|past the|larger than") as error:
             call()
         assert not isinstance(error.value, (ClosedError, io.UnsupportedOperation))
-    raw._check_range(0, SIZE)
-    raw._check_range(SIZE, 0)
+    raw.check_range(0, SIZE)
+    raw.check_range(SIZE, 0)
 
 
 def test_any_contiguous_buffer_will_do(raw):
@@ -241,10 +241,10 @@ def test_a_closed_buffer_has_no_descriptors_maps_or_windows(buf):
     buf.close()
     for call in (
         lambda: buf.slabs,
-        lambda: buf._address,
-        buf._acquire,
-        lambda: buf._view(0, 1),
-        lambda: buf._on_close(print),
+        lambda: buf.address,
+        buf.hold,
+        lambda: buf.view(0, 1),
+        lambda: buf.on_close(print),
         lambda: buf.map().__enter__(),
         buf.open,
     ):

@@ -8,9 +8,8 @@ import warnings
 
 import pytest
 
-from dmabuf.buffer import Buffer
 from dmabuf.errors import BusyError, ClosedError
-from dmabuf.exporters import allocate
+from dmabuf.memory import Buffer, allocate
 from tests.forking import in_child
 from tests.resources import held
 
@@ -42,7 +41,7 @@ def test_closing_gives_everything_back():
 def test_a_view_in_a_map_keeps_it_open(buf):
     with buf.map("rw") as view:
         with pytest.raises(
-            BufferError, match=r"cannot close <.*: exported pointers exist.* let go of them"
+            BufferError, match=r"cannot close <.*: exported pointers exist.*delete them"
         ) as error:
             buf.close()
         assert not isinstance(error.value, BusyError)
@@ -54,12 +53,12 @@ def test_a_view_in_a_map_keeps_it_open(buf):
 
 def test_a_slice_that_outlives_its_map_keeps_it_open(buf):
     called = []
-    buf._on_close(lambda: called.append(1))
+    buf.on_close(lambda: called.append(1))
     with buf.map("rw") as view:
         part = view[10:20]
     for _ in range(2):
         with pytest.raises(
-            BufferError, match=r"cannot close <.*: exported pointers exist.* let go of them"
+            BufferError, match=r"cannot close <.*: exported pointers exist.*delete them"
         ):
             buf.close()
     part[:2] = b"hi"
@@ -70,13 +69,13 @@ def test_a_slice_that_outlives_its_map_keeps_it_open(buf):
 
 
 def test_a_buffer_in_use_is_busy(buf):
-    buf._acquire()
-    buf._acquire()
-    buf._release()
+    buf.hold()
+    buf.hold()
+    buf.release()
     with pytest.raises(BusyError, match="a transfer is running"):
         buf.close()
     assert buf.write(b"x") == 1
-    buf._release()
+    buf.release()
     buf.close()
 
 
@@ -88,10 +87,10 @@ def test_on_close_calls_back_once_without_the_lock():
         thread.start()
         thread.join()
         with pytest.raises(ClosedError):
-            buffer._acquire()
+            buffer.hold()
 
     buffer = allocate(SIZE, exporter="memfd")
-    buffer._on_close(callback)
+    buffer.on_close(callback)
     buffer.close()
     buffer.close()
     assert called == [True]
@@ -99,7 +98,7 @@ def test_on_close_calls_back_once_without_the_lock():
 
 def test_a_callback_that_fails_leaks_nothing():
     buffer = allocate(SIZE, exporter="memfd")
-    buffer._on_close(lambda: 1 / 0)
+    buffer.on_close(lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         buffer.close()
     assert buffer.closed
@@ -109,7 +108,7 @@ def test_dropping_one_warns_and_closes():
     before = held()
     called = []
     buffer = allocate(SIZE, exporter="memfd", name="dropped")
-    buffer._on_close(lambda: called.append(1))
+    buffer.on_close(lambda: called.append(1))
     with pytest.warns(ResourceWarning, match="unclosed <dmabuf.Buffer 'dropped' 64 KiB"):
         del buffer
         gc.collect()
@@ -226,19 +225,23 @@ def test_a_forked_child_shares_the_memory(buf):
     assert buf.tell() == 6
 
 
-def test_a_forked_child_is_not_held_by_what_the_parent_does(buf):
+def test_a_forked_child_is_not_held_by_what_the_parent_does(buf, monkeypatch):
     """Neither by a transfer, nor by a lock, and the parent's pins are not the child's to undo."""
     called = []
-    buf._on_close(lambda: called.append(1))
-    buf._acquire()
+    buf.on_close(lambda: called.append(1))
+    buf.hold()
     locked, done = threading.Event(), threading.Event()
+    check_open = buf.check_open
 
-    def hold():
-        with buf._lock:
+    def check_and_block():
+        """Called with the buffer's lock held."""
+        if threading.current_thread() is holder:
             locked.set()
             done.wait()
+        check_open()
 
-    holder = threading.Thread(target=hold)
+    monkeypatch.setattr(buf, "check_open", check_and_block)
+    holder = threading.Thread(target=lambda: buf.address)
     holder.start()
     locked.wait()
     try:
@@ -252,4 +255,4 @@ def test_a_forked_child_is_not_held_by_what_the_parent_does(buf):
     finally:
         done.set()
         holder.join()
-        buf._release()
+        buf.release()

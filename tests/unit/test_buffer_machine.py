@@ -10,9 +10,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
 
-from dmabuf import _uapi
 from dmabuf.errors import ClosedError
-from dmabuf.exporters import allocate, udmabuf
+from dmabuf.kernel import uapi
+from dmabuf.memory import allocate, exporters
 from tests.unit.fake_kernel import FakeKernel
 
 PAGE = mmap.PAGESIZE
@@ -201,10 +201,10 @@ class SlabMachine(BufferMachine):
         self.kernel.limit = PAGE
         self.patches = contextlib.ExitStack()
         patch = self.patches.enter_context(pytest.MonkeyPatch.context())
-        patch.setattr(_uapi, "ioctl", self.kernel.ioctl)
-        patch.setattr(udmabuf, "DEVICE", os.devnull)
-        patch.setattr(udmabuf, "SIZE_LIMIT", "/nonexistent")
-        patch.setattr(udmabuf, "maps_large_pages", lambda: True)
+        patch.setattr(uapi, "ioctl", self.kernel.ioctl)
+        patch.setattr(exporters, "UDMABUF", os.devnull)
+        patch.setattr(exporters, "UDMABUF_SIZE_LIMIT", "/nonexistent")
+        patch.setattr(exporters, "maps_large_pages", lambda: True)
 
     @invariant()
     def every_start_has_its_end(self):

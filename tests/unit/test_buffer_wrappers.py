@@ -10,7 +10,7 @@ import zipfile
 import pytest
 
 from dmabuf.errors import ClosedError
-from dmabuf.exporters import allocate
+from dmabuf.memory import allocate
 
 SIZE = 1 << 20
 

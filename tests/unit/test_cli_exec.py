@@ -157,28 +157,29 @@ def test_what_is_told(buf):
     size = f"descriptor {buf.fileno()}: {SIZE} bytes, "
     done = execute(buf, "-v", "true")
     assert done.stderr.decode() == (
-        f"{size}rb+, by memfd: the memory is a memfd, which is a file already\n"
+        f"{size}rb+, by memfd: the memory is a memfd, which is a file\n"
     )
     assert execute(buf, "-rv", "true").stderr.decode().startswith(f"{size}rb, by memfd: ")
     done = execute(buf, "--json", "echo", "out")
     assert done.stdout == b"out\n"
     assert json.loads(done.stderr) == {
+        "format": 1,
         "fd": buf.fileno(),
         "size": SIZE,
         "mode": "rb+",
         "way": "memfd",
-        "reason": "the memory is a memfd, which is a file already",
+        "reason": "the memory is a memfd, which is a file",
     }
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--fd", "3"], "Missing argument 'PROGRAM'"),
-        (["--fd", "3", "--"], "Missing argument 'PROGRAM'"),
-        (["true"], "Missing option '--fd'"),
-        (["--fd", "-1", "true"], "Invalid value for '--fd'"),
-        (["--fd", "three", "true"], "Invalid value for '--fd'"),
+        (["--fd", "3"], "required: PROGRAM"),
+        (["--fd", "3", "--"], "required: PROGRAM"),
+        (["true"], "required: --fd"),
+        (["--fd", "-1", "true"], "--fd"),
+        (["--fd", "three", "true"], "--fd"),
     ],
 )
 def test_command_lines_that_are_not_understood(arguments, said, capsys):
@@ -197,7 +198,7 @@ def test_descriptors_that_will_not_do(capsys, tmp_path):
     with path.open("rb") as file:
         ended = run_here(capsys, "exec", "--fd", file.fileno(), "true")
     assert ended.status == 1
-    assert "is no dma-buf but a regular file" in ended.err
+    assert "is not a dma-buf but a regular file" in ended.err
 
 
 def test_a_memfd_for_writing_only(buf, capsys):

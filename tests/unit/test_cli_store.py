@@ -1,5 +1,6 @@
 """`dmabuf serve`, and put, get, ls, stat and rm against it."""
 
+import grp
 import json
 import os
 import signal
@@ -12,8 +13,8 @@ from pathlib import Path
 import pytest
 
 import dmabuf.store
-from dmabuf.store.connection import Connection
-from tests.serving import as_a_program, in_a_thread
+from tests.guards import needs
+from tests.serving import as_a_program, in_a_thread, served_by
 from tests.support import assert_same, pattern
 from tests.unit.command import dmabuf as command
 from tests.unit.command import finish, start
@@ -75,7 +76,7 @@ def test_pipes(store, path, capsys) -> None:
     process = start("put", "--socket", path, "-", "none", stdin=subprocess.PIPE)
     ended = finish(process, b"")
     assert ended.status == 1
-    assert "standard input: is a stream: say with --size how many bytes" in ended.err
+    assert "standard input: the size of a stream is unknown; give the most bytes" in ended.err
 
 
 def test_an_empty_file(store, path, tmp_path, capsys) -> None:
@@ -97,47 +98,22 @@ def test_a_name_is_whole_or_as_it_was(store, source, path, tmp_path, capsys) -> 
     ended = command(capsys, "put", "--socket", path, tmp_path / "missing", "name")
     assert (ended.status, store.stat("name").length) == (1, 5)
     ended = command(capsys, "get", "--socket", path, "missing", source)
-    assert (ended.status, ended.err) == (1, "error: missing: no buffer of that name\n")
+    assert (ended.status, ended.err) == (1, "error: missing: there is no such buffer\n")
     assert_same(source.read_bytes(), DATA, "the file that was not replaced")
 
 
-def between(monkeypatch, store, what) -> None:
-    """Have something happen before and after each request of others."""
-    ask, ours = Connection.ask, store._connection
-
-    def asking(self, op, **fields):
-        if self is not ours:
-            what()
-        try:
-            return ask(self, op, **fields)
-        finally:
-            if self is not ours:
-                what()
-
-    monkeypatch.setattr(Connection, "ask", asking)
-
-
-def test_nobody_sees_a_stream_that_ended_early_at_another_length(
-    store, path, tmp_path, capsys, monkeypatch
-) -> None:
+def test_nobody_sees_a_stream_at_another_length(store, path, tmp_path) -> None:
     seen = []
-    between(monkeypatch, store, lambda: seen.append([one.length for one in store.list()]))
-    reading, writing = os.pipe()
-    os.write(writing, DATA[:5000])
-    os.close(writing)
-    standard = os.dup(0)
-    os.dup2(reading, 0)
-    try:
-        assert command(capsys, "put", "--socket", path, "--size", "1MiB", "-", "n").status == 0
-    finally:
-        os.dup2(standard, 0)
-        os.close(standard)
-        os.close(reading)
+    with served_by(tmp_path / "between.sock", path) as between:
+        between.around_each(lambda: seen.append([one.length for one in store.list()]))
+        socket = tmp_path / "between.sock"
+        command = ["put", "--socket", socket, "--size", "1MiB", "-", "n"]
+        assert finish(start(*command, stdin=subprocess.PIPE), DATA[:5000]).status == 0
     assert [] in seen and [5000] in seen
     assert all(one in ([], [5000]) for one in seen), seen
 
 
-def test_what_is_got_is_of_one_put(store, path, tmp_path, capsys, monkeypatch) -> None:
+def test_what_is_got_is_of_one_put(store, path, tmp_path) -> None:
     puts = []
 
     def another() -> None:
@@ -148,8 +124,10 @@ def test_what_is_got_is_of_one_put(store, path, tmp_path, capsys, monkeypatch) -
             store.link(buffer, "name")
 
     another()
-    between(monkeypatch, store, another)
-    assert command(capsys, "get", "--socket", path, "name", tmp_path / "got").status == 0
+    with served_by(tmp_path / "between.sock", path) as between:
+        between.around_each(another)
+        command = ["get", "--socket", tmp_path / "between.sock", "name", tmp_path / "got"]
+        assert finish(start(*command)).status == 0
     assert len(puts) > 2
     assert (tmp_path / "got").read_bytes() in puts
 
@@ -172,7 +150,7 @@ def test_what_there_is(store, path, capsys) -> None:
     assert command(capsys, "rm", "--socket", path, "a", "b").status == 0
     assert store.list() == []
     ended = command(capsys, "rm", "--socket", path, "a")
-    assert (ended.status, ended.err) == (1, "error: a: no buffer of that name\n")
+    assert (ended.status, ended.err) == (1, "error: a: there is no such buffer\n")
 
 
 @pytest.mark.parametrize(
@@ -180,9 +158,10 @@ def test_what_there_is(store, path, capsys) -> None:
     [
         (["put", "--mode", "888", "f", "n"], "three octal digits"),
         (["put", "--mode", "1777", "f", "n"], "three octal digits"),
-        (["put", "--size", "much", "f", "n"], "is no size"),
-        (["get", "--size", "-1", "n", "f"], "is no size"),
-        (["serve", "--max-memory", "all"], "is no size"),
+        (["put", "--size", "much", "f", "n"], "size"),
+        (["get", "--size", "-1", "n", "f"], "size"),
+        (["serve", "--max-memory", "all"], "--max-memory"),
+        (["serve", "--max-memory", "0"], "the store could hold nothing"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(arguments, why, capsys) -> None:
@@ -194,13 +173,13 @@ def test_what_cannot_be_meant_is_refused(arguments, why, capsys) -> None:
 def test_a_name_is_checked_before_anything_is_copied(store, path, source, capsys) -> None:
     ended = command(capsys, "put", "--socket", path, source, "a/b")
     assert ended.status == 1
-    assert 'error: a/b: a name is neither empty nor "."' in ended.err
+    assert "error: a/b: invalid name: use printable characters" in ended.err
 
 
 def test_without_a_server(path, capsys) -> None:
     ended = command(capsys, "ls", "--socket", path)
     assert ended.status == 1
-    assert ended.err == f"error: {path}: no store serves there (start one: dmabuf serve)\n"
+    assert ended.err == f"error: {path}: no store is running here; start one: dmabuf serve\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -214,11 +193,23 @@ def test_a_signal_is_the_ordinary_end(path: Path, number: int) -> None:
     assert server.stderr.closed
 
 
+@needs("root")
+def test_a_shared_store_is_for_a_group(path: Path) -> None:
+    with as_a_program(path):
+        assert (path.stat().st_mode & 0o777, path.stat().st_gid) == (0o600, os.getegid())
+    with as_a_program(path, "--group", "daemon"):
+        assert path.stat().st_mode & 0o777 == 0o660
+        assert path.stat().st_gid == grp.getgrnam("daemon").gr_gid
+    ended = finish(start("serve", "--socket", path, "--group", "no-such-group"))
+    assert (ended.status, ended.err) == (1, "error: unknown group 'no-such-group'\n")
+    assert not path.exists()
+
+
 def test_a_second_server_is_refused(path: Path) -> None:
     with as_a_program(path) as first:
         ended = finish(start("serve", "--socket", path))
         assert ended.status == 1
-        assert ended.err == f"error: {path}: another server listens there already\n"
+        assert ended.err == f"error: {path}: another server listens there\n"
         with dmabuf.store.connect(path) as store:
             assert store.list() == []
         assert first.poll() is None
@@ -237,7 +228,7 @@ def test_a_killed_server_leaves_what_its_clients_have(path: Path) -> None:
             assert buffer.pread(6, 0) == b"before"
             buffer.pwrite(b"after.", 0)
             assert buffer.pread(6, 0) == b"after."
-    with pytest.raises(ConnectionRefusedError, match="is gone"):
+    with pytest.raises(ConnectionRefusedError, match="has stopped"):
         dmabuf.store.connect(path)
     with as_a_program(path), dmabuf.store.connect(path) as store:
         assert store.list() == [], "the stale socket was replaced"
@@ -247,7 +238,7 @@ def test_what_is_no_socket_is_left_alone(path: Path) -> None:
     path.write_text("a file of somebody's")
     ended = finish(start("serve", "--socket", path))
     assert ended.status == 1
-    assert "is there, and no socket: nothing was changed" in ended.err
+    assert "the file is not a socket; nothing was changed" in ended.err
     assert path.read_text() == "a file of somebody's"
 
 
@@ -284,4 +275,4 @@ def test_a_descriptor_that_does_not_listen(path: Path) -> None:
     other = _ACTIVATED.replace("listener.listen()", "")
     done = subprocess.run([sys.executable, "-c", other, path], capture_output=True, text=True)
     assert done.returncode == 1
-    assert "is no socket that listens (ListenSequentialPacket=)" in done.stderr
+    assert "is not a listening socket; use ListenSequentialPacket=" in done.stderr

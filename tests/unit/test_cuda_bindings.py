@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dmabuf.devices import _cuda, _cuda_memory, _cuda_registered, cuda
+from dmabuf.devices import cuda
 from tests.guards import needs
 from tests.support import in_child, pattern
 from tests.unit import fake_cuda
@@ -42,9 +42,7 @@ def libcuda(tmp_path, monkeypatch):
 def test_what_is_called_is_there():
     from cuda.bindings import driver
 
-    modules = (_cuda, _cuda_memory, _cuda_registered, cuda)
-    source = "".join(inspect.getsource(module) for module in modules)
-    functions = set(re.findall(r'"(cu[A-Z]\w+)"', source))
+    functions = set(re.findall(r'"(cu[A-Z]\w+)"', inspect.getsource(cuda)))
     assert len(functions) > 20
     for name in functions:
         assert callable(getattr(driver, name)), name
@@ -55,22 +53,15 @@ def test_what_is_called_is_there():
 def test_the_fake_has_the_real_numbers():
     from cuda.bindings import driver
 
-    for name, kind in vars(fake_cuda).items():
-        if isinstance(kind, type) and issubclass(kind, fake_cuda.enum.IntEnum):
-            for member in kind:
-                assert int(getattr(getattr(driver, name), member.name)) == member, member
+    for name, kind in fake_cuda.ENUMERATIONS.items():
+        for member in kind:
+            assert int(getattr(getattr(driver, name), member.name)) == member, member
     for name in ("CU_MEMHOSTREGISTER_DEVICEMAP", "CU_MEMHOSTREGISTER_READ_ONLY"):
         assert getattr(driver, name) == getattr(fake_cuda.FakeCuda, name)
-    codes = {int(code): code.name for code in driver.CUresult}
-    for number in (*_cuda._ERRNOS, *_cuda._FIXES):
-        assert number in codes
-    assert codes[_cuda._NOT_READY] == "CUDA_ERROR_NOT_READY"
-    assert codes[_cuda._NOT_REGISTERED] == "CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED"
     options = driver.CUflushGPUDirectRDMAWritesOptions
-    host = options.CU_FLUSH_GPU_DIRECT_RDMA_WRITES_OPTION_HOST
-    assert int(host) == _cuda_memory._OPTION_HOST
+    assert int(options.CU_FLUSH_GPU_DIRECT_RDMA_WRITES_OPTION_HOST) == 1
     ordering = driver.CUGPUDirectRDMAWritesOrdering.CU_GPU_DIRECT_RDMA_WRITES_ORDERING_OWNER
-    assert int(ordering) == _cuda_memory._ORDERING_OWNER
+    assert int(ordering) == 100
 
 
 _ALL_OF_IT = """
@@ -108,7 +99,8 @@ def use():
                 except ValueError as error:
                     print(error)
         with dmabuf.allocate(8192, exporter="memfd") as buffer, gpu.register(buffer) as registered:
-            assert registered.address == buffer._address
+            buffer.pwrite(poison(8192), 0)
+            assert ctypes.string_at(registered.address, 8192) == buffer.pread(8192, 0)
             try:
                 gpu.register(buffer)
             except OSError as error:
@@ -128,9 +120,9 @@ assert held() == before
 def test_all_of_it_with_a_driver_of_our_own(libcuda, tmp_path):
     """What the bindings take and give, no fake can tell."""
     said = in_child(_ALL_OF_IT, tmp_path / "file", SIZE)
-    assert said.count("is no memory that CUDA knows") == 4
-    assert "[Errno 16] cuda:0: pinning 8192 bytes of host memory: already mapped" in said
-    assert "[Errno 12] cuda:0: allocating 4 EiB of device memory" in said
+    assert said.count("CUDA has no such memory") == 4
+    assert "[Errno 16] cuda:0: pin 8192 bytes of host memory: already mapped" in said
+    assert "[Errno 12] cuda:0: allocate 4 EiB of device memory" in said
 
 
 # -- the example
@@ -138,7 +130,7 @@ def test_all_of_it_with_a_driver_of_our_own(libcuda, tmp_path):
 
 def example(*arguments):
     return subprocess.run(
-        [sys.executable, EXAMPLE, *arguments], capture_output=True, text=True, timeout=60
+        [sys.executable, EXAMPLE, *arguments], capture_output=True, text=True, timeout=600
     )
 
 
@@ -161,6 +153,6 @@ def test_the_example_without_a_driver(tmp_path):
     shutil.copy(EXAMPLE, tmp_path / "source")
     done = example(tmp_path / "source", tmp_path / "copy")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("error: [Errno 2] there is no NVIDIA driver on this machine")
+    assert done.stderr.startswith("error: [Errno 2] start CUDA: no NVIDIA driver")
     assert "libcuda.so.1" in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "copy").exists()

@@ -1,113 +1,134 @@
-"""What docs/ quotes of errors that need no device is what the code says: tests/device has more."""
+"""The documentation: its links lead somewhere, and its code and commands use names that exist."""
 
+import ast
+import functools
+import importlib
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
-import dmabuf
-from dmabuf import safetensors
-from dmabuf.devices import cuda, vulkan
-from dmabuf.exporters import foreign
-from tests.unit import test_vulkan
-from tests.unit.fake_cuda import CUdevice_attribute, CUresult, FakeCuda
-from tests.unit.test_cuda import install
+from dmabuf import errors, safetensors
+from tests.unit.command import dmabuf as command
 
-DOCS = Path(__file__).parents[2] / "docs"
-fake, buf = test_vulkan.fake, test_vulkan.buf
+ROOT = Path(__file__).parents[2]
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("lab/*.md")]
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
-def told(attempt):
-    """The last line of the traceback, the error's module left out."""
-    with pytest.raises((ImportError, OSError, ValueError)) as caught:
-        attempt()
-    return f"{type(caught.value).__name__}: {caught.value}"
+def blocks(page, *languages):
+    """The code blocks of a page in one of the languages."""
+    text = page.read_text()
+    return [
+        block
+        for language, block in re.findall(r"^```(\w*)[^\n]*\n(.*?)^```", text, re.M | re.S)
+        if language in languages
+    ]
 
 
-class Without:
-    """As if a module were not installed."""
-
-    def __init__(self, name):
-        self.name = name
-
-    def find_spec(self, name, path=None, target=None):
-        if name == self.name:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+@functools.cache
+def anchors(page):
+    """The anchors of a page's headings, by GitHub's rule."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    heads = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
-@pytest.fixture
-def without(monkeypatch):
-    def hide(name):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-        monkeypatch.setattr(sys, "meta_path", [Without(name), *sys.meta_path])
-
-    return hide
-
-
-def test_cuda(monkeypatch, without, tmp_path):
-    driver = FakeCuda(count=0)
-    install(monkeypatch, driver)
-    found = []
-    with monkeypatch.context() as only:
-        only.setitem(sys.modules, "cuda.bindings.driver", None)
-        found.append(told(cuda.Device))
-    with monkeypatch.context() as only:
-        only.setitem(driver.fail, "cuInit", RuntimeError("Failed to dlopen libcuda.so.1"))
-        found.append(told(cuda.Device))
-    found.append(told(cuda.Device))
-    driver.count = 1
-    (tmp_path / "file").write_bytes(bytes(4096))
-    with (
-        cuda.Device(block_size=4096) as gpu,
-        gpu.allocate("2MiB") as memory,
-        gpu.memory(memory.address + 512, 4096) as part,
-        dmabuf.allocate(4096, exporter="memfd") as buffer,
-        dmabuf.open(tmp_path / "file") as file,
-    ):
-        key = CUdevice_attribute.CU_DEVICE_ATTRIBUTE_DMA_BUF_SUPPORTED
-        with monkeypatch.context() as only:
-            only.setitem(driver.attributes, key, 0)
-            found.append(told(memory.export))
-        found.append(told(part.export))
-        with monkeypatch.context() as only:
-            only.setattr(buffer, "_pin_refusal", foreign.pin_refusal("system"))
-            found.append(told(lambda: gpu.register(buffer)))
-        with gpu.register(buffer):
-            found.append(told(lambda: gpu.register(buffer)))
-        with monkeypatch.context() as only:
-            lost = CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
-            memory.read_from(file)
-            only.setattr(gpu._staging._blocks, "_lost", OSError(str(lost)))
-            found.append(told(lambda: memory.read_from(file)))
-    table = (DOCS / "cuda.md").read_text().partition("\n## Errors")[2]
-    rows = re.findall(r"^\| ([^|]+) \| ([A-Za-z.]+)", table, re.MULTILINE)[1:]
-    assert len(rows) == len(found)
-    for error, (words, kind) in zip(found, rows, strict=True):
-        assert words in error
-        number = getattr(dmabuf.errors.errno, kind, None)
-        assert f"[Errno {number}]" in error if number else error.startswith(kind.split(".")[-1])
+@pages
+def test_every_link_within_the_project_leads_somewhere(page):
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"\w+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or target.suffix != ".md" or anchor in anchors(target), link
 
 
-def test_gpus(fake, buf, without):
-    found = []
-    fake.extensions.discard("VK_EXT_external_memory_dma_buf")
-    found.append(told(vulkan.open))
-    fake.extensions.add("VK_EXT_external_memory_dma_buf")
-    with vulkan.open() as device:
-        fake.needs = 256
-        found.append(told(lambda: device.import_buffer(buf)))
-    without("vulkan")
-    found.append(told(vulkan.open))
-    page = (DOCS / "gpus.md").read_text()
-    for error in found:
-        assert f"`{error}`" in page, error
+def source(block):
+    """The Python source of a block; of a session, what follows the prompts."""
+    lines = block.splitlines()
+    if any(line.startswith(">>> ") for line in lines):
+        lines = [line[4:] for line in lines if line.startswith((">>> ", "... "))]
+    return "\n".join(lines)
 
 
-def test_models(tmp_path):
-    text = (DOCS / "models.md").read_text()
-    (line,) = re.findall(r"^ValueError: cut.safetensors: .*", text, re.MULTILINE)
+def chain(node):
+    """The names of `a.b.c`, or None for anything else."""
+    if isinstance(node, ast.Name):
+        return (node.id,)
+    if isinstance(node, ast.Attribute):
+        front = chain(node.value)
+        return front and (*front, node.attr)
+    return None
+
+
+def find(path):
+    """The object with a dotted path; AttributeError or ImportError if there is none."""
+    found = importlib.import_module(path[0])
+    for index, name in enumerate(path[1:], start=1):
+        if not hasattr(found, name):
+            importlib.import_module(".".join(path[: index + 1]))
+        found = getattr(found, name)
+    return found
+
+
+@pages
+def test_every_name_of_the_package_in_python_code_exists(page):
+    for block in blocks(page, "python", "pycon", "py"):
+        known = {"dmabuf": ("dmabuf",)}
+        tree = ast.parse(source(block))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dmabuf"):
+                for alias in node.names:
+                    path = (*node.module.split("."), alias.name)
+                    find(path)
+                    known[alias.asname or alias.name] = path
+            elif isinstance(node, ast.Import):
+                for alias in node.names:
+                    if alias.name.startswith("dmabuf") and alias.asname:
+                        known[alias.asname] = tuple(alias.name.split("."))
+        for node in ast.walk(tree):
+            names = chain(node) if isinstance(node, ast.Attribute) else None
+            if names and names[0] in known:
+                find((*known[names[0]], *names[1:]))
+
+
+@pages
+def test_every_command_and_option_in_consoles_exists(page, capsys):
+    helps = {}
+    for block in blocks(page, "console", "sh"):
+        for line in re.findall(r"^\$ (?:sudo )?dmabuf ([a-z]+.*)$", block, re.M):
+            name, *words = re.split(r" -- |[|;&>#]", line)[0].split()
+            if name not in helps:
+                ended = command(capsys, name, "--help")
+                assert ended.status == 0, line
+                helps[name] = ended.out
+            for option in (word.partition("=")[0] for word in words if word.startswith("--")):
+                assert option in helps[name], line
+
+
+def test_the_reference_names_every_command_and_option(capsys):
+    text = (ROOT / "docs/reference/cli.md").read_text()
+    listed = re.findall(r"^  ([a-z]+) ", command(capsys, "--help").out, re.M)
+    assert len(listed) > 10
+    for name in listed:
+        assert f"`dmabuf {name}" in text, name
+        for option in re.findall(r"(?<!\S)--[a-z-]+", command(capsys, name, "--help").out):
+            assert option == "--help" or re.search(rf"{option}\b", text), f"{name} {option}"
+
+
+def test_the_reference_names_every_exception():
+    text = (ROOT / "docs/reference/errors.md").read_text()
+    for name in errors.__all__:
+        assert f"`dmabuf.{name}`" in text, name
+
+
+def test_a_malformed_file_is_refused_as_models_md_shows(tmp_path):
+    text = (ROOT / "docs/guides/models.md").read_text()
+    (line,) = re.findall(r"^ValueError: load cut.safetensors: .*", text, re.MULTILINE)
     whole, cut = (int(number) for number in re.findall(r" (\d+)\b", line))
     for size in range(whole - 200, whole):
         header = {"t": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}
@@ -118,5 +139,6 @@ def test_models(tmp_path):
     path.write_bytes(len(raw).to_bytes(8, "little") + raw)
     with path.open("r+b") as file:
         file.truncate(cut)
-    error = told(lambda: safetensors.load(path, framework="np"))
-    assert error.replace(f"{tmp_path}/", "") == line
+    with pytest.raises(ValueError) as error:
+        safetensors.load(path, framework="np")
+    assert f"ValueError: {error.value}".replace(f"{tmp_path}/", "") == line

@@ -7,7 +7,6 @@ import pytest
 
 import dmabuf
 from dmabuf.devices import drm
-from dmabuf.devices._drm_formats import FORMATS, number, text
 
 
 @pytest.fixture
@@ -41,34 +40,23 @@ def test_where_the_planes_are(buffer, name, width, height, pitch, expected):
     assert str(picture) == f"{width}x{height} {name}"
 
 
+FORMATS = [
+    *("R8", "RG16", "RG24", "XR24", "AYUV", "AB48", "YUYV", "NV12", "NV16", "NV24", "P010"),
+    *("YU12", "YU16", "YU24"),
+]
+
+
 @pytest.mark.parametrize("name", FORMATS)
-def test_size_is_what_an_image_takes(name):
-    """A buffer of that size will do, and one byte less than is touched will not."""
+def test_size_is_what_an_image_takes(buffer, name):
+    """So many bytes are enough, and one pixel less than the last row has is not."""
     for width, height in itertools.product((1, 2, 7), repeat=2):
         size = drm.size(width, height, name)
-        picture = drm.image(Sized(size), width, height, name)
-        last, rule = picture.planes[-1], FORMATS[name][-1]
-        end = last.offset + last.pitch * (rule.rows(height) - 1) + rule.least_pitch(width)
-        assert end <= size
+        picture = drm.image(buffer, width, height, name, offset=buffer.size - size)
+        last = picture.planes[-1]
+        assert last.offset + last.pitch <= buffer.size
         with pytest.raises(OSError, match="allocate a larger") as caught:
-            drm.image(Sized(end - 1), width, height, name)
+            drm.image(buffer, width, height, name, offset=buffer.size - size + last.pitch)
         assert caught.value.errno == errno.EINVAL
-
-
-class Sized:
-    """A buffer of any size, as far as layouts are concerned."""
-
-    def __init__(self, size):
-        self.size = size
-
-
-def test_formats_have_numbers():
-    assert number("XR24") == 0x34325258
-    assert number("R8") == 0x20203852
-    for name in FORMATS:
-        assert text(number(name)) == name
-    assert text(number("XR24") | 1 << 31) == "XR24 big-endian"
-    assert text(7) == "0x7"
 
 
 @pytest.mark.parametrize(
@@ -76,9 +64,9 @@ def test_formats_have_numbers():
     [
         ({"format": "ABCD"}, "unknown pixel format 'ABCD': known are AB12?"),
         ({"format": ""}, "unknown pixel format ''"),
-        ({"pitch": 399}, "a row of 100 pixels takes 400 bytes, and the pitch is 399"),
-        ({"offset": 60_000}, "its 50 rows of 400 bytes from offset 60000 end at 80000, and the b"),
-        ({"width": 1 << 20}, "the buffer holds 65536 bytes: allocate a larger"),
+        ({"pitch": 399}, "pitch 399 is less than the 400 bytes of a row"),
+        ({"offset": 60_000}, "it ends at byte 80000, the buffer has 65536"),
+        ({"width": 1 << 20}, "the buffer has 65536; allocate a larger"),
         ({"height": 1 << 20}, "allocate a larger"),
     ],
 )
@@ -108,7 +96,9 @@ def test_numbers_out_of_bounds(buffer, how):
         drm.image(buffer, **({"width": 100, "height": 50} | how))
 
 
-def test_numbers_that_are_none(buffer):
+def test_arguments_that_are_not_numbers(buffer):
+    with pytest.raises(TypeError, match=r"a dmabuf\.Buffer is needed"):
+        drm.image(bytearray(40_000), 100, 50)
     for how in ({"width": 1.5}, {"height": "1"}, {"pitch": 512.0}, {"width": True}):
         with pytest.raises(TypeError, match=next(iter(how))):
             drm.image(buffer, **({"width": 100, "height": 50} | how))
@@ -124,9 +114,9 @@ def test_planes_in_buffers_of_their_own(buffer):
         picture = drm.Image(64, 64, "NV12", planes)
         assert picture.buffer is buffer
         for wrong in (planes[:1], planes + planes):
-            with pytest.raises(OSError, match=f"NV12 has 2 planes, and {len(wrong)} were given"):
+            with pytest.raises(OSError, match=f"NV12 has 2 planes, {len(wrong)} were given"):
                 drm.Image(64, 64, "NV12", wrong)
-        with pytest.raises(OSError, match="64x128 NV12, plane 1: its 64 rows of 128 bytes"):
+        with pytest.raises(OSError, match="64x128 NV12, plane 1: it ends at byte 8128"):
             drm.Image(64, 128, "NV12", (planes[0], drm.Plane(other, 0, 128)))
 
 
@@ -140,12 +130,12 @@ def test_an_image_closes_its_buffers():
 @pytest.mark.parametrize(
     ("path", "code", "match"),
     [
-        ("/dev/dri/card-of-nobody", errno.ENOENT, "those that are there are in /dev/dri"),
-        ("/dev/null", errno.ENODEV, "is no DRM device"),
-        ("/", errno.ENODEV, "is no DRM device"),
+        ("/dev/dri/card-of-nobody", errno.ENOENT, "use /dev/dri/card0"),
+        ("/dev/null", errno.ENODEV, "not a DRM device"),
+        ("/", errno.ENODEV, "not a DRM device"),
     ],
 )
-def test_nodes_that_are_none(path, code, match):
+def test_nodes_that_are_not_drm_devices(path, code, match):
     with pytest.raises(OSError, match=match) as caught:
         drm.Card(path)
     assert (caught.value.errno, caught.value.filename) == (code, path)

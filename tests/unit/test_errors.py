@@ -10,7 +10,6 @@ import pytest
 
 import dmabuf
 from dmabuf import aio
-from dmabuf.buffer import Window
 from dmabuf.errors import (
     BusyError,
     ClosedError,
@@ -19,6 +18,7 @@ from dmabuf.errors import (
     ShortReadError,
     os_error,
 )
+from dmabuf.memory import Window
 
 EXAMPLES = [
     RouteUnavailable("no O_DIRECT on tmpfs", "/tmp/x", route="direct", plan={"route": "buffered"}),
@@ -33,7 +33,7 @@ EXAMPLES = [
 
 @pytest.mark.parametrize("error", EXAMPLES, ids=str)
 @pytest.mark.parametrize("again", [lambda e: pickle.loads(pickle.dumps(e)), copy.copy])
-def test_a_copy_says_and_holds_the_same(error, again):
+def test_a_copy_has_the_same_text_and_values(error, again):
     twin = again(error)
     assert type(twin) is type(error)
     assert str(twin) == str(error)
@@ -49,7 +49,7 @@ def test_each_is_caught_as_the_nearest_builtin():
     assert issubclass(ShortReadError, EOFError)
 
 
-def test_what_they_say_and_hold():
+def test_text_and_values():
     error = EXAMPLES[0]
     assert str(error) == f"[Errno {errno.EOPNOTSUPP}] no O_DIRECT on tmpfs: '/tmp/x'"
     assert (error.errno, error.reason, error.route) == (errno.EOPNOTSUPP, error.strerror, "direct")
@@ -59,7 +59,7 @@ def test_what_they_say_and_hold():
     assert (EXAMPLES[5].index, EXAMPLES[5].nbytes) == (3, 10)
 
 
-def test_a_plain_os_error_is_of_the_class_of_its_errno():
+def test_a_plain_os_error_has_the_class_of_its_errno():
     error = os_error(errno.EACCES, "opening: not ours", Path("/x"))
     assert type(error) is PermissionError
     assert str(error) == "[Errno 13] opening: not ours: '/x'"

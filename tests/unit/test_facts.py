@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 import dmabuf
-from dmabuf import Route, _uapi, facts
-from dmabuf.facts import PAGE, Alignment
+from dmabuf import Route
+from dmabuf.kernel import files, uapi
 from tests import mounting
 from tests.guards import needs
 from tests.support import (
@@ -28,14 +28,14 @@ from tests.support import (
 
 @pytest.fixture
 def file(tmp_path):
-    (tmp_path / "file").write_bytes(bytes(10 * PAGE))
+    (tmp_path / "file").write_bytes(bytes(10 * files.PAGE))
     fd = os.open(tmp_path / "file", os.O_RDWR)
     yield fd
     os.close(fd)
 
 
 def open_direct(fd, **how):
-    return facts.open_direct(fd, "file", **({"writable": True, "readable": True} | how))
+    return files.open_direct(fd, "file", **({"writable": True, "readable": True} | how))
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def open_direct(fd, **how):
     ],
 )
 def test_kinds(kind, expected):
-    assert facts.kind_of(kind | 0o644) == expected
+    assert files.kind_of(kind | 0o644) == expected
 
 
 def test_what_statx_states_is_taken(file, monkeypatch):
@@ -60,15 +60,15 @@ def test_what_statx_states_is_taken(file, monkeypatch):
         memory[0], offset[0] = 4, 512
         return 0
 
-    monkeypatch.setattr(facts, "lib", Fake(dmb_statx_dio=stated))
+    monkeypatch.setattr(files, "lib", Fake(dmb_statx_dio=stated))
     direct = open_direct(file)
-    assert (direct.alignment, direct.refusal) == (Alignment(4, 512), None)
+    assert (direct.alignment, direct.refusal) == (files.Alignment(4, 512), None)
     os.close(direct.fd)
 
 
 class Fake:
     def __init__(self, **functions):
-        self._real = facts.lib
+        self._real = files.lib
         self.__dict__.update(functions)
 
     def __getattr__(self, name):
@@ -77,10 +77,10 @@ class Fake:
 
 def silent(monkeypatch):
     """A kernel before 6.1."""
-    monkeypatch.setattr(facts, "lib", Fake(dmb_statx_dio=lambda *_: 0))
+    monkeypatch.setattr(files, "lib", Fake(dmb_statx_dio=lambda *_: 0))
 
 
-@pytest.mark.parametrize("least", [512, 1024, 2048, PAGE])
+@pytest.mark.parametrize("least", [512, 1024, 2048, files.PAGE])
 def test_where_statx_is_silent_it_is_tried(file, monkeypatch, least):
     silent(monkeypatch)
 
@@ -92,7 +92,7 @@ def test_where_statx_is_silent_it_is_tried(file, monkeypatch, least):
 
     monkeypatch.setattr(os, "preadv", preadv)
     direct = open_direct(file)
-    assert (direct.alignment, direct.refusal) == (Alignment(least, least), None)
+    assert (direct.alignment, direct.refusal) == (files.Alignment(least, least), None)
     os.close(direct.fd)
 
 
@@ -117,18 +117,18 @@ def test_another_error_while_trying_says_nothing(file, monkeypatch):
 
     monkeypatch.setattr(os, "preadv", preadv)
     direct = open_direct(file)
-    assert (direct.alignment, direct.refusal) == (Alignment(PAGE, PAGE), None)
+    assert (direct.alignment, direct.refusal) == (files.Alignment(files.PAGE, files.PAGE), None)
     os.close(direct.fd)
 
 
 def test_what_cannot_be_read_or_is_empty_is_a_page(file, monkeypatch):
     silent(monkeypatch)
     direct = open_direct(file, readable=False)
-    assert direct.alignment == Alignment(PAGE, PAGE)
+    assert direct.alignment == files.Alignment(files.PAGE, files.PAGE)
     os.close(direct.fd)
     os.ftruncate(file, 0)
     direct = open_direct(file)
-    assert direct.alignment == Alignment(PAGE, PAGE)
+    assert direct.alignment == files.Alignment(files.PAGE, files.PAGE)
     os.close(direct.fd)
 
 
@@ -172,7 +172,7 @@ def test_no_more_access_than_was_given(file, how, access):
 
 def test_memory_filesystems():
     fd = os.memfd_create("memory")
-    direct = facts.open_direct(fd, "file", writable=True, readable=True)
+    direct = files.open_direct(fd, "file", writable=True, readable=True)
     assert direct.fd == -1 and direct.refusal.startswith("tmpfs keeps its files")
     assert direct.in_memory
     os.close(fd)
@@ -181,27 +181,27 @@ def test_memory_filesystems():
 @pytest.mark.parametrize(
     ("filesystem", "release", "flags", "refused"),
     [
-        (_uapi.BTRFS, "6.12.117+deb13-amd64", 0, True),
-        (_uapi.BTRFS, "7.2-rc1", 0x40, True),
-        (_uapi.BTRFS, "6.18.0", None, True),
-        (_uapi.BTRFS, "6.12.117", _uapi.FS_NOCOW_FL, False),
-        (_uapi.BTRFS, "7.3.4+deb13-amd64", 0, False),
-        (_uapi.BTRFS, "10.0-rc2", 0, False),
-        (_uapi.EXT4, "6.12.117", 0, False),
+        (uapi.BTRFS, "6.12.117+deb13-amd64", 0, True),
+        (uapi.BTRFS, "7.2-rc1", 0x40, True),
+        (uapi.BTRFS, "6.18.0", None, True),
+        (uapi.BTRFS, "6.12.117", uapi.FS_NOCOW_FL, False),
+        (uapi.BTRFS, "7.3.4+deb13-amd64", 0, False),
+        (uapi.BTRFS, "10.0-rc2", 0, False),
+        (uapi.EXT4, "6.12.117", 0, False),
     ],
 )
 def test_writes_to_btrfs_with_checksums(file, monkeypatch, filesystem, release, flags, refused):
     def ioctl(fd, request, answer):
-        if request == _uapi.BTRFS_IOC_SPACE_INFO:
+        if request == uapi.BTRFS_IOC_SPACE_INFO:
             return  # no spaces
-        assert (fd, request) == (file, _uapi.FS_IOC_GETFLAGS)
+        assert request == uapi.FS_IOC_GETFLAGS and os.path.samestat(os.fstat(fd), os.fstat(file))
         if flags is None:
             raise OSError(errno.ENOTTY, "")
         answer[:4] = flags.to_bytes(4, sys.byteorder)
 
-    monkeypatch.setattr(facts, "lib", Fake(dmb_statfs_type=lambda _: filesystem))
+    monkeypatch.setattr(files, "lib", Fake(dmb_statfs_type=lambda _: filesystem))
     monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(release=release))
-    monkeypatch.setattr(_uapi, "ioctl", ioctl)
+    monkeypatch.setattr(uapi, "ioctl", ioctl)
     direct = open_direct(file)
     os.close(direct.fd)
     assert direct.refusal is None
@@ -217,15 +217,17 @@ def test_writes_to_btrfs_that_keeps_copies(file, monkeypatch, spaces, refused):
     """On any kernel; of data, not of what is known about it."""
 
     def ioctl(fd, request, answer):
-        assert (fd, request) == (file, _uapi.BTRFS_IOC_SPACE_INFO)
+        assert request == uapi.BTRFS_IOC_SPACE_INFO and os.path.samestat(
+            os.fstat(fd), os.fstat(file)
+        )
         assert answer[:8] == (64).to_bytes(8, sys.byteorder)
         told = struct.pack("=QQ", 64, len(spaces))
         told += b"".join(struct.pack("=QQQ", flags, 1 << 30, 0) for flags in spaces)
         answer[: len(told)] = told
 
-    monkeypatch.setattr(facts, "lib", Fake(dmb_statfs_type=lambda _: _uapi.BTRFS))
+    monkeypatch.setattr(files, "lib", Fake(dmb_statfs_type=lambda _: uapi.BTRFS))
     monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(release="7.3.4"))
-    monkeypatch.setattr(_uapi, "ioctl", ioctl)
+    monkeypatch.setattr(uapi, "ioctl", ioctl)
     direct = open_direct(file)
     os.close(direct.fd)
     assert ("-dconvert" in (direct.no_writes or "")) == refused
@@ -233,14 +235,14 @@ def test_writes_to_btrfs_that_keeps_copies(file, monkeypatch, spaces, refused):
 
 def test_cached_pages(file):
     drop_cache(file)
-    cold = facts.cached_pages(file, 0, 10 * PAGE)
+    cold = files.cached_pages(file, 0, 10 * files.PAGE)
     if cold is None:
         pytest.skip("needs cachestat(2), of Linux 6.5")
     assert cold == 0
-    os.pread(file, 10 * PAGE, 0)
-    assert facts.cached_pages(file, 0, 10 * PAGE) == 10
-    assert facts.cached_pages(file, PAGE, PAGE) == 1
-    assert facts.cached_pages(file, 0, 0) is None
+    os.pread(file, 10 * files.PAGE, 0)
+    assert files.cached_pages(file, 0, 10 * files.PAGE) == 10
+    assert files.cached_pages(file, files.PAGE, files.PAGE) == 1
+    assert files.cached_pages(file, 0, 0) is None
 
 
 # -- what lies below, seen through a transfer
@@ -274,7 +276,7 @@ def _require_any(path):
         os.close(fd)
 
 
-LENGTH = 64 * PAGE
+LENGTH = 64 * files.PAGE
 
 
 @contextlib.contextmanager
@@ -332,9 +334,12 @@ def test_pages_in_the_cache_are_seen_through_an_overlay(tmp_path):
     with overlay(tmp_path, tmp_path / "merged") as path:
         with path.open("r+b") as file:
             drop_cache(file.fileno())
-            assert facts.cached_pages(file.fileno(), PAGE + 1, LENGTH) == 0
+            assert files.cached_pages(file.fileno(), files.PAGE + 1, LENGTH) == 0
             file.read(LENGTH)
-            assert facts.cached_pages(file.fileno(), PAGE + 1, LENGTH) == LENGTH // PAGE - 1
+            assert (
+                files.cached_pages(file.fileno(), files.PAGE + 1, LENGTH)
+                == LENGTH // files.PAGE - 1
+            )
 
 
 @needs("fuse", "pyfuse3")

@@ -19,9 +19,10 @@ from contextlib import contextmanager
 import pytest
 
 import dmabuf
-from dmabuf import Buffer, RouteUnavailable, Slab, _uapi, fence
+from dmabuf import Buffer, RouteUnavailable, Slab
 from dmabuf.errors import BusyError, ClosedError
-from dmabuf.exporters import memfd
+from dmabuf.kernel import fence, uapi
+from dmabuf.memory import exporters
 from tests.resources import held
 from tests.support import PAGE, assert_same, drop_cache, pattern, poison
 
@@ -67,43 +68,43 @@ class Kernel:
         self.error, self.errors_after = 0, 0
 
     def ioctl(self, fd, request, argument):
-        if request == _uapi.DMA_BUF_IOCTL_SYNC:
-            flags = _uapi._SYNC.unpack(argument)[0]
-            if not flags & _uapi.DMA_BUF_SYNC_END:
+        if request == uapi.DMA_BUF_IOCTL_SYNC:
+            flags = uapi._SYNC.unpack(argument)[0]
+            if not flags & uapi.DMA_BUF_SYNC_END:
                 self.starts.append((fd, flags, is_ready(fd, "read"), is_ready(fd, "write")))
             return
         if self.error:
             self.errors_after -= 1
             if self.errors_after < 0:
                 raise OSError(self.error, os.strerror(self.error))
-        if request == _uapi.DMA_BUF_IOCTL_EXPORT_SYNC_FILE:
-            flags, nothing = _uapi.DMA_BUF_SYNC_FILE_STRUCT.unpack(argument)
+        if request == uapi.DMA_BUF_IOCTL_EXPORT_SYNC_FILE:
+            flags, nothing = uapi.DMA_BUF_SYNC_FILE_STRUCT.unpack(argument)
             assert nothing == -1
             made = os.eventfd(flags, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            argument[:] = _uapi.DMA_BUF_SYNC_FILE_STRUCT.pack(flags, made)
-        elif request == _uapi.DMA_BUF_IOCTL_IMPORT_SYNC_FILE:
-            self.imports.append((fd, *_uapi.DMA_BUF_SYNC_FILE_STRUCT.unpack(argument)))
+            argument[:] = uapi.DMA_BUF_SYNC_FILE_STRUCT.pack(flags, made)
+        elif request == uapi.DMA_BUF_IOCTL_IMPORT_SYNC_FILE:
+            self.imports.append((fd, *uapi.DMA_BUF_SYNC_FILE_STRUCT.unpack(argument)))
         else:
-            assert request == _uapi.SYNC_IOC_MERGE
-            name, other, _, flags, pad = _uapi.SYNC_MERGE_STRUCT.unpack(argument)
+            assert request == uapi.SYNC_IOC_MERGE
+            name, other, _, flags, pad = uapi.SYNC_MERGE_STRUCT.unpack(argument)
             assert name.rstrip(b"\0") and (flags, pad) == (0, 0)
             total = os.eventfd_read(fd) + os.eventfd_read(other)
             made = os.eventfd(total, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             self.merges.append(total)
-            argument[:] = _uapi.SYNC_MERGE_STRUCT.pack(name, other, made, 0, 0)
+            argument[:] = uapi.SYNC_MERGE_STRUCT.pack(name, other, made, 0, 0)
 
 
 @pytest.fixture
 def kernel(monkeypatch):
     fake = Kernel()
-    monkeypatch.setattr(_uapi, "ioctl", fake.ioctl)
+    monkeypatch.setattr(uapi, "ioctl", fake.ioctl)
     return fake
 
 
 @contextmanager
 def fenced(slabs=1, pin_refusal=None):
     """A Buffer that takes itself for dma-bufs, over the memory of a memfd."""
-    fd, memory, _ = memfd.make_memory(SIZE, name=None, huge_pages=False, numa_node=None)
+    fd, memory, _ = exporters.make_memory(SIZE, name=None, huge_pages=False, numa_node=None)
     os.close(fd)
     size = SIZE // slabs
     made = [
@@ -151,9 +152,9 @@ def timed_out(at_least, match="a device still"):
 
 
 def test_the_ioctls():
-    assert _uapi.DMA_BUF_IOCTL_EXPORT_SYNC_FILE == 0xC0086202
-    assert _uapi.DMA_BUF_IOCTL_IMPORT_SYNC_FILE == 0x40086203
-    assert _uapi.SYNC_IOC_MERGE == 0xC0303E03
+    assert uapi.DMA_BUF_IOCTL_EXPORT_SYNC_FILE == 0xC0086202
+    assert uapi.DMA_BUF_IOCTL_IMPORT_SYNC_FILE == 0x40086203
+    assert uapi.SYNC_IOC_MERGE == 0xC0303E03
 
 
 # -- Buffer.wait
@@ -247,7 +248,7 @@ def test_a_memfd_has_no_fences():
     with dmabuf.allocate(PAGE, exporter="memfd") as buffer:
         assert buffer.wait("read") is buffer.wait("write", 0) is None
         for call in (buffer.export_fence, lambda: buffer.import_fence(0)):
-            with pytest.raises(io.UnsupportedOperation, match="memfd is no dma-buf") as caught:
+            with pytest.raises(io.UnsupportedOperation, match="memfd is not a dma-buf") as caught:
                 call()
             assert isinstance(caught.value, OSError) and caught.value.errno == errno.EOPNOTSUPP
 
@@ -259,12 +260,21 @@ def test_after_close(buf):
             call()
 
 
+def is_idle(buf):
+    """Whether nobody holds the buffer."""
+    try:
+        buf.hold(alone=True)
+    except BusyError:
+        return False
+    buf.release()
+    return True
+
+
 def test_it_cannot_be_closed_under_a_wait(buf):
     hold(buf.fileno(), "read")
     thread = threading.Thread(target=buf.wait, daemon=True)
     thread.start()
-    deadline = time.monotonic() + 10
-    while not buf._users and time.monotonic() < deadline:
+    while is_idle(buf):
         time.sleep(0.001)
     try:
         with pytest.raises(BusyError):
@@ -272,7 +282,7 @@ def test_it_cannot_be_closed_under_a_wait(buf):
     finally:
         release(buf.slabs[0].fd)
     thread.join()
-    assert buf._users == 0
+    assert is_idle(buf)
 
 
 def test_a_descriptor_that_someone_closed(kernel):
@@ -308,7 +318,7 @@ def test_what_a_handler_raises_ends_the_wait(buf):
         buf.wait("read", 60)
     assert time.monotonic() - begun < 30
     buf.wait("write", 0)
-    assert buf._users == 0
+    assert is_idle(buf)
 
 
 def test_after_a_handler_the_wait_goes_on_for_what_is_left(buf):
@@ -355,7 +365,7 @@ def test_import_adds_to_every_slab(kernel, four, how, flag):
 
 def test_what_is_no_sync_file(kernel, buf):
     kernel.error = errno.EINVAL
-    with pytest.raises(OSError, match="descriptor 7: it is no sync file") as caught:
+    with pytest.raises(OSError, match="descriptor 7: not a sync file") as caught:
         buf.import_fence(7)
     assert caught.value.errno == errno.EINVAL
     with pytest.raises(TypeError):
@@ -391,7 +401,7 @@ def proven(source):
         drop_cache(file.fileno())
         if file.read_into(scratch, 2 * PAGE).route != "direct":
             pytest.skip("the filesystem of the temporary folder takes no O_DIRECT")
-        assert file._target.direct_if_proven()
+        assert file.target.direct_if_proven()
         yield file
 
 

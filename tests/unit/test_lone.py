@@ -1,4 +1,5 @@
-"""Lone small requests: what they take, what they leave, and that nothing is closed under them."""
+"""Small requests: what goes by one system call, what does not, and that nothing is closed under
+it."""
 
 import dataclasses
 import os
@@ -9,14 +10,13 @@ from decimal import Decimal
 import pytest
 
 import dmabuf
-from dmabuf import ClosedError, Route, aio, audit, lone
-from dmabuf._ffi import lib
-from dmabuf.engine import NOT_AUDITED
-from tests import forking
+from dmabuf import ClosedError, Route
+from tests import core, forking
 from tests.support import assert_same, drop_cache, pattern, poison
 
 SIZE = 1 << 20
 PAGE = 4096
+ALONE = "no ring was used: one small request"
 
 
 @pytest.fixture
@@ -29,6 +29,7 @@ def path(tmp_path):
 @pytest.fixture
 def buf():
     with dmabuf.allocate(SIZE, exporter="memfd") as buffer:
+        buffer.pwrite(poison(SIZE), 0)
         yield buffer
 
 
@@ -41,34 +42,19 @@ def file(path, buf):
         yield file
 
 
-@pytest.fixture
-def long_way(monkeypatch):
-    """Counts the transfers that did not go by a lane."""
-    taken = []
-    real = dmabuf.File._range
-
-    def count(self, *arguments):
-        taken.append(arguments)
-        return real(self, *arguments)
-
-    monkeypatch.setattr(dmabuf.File, "_range", count)
-    return taken
-
-
-def test_reads_and_writes(file, buf, path, long_way):
+def test_reads_and_writes(file, buf, path):
     record = file.read_into(buf, PAGE, file_offset=3 * PAGE, buffer_offset=PAGE)
-    assert not long_way
+    assert record.registration == ALONE
     assert (record.nbytes, record.route, record.requests) == (PAGE, Route.DIRECT, 1)
     assert record.rejected == file.plan(buf, size=PAGE).rejected
-    assert dataclasses.replace(record) == record  # as made the ordinary way, every field
+    assert dataclasses.replace(record) == record
     with pytest.raises(AttributeError):
         record.nbytes = 0
     data = path.read_bytes()
     expected = poison(SIZE)[:PAGE] + data[3 * PAGE : 4 * PAGE] + poison(SIZE)[2 * PAGE :]
     assert_same(buf.pread(SIZE, 0), expected, "the buffer")
-    del long_way[:]
-    file.write_from(buf, 2 * PAGE, file_offset=5 * PAGE, buffer_offset=PAGE)
-    assert not long_way
+    record = file.write_from(buf, 2 * PAGE, file_offset=5 * PAGE, buffer_offset=PAGE)
+    assert record.registration == ALONE
     written = data[: 5 * PAGE] + expected[PAGE : 3 * PAGE] + data[7 * PAGE :]
     assert_same(path.read_bytes(), written, "the file")
 
@@ -84,13 +70,29 @@ def test_reads_and_writes(file, buf, path, long_way):
         (PAGE, {"route": "staged"}),
         (PAGE, {"timeout": 1.0}),
         (PAGE, {"audit": "always"}),
-        ("4KiB", {}),
-        (None, {"buffer_offset": SIZE - PAGE}),
     ],
 )
-def test_what_goes_the_long_way(file, buf, path, long_way, size, how):
+def test_what_goes_by_a_ring(file, buf, path, size, how):
     record = file.read_into(buf, size, **how)
-    assert len(long_way) == 1
+    assert record.registration != ALONE
+    _check_read(record, buf, path, how)
+
+
+@pytest.mark.parametrize(
+    ("size", "how"),
+    [
+        ("4KiB", {}),
+        (None, {"buffer_offset": SIZE - PAGE}),
+        (PAGE, {"file_offset": "8KiB", "buffer_offset": "4KiB"}),
+    ],
+)
+def test_sizes_and_offsets_as_text_or_left_out(file, buf, path, size, how):
+    record = file.read_into(buf, size, **how)
+    at = {"8KiB": 2 * PAGE, "4KiB": PAGE}
+    _check_read(record, buf, path, {key: at.get(value, value) for key, value in how.items()})
+
+
+def _check_read(record, buf, path, how):
     at, start = how.get("file_offset", 0), how.get("buffer_offset", 0)
     data = path.read_bytes()[at : at + record.nbytes]
     assert record.nbytes
@@ -99,7 +101,7 @@ def test_what_goes_the_long_way(file, buf, path, long_way, size, how):
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("size", "how"),
     [
         (PAGE, {"buffer_offset": SIZE}),
         (PAGE, {"file_offset": -PAGE}),
@@ -110,75 +112,28 @@ def test_what_goes_the_long_way(file, buf, path, long_way, size, how):
         (PAGE, {"timeout": -1}),
     ],
 )
-def test_bad_input_is_refused_as_ever(file, buf, arguments):
-    size, how = arguments
+def test_bad_input_is_refused_as_ever(file, buf, size, how):
     with pytest.raises(ValueError):
         file.read_into(buf, size, **how)
     assert_same(buf.pread(SIZE, 0), poison(SIZE), "the buffer")
 
 
 @pytest.mark.parametrize("asked", ["first", "off"])
-def test_the_record_says_why_it_was_not_audited(run, file, buf, path, long_way, asked):
-    texts = {"first": NOT_AUDITED, "off": audit.OFF}
-    assert file.read_into(buf, PAGE, audit=asked).audited == texts[asked]
-
-    async def main():
-        async with await aio.open(path) as other:
-            drop_cache(other.fileno())
-            await other.read_into(buf, 64 << 10)
-            del long_way[:]
-            record = await other.read_into(buf, PAGE, audit=asked)
-            assert record.audited == texts[asked]
-
-    run(main)
-    assert not long_way
+def test_the_record_says_why_it_was_not_audited(file, buf, asked):
+    by_ring = file.read_into(buf, PAGE, audit=asked, timeout=60)
+    assert file.read_into(buf, PAGE, audit=asked).audited == by_ring.audited
+    assert "not audited" in by_ring.audited and ("'off'" in by_ring.audited) == (asked == "off")
 
 
 @pytest.mark.parametrize("where", ["file_offset", "buffer_offset"])
 @pytest.mark.parametrize("number", [0.0, 0.5, b"", [], False, True, Decimal("4096.5")])
-def test_what_is_no_number_of_bytes(run, file, buf, path, where, number):
-    async def main():
-        async with await aio.open(path, "r+") as other:
-            drop_cache(other.fileno())
-            await other.read_into(buf, 64 << 10)
-            buf.pwrite(poison(SIZE), 0)
-            for verb in (other.read_into, other.write_from):
-                with pytest.raises(TypeError, match=where):
-                    await verb(buf, PAGE, **{where: number})
-
+def test_what_is_no_number_of_bytes(file, buf, path, where, number):
     before = path.read_bytes()
     for verb in (file.read_into, file.write_from):
-        with pytest.raises(TypeError, match=where):
+        with pytest.raises(TypeError, match="offset"):
             verb(buf, PAGE, **{where: number})
-    run(main)
     assert_same(buf.pread(SIZE, 0), poison(SIZE), "the buffer")
     assert_same(path.read_bytes(), before, "the file")
-
-
-def test_a_child_of_a_fork_does_not_wait_for_its_parents_threads(file, buf):
-    held, done = threading.Event(), threading.Event()
-
-    def hold():
-        with file._target._lock:
-            held.set()
-            assert done.wait(60)
-
-    def child():
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(10)
-        with pytest.raises(ClosedError):
-            file.read_into(buf, PAGE)
-
-    thread = threading.Thread(target=hold)
-    thread.start()
-    assert held.wait(30)
-    file._target._closed = True
-    try:
-        forking.in_child(child)
-    finally:
-        file._target._closed = False
-        done.set()
-        thread.join(30)
 
 
 def test_what_may_not_be_written(path, buf):
@@ -195,21 +150,18 @@ def test_a_file_that_shrinks_leaves_the_rest_of_the_buffer(file, buf, path):
     assert_same(buf.pread(SIZE, 0), expected, "the buffer")
 
 
-def test_a_lane_is_forgotten_with_its_buffer_or_its_alignment(file, path):
-    for _ in range(2 * lone.LANES):
+def test_buffers_that_come_and_go(file, path):
+    """Each has memory of its own, perhaps where another's was."""
+    for _ in range(20):
         with dmabuf.allocate(SIZE, exporter="memfd") as buffer:
             file.read_into(buffer, PAGE)
             assert_same(buffer.pread(PAGE, 0), path.read_bytes()[:PAGE], "another's memory")
-    assert 0 < len(file._target.lanes) <= lone.LANES
-    file._target.rule_out_direct("for a test")
-    assert not file._target.lanes
 
 
-def test_a_buffer_that_could_not_be_closed_keeps_its_lanes(file, buf, long_way):
+def test_a_buffer_that_could_not_be_closed_is_still_used(file, buf):
     with buf.map("r"), pytest.raises(BufferError):
         buf.close()
-    file.read_into(buf, PAGE)
-    assert not long_way
+    assert file.read_into(buf, PAGE).registration == ALONE
     buf.close()
     for move in (file.read_into, file.write_from):
         with pytest.raises(ClosedError):
@@ -217,40 +169,69 @@ def test_a_buffer_that_could_not_be_closed_keeps_its_lanes(file, buf, long_way):
 
 
 class Paused:
-    """Stands in for the core where a lone request is moved, and waits there."""
+    """A function of the core that waits where it is called, until it may go on."""
 
-    def __init__(self, monkeypatch):
+    def __init__(self, monkeypatch, name):
         self.inside, self.go_on = threading.Event(), threading.Event()
-        monkeypatch.setattr(lone, "lib", self)
+        self._real = getattr(core.lib, name)
+        monkeypatch.setattr(core.lib, name, self)
 
-    def __getattr__(self, name):
-        return getattr(lib, name)
-
-    def dmb_lane_move(self, *arguments):
+    def __call__(self, *arguments):
         self.inside.set()
-        assert self.go_on.wait(30)
-        return lib.dmb_lane_move(*arguments)
+        assert self.go_on.wait(60)
+        return self._real(*arguments)
+
+
+def descriptors_of(path):
+    """The numbers of this process's descriptors of a file."""
+    numbers = []
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            numbers += [int(name)] * (os.readlink(f"/proc/self/fd/{name}") == str(path))
+        except FileNotFoundError:
+            continue
+    return numbers
 
 
 def test_nothing_is_closed_under_a_request(file, buf, path, monkeypatch):
-    data, fd = path.read_bytes(), file._target._direct.fd
+    data, there = path.read_bytes(), descriptors_of(path)
     file.read_into(buf, PAGE)
-    paused, records = Paused(monkeypatch), []
+    paused, records = Paused(monkeypatch, "dmb_job_run_small"), []
     thread = threading.Thread(
         target=lambda: records.append(file.read_into(buf, PAGE, file_offset=2 * PAGE))
     )
     thread.start()
-    assert paused.inside.wait(30)
+    assert paused.inside.wait(60)
     with pytest.raises(dmabuf.BusyError):
         buf.close()
     file.close()
-    os.fstat(fd)  # its descriptor stays
+    assert descriptors_of(path) == there
     with pytest.raises(ClosedError):
         file.read_into(buf, PAGE)
     paused.go_on.set()
-    thread.join(30)
+    thread.join()
     assert records[0].nbytes == PAGE
     assert_same(buf.pread(PAGE, 0), data[2 * PAGE : 3 * PAGE], "the buffer")
-    with pytest.raises(OSError):
-        os.fstat(fd)
+    assert descriptors_of(path) == []
     buf.close()
+
+
+def test_a_child_of_a_fork_does_not_wait_for_its_parents_threads(path, buf, monkeypatch):
+    """One of them is finding out about the file, and holds what a transfer would wait for."""
+    paused = Paused(monkeypatch, "dmb_statx_dio")
+
+    def child():
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(30)
+        with pytest.raises(ClosedError):
+            file.read_into(buf, PAGE)
+
+    with dmabuf.open(path) as file:
+        thread = threading.Thread(target=lambda: file.read_into(buf, PAGE))
+        thread.start()
+        try:
+            assert paused.inside.wait(60)
+            forking.in_child(child)
+        finally:
+            paused.go_on.set()
+            thread.join()

@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from dmabuf import _sysfs
-from dmabuf._sysfs import Mount
-from dmabuf.exporters import _memory
+from dmabuf.kernel import proc as kernel_proc
+from dmabuf.memory import capacity
 
 CGROUP = b"30 23 0:26 / /sys/fs/cgroup rw shared:4 - cgroup2 none rw,memory\n"
 HOSTILE = "a\rb", "a\x0b\x0c\x1cb", "a\x85b", "a\u2028b", "a\udcffb", "a - b", "a\nb\\c\td"
@@ -27,12 +26,12 @@ def test_a_mount_of_any_name(tmp_path: Path, point: str) -> None:
     proc = tmp_path / "proc" / "self"
     proc.mkdir(parents=True)
     (proc / "mountinfo").write_bytes(mountinfo(point) + CGROUP)
-    assert list(_sysfs.mounts(str(tmp_path))) == [
-        Mount("/mnt/" + point, "/sub", "fuse.x", "rw,user_id=0"),
-        Mount("/sys/fs/cgroup", "/", "cgroup2", "rw,memory"),
+    assert list(kernel_proc.mounts(str(tmp_path))) == [
+        kernel_proc.Mount("/mnt/" + point, "/sub", "fuse.x", "rw,user_id=0"),
+        kernel_proc.Mount("/sys/fs/cgroup", "/", "cgroup2", "rw,memory"),
     ]
-    assert _memory._cgroup_mounts(str(tmp_path), 2) == [("/sys/fs/cgroup", "/")]
+    assert capacity.cgroup_mounts(str(tmp_path), 2) == [("/sys/fs/cgroup", "/")]
 
 
 def test_without_proc(tmp_path: Path) -> None:
-    assert _memory._cgroup_mounts(str(tmp_path), 2) == []
+    assert capacity.cgroup_mounts(str(tmp_path), 2) == []

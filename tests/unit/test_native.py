@@ -1,51 +1,49 @@
-"""The native route, on threads that emulate it: what is registered, and every way it can fail.
+"""The native route, emulated: what is registered, and every way it can fail.
 
-The emulation (csrc/emulate.c) maps the dma-buf and answers as the kernel with the series does. The
-kernel's own answers are injected where completions are seen, by the core's filter.
+The emulation (csrc/tests/testing.c) maps the dma-buf and answers as the kernel with the series
+does. The kernel's other answers are injected where completions are seen.
 """
 
+import contextlib
 import errno
-import mmap
+import gc
 import os
-import random
-import threading
+import resource
+import weakref
 
 import pytest
 
 import dmabuf
-from dmabuf import Route, _uapi
-from dmabuf._ffi import lib
-from dmabuf.buffer import Buffer, Slab
-from dmabuf.ring import Ring
+from dmabuf import Route
+from dmabuf.kernel import uapi
+from tests import emulation
+from tests.core import lib
 from tests.guards import needs
 from tests.support import (
     PAGE,
     Filter,
     assert_same,
     exercise,
+    in_child,
     loop_device,
     mounted,
     pattern,
     poison,
-    together,
 )
 from tests.unit.fake_kernel import FakeKernel
+from tests.unit.lying import content, dma_buf
 
 SIZE = 300 * 1024
 
 
-class Emulating(dmabuf.Engine):
-    _flags = lib.DMB_RING_EMULATE_NATIVE
-
-
 @pytest.fixture(autouse=True)
 def kernel(monkeypatch):
-    monkeypatch.setattr(_uapi, "ioctl", FakeKernel().ioctl)
+    monkeypatch.setattr(uapi, "ioctl", FakeKernel().ioctl)
 
 
 @pytest.fixture
 def engine():
-    with Emulating(backend="threads", queue_depth=5, block_size=8192) as engine:
+    with emulation.engine(backend="threads", queue_depth=5, block_size=8192) as engine:
         yield engine
 
 
@@ -57,38 +55,27 @@ def path(tmp_path):
     return path
 
 
-def memory(size):
-    fd = os.memfd_create("dma-buf")
-    os.ftruncate(fd, size)
-    return fd
-
-
 @pytest.fixture
 def buf():
     """A dma-buf that the CPU can map, as far as anyone can tell."""
-    fd = memory(SIZE)
-    with Buffer([Slab(fd, 0, SIZE)], mmap.mmap(fd, SIZE), exporter="fake", reason="a test") as buf:
+    with dma_buf(SIZE) as buf:
         yield buf
 
 
 @pytest.fixture
 def far():
     """Three dma-bufs in one Buffer, none of which the CPU can map."""
-    sizes = (64 * 1024, 64 * 1024, 32 * 1024)
-    slabs = [Slab(memory(size), 64 * 1024 * i, size) for i, size in enumerate(sizes)]
-    for slab in slabs:
-        os.pwrite(slab.fd, poison(slab.size), 0)
-    with Buffer(slabs, None, exporter="far", reason="a test", map_refusal="not by the CPU") as far:
+    with dma_buf(64 * 1024, 64 * 1024, 32 * 1024, exporter="far", mapped=False) as far:
+        for slab in far.slabs:
+            os.pwrite(slab.fd, poison(slab.size), 0)
         yield far
 
 
-def content(buffer):
-    return b"".join(os.pread(slab.fd, slab.size, 0) for slab in buffer.slabs)
-
-
-def test_every_byte_in_both_directions(path, buf, engine):
+@pytest.mark.parametrize("backend", ["auto", "threads"])
+def test_every_byte_in_both_directions(path, buf, backend):
     routes = ("native", "direct", "staged", "buffered")
-    chosen = exercise(path, buf, engine, routes=routes, limit=SIZE, rounds=24)
+    with emulation.engine(backend=backend, queue_depth=5, block_size=8192) as engine:
+        chosen = exercise(path, buf, engine, routes=routes, limit=SIZE, rounds=24)
     assert "native" in chosen
 
 
@@ -139,7 +126,7 @@ def test_a_storm_of_eagain_within_the_bound(path, buf, engine):
             return -errno.EAGAIN
         return completion.result
 
-    with dmabuf.open(path, engine=engine) as file, Filter(engine, answer):
+    with dmabuf.open(path, engine=engine) as file, Filter(answer):
         transfer = file.read_into(buf)
     assert transfer.route is Route.NATIVE and transfer.reissues == 40
     assert content(buf) == path.read_bytes()
@@ -151,11 +138,11 @@ def test_a_storm_of_eagain_without_end(path, buf, engine):
 
     with (
         dmabuf.open(path, engine=engine) as file,
-        Filter(engine, answer),
-        pytest.raises(BlockingIOError, match="exporter went on moving the dma-buf") as caught,
+        Filter(answer),
+        pytest.raises(dmabuf.TransferError, match="exporter went on moving the dma-buf") as caught,
     ):
         file.read_into(buf)
-    assert caught.value.nbytes == 0
+    assert (caught.value.errno, caught.value.nbytes) == (errno.EAGAIN, 0)
 
 
 RESETS = {
@@ -185,9 +172,9 @@ def resetting(resets, number):
 def test_many_controller_resets_in_one_transfer(path, buf, verb, number):
     """The dma-buf is registered again after each, up to 16 times."""
     with (
-        Emulating(backend="threads", queue_depth=1, block_size=8192) as engine,
+        emulation.engine(backend="threads", queue_depth=1, block_size=8192) as engine,
         dmabuf.open(path, "r+", engine=engine) as file,
-        Filter(engine, resetting(16, number)),
+        Filter(resetting(16, number)),
     ):
         move = file.read_into if verb == "read" else file.write_from
         record = move(buf)
@@ -195,46 +182,49 @@ def test_many_controller_resets_in_one_transfer(path, buf, verb, number):
     assert content(buf) == path.read_bytes()
 
 
+_RESETS = """
+import errno, random, sys, threading
+from tests import emulation
+from tests.support import Filter, assert_same, poison, together
+from tests.unit.lying import dma_buf
+import os, dmabuf
+from dmabuf.kernel import uapi
+from tests.unit.fake_kernel import FakeKernel
+uapi.ioctl = FakeKernel().ioctl
+path, part = sys.argv[1], 36 * 1024
+data = open(path, "rb").read()
+dice, guard, resets = random.Random(9), threading.Lock(), [0]
+
+def answer(completion):
+    with guard:
+        if completion.straight and resets[0] < 100 and dice.random() < 0.05:
+            resets[0] += 1
+            return -errno.ENOENT
+    return completion.result
+
+def read(number):
+    at = number * part
+    for _ in range(50):
+        os.pwrite(buf.slabs[0].fd, poison(part), at)
+        transfer = file.read_into(buf, part, file_offset=at, buffer_offset=at)
+        assert transfer.route == "native"
+        assert_same(os.pread(buf.slabs[0].fd, part, at), data[at : at + part], "a part")
+
+with emulation.native(), dma_buf(len(data)) as buf, dmabuf.open(path) as file:
+    file.read_into(buf)
+    with Filter(answer):
+        together(read)
+        while resets[0] < 100:
+            read(0)
+"""
+
+
 def test_a_reset_under_many_threads(path):
-    """Who registers again takes no slot from the others, whose requests go on with it."""
+    """Who registers again takes no slot from the others, whose requests go on with it.
 
-    class Shared(Emulating):
-        def __init__(self):
-            self._owner = None
-            self._setup(4, 4096, "threads", most_rings=2)
-
-    dice, guard = random.Random(9), threading.Lock()
-    resets = [0]
-
-    def answer(completion):
-        with guard:
-            if completion.straight and resets[0] < 100 and dice.random() < 0.05:
-                resets[0] += 1
-                return -errno.ENOENT
-        return completion.result
-
-    part, data = 36 * 1024, path.read_bytes()
-
-    def read(number):
-        at = number * part
-        for _ in range(50):
-            os.pwrite(fd, poison(part), at)
-            transfer = file.read_into(buf, part, file_offset=at, buffer_offset=at)
-            assert transfer.route is Route.NATIVE
-            assert_same(os.pread(fd, part, at), data[at : at + part], "a part")
-
-    fd = memory(SIZE)
-    with (
-        Shared() as engine,
-        Buffer([Slab(fd, 0, SIZE)], mmap.mmap(fd, SIZE), exporter="fake", reason="a test") as buf,
-        dmabuf.open(path, engine=engine) as file,
-    ):
-        file.read_into(buf)
-        with engine._growing:
-            engine._rings.append(engine._new_ring())
-        with Filter(engine, answer):
-            together(read)
-    assert resets[0] == 100
+    In a program of its own, whose default engine emulates the native route.
+    """
+    in_child(_RESETS, path)
 
 
 @pytest.mark.parametrize(("number", "expected"), RESETS.items())
@@ -242,7 +232,7 @@ def test_a_device_that_is_gone(path, buf, engine, number, expected):
     def answer(completion):
         return -number if completion.straight else completion.result
 
-    with dmabuf.open(path, engine=engine) as file, Filter(engine, answer):
+    with dmabuf.open(path, engine=engine) as file, Filter(answer):
         with pytest.raises(OSError) as caught:
             file.read_into(buf)
         error = caught.value
@@ -263,7 +253,7 @@ def test_a_first_request_that_rules_the_route_out(path, buf, engine, number):
 
     with dmabuf.open(path, engine=engine) as file:
         with (
-            Filter(engine, answer),
+            Filter(answer),
             pytest.raises(dmabuf.RouteUnavailable, match="native"),
         ):
             file.read_into(buf, route="native")
@@ -279,7 +269,7 @@ def test_short_completions_go_on(path, buf, engine):
             return 4096
         return completion.result
 
-    with dmabuf.open(path, engine=engine) as file, Filter(engine, answer):
+    with dmabuf.open(path, engine=engine) as file, Filter(answer):
         transfer = file.read_into(buf, 256 * 1024)
     assert transfer.nbytes == 256 * 1024 and transfer.requests > 32
     assert content(buf)[: 256 * 1024] == path.read_bytes()[: 256 * 1024]
@@ -296,22 +286,19 @@ def test_a_bad_block_is_named(path, buf, engine):
     buf.pwrite(poison(SIZE), 0)
     with (
         dmabuf.open(path, engine=engine) as file,
-        Filter(engine, answer),
-        pytest.raises(OSError, match=f"file offset {bad}, after {bad} whole") as caught,
+        Filter(answer),
+        pytest.raises(OSError, match=f"file offset {bad}, after {bad} bytes: ") as caught,
     ):
         file.read_into(buf)
     assert caught.value.errno == errno.EIO and caught.value.nbytes == bad
     assert content(buf)[:bad] == path.read_bytes()[:bad]
 
 
-def test_slabs_that_are_registered_in_part(path, far, engine, monkeypatch):
-    take = Ring.take_dmabuf_slot
+def test_slabs_that_are_registered_in_part(path, far, engine):
+    def answer(dmabuf_fd, _target):
+        return -errno.EOPNOTSUPP if dmabuf_fd == far.slabs[1].fd else 0
 
-    def taking(ring, dmabuf_fd, target):
-        return -errno.EOPNOTSUPP if dmabuf_fd == far.slabs[1].fd else take(ring, dmabuf_fd, target)
-
-    monkeypatch.setattr(Ring, "take_dmabuf_slot", taking)
-    with dmabuf.open(path, engine=engine) as file:
+    with dmabuf.open(path, engine=engine) as file, emulation.registrar(answer):
         assert file.read_into(far, 64 * 1024).route is Route.NATIVE
         with pytest.raises(dmabuf.RouteUnavailable, match="does not move dma-bufs itself"):
             file.read_into(far, 68 * 1024)
@@ -324,8 +311,7 @@ def mappings():
 
 def test_closing_either_side_clears_the_slots(path, engine):
     before = mappings()
-    fd = memory(SIZE)
-    buf = Buffer([Slab(fd, 0, SIZE)], None, exporter="far", reason="", map_refusal="no")
+    buf = dma_buf(SIZE, mapped=False)
     with dmabuf.open(path, engine=engine) as file:
         file.read_into(buf, 4 * PAGE)
         file.read_into(buf, 4 * PAGE)
@@ -339,10 +325,7 @@ def test_closing_either_side_clears_the_slots(path, engine):
 
 
 def test_a_read_only_dma_buf_is_not_written(path, engine):
-    fd = memory(SIZE)
-    buf = Buffer(
-        [Slab(fd, 0, SIZE)], None, exporter="far", reason="", map_refusal="no", writable=False
-    )
+    buf = dma_buf(SIZE, mapped=False, writable=False)
     with buf, dmabuf.open(path, "r+", engine=engine) as file:
         with pytest.raises(PermissionError):
             file.read_into(buf, 4096)
@@ -350,9 +333,13 @@ def test_a_read_only_dma_buf_is_not_written(path, engine):
     assert path.read_bytes()[:4096] == bytes(4096)
 
 
-def test_a_reset_leaves_every_slab_its_slot(path, far, engine):
+def test_a_reset_leaves_every_slab_its_slot(path, far, engine, monkeypatch):
     """Other transfers have requests on their way that name it."""
-    resets = [1]
+    resets, slots, real = [1], [], lib.dmb_ring_register_dmabuf
+
+    def register(ring, slot, dmabuf_fd, target_fd):
+        slots.append((slot, dmabuf_fd))
+        return real(ring, slot, dmabuf_fd, target_fd)
 
     def answer(completion):
         if completion.straight and resets[0]:
@@ -360,52 +347,60 @@ def test_a_reset_leaves_every_slab_its_slot(path, far, engine):
             return -errno.ENOENT
         return completion.result
 
+    monkeypatch.setattr(lib, "dmb_ring_register_dmabuf", register)
     with dmabuf.open(path, engine=engine) as file:
         file.read_into(far)
-        slots = engine._rings[0].native(far, file._target.direct().fd).slots
         before = list(slots)
         for slab in far.slabs:
             os.pwrite(slab.fd, poison(slab.size), 0)
-        with Filter(engine, answer):
+        with Filter(answer):
             assert file.read_into(far).route is Route.NATIVE
-        assert not resets[0] and list(slots) == before
+        assert not resets[0] and slots == before + before
     assert content(far) == path.read_bytes()[: far.size]
 
 
-def test_files_that_were_closed_leave_nothing_with_a_buffer(path, buf, engine):
+@pytest.mark.parametrize("closed", ["file", "engine"])
+def test_what_was_closed_leaves_nothing_with_a_buffer(path, buf, closed):
+    """Neither memory nor mappings grow with the files and engines that a buffer was used with."""
+    before = mappings()
     for _ in range(20):
-        with dmabuf.open(path, engine=engine) as file:
-            assert file.read_into(buf).route is Route.NATIVE
-        assert len(buf._on_close_callbacks) <= 1
-    assert not buf._on_close_callbacks
-
-
-def test_engines_that_were_closed_leave_nothing_with_a_buffer(path, buf):
-    for _ in range(3):
-        with Emulating(backend="threads") as engine, dmabuf.Engine(block_size=4096) as other:
-            file, again = dmabuf.open(path, engine=engine), dmabuf.open(path, engine=other)
-            file.read_into(buf)
-            again.read_into(buf, 256 * 1024)
-        assert not buf._on_close_callbacks
+        engine = emulation.engine(backend="threads")
+        file = dmabuf.open(path, engine=engine)
+        assert file.read_into(buf).route is Route.NATIVE
+        if closed == "file":
+            file.close()
+        else:
+            engine.close()
+        gone = weakref.ref(engine)
         file.close()
-        again.close()
+        engine.close()
+        del file, engine
+        gc.collect()
+        assert gone() is None and mappings() == before
 
 
-def test_more_slabs_than_the_table_has_slots(path, engine):
+def test_more_slabs_than_the_table_has_slots(path, engine, monkeypatch):
     """Nothing is registered then, and what was missing may be there the next time."""
-    ring, count = engine._rings[0], 6
-    slabs = [Slab(memory(PAGE), PAGE * i, PAGE) for i in range(count)]
-    many = Buffer(slabs, None, exporter="far", reason="a test", map_refusal="not by the CPU")
-    kept, ring._free_buffers = ring._free_buffers, ring._free_buffers[: count - 1]
-    with many, dmabuf.open(path, engine=engine) as file:
-        free = list(ring._free_buffers)
-        with pytest.raises(dmabuf.RouteUnavailable, match="6 more slabs, and 5 slots are free"):
+    count = lib.DMB_BUFFER_SLOTS
+    path.write_bytes(pattern((count + 1) * PAGE, 2))
+    with contextlib.ExitStack() as stack:
+        most, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+        needed = count + 1000
+        if limit < needed:
+            pytest.skip(f"needs {needed} descriptors: raise the hard limit of RLIMIT_NOFILE")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(most, needed), limit))
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (most, limit))
+        many = stack.enter_context(dma_buf(*[PAGE] * count, mapped=False))
+        one = stack.enter_context(dma_buf(PAGE, mapped=False))
+        file = stack.enter_context(dmabuf.open(path, engine=engine))
+        assert file.read_into(one).route is Route.NATIVE
+        match = f"{count} more slabs, and {count - 1} slots are free.*close other buffers"
+        with pytest.raises(dmabuf.RouteUnavailable, match=match):
             file.read_into(many)
-        assert ring._free_buffers == free
         assert file.read_into(many, (count - 1) * PAGE).route is Route.NATIVE
-        with pytest.raises(dmabuf.RouteUnavailable, match="close other buffers"):
+        with pytest.raises(dmabuf.RouteUnavailable, match="1 more slabs, and 0 slots are free"):
             file.read_into(many)
-        ring._free_buffers.append(kept[-1])
+        one.close()
         assert file.read_into(many).route is Route.NATIVE
         assert content(many) == path.read_bytes()[: many.size]
 

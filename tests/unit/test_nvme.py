@@ -9,7 +9,9 @@ from array import array
 import pytest
 
 import dmabuf
-from dmabuf import Engine, Route, _uapi, nvme
+from dmabuf import Engine, Route
+from dmabuf.kernel import nvme, uapi
+from tests.core import lib
 
 NODE = "/dev/null"  # a character device that takes none of the commands
 
@@ -128,11 +130,11 @@ class Device:
             (folder / key).write_text(f"{value}\n")
 
     def ioctl(self, _fd, request, argument):
-        if request == _uapi.NVME_IOCTL_ID:
+        if request == uapi.NVME_IOCTL_ID:
             return 3
         if self.refusal:
             raise OSError(self.refusal, os.strerror(self.refusal))
-        fields = _uapi.NVME_CMD_STRUCT.unpack(argument)
+        fields = uapi.NVME_CMD_STRUCT.unpack(argument)
         self.commands.append((request, fields[0], fields[3], fields[10]))
         if fields[0] == 6 and not self.status:
             answer = self.answer if fields[10] == 0 else b"\0" * 77 + b"\5" + b"\0" * 4018
@@ -144,7 +146,7 @@ class Device:
 def device(tmp_path, monkeypatch):
     device = Device(tmp_path)
     monkeypatch.setattr(nvme, "SYSFS", tmp_path)
-    monkeypatch.setattr(_uapi, "ioctl", device.ioctl)
+    monkeypatch.setattr(uapi, "ioctl", device.ioctl)
     return device
 
 
@@ -158,8 +160,8 @@ def test_a_namespace(device, buf):
     device.disk(max_hw_sectors_kb=256, max_segments=33, dma_alignment=511)
     with dmabuf.open(NODE, "r+", force=True) as file:
         assert (file.kind, file.size) == ("NVMe character device", 1 << 20)
-        assert file._target.namespace == nvme.Namespace(3, 1 << 20, 512, 128 << 10, 512, "nvme0n1")
-        assert device.commands == [(_uapi.NVME_IOCTL_ADMIN_CMD, 6, 3, 0)]
+        assert file.target.namespace == nvme.Namespace(3, 1 << 20, 512, 128 << 10, 512, "nvme0n1")
+        assert device.commands == [(uapi.NVME_IOCTL_ADMIN_CMD, 6, 3, 0)]
         assert file.plan(buf, buffer_offset=512).route is Route.DIRECT
         assert file.plan(buf, buffer_offset=4).route is Route.STAGED
         assert "passthrough" in file.plan(buf, buffer_offset=4).rejected[Route.NATIVE] or (
@@ -174,13 +176,13 @@ def test_the_disk_is_the_one_beside_it_whatever_its_name(device):
         (device.root / "devices/nvme0" / name).mkdir()
     device.disk("nvme7n1", max_hw_sectors_kb=64)
     with dmabuf.open(NODE) as file:
-        namespace = file._target.namespace
+        namespace = file.target.namespace
     assert (namespace.disk, namespace.limit) == ("nvme7n1", 64 << 10)
 
 
 def test_without_sysfs_of_the_queue_the_controller_is_asked(device):
     with dmabuf.open(NODE) as file:
-        namespace = file._target.namespace
+        namespace = file.target.namespace
     assert (namespace.limit, namespace.memory_align, namespace.disk) == (128 << 10, 4, None)
     assert [command[3] for command in device.commands] == [0, 1]
 
@@ -236,25 +238,27 @@ def test_less_than_a_block_is_not_written(device, buf, offset, size):
 def test_a_flush_that_fails_is_named(device, buf):
     with dmabuf.open(NODE, "w") as file:
         file.write_from(buf, 0, sync=True)
-        assert device.commands[-1] == (_uapi.NVME_IOCTL_IO_CMD, 0, 3, 0)
+        assert device.commands[-1] == (uapi.NVME_IOCTL_IO_CMD, 0, 3, 0)
         device.status = 0x280
         with pytest.raises(OSError, match=r"flushing .* Write fault .NVMe status 0x0280"):
             file.write_from(buf, 0, sync=True)
 
 
-def test_io_uring_without_passthrough_leaves_it_to_threads(device, buf, monkeypatch):
-    from dmabuf import engine as module
+def test_io_uring_without_passthrough_leaves_it_to_threads(device, buf, monkeypatch, caplog):
+    real = lib.dmb_ring_create
 
-    def ring(backend, depth, owner, flags):
-        if flags & module.lib.DMB_RING_PASSTHROUGH:
-            raise OSError(errno.EINVAL, "setting up io_uring")
-        return module_ring(backend, depth, owner, flags)
+    def create(backend, depth, flags, ret):
+        return (
+            -errno.EINVAL if flags & lib.DMB_RING_PASSTHROUGH else real(backend, depth, flags, ret)
+        )
 
-    module_ring = module.Ring
-    monkeypatch.setattr(module, "Ring", ring)
+    monkeypatch.setattr(lib, "dmb_ring_create", create)
     with Engine() as engine, dmabuf.open(NODE, engine=engine) as file:
-        with pytest.raises(OSError, match="Inappropriate ioctl") as caught:
+        with (
+            caplog.at_level("INFO", "dmabuf"),
+            pytest.raises(OSError, match="Inappropriate ioctl") as caught,
+        ):
             file.read_into(buf, 4096)
         assert caught.value.errno == errno.ENOTTY
         if engine.backend == "io_uring":
-            assert "no io_uring passthrough" in engine._passthrough.refused
+            assert "no io_uring passthrough" in caplog.text

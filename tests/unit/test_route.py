@@ -1,96 +1,152 @@
-"""Which route is chosen, from facts alone: every combination of them."""
+"""Which route File.plan chooses, why each better one is passed over, and what the terms permit."""
 
-import itertools
+import contextlib
+import os
 import pickle
+import tempfile
 
 import pytest
 
 import dmabuf
-from dmabuf import Plan, Route, RouteUnavailable
-from dmabuf.route import ALLOWED, Question, choose
+from dmabuf import Plan, Route, RouteUnavailable, Terms
+from tests import emulation
+from tests.support import drop_cache, pattern
+from tests.unit.lying import dma_buf
 
-FACTS = {
-    "stream": "a pipe",
-    "no_direct_io": "no O_DIRECT, fix A",
-    "no_native": "no series, fix D",
-    "no_native_middle": "no native middle",
-    "some_without_native_middle": "some have none",
-    "no_pinning": "no pinning, fix B",
-    "no_mapping": "no mapping",
-    "no_middle": "no middle, fix C",
-    "some_without_middle": "some have none",
-    "no_block": "no whole page",
-    "cached": "hot",
+SIZE = 256 << 10
+NATIVE, DIRECT, STAGED, BUFFERED = Route
+ALLOWED = {
+    "zero-copy": {NATIVE, DIRECT},
+    "uncached": {NATIVE, DIRECT, STAGED},
+    "any": set(Route),
 }
+SITUATIONS = {
+    # what is asked for, the kind of buffer, and the routes that can be
+    "whole blocks": ({}, "dma-buf", [NATIVE, DIRECT, STAGED, BUFFERED]),
+    "memory off its alignment": ({"buffer_offset": 1, "size": 8192}, "dma-buf", [STAGED, BUFFERED]),
+    "less than a block": ({"file_offset": 1, "size": 100}, "dma-buf", [STAGED, BUFFERED]),
+    "no bytes": ({"size": 0}, "dma-buf", [DIRECT, STAGED, BUFFERED]),
+    "not mappable": ({}, "far", [NATIVE]),
+    "not mappable, with edges": ({"size": 8191}, "far", []),
+    "no dma-buf": ({}, "memfd", [DIRECT, STAGED, BUFFERED]),
+    "on tmpfs": ({}, "dma-buf", [BUFFERED]),
+    "a pipe": ({}, "dma-buf", [BUFFERED]),
+    "a kernel without": ({}, "dma-buf", [DIRECT, STAGED, BUFFERED]),
+    "in the page cache": ({"prefer": "fastest"}, "dma-buf", [BUFFERED]),
+}
+OF_WRITES = {"less than a block": [BUFFERED]}
+"""Where a write can go less ways: it may only write whole pages past the page cache."""
 
 
-def possible(facts: set[str], require: str) -> list[Route]:
-    """The design's table, written down again."""
-    routes = []
-    native = not facts & {"stream", "no_direct_io", "cached", "no_native", "no_native_middle"}
-    if native and not (require == "zero-copy" and "some_without_native_middle" in facts):
-        routes.append(Route.NATIVE)
-    past_the_cache = not facts & {"stream", "no_direct_io", "no_mapping", "no_block", "cached"}
-    strict = require == "zero-copy" and "some_without_middle" in facts
-    if past_the_cache and not facts & {"no_pinning", "no_middle"} and not strict:
-        routes.append(Route.DIRECT)
-    if past_the_cache:
-        routes.append(Route.STAGED)
-    if "no_mapping" not in facts:
-        routes.append(Route.BUFFERED)
-    return [route for route in routes if route in ALLOWED[require]]
+@pytest.fixture(params=SITUATIONS)
+def situation(request, tmp_path):
+    """(file for reading and writing, what is asked for, buffer, name)."""
+    how, kind, _ = SITUATIONS[request.param]
+    with contextlib.ExitStack() as stack:
+        make = dmabuf.Engine if request.param == "a kernel without" else emulation.engine
+        engine = stack.enter_context(make(backend="threads"))
+        if kind == "memfd":
+            buffer = stack.enter_context(dmabuf.allocate(SIZE, exporter="memfd"))
+        else:
+            buffer = stack.enter_context(dma_buf(SIZE, mapped=kind != "far"))
+        path = tmp_path / "file"
+        if request.param == "on tmpfs":
+            path = stack.enter_context(tempfile.NamedTemporaryFile(dir="/dev/shm")).name
+        if request.param == "a pipe":
+            os.mkfifo(path)
+        else:
+            with open(path, "wb") as plain:
+                plain.write(pattern(SIZE, 1))
+                plain.flush()
+                drop_cache(plain.fileno())
+        file = stack.enter_context(dmabuf.open(path, "r+", engine=engine))
+        if request.param == "in the page cache":
+            os.pread(file.fileno(), SIZE, 0)
+        yield file, how, buffer, request.param
 
 
-def combinations():
-    for count in range(len(FACTS) + 1):
-        yield from map(set, itertools.combinations(FACTS, count))
-
-
-@pytest.mark.parametrize("require", ["zero-copy", "uncached", "any"])
 @pytest.mark.parametrize("direction", ["read", "write"])
-def test_every_combination(direction, require):
-    for facts in combinations():
-        question = Question(direction, **{name: FACTS[name] for name in facts})
+def test_every_combination_of_terms(situation, direction):
+    file, how, buffer, name = situation
+    possible = SITUATIONS[name][2]
+    if direction == "write":
+        possible = OF_WRITES.get(name, possible)
+    for require, allowed in ALLOWED.items():
         for forced in (None, *Route):
-            routes = [r for r in possible(facts, require) if forced in (None, r)]
+            routes = [route for route in possible if route in allowed and forced in (None, route)]
+            terms = how | {"require": require, "route": forced}
             if not routes:
                 with pytest.raises(RouteUnavailable) as caught:
-                    choose(question, require=require, route=forced, path="the path")
-                assert caught.value.filename == "the path"
-                assert caught.value.route is forced
+                    file.plan(buffer, direction, **terms)
+                assert caught.value.filename == file.name
+                assert caught.value.route == forced
                 continue
-            plan = choose(question, require=require, route=forced)
-            assert plan.route is routes[0], facts
+            plan = file.plan(buffer, direction, **terms)
+            assert plan.route is routes[0]
             better = [] if forced else list(Route)[: list(Route).index(plan.route)]
             assert list(plan.rejected) == better
             assert all(plan.rejected.values()) and plan.reason
 
 
-def test_the_error_names_cause_and_fix():
-    question = Question("read", no_direct_io="no O_DIRECT: keep it on ext4")
+def test_terms_in_one_record(situation):
+    file, how, buffer, name = situation
+    if not SITUATIONS[name][2]:
+        return
+    terms = Terms(prefer=how.get("prefer", "zero-copy"))
+    where = {key: value for key, value in how.items() if key != "prefer"}
+    assert file.plan(buffer, **where, terms=terms) == file.plan(buffer, **how)
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(pattern(SIZE, 1))
+    with dmabuf.open(path) as file:
+        yield file
+
+
+@pytest.fixture
+def buf():
+    with dmabuf.allocate(SIZE, exporter="memfd") as buffer:
+        yield buffer
+
+
+def test_the_error_names_each_cause(file, buf):
     with pytest.raises(RouteUnavailable) as caught:
-        choose(question, require="uncached", path="file")
-    assert "require='uncached'" in caught.value.strerror
-    assert "direct: no O_DIRECT: keep it on ext4" in caught.value.strerror
-    assert "buffered: require='uncached' does not permit it" in caught.value.strerror
-    with pytest.raises(RouteUnavailable, match="route='staged'"):
-        choose(question, route="staged")
+        file.plan(buf, file_offset=1, size=8192, require="zero-copy")
+    text = caught.value.strerror
+    assert "require='zero-copy'" in text
+    assert "native: the buffer is a memfd" in text and "direct: file offset and memory" in text
+    assert "buffered: require='zero-copy' does not permit it" in text
+    with pytest.raises(RouteUnavailable, match="route='direct'"):
+        file.plan(buf, file_offset=1, size=8192, route="direct")
 
 
 @pytest.mark.parametrize("how", [{"require": "fast"}, {"route": "native?"}, {"route": 3}])
-def test_unknown_words(how):
+def test_unknown_words(file, buf, how):
     with pytest.raises(ValueError, match="one of"):
-        choose(Question("read"), **how)
+        file.plan(buf, **how)
+    with pytest.raises(ValueError, match="one of"):
+        Terms(**how)
 
 
-def test_a_plan_is_a_frozen_record():
-    plan = choose(Question("read", no_direct_io="because"))
+@pytest.mark.parametrize("direction", ["", "r", "both", None])
+def test_unknown_directions(file, buf, direction):
+    with pytest.raises(ValueError, match="'read' or 'write'"):
+        file.plan(buf, direction)
+
+
+def test_a_plan_is_a_frozen_record(buf):
+    with tempfile.NamedTemporaryFile(dir="/dev/shm") as there, dmabuf.open(there.name) as file:
+        there.write(bytes(SIZE))
+        there.flush()
+        plan = file.plan(buf)
     with pytest.raises(AttributeError):
         plan.route = Route.DIRECT
-    assert str(plan) == (
-        "buffered: the kernel copies into the buffer's mapping\n"
-        "  not native: because\n  not direct: because\n  not staged: because"
-    )
+    lines = str(plan).splitlines()
+    assert lines[0] == "buffered: the kernel copies into the buffer's mapping"
+    starts = ["  not native: the buffer", "  not direct: tmpfs", "  not staged: tmpfs"]
+    assert [line.startswith(start) for line, start in zip(lines[1:], starts, strict=True)]
     assert pickle.loads(pickle.dumps(plan)) == plan == Plan(plan.route, plan.reason, plan.rejected)
     assert hash(plan) == hash(pickle.loads(pickle.dumps(plan)))
 

@@ -1,4 +1,4 @@
-"""What docs/security.md claims, where it takes no real dma-buf."""
+"""What docs/explanations/security.md claims, where it takes no real dma-buf."""
 
 import ctypes
 import errno
@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 import dmabuf
-from dmabuf import _uapi, audit
-from dmabuf.exporters import foreign
-from dmabuf.target import FLAGS
+from dmabuf.kernel import uapi
+from dmabuf.memory import foreign
+from dmabuf.transfer import audit
+from dmabuf.transfer.target import FLAGS
 from tests import forking
 from tests.guards import needs
 from tests.support import in_child, loop_device, mounted, pattern
@@ -59,7 +60,7 @@ def test_a_memfd_keeps_its_size(buf, size):
 
 def test_nobody_can_seal_writing_away(buf):
     with pytest.raises(PermissionError):
-        fcntl.fcntl(buf.fileno(), _uapi.F_ADD_SEALS, 8)  # F_SEAL_WRITE
+        fcntl.fcntl(buf.fileno(), uapi.F_ADD_SEALS, 8)  # F_SEAL_WRITE
     buf.pwrite(b"still", 0)
 
 
@@ -165,7 +166,7 @@ def test_the_second_descriptor_has_the_same_access(path, mode):
         return fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
 
     with dmabuf.open(path, mode) as file:
-        direct = file._target.direct().fd
+        direct = file.target.direct().fd
         assert direct != file.fileno()
         assert access(direct) == access(file.fileno()) == FLAGS[mode] & os.O_ACCMODE
 
@@ -211,13 +212,13 @@ def test_cp_puts_a_new_file_under_the_name(path, tmp_path, capsys):
 
 @pytest.mark.parametrize("route", [None, "native", "direct", "staged", "buffered"])
 def test_a_read_only_buffer_is_not_written(path, monkeypatch, route):
-    monkeypatch.setattr(_uapi, "ioctl", FakeKernel().ioctl)
+    monkeypatch.setattr(uapi, "ioctl", FakeKernel().ioctl)
     with (
         Lying(backend="threads") as engine,
         dmabuf.open(path, "r+", engine=engine) as file,
         dma_buf(SIZE) as buf,
     ):
-        buf._descriptor_writable = False
+        buf.descriptor_writable = False
         with pytest.raises(PermissionError):
             file.read_into(buf, route=route)
         with pytest.raises(PermissionError):
@@ -261,7 +262,7 @@ def registered():
 
 @pytest.mark.parametrize("side", ["buffer", "file", "engine"])
 def test_closing_either_side_clears_native_registrations(path, monkeypatch, side):
-    monkeypatch.setattr(_uapi, "ioctl", FakeKernel().ioctl)
+    monkeypatch.setattr(uapi, "ioctl", FakeKernel().ioctl)
     before = registered()
     engine = Lying(backend="threads")
     buf, file = dma_buf(SIZE, mapped=False), dmabuf.open(path, engine=engine)
@@ -274,7 +275,7 @@ def test_closing_either_side_clears_native_registrations(path, monkeypatch, side
 
 
 def test_another_thread_s_close_clears_them_at_the_owner_s_next_job(path, buf, monkeypatch):
-    monkeypatch.setattr(_uapi, "ioctl", FakeKernel().ioctl)
+    monkeypatch.setattr(uapi, "ioctl", FakeKernel().ioctl)
     before = registered()
     with Lying(backend="threads") as engine, dmabuf.open(path, engine=engine) as file:
         shared = dma_buf(SIZE, mapped=False)
@@ -306,7 +307,7 @@ def test_a_mounted_device_is_not_written(tmp_path, buf):
 def test_a_buffer_that_is_looked_at_is_not_closed(buf):
     with buf.map("r"), pytest.raises(BufferError):
         buf.close()
-    buf._acquire()  # as a transfer does
+    buf.hold()  # as a transfer does
     with pytest.raises(dmabuf.BusyError):
         buf.close()
-    buf._release()
+    buf.release()

@@ -1,4 +1,4 @@
-"""What docs/security.md claims of io_uring and seccomp."""
+"""What docs/explanations/security.md claims of io_uring and seccomp."""
 
 import platform
 from pathlib import Path
@@ -38,7 +38,7 @@ def forbid(action, *numbers):
 path, *numbers = sys.argv[1:]
 numbers = [int(number) for number in numbers]
 import dmabuf
-from dmabuf.engine import default_engine
+from dmabuf.transfer.engine import default_engine
 """
 
 

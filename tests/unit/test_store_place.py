@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from dmabuf.store import place
+from dmabuf.store import listening
 from tests.guards import needs
 from tests.support import in_child, together
 
 _LISTEN = """
 import sys
-from dmabuf.store import place
-with place.listening(sys.argv[1]):
+from dmabuf.store import listening
+with listening(sys.argv[1]):
     print("listening")
 """
 
@@ -40,14 +40,14 @@ def test_the_lock_is_there_for_a_moment_and_one_that_was_left_is_used(path: Path
     for left in (False, True):
         if left:
             lock.touch(0o600)
-        with place.listening(str(path)):
+        with listening(str(path)):
             assert sorted(os.listdir(path.parent)) == [path.name]
         assert os.listdir(path.parent) == []
 
 
 def refused(path: Path, number: int) -> None:
     before = sorted(os.listdir(path.parent)), len(os.listdir("/proc/self/fd"))
-    with pytest.raises(OSError) as caught, place.listening(str(path)):
+    with pytest.raises(OSError) as caught, listening(str(path)):
         pass
     assert (caught.value.errno, caught.value.filename) == (number, f"{path}.lock")
     assert (sorted(os.listdir(path.parent)), len(os.listdir("/proc/self/fd"))) == before
@@ -80,7 +80,7 @@ def test_another_users_lock_is_refused(path: Path) -> None:
 
 def test_a_place_in_no_directory(path: Path) -> None:
     folder = path.parent / "missing"
-    with pytest.raises(FileNotFoundError) as caught, place.listening(str(folder / "s")):
+    with pytest.raises(FileNotFoundError) as caught, listening(str(folder / "s")):
         pass
     assert caught.value.filename == str(folder)
 
@@ -94,7 +94,7 @@ def test_of_many_servers_at_a_stale_socket_one_has_it(path: Path) -> None:
 
         def serve(number: int, have: list[int] = have, tried: threading.Barrier = tried) -> None:
             try:
-                with place.listening(str(path)):
+                with listening(str(path)):
                     have.append(number)
                     tried.wait(60)
             except OSError as error:
@@ -118,5 +118,5 @@ def test_a_lock_that_was_taken_away_meanwhile_is_none(path: Path, monkeypatch) -
             other.rename(f"{path}.lock")
 
     monkeypatch.setattr(fcntl, "flock", taking_away)
-    with place.listening(str(path)):
+    with listening(str(path)):
         assert len(set(locked)) == len(locked) == 2

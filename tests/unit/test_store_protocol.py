@@ -2,13 +2,14 @@
 
 import errno
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dmabuf.store import protocol
-from dmabuf.store.protocol import Grant, Refusal, Request, Status
+from dmabuf.store.protocol import Grant, Refusal, Request, Status, Usage
 
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters="/"), min_size=1, max_size=60)
 FIELDS = {
@@ -22,7 +23,6 @@ FIELDS = {
     "exporter": st.text(max_size=64),
     "huge_pages": st.booleans() | st.integers(1, 2**40),
     "trusted": st.booleans(),
-    "settle": st.booleans(),
     "replace": st.booleans(),
     "after": st.text(max_size=255),
     "uid": st.integers(-1, 2**32 - 2),
@@ -39,11 +39,11 @@ JSON = st.recursive(
 
 @st.composite
 def requests(draw: st.DrawFn) -> Request:
-    op = draw(st.sampled_from(sorted(protocol._OPERATIONS)))
-    fields = {field: draw(FIELDS[field]) for field in protocol._OPERATIONS[op]}
+    op = draw(st.sampled_from(sorted(protocol.OPERATIONS)))
+    fields = {field: draw(FIELDS[field]) for field in protocol.OPERATIONS[op]}
     if op == "open":
-        fields["mode"] = draw(st.sampled_from(protocol.MODES))
-    if op == "rename":
+        fields["mode"] = draw(st.sampled_from(["r", "r+"]))
+    if op in ("rename", "link"):
         fields["replace"] = draw(st.booleans() | st.integers(1, 2**62))
     return Request(op, fields)
 
@@ -94,7 +94,7 @@ def test_a_field_that_is_another(request_: Request, data: st.DataObject) -> None
         assert type(got) in (bool, int, str, type(None))
         assert field not in ("size", "unnamed") or 1 <= got <= 2**62
         assert field not in ("number", "length") or got is None or 0 <= got <= 2**62
-        assert field != "mode" or got in protocol.MODES or 0 <= got <= 0o777
+        assert field != "mode" or got in ("r", "r+") or 0 <= got <= 0o777
         assert field != "name" or got is None or protocol.check_name(got)
 
 
@@ -114,19 +114,26 @@ def test_a_reply_is_a_result_or_refused(data: bytes) -> None:
         result = protocol.parse_reply(data)
     except Refusal:
         return
-    for record in (protocol.status, protocol.grant, protocol.usage):
+    for record in (Status, Grant, Usage):
         try:
-            record(result.get("x"))
+            protocol.parse_record(record, result.get("x"))
         except Refusal as refusal:
             assert refusal.errno == errno.EPROTO
 
 
+STATUS = Status("n", 8192, 5, 0o640, 1, 2, 3, 4, 5, 6, "udmabuf", "why", 1, True, 7, None)
+
+
 def test_records_come_over_as_they_were() -> None:
-    status = Status("n", 8192, 5, 0o640, 1, 2, 3, 4, "udmabuf", "why", 1, True, 7, 5, 6, None)
-    data = protocol.pack_result({"status": status, "grant": Grant("dma-buf", 1, True, False, 7)})
+    grant, usage = Grant("dma-buf", 1, True, False, 7), Usage(1, 2, 3, 4)
+    data = protocol.pack_result(status=STATUS, grant=grant, usage=usage)
     result = protocol.parse_reply(data)
-    assert protocol.status(result["status"]) == status
-    assert protocol.grant(result["grant"]) == Grant("dma-buf", 1, True, False, 7)
+    assert protocol.parse_record(Status, result["status"]) == STATUS
+    assert protocol.parse_record(Grant, result["grant"]) == grant
+    assert protocol.parse_record(Usage, result["usage"]) == usage
+    for wrong in ({**result["usage"], "names": True}, {**result["usage"], "more": 1}, [1], None):
+        with pytest.raises(Refusal):
+            protocol.parse_record(Usage, wrong)
     with pytest.raises(Refusal) as caught:
         protocol.parse_reply(protocol.pack_error(Refusal(errno.EACCES, "no", "n")))
     assert (caught.value.errno, caught.value.text, caught.value.name) == (errno.EACCES, "no", "n")
@@ -135,12 +142,12 @@ def test_records_come_over_as_they_were() -> None:
 @given(st.integers(0, 300), st.sampled_from(["a", '"', "\\", "é", "漢"]))
 def test_a_listing_fits_into_a_reply(count: int, letter: str) -> None:
     name = letter * (255 // len(letter.encode()))
-    one = Status(name, 8192, 5, 0o640, 1, 2, 3, 4, "memfd", "why " * 60, 1, False, 7, 5, 6, None)
+    one = replace(STATUS, name=name, reason="why " * 60)
     data = protocol.pack_listing([one] * count)
     assert len(data) <= protocol.REPLY_BYTES
     names = protocol.parse_reply(data)["names"]
     assert len(names) >= min(count, 8)
-    assert all(protocol.status(value) == one for value in names)
+    assert all(protocol.parse_record(Status, value) == one for value in names)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The store among users: each is who the kernel says, and files' rules hold for memory too."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -10,9 +11,9 @@ from pathlib import Path
 import pytest
 
 import dmabuf.store
-from dmabuf.exporters import udmabuf
+from dmabuf.memory import exporters
 from dmabuf.store import Store
-from tests.serving import as_a_program
+from tests.serving import for_every_user
 from tests.support import in_child
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, who can be any user")
@@ -23,7 +24,7 @@ SIZE = 65536
 _AS = """
 import errno, mmap, os, sys
 import dmabuf.store
-from dmabuf.exporters import memfd, foreign
+from dmabuf.memory import exporters, foreign
 user, group, *groups = map(int, sys.argv[2].split(","))
 os.setgroups(groups); os.setresgid(group, group, group); os.setresuid(user, user, user)
 store = dmabuf.store.connect(sys.argv[1])
@@ -47,7 +48,7 @@ def path() -> Iterator[Path]:
 
 @pytest.fixture
 def store(path: Path) -> Iterator[Store]:
-    with as_a_program(path, "--max-memory", "16MiB"), dmabuf.store.connect(path) as store:
+    with for_every_user(path, "--max-memory", "16MiB"), dmabuf.store.connect(path) as store:
         yield store
 
 
@@ -71,7 +72,6 @@ store.create("mine", 1).close()
 refused(errno.EPERM, store.rename, "mine", "secret")
 with store.create(None, 4096) as buffer:
     refused(errno.EPERM, store.link, buffer, "secret")
-    refused(errno.EACCES, store.swap, buffer, "secret", 1)
 print(store.stat("secret").uid, store.stat("mine").uid, store.stat("mine").gid)
 """,
         path,
@@ -88,7 +88,8 @@ def test_what_its_owner_may_not_write_is_put_and_got_whole(store: Store, path: P
     in_child(
         """
 import dmabuf
-from dmabuf.cli import get, put  # while Python's own files may be read
+import locale, dmabuf.cli.store  # while Python's own files may be read
+from dmabuf.cli import cp, main, parser
 dmabuf.allocate(4096, exporter="memfd").close()
 """
         + _AS
@@ -97,13 +98,14 @@ reading, writing = os.pipe()
 os.write(writing, b"hi")
 os.close(writing)
 os.dup2(reading, 0)
-put.run(put.Options("-", "n", 8192, 0o444, "memfd", sys.argv[1], False, False, True))
+store = ["--socket", sys.argv[1], "--quiet"]
+assert main(["put", *store, "--size=8192", "--mode=444", "--exporter=memfd", "-", "n"]) == 0
 with open(f"/proc/self/fd/{os.memfd_create('out')}", "wb") as out:
     for name, length in ("n", 2), ("public", 5000):
         os.dup2(out.fileno(), 1)
         os.truncate(out.fileno(), 0)
         os.lseek(out.fileno(), 0, os.SEEK_SET)
-        get.run(get.Options(name, "-", None, False, False, sys.argv[1], False, False, True))
+        assert main(["get", *store, name, "-"]) == 0
         assert os.fstat(out.fileno()).st_size == length
 """,
         path,
@@ -112,6 +114,63 @@ with open(f"/proc/self/fd/{os.memfd_create('out')}", "wb") as out:
     assert [(one.name, one.length, one.mode) for one in store.list()] == [
         ("n", 2, 0o444), ("public", 5000, 0o644),
     ]  # fmt: skip
+
+
+_OPENS = """
+wrong = []
+for status in store.list():
+    for mode, flags in ("r", os.O_RDONLY), ("r+", os.O_RDWR):
+        results = []
+        for attempt in (
+            lambda: store.open(status.name, mode).close(),
+            lambda: os.close(os.open(f"{sys.argv[3]}/{status.name}", flags)),
+        ):
+            try:
+                attempt()
+                results.append(True)
+            except PermissionError:
+                results.append(False)
+        if results[0] != results[1]:
+            wrong.append((status.name, mode, results))
+print(wrong)
+"""
+
+
+@pytest.mark.parametrize(
+    "who", ["1001,1001", "1002,1003,1003", "1004,1005", "1006,1007,1007,1003", "0,0"]
+)
+def test_who_may_open_a_buffer_is_who_may_open_a_file(store: Store, path: Path, who: str) -> None:
+    """Every mode, beside files of the same owner, group and mode."""
+    folder = path.parent / "files"
+    folder.mkdir(mode=0o755)
+    for digits in itertools.product((0, 2, 4, 6), repeat=3):
+        mode = digits[0] << 6 | digits[1] << 3 | digits[2]
+        name = f"{mode:03o}"
+        store.create(name, 1, mode=mode, exporter="memfd").close()
+        store.chown(name, 1001, 1003)
+        (folder / name).touch()
+        os.chown(folder / name, 1001, 1003)
+        os.chmod(folder / name, mode)
+    assert in_child(_AS + _OPENS, path, who, folder) == "[]\n"
+
+
+def test_giving_a_name_away(store: Store, path: Path) -> None:
+    said = become(
+        """
+store.create("n", 1).close()
+refused(errno.EPERM, store.chown, "n", 1001)
+refused(errno.EPERM, store.chown, "n", gid=1001)
+store.chown("n", gid=1003)
+store.chown("n", 1006, 1007)
+print(store.stat("n").gid)
+""",
+        path,
+        "1006,1007,1007,1003",
+    )
+    assert said == "1007\n"
+    store.chown("n", 1001, 4242)
+    assert (store.stat("n").uid, store.stat("n").gid) == (1001, 4242)
+    become('refused(errno.EPERM, store.chmod, "n", 0o777)', path, "1006,1007,1007,1003")
 
 
 def test_groups_are_the_kernels(store: Store, path: Path) -> None:
@@ -127,7 +186,7 @@ def test_groups_are_the_kernels(store: Store, path: Path) -> None:
 
 
 @pytest.mark.skipif(
-    os.path.exists(udmabuf.DEVICE), reason="tests/kernel/test_store.py has it with udmabuf"
+    os.path.exists(exporters.UDMABUF), reason="tests/kernel/test_store.py has it with udmabuf"
 )
 def test_a_grant_for_reading_is_held_to_by_the_kernel(store: Store, path: Path) -> None:
     with store.create("public", SIZE, mode=0o644) as buffer:
@@ -154,17 +213,23 @@ refused(errno.EPERM, store.open, "public", trusted=True)
 
 def test_the_memory_file_is_the_owners(store: Store, path: Path) -> None:
     store.create("shared", SIZE, mode=0o666).close()
-    become('refused(errno.EPERM, store.open, "shared", "r+", trusted=True)', path, "4001,4002")
+    become(
+        """
+refused(errno.EPERM, store.open, "shared", "r+", trusted=True)
+store.open("shared", "r+", trusted=None).close()
+""",
+        path,
+        "4001,4002",
+    )
     store.chown("shared", 4001)
     become('store.open("shared", "r+", trusted=True).close()', path, "4001,4002")
 
 
 SERVE = """
 import os, signal, sys
-from dmabuf.store import place
-from dmabuf.store.server import Server
+from dmabuf.store import Server, listening
 os.setgroups([]); os.setresgid(4002, 4002, 4002); os.setresuid(4001, 4001, 4001)
-with place.listening(sys.argv[1]) as listener:
+with listening(sys.argv[1]) as listener:
     server = Server(listener, int(sys.argv[2]))
     signal.signal(signal.SIGTERM, lambda number, frame: server.stop())
     print("serving", flush=True)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import dmabuf
 from dmabuf import BusyError, Route, aio
-from dmabuf.steps import Ready
+from dmabuf.transfer.run import Blocking
 from tests.support import assert_same, pattern, poison
 
 BUFFER = 1 << 20
@@ -211,15 +211,15 @@ def test_timeout_is_for_the_first_byte(buf, monkeypatch):
             file.read_into(buf, 10, timeout=0)
         assert caught.value.filename == f"descriptor {fds[0]}" and caught.value.nbytes == 0
 
-        ready, deadlines = Ready.here, []
+        ready, deadlines = Blocking.ready, []
 
-        def feed_the_second_wait(step):
-            deadlines.append(step.deadline)
+        async def feed_the_second_wait(self, fd, access, deadline, path):
+            deadlines.append(deadline)
             if len(deadlines) == 2:
                 os.write(fds[1], b"67890")
-            ready(step)
+            await ready(self, fd, access, deadline, path)
 
-        monkeypatch.setattr(Ready, "here", feed_the_second_wait)
+        monkeypatch.setattr(Blocking, "ready", feed_the_second_wait)
         os.write(fds[1], b"12345")
         assert file.read_into(buf, 10, timeout=0).nbytes == 10
     assert buf.pread(10, 0) == b"1234567890"

@@ -144,7 +144,7 @@ def test_forked_processes(path, buf):
 _OTHER = """
 import mmap, os, sys
 import dmabuf
-from dmabuf.buffer import Buffer, Slab
+from dmabuf.memory import Buffer, Slab
 from tests.unit.test_together import work
 
 memory, path, number = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])

@@ -6,9 +6,10 @@ import os
 import pytest
 
 import dmabuf
-from dmabuf import Route, facts, transfer
-from dmabuf._ffi import ffi, lib
-from tests.support import PAGE, assert_same, cached, drop_cache, in_child, pattern, poison
+from dmabuf import Route
+from dmabuf.kernel import files
+from tests.core import ffi, lib
+from tests.support import PAGE, Filter, assert_same, cached, drop_cache, in_child, pattern, poison
 
 SIZE = 1 << 20
 
@@ -114,80 +115,100 @@ def test_half_of_it_cached_is_not_enough(cold, buf):
         assert file.plan(buf, size=SIZE // 4, prefer="fastest").route is Route.BUFFERED
 
 
-@pytest.mark.parametrize("there", [0, SIZE // PAGE // 4])
-def test_o_direct_that_goes_through_the_cache_is_called_buffered(cold, there, buf, monkeypatch):
+@pytest.fixture
+def through_the_cache(cold, monkeypatch):
     """A filesystem that takes O_DIRECT and does as it likes, made of a good one and the cache.
 
-    A few pages are there before: finding out the alignment may have brought them.
+    Called with how often the file is in the page cache before the kernel is asked about it.
     """
+    _, fd = cold
+    real = lib.dmb_cachestat
+    monkeypatch.setattr(lib, "dmb_statfs_type", lambda _fd: 0)  # one that nothing is known of
+
+    def arrange(times):
+        left = [times]
+
+        def cachestat(*arguments):
+            if left[0]:
+                left[0] -= 1
+                os.pread(fd, SIZE, 0)
+                os.pread(fd, SIZE, SIZE)
+            return real(*arguments)
+
+        monkeypatch.setattr(lib, "dmb_cachestat", cachestat)
+
+    return arrange
+
+
+class Arranged:
+    """A completion filter that has the cache filled once the bytes have moved."""
+
+    def __init__(self, arrange, times):
+        self._arrange, self._times = arrange, times
+
+    def __call__(self, completion):
+        if self._times:
+            self._arrange(self._times)
+            self._times = 0
+        return completion.result
+
+
+@pytest.mark.parametrize("there", [0, SIZE // PAGE // 4])
+def test_o_direct_that_goes_through_the_cache_is_called_buffered(
+    cold, there, buf, through_the_cache
+):
+    """A few pages are there before: finding out the alignment may have brought them."""
     path, fd = cold
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
     os.pread(fd, there * PAGE, 0)
     assert cached(fd) == there
     with dmabuf.open(path) as file:
-        real = transfer.Target.saw_cache
-
-        def after_a_read_through_the_cache(target, offset, size):
-            os.pread(fd, SIZE, 0)
-            real(target, offset, size)
-
-        monkeypatch.setattr(transfer.Target, "saw_cache", after_a_read_through_the_cache)
-        monkeypatch.setattr(transfer.Target, "_passes_by", lambda *_: False)
-        plan = file.plan(buf)
-        assert plan.route is Route.DIRECT
-        first = file.read_into(buf)
+        assert file.plan(buf).route is Route.DIRECT
+        with Filter(Arranged(through_the_cache, 1000)):
+            first = file.read_into(buf)
         assert first.route is Route.BUFFERED
-        assert "through the page cache all the same" in first.reason
+        assert "but used the page cache" in first.reason
         plan = file.plan(buf)
         assert plan.route is Route.BUFFERED
-        assert "btrfs does for what it has compressed" in plan.rejected[Route.STAGED]
-        with pytest.raises(dmabuf.RouteUnavailable, match="through the page cache"):
+        assert "btrfs does for compressed files" in plan.rejected[Route.STAGED]
+        with pytest.raises(dmabuf.RouteUnavailable, match="used the page cache"):
             file.read_into(buf, require="uncached")
     assert_same(buf.pread(SIZE, 0), pattern(SIZE, 1), "the buffer")
 
 
-def test_and_what_was_required_says_so_after_the_first(cold, buf, monkeypatch):
-    path, fd = cold
-    real = transfer.Target.saw_cache
-    monkeypatch.setattr(
-        transfer.Target,
-        "saw_cache",
-        lambda target, offset, size: (os.pread(fd, SIZE, 0), real(target, offset, size)),
-    )
-    monkeypatch.setattr(transfer.Target, "_passes_by", lambda *_: False)
+def test_and_what_was_required_says_so_after_the_first(cold, buf, through_the_cache):
+    path, _ = cold
     with dmabuf.open(path, "r+") as file:
-        with pytest.raises(dmabuf.RouteUnavailable, match="the bytes have moved") as caught:
+        with (
+            Filter(Arranged(through_the_cache, 1000)),
+            pytest.raises(dmabuf.RouteUnavailable, match="the bytes have moved") as caught,
+        ):
             file.write_from(buf, require="zero-copy", file_offset=SIZE)
         assert caught.value.nbytes == SIZE
         assert file.size == 2 * SIZE  # what has moved stays
     assert_same(path.read_bytes()[SIZE:], poison(SIZE), "the file")
 
 
-def test_pages_that_somebody_else_had_read_do_not_count(cold, buf, monkeypatch):
+def test_pages_that_somebody_else_had_read_do_not_count(cold, buf, through_the_cache):
     """A neighbour's buffered read, with what the kernel reads ahead of it."""
-    path, fd = cold
-    real = transfer.Target.saw_cache
-    monkeypatch.setattr(
-        transfer.Target,
-        "saw_cache",
-        lambda target, offset, size: (os.pread(fd, SIZE, 0), real(target, offset, size)),
-    )
+    path, _ = cold
     with dmabuf.open(path) as file:
-        assert file.read_into(buf).route is Route.DIRECT
+        with Filter(Arranged(through_the_cache, 1)):
+            assert file.read_into(buf).route is Route.DIRECT
         assert file.plan(buf).route is Route.DIRECT
     with dmabuf.open(path, "w") as file:
         assert file.write_from(buf).route is Route.DIRECT
 
 
 def test_btrfs_with_checksums_is_not_written_past_the_cache(cold, buf, monkeypatch):
-    """What was read of it makes no lane for writes."""
+    """What was read of it does not make small writes go past it."""
     path, _ = cold
-    real = facts.open_direct
+    real = files.open_direct
 
     def open_direct(*args, **how):
         return real(*args, **how)._replace(proven=True, no_writes="sums")
 
-    monkeypatch.setattr(facts, "open_direct", open_direct)
+    monkeypatch.setattr(files, "open_direct", open_direct)
     with dmabuf.open(path, "r+") as file:
         for _ in range(2):
             assert file.read_into(buf, PAGE).route is Route.DIRECT
@@ -201,7 +222,7 @@ def test_btrfs_with_checksums_is_not_written_past_the_cache(cold, buf, monkeypat
 
 def test_kernels_without_cachestat_are_believed(cold, buf, monkeypatch):
     path, _ = cold
-    monkeypatch.setattr(facts, "cached_pages", lambda *_: None)
+    monkeypatch.setattr(files, "cached_pages", lambda *_: None)
     with dmabuf.open(path) as file:
         assert file.read_into(buf).route is Route.DIRECT
         assert file.plan(buf, prefer="fastest").route is Route.DIRECT

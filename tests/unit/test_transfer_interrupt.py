@@ -1,9 +1,10 @@
 """Interrupts: nothing is in flight afterwards, and what is whole is known.
 
-The signal comes between two slices of a running job, by a stand-in for the core's `run`, so that
-each time the same requests are in flight. One test leaves it to a timer.
+The signal comes in a wait for completions, so that requests are in flight each time. One test
+leaves it to a timer.
 """
 
+import errno
 import os
 import signal
 import threading
@@ -13,22 +14,12 @@ import pytest
 
 import dmabuf
 from dmabuf import Engine
-from dmabuf import engine as engine_module
+from tests import emulation
+from tests.core import lib
 from tests.support import assert_same, pattern, poison
 
 SIZE = 1 << 20
 BLOCK = 4096
-
-
-class Lib:
-    """The core, with some of its functions replaced."""
-
-    def __init__(self, real, **replaced):
-        self._real = real
-        self.__dict__.update(replaced)
-
-    def __getattr__(self, name):
-        return getattr(self._real, name)
 
 
 @pytest.fixture(params=["auto", "threads"])
@@ -52,32 +43,9 @@ def path(tmp_path):
     return path
 
 
-@pytest.fixture
-def signals(monkeypatch):
-    """Have `signals` answered in the call of `function` that has the number `at`."""
-    real = engine_module.lib
-
-    def arrange(function="dmb_batch_run", at=3, number=signal.SIGINT):
-        calls = []
-
-        def counted(*arguments):
-            result = getattr(real, function)(*arguments)
-            calls.append(result)
-            if len(calls) == at:
-                signal.raise_signal(number)
-            return result
-
-        stand_in = Lib(engine_module.lib, **{function: counted})
-        monkeypatch.setattr(engine_module, "lib", stand_in)
-        monkeypatch.setattr(engine_module, "SLICE_MS", 0)
-        return calls
-
-    return arrange
-
-
 @pytest.mark.parametrize("route", ["direct", "staged", "buffered"])
-def test_an_interrupted_read(path, engine, buf, signals, route):
-    signals()
+def test_an_interrupted_read(path, engine, buf, route):
+    emulation.interrupt(signal.SIGINT, after=2)
     with dmabuf.open(path, engine=engine) as file:
         with pytest.raises(KeyboardInterrupt) as caught:
             file.read_into(buf, route=route)
@@ -92,10 +60,10 @@ def test_an_interrupted_read(path, engine, buf, signals, route):
 
 @pytest.mark.parametrize("route", ["direct", "staged", "buffered"])
 @pytest.mark.parametrize("old", [0, 3 * BLOCK])
-def test_an_interrupted_write(tmp_path, engine, buf, signals, route, old):
+def test_an_interrupted_write(tmp_path, engine, buf, route, old):
     path = tmp_path / "file"
     path.write_bytes(pattern(old, 2))
-    signals()
+    emulation.interrupt(signal.SIGINT, after=2)
     with dmabuf.open(path, "r+", engine=engine) as file:
         with pytest.raises(KeyboardInterrupt) as caught:
             file.write_from(buf, SIZE - 77, route=route)
@@ -107,50 +75,27 @@ def test_an_interrupted_write(tmp_path, engine, buf, signals, route, old):
     assert_same(path.read_bytes(), poison(SIZE - 77), "the file")
 
 
-def test_a_second_signal_while_it_drains(path, engine, buf, signals):
-    signals("dmb_batch_run", 3)
-    drains = signals("dmb_batch_drain", 1)
+def test_a_second_signal_while_it_drains(path, engine, buf):
+    emulation.interrupt(signal.SIGINT, after=2, count=2)
     with dmabuf.open(path, engine=engine) as file:
         with pytest.raises(KeyboardInterrupt) as caught:
             file.read_into(buf)
-        assert len(drains) == 2  # the second finds nothing left to do
         done = caught.value.nbytes
         assert_same(buf.pread(done, 0), pattern(SIZE, 1)[:done], "what is whole")
         assert file.read_into(buf).nbytes == SIZE
 
 
-def test_any_exception_of_a_handler(path, engine, buf, signals):
+def test_any_exception_of_a_handler(path, engine, buf):
     def handler(number, frame):
         raise TimeoutError("the handler's own")
 
     before = signal.signal(signal.SIGUSR1, handler)
     try:
-        signals(number=signal.SIGUSR1)
+        emulation.interrupt(signal.SIGUSR1, after=2)
         with dmabuf.open(path, engine=engine) as file, pytest.raises(TimeoutError, match="own"):
             file.read_into(buf)
     finally:
         signal.signal(signal.SIGUSR1, before)
-
-
-def test_nothing_of_an_interrupted_batch_is_left(path, engine, buf, signals):
-    """Each batch made is destroyed, and no ring stays locked."""
-    signals()
-    made, gone = [], []
-    stand_in = engine_module.lib
-
-    def create(*arguments):
-        made.append(stand_in._real.dmb_batch_create(*arguments))
-        return made[-1]
-
-    def destroy(batch):
-        gone.append(batch)
-        stand_in._real.dmb_batch_destroy(batch)
-
-    stand_in.__dict__.update(dmb_batch_create=create, dmb_batch_destroy=destroy)
-    with dmabuf.open(path, engine=engine) as file, pytest.raises(KeyboardInterrupt):
-        file.read_into(buf)
-    assert len(made) == len(gone) == 1
-    assert not engine._rings[0].lock.locked()
 
 
 def test_a_timer_in_the_middle_of_a_long_read(tmp_path):
@@ -211,15 +156,12 @@ def test_signals_that_do_not_raise_disturb_nothing(path, tmp_path, engine, buf, 
 
 def test_growing_a_file_that_signals_interrupt(tmp_path, buf, monkeypatch):
     """tmpfs answers fallocate(2) with EINTR when a signal comes: it is asked again."""
-    from dmabuf import growth
+    answers, real = [-errno.EINTR, -errno.EINTR], lib.dmb_fallocate
 
-    answers = [-4, -4]
+    def fallocate(*arguments):
+        return answers.pop() if answers else real(*arguments)
 
-    def fallocate(fd, offset, size, *how):
-        return answers.pop() if answers else growth_lib.dmb_fallocate(fd, offset, size, *how)
-
-    growth_lib = growth.lib
-    monkeypatch.setattr(growth, "lib", Lib(growth_lib, dmb_fallocate=fallocate))
+    monkeypatch.setattr(lib, "dmb_fallocate", fallocate)
     with dmabuf.open(tmp_path / "file", "w") as file:
         assert file.write_from(buf).nbytes == SIZE
     assert not answers

@@ -1,99 +1,87 @@
-"""The command `dmabuf`: one module a command, and here the parser of them all.
+"""The room of the command `dmabuf`: parse a command line, call the library, print the result.
 
-`app` is that parser, built without running anything: for a man page or a completion script take
-`typer.main.get_command(app)`.
+One file a command, small ones in families; `output.py` has tables, JSON and progress. What enters
+here prints or parses: what a program could want to call belongs in the room that it is about. The
+module of a command is imported when that command runs, so that `--help` and `--version` are quick.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
-from typing import Annotated, Any
 
-import typer
+__all__ = ["main"]
 
-from dmabuf.cli import (
-    _output,
-    bench,
-    cp,
-    doctor,
-    get,
-    ls,
-    mount,
-    put,
-    record,
-    rm,
-    serve,
-    stat,
-    top,
-    verify,
-)
-from dmabuf.cli import exec as execute
-
-__all__ = ["app", "main"]
-
-app = typer.Typer(
-    name="dmabuf",
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        _output.say(f"dmabuf {version('dmabuf')}")
-        raise typer.Exit
-
-
-@app.callback()
-def _dmabuf(
-    _version: Annotated[
-        bool,
-        typer.Option(
-            "--version", callback=_show_version, is_eager=True, help="Show the version and end."
-        ),
-    ] = False,
-) -> None:
-    """Files into dma-bufs and back: move bytes at device speed, and see how they went."""
-
-
-for command in (
-    *(cp, record, doctor, verify, bench, ls, top),
-    *(serve, put, get, stat, rm, mount, execute),
-):
-    command.add_to(app)
+COMMANDS = {
+    "cp": ("cp", "Copy a file, device or stream; report the route."),
+    "record": ("record", "Record frames of a camera to a raw file."),
+    "doctor": ("doctor", "Show what this machine and a path support."),
+    "verify": ("verify", "Test whether bytes arrive, by every route."),
+    "bench": ("bench", "Measure every route beside what people use today."),
+    "ls": ("store", "List the buffers of the store or of the system."),
+    "top": ("system", "Show who holds dma-bufs, again and again."),
+    "serve": ("store", "Hold named buffers for other processes."),
+    "put": ("store", "Copy a file into a named buffer."),
+    "get": ("store", "Copy a named buffer into a file."),
+    "stat": ("store", "Show the status of a named buffer."),
+    "rm": ("store", "Remove names from the store."),
+    "mount": ("mount", "Show the buffers of the store as files."),
+    "exec": ("exec", "Run a program with a dma-buf as a file."),
+}
+"""The module and the summary of each command."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status.
+    """Run a command line (by default sys.argv); return the exit status.
 
-    0 is success, 1 a failure told on standard error as `error: what and why`, 2 a command line that
-    cannot be understood, and 128 + n the end by signal n: 130 is Ctrl-C, 141 a closed pipe.
+    0 is success; 1 a failure, reported on standard error as `error: what: why; fix`; 2 an invalid
+    command line; 128 + n the end by signal n, so 130 is Ctrl-C and 141 a closed pipe.
     """
-    return _output.settled(_run(argv))
+    from dmabuf.cli import output
+
+    return output.settled(_run(list(sys.argv[1:] if argv is None else argv)))
 
 
-def _run(argv: Sequence[str] | None) -> int:
-    command: Any = typer.main.get_command(app)
+def _run(words: list[str]) -> int:
+    from dmabuf.cli import output
+
+    first = words[0] if words else ""
+    if first in COMMANDS:
+        from importlib import import_module
+
+        from dmabuf.cli import parser
+
+        try:
+            command = getattr(import_module(f"dmabuf.cli.{COMMANDS[first][0]}"), first.upper())
+        except ImportError as problem:
+            output.error(str(problem))
+            return output.FAILED
+        return parser.run(command, first, words[1:])
     try:
-        status = command.main(
-            list(sys.argv[1:] if argv is None else argv), prog_name="dmabuf", standalone_mode=False
-        )
-    except OSError as problem:  # --help and --version, which are no command of ours
-        _output.error(_output.explain(problem))
-        return _output.FAILED
-    except Exception as error:
-        if not hasattr(error, "format_message"):
-            raise
-        return _refuse(error)
-    return status if isinstance(status, int) else 0
+        if first in ("-h", "--help"):
+            output.write(_help())
+        elif first == "--version":
+            from importlib.metadata import version
+
+            output.write(f"dmabuf {version('dmabuf')}\n")
+        else:
+            what = f"unknown command '{first}'" if words else "a command is missing"
+            output.error(f"{what}; try 'dmabuf --help'")
+            return output.MISUSED
+    except BrokenPipeError:
+        return output.CLOSED_PIPE
+    except OSError as problem:
+        output.error(output.explain(problem))
+        return output.FAILED
+    return 0
 
 
-def _refuse(error: Any) -> int:
-    """Tell what of the command line was not understood."""
-    _output.error(error.format_message().rstrip("."))
-    path = error.ctx.command_path if getattr(error, "ctx", None) else "dmabuf"
-    _output.note(f"try '{path} --help'")
-    return int(error.exit_code)
+def _help() -> str:
+    lines = [f"  {name:<8}{summary}" for name, (_, summary) in COMMANDS.items()]
+    return (
+        "usage: dmabuf COMMAND [ARGUMENT ...]\n\n"
+        "Move bytes between files and dma-bufs, and see by which route.\n\ncommands:\n"
+        + "\n".join(lines)
+        + "\n\noptions:\n  -h, --help  Show this text, or that of a command: dmabuf cp --help\n"
+        "  --version   Show the version.\n"
+    )

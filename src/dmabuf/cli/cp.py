@@ -1,221 +1,224 @@
-"""`dmabuf cp`: copy a file, device or stream, and say how the bytes travelled."""
+"""`dmabuf cp`: copy a file, device or stream, and report how the bytes travelled."""
 
 from __future__ import annotations
 
 import errno
-import stat
-import sys
-from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Annotated, Literal
+import os
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-import typer
+from dmabuf.cli import output
+from dmabuf.cli.ends import End, advance, find_source, find_target, move_bytes
+from dmabuf.cli.parser import Command, Parser
+from dmabuf.copying import Copy, CopySide, copy, same_file
+from dmabuf.errors import IntegrityError, RouteUnavailable
+from dmabuf.memory import Buffer, allocate
+from dmabuf.transfer import ALLOWED, File, Route, first_difference
 
-from dmabuf._opening import same_file
-from dmabuf._replace import Replacement
-from dmabuf.cli import _options, _output, _progress, _result, _verify
-from dmabuf.cli._ends import End, advance, find_source, find_target, telling
-from dmabuf.file import File
-from dmabuf.pipeline import Copy, copy
-from dmabuf.route import ALLOWED, Route
+_BLOCK = 8 << 20  # bytes that --verify compares at once
 
-_HELP = """\
+
+def _arguments(parser: Parser) -> None:
+    parser.add_argument("source", metavar="SRC", help="What to copy; - is standard input.")
+    parser.add_argument("target", metavar="DST", help="Where to; - is standard output.")
+    parser.shared("size")
+    parser.option(
+        "--require", "", "Which routes are acceptable.", default="any", choices=[*ALLOWED]
+    )
+    parser.option("--route", "", "The only acceptable route.", choices=[*Route])
+    text = "fastest takes from the page cache what is there."
+    parser.option("--prefer", "", text, default="zero-copy", choices=["zero-copy", "fastest"])
+    parser.shared("exporter")
+    parser.flag("--verify", "Read DST back past the page cache and compare every byte.")
+    parser.shared("sync", "force")
+    parser.flag("-p --preserve", "Keep the source's mode and times.")
+    parser.shared("json", "progress", "quiet")
+
+
+def _run(args: Namespace) -> None:
+    source = find_source(args.source)
+    target = find_target(args.target, args.source)
+    if source.status and target.status and same_file(source.status, target.status):
+        text = f"and {source.name} are the same file: nothing was copied"
+        raise OSError(errno.EINVAL, text, target.name)
+    for end in (source, target) if args.verify else ():
+        if not end.rereadable or end.what == 1:
+            text = "--verify reads both ends a second time, which a stream does not allow"
+            raise OSError(errno.ESPIPE, text, end.name)
+    if args.preserve and not target.replaced:
+        raise OSError(errno.EINVAL, "--preserve needs a regular file as target", target.name)
+
+    with output.Progress(args.progress) as progress:
+
+        def move(place: str | int) -> tuple[Copy, Verified | None]:
+            record = copy(
+                source.what,
+                place,
+                size=args.size,
+                src_offset=source.offset,
+                dst_offset=target.offset,
+                progress=lambda done, total: progress.show("copying", done, total),
+                require=args.require,
+                route=args.route,
+                prefer=args.prefer,
+                exporter=args.exporter,
+                sync=args.sync,
+                force=args.force,
+            )
+            if not args.verify:
+                return record, None
+            nbytes = record.nbytes
+            return record, _verify(
+                source,
+                target,
+                place,
+                nbytes,
+                args.exporter,
+                lambda done: progress.show("verifying", done, nbytes),
+            )
+
+        like = source.status if args.preserve else None
+        (record, verified), in_place = move_bytes(
+            source, target, move, force=args.force, sync=args.sync, like=like
+        )
+    advance(source, target, record.nbytes)
+    if args.json:
+        told: dict[str, Any] = {"source": source.name, "target": target.name}
+        told |= as_json(record) | {"verified": verified and asdict(verified), "synced": args.sync}
+        told |= {"in_place": in_place}
+        output.say_json(told, stream=target.report_stream)
+    elif not args.quiet:
+        output.say(sentence(record), stream=target.report_stream)
+        if verified:
+            how = "" if verified.uncached else "not past the page cache: "
+            text = f"verified: every byte is the same, {how}{verified.reason}"
+            output.say(text, stream=target.report_stream)
+
+
+CP = Command(
+    """\
 Copy SRC to DST: files, block devices, pipes, or - for standard input and output.
 
-A regular file appears whole under its name, or not at all; a directory as DST means a file of the
-same name in it. Everything else is written in place. How the bytes travelled, and why, is printed.
-"""
-
-_EXAMPLES = """\
-Examples:
-
-\b
+A regular file appears whole under its name, or not at all. If DST is a directory, the copy is a
+file of the same name in it. Everything else is written in place. The route of the bytes, and the
+reason for it, is printed.""",
+    _arguments,
+    _run,
+    """\
   dmabuf cp model.safetensors /mnt/nvme/
   dmabuf cp --require zero-copy --verify big.bin /mnt/nvme/big.bin
   dmabuf cp --size 1GiB /dev/zero test.img
   curl -s $URL | dmabuf cp --sync - weights.bin
   dmabuf cp --json a b | jq .read.route
+  dmabuf cp -- -name ./-other""",
+)
 
-A name that begins with a dash: dmabuf cp -- -name ./-other
-"""
+
+# -- the record of a copy, which put and get print too
+
+
+def as_json(record: Copy) -> dict[str, Any]:
+    """Return the record for programs; keys are only ever added."""
+    told = {"format": 1} | asdict(replace(record, read=None, write=None))
+    for name, side in (("read", record.read), ("write", record.write)):
+        plain = side and replace(side, rejected=dict(side.rejected), routes=dict(side.routes))
+        told[name] = plain and asdict(plain)
+    return told
+
+
+def sentence(record: Copy, exporter: str | None = None) -> str:
+    """Return the record as a sentence; `exporter` is that of a buffer at one end."""
+    if not record.nbytes:
+        return "0 B: there was nothing to copy"
+    speed = output.decimal(record.nbytes / max(record.seconds, 1e-9), "B/s")
+    text = f"{output.decimal(record.nbytes)} in {record.seconds:.2f} s, {speed}: "
+    ways = [f"read {_way(record.read)}"] if record.read else []
+    ways += [f"written {_way(record.write)}"] if record.write else []
+    return text + ", ".join([*ways, exporter or str(record.exporter)])
+
+
+def _way(side: CopySide) -> str:
+    """Return a route with its reason; if the CPU copies, with why it has to."""
+    why = side.reason
+    if side.route not in ALLOWED["zero-copy"]:
+        why = side.rejected.get(Route.DIRECT) or side.rejected.get(Route.NATIVE) or why
+    return f"{side.route} ({why})"
+
+
+# -- --verify
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
-    """The command line, as it was understood."""
+class Verified:
+    """The record of a comparison in which every byte was the same."""
 
-    source: str
-    target: str
-    size: int | None = None
-    require: Literal["zero-copy", "uncached", "any"] = "any"
-    route: str | None = None
-    prefer: Literal["zero-copy", "fastest"] = "zero-copy"
-    exporter: str = "auto"
-    verify: bool = False
-    sync: bool = False
-    force: bool = False
-    preserve: bool = False
-    json: bool = False
-    progress: bool | None = None
-    quiet: bool = False
+    nbytes: int
+    uncached: bool
+    """Whether the target was read past the page cache, so from the device."""
+    reason: str
+    """How it was read, or why not past the page cache."""
+    seconds: float
 
 
-def add_to(app: typer.Typer) -> None:
-    """Add the command to the parser."""
-    app.command("cp", help=_HELP, epilog=_EXAMPLES)(_command)
-
-
-def _command(
-    src: Annotated[str, typer.Argument(metavar="SRC", help="Where from; - is standard input.")],
-    dst: Annotated[str, typer.Argument(metavar="DST", help="Where to; - is standard output.")],
-    size: Annotated[
-        str | None,
-        typer.Option(metavar="SIZE", help="Bytes at most, as 4096 or 1GiB. [default: all]"),
-    ] = None,
-    require: Annotated[
-        str, typer.Option(metavar="zero-copy|uncached|any", help="Which routes will do.")
-    ] = "any",
-    route: Annotated[
-        str | None,
-        typer.Option(metavar="|".join(Route), help="The only route that will do."),
-    ] = None,
-    prefer: Annotated[
-        str,
-        typer.Option(
-            metavar="zero-copy|fastest", help="fastest takes what the page cache has from there."
-        ),
-    ] = "zero-copy",
-    exporter: Annotated[
-        str,
-        typer.Option(metavar="NAME", help="What makes the buffers: auto, udmabuf, memfd, a heap."),
-    ] = "auto",
-    verify: Annotated[
-        bool,
-        typer.Option("--verify", help="Read DST back past the page cache, compare every byte."),
-    ] = False,
-    sync: _options.Sync = False,
-    force: _options.Force = False,
-    preserve: Annotated[
-        bool, typer.Option("--preserve", "-p", help="Keep the source's mode and times.")
-    ] = False,
-    json: _options.Json = False,
-    progress: _options.Progress = None,
-    quiet: _options.Quiet = False,
-) -> None:
-
-    _one_of("--require", require, list(ALLOWED))
-    _one_of("--route", route, [known.value for known in Route])
-    _one_of("--prefer", prefer, ["zero-copy", "fastest"])
-    nbytes = _options.limit(size)
-    options = Options(
-        src, dst, nbytes, require, route, prefer, exporter, verify, sync, force,  # type: ignore[arg-type]
-        preserve, json, False if quiet and progress is None else progress, quiet,
-    )  # fmt: skip
-    with _output.orderly():
-        run(options)
-
-
-def _one_of(option: str, value: str | None, known: list[str]) -> None:
-    if value is not None and value not in known:
-        raise typer.BadParameter(f"{option} {value}: one of {', '.join(known)}")
-
-
-def run(options: Options) -> None:
-    """Carry the command out.
-
-    Raises:
-        OSError, ValueError, EOFError: what went wrong; a regular target is as it was before.
-    """
-    source, target = find_source(options.source), find_target(options.target, options.source)
-    _check(options, source, target)
-    regular = target.status is None or stat.S_ISREG(target.status.st_mode)
-    replaces = regular and isinstance(target.what, str)
-    like = source.status if options.preserve else None
-    if options.preserve and not replaces:
-        raise OSError(errno.EINVAL, "--preserve needs a regular file as target", target.name)
-    with ExitStack() as stack:
-        shown = stack.enter_context(_progress.display(options.progress))
-        if replaces:
-            assert isinstance(target.what, str)
-            place = stack.enter_context(
-                Replacement(target.what, force=options.force, note=_output.note)
-            )
-            with telling(source, target, place.temporary):
-                record, verified = _copy(options, source, target, place.temporary, shown)
-                place.commit(like, sync=options.sync)
-        else:
-            with telling(source, target, None):
-                record, verified = _copy(options, source, target, target.what, shown)
-    advance(source, target, record.nbytes)
-    _tell(options, source, target, record, verified)
-
-
-def _check(options: Options, source: End, target: End) -> None:
-
-    if source.status and target.status and same_file(source.status, target.status):
-        text = f"and {source.name} are the same file: nothing was copied"
-        raise OSError(errno.EINVAL, text, target.name)
-    if options.verify:
-        for end in (source, target):
-            if not end.again or end.what == 1:
-                text = "--verify reads both ends a second time, and a stream is gone by then"
-                raise OSError(errno.ESPIPE, text, end.name)
-
-
-def _copy(
-    options: Options, source: End, target: End, place: str | int, shown: _progress.Display
-) -> tuple[Copy, _verify.Verified | None]:
-    record = copy(
-        source.what,
-        place,
-        size=options.size,
-        src_offset=source.offset,
-        dst_offset=target.offset,
-        progress=lambda done, total: shown.show("copying", done, total),
-        require=options.require,
-        route=options.route,
-        prefer=options.prefer,
-        exporter=options.exporter,
-        sync=options.sync,
-        force=options.force,
-    )
-    if not options.verify:
-        return record, None
-    return record, _verify_copy(options, source, target, place, record.nbytes, shown)
-
-
-def _verify_copy(
-    options: Options,
+def _verify(
     source: End,
     target: End,
     place: str | int,
     nbytes: int,
-    shown: _progress.Display,
-) -> _verify.Verified:
+    exporter: str,
+    progress: Callable[[int], object],
+) -> Verified:
+    """Compare the target with the source. Raises IntegrityError with the offset of a difference."""
+    import time
 
-    with File(source.what, "r") as one, File(place, "r") as other:
-        return _verify.compare(
-            one,
-            source.offset,
-            other,
-            target.offset,
-            nbytes,
-            exporter=options.exporter,
-            progress=lambda done: shown.show("verifying", done, nbytes),
-        )
+    begun = time.perf_counter()
+    size = min(_BLOCK, max(nbytes, 1))
+    refusal, done = None, 0
+    with (
+        File(source.what, "r") as one,
+        File(place, "r") as other,
+        allocate(size, exporter=exporter) as expected,
+        allocate(size, exporter=exporter) as found,
+    ):
+        os.fdatasync(other.fileno())
+        while done < nbytes:
+            part, at = min(size, nbytes - done), target.offset + done
+            one.read_into(expected, part, file_offset=source.offset + done)
+            got, why = _read_back(other, found, part, at)
+            refusal = refusal or why
+            _compare(str(other.name), expected.pread(part, 0), found.pread(got, 0), at)
+            done += part
+            progress(done)
+    reason = refusal or "read back from the device, past the page cache"
+    return Verified(nbytes, refusal is None, reason, time.perf_counter() - begun)
 
 
-def _tell(
-    options: Options,
-    source: End,
-    target: End,
-    record: Copy,
-    verified: _verify.Verified | None,
-) -> None:
-    stream = sys.stderr if target.what == 1 else sys.stdout
-    if options.json:
-        ends = {"source": source.name, "target": target.name}
-        result = ends | _result.as_json(record, verified) | {"synced": options.sync}
-        _output.say_json(result, stream=stream)
-    elif not options.quiet:
-        _output.say(_result.sentence(record, verified), stream=stream)
+def _read_back(target: File, buffer: Buffer, size: int, offset: int) -> tuple[int, str | None]:
+    """Read a part of the target; return its size, and why it was not read past the page cache."""
+    try:
+        record = target.read_into(buffer, size, file_offset=offset, require="uncached")
+    except RouteUnavailable:
+        rejected = target.plan(buffer, "read", size=size, file_offset=offset).rejected
+        why = rejected.get(Route.STAGED) or rejected.get(Route.DIRECT) or "there is no such route"
+        # Clean pages are dropped; tmpfs has nothing but the cache.
+        os.posix_fadvise(target.fileno(), offset, size, os.POSIX_FADV_DONTNEED)
+        record = target.read_into(buffer, size, file_offset=offset)
+        return record.nbytes, f"flushed, dropped from the cache, and read through it: {why}"
+    return record.nbytes, None
+
+
+def _compare(name: str, wanted: bytes, found: bytes, offset: int) -> None:
+    if wanted == found:
+        return
+    if len(found) < len(wanted):
+        end = offset + len(found)
+        text = f"read back, it ends at {end}: {len(wanted) - len(found)} bytes short"
+        raise IntegrityError(text, name, offset=end)
+    at = first_difference(wanted, found)
+    text = (
+        f"read back, it differs from the source at offset {offset + at}: 0x{found[at]:02x}, not "
+        f"0x{wanted[at]:02x}"
+    )
+    raise IntegrityError(text, name, offset=offset + at)

@@ -1,93 +1,77 @@
-"""`dmabuf exec`: run a program that is handed a dma-buf as a file."""
+"""`dmabuf exec`: run a program that gets a dma-buf as a file."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import sys
-from dataclasses import asdict, dataclass
-from typing import Annotated, NoReturn
+from argparse import Namespace
 
-import typer
+from dmabuf.cli import output
+from dmabuf.cli.parser import Command, Misuse, Parser, number
+from dmabuf.memory import descriptor_as_file
 
-from dmabuf import _as_file
-from dmabuf.cli import _options, _output
-
-_HELP = """\
-Run PROGRAM with descriptor N, which is a dma-buf (or a memfd), made one that read(2), write(2),
-lseek(2) and mmap(2) work on.
-
-dmabuf becomes PROGRAM, as exec(2) has it, so its exit status, signals and other descriptors are its
-own. Where N is a dma-buf, FUSE makes the file: a process in the background copies for each call,
-and ends with the file. N stays N, and the environment variable DMABUF_FD names it.
-"""
-
-_EXAMPLES = """\
-Examples:
-
-\b
-  dmabuf exec --fd 3 -- sha256sum /dev/fd/3
-  dmabuf exec --fd 3 -- dd of=/dev/fd/3 if=frame.raw
-  dmabuf exec --fd 0 --read-only -- xxd
-
-The exit status is PROGRAM's; 127 where there is no such program, 126 where it cannot be run, 1
-where N cannot be made a file, 2 for a command line that cannot be understood.
-"""
-
-NOT_FOUND, NOT_RUN = 127, 126
+_NOT_FOUND, _NOT_RUN = 127, 126
 
 
-@dataclass(frozen=True, slots=True)
-class Told:
-    """What is told with --verbose or --json, on standard error: standard output is PROGRAM's."""
-
-    fd: int
-    size: int
-    mode: str
-    way: str
-    reason: str
-
-
-def add_to(app: typer.Typer) -> None:
-    """Add the command to the parser."""
-    settings = {"allow_interspersed_args": False}  # what follows PROGRAM is PROGRAM's
-    app.command("exec", help=_HELP, epilog=_EXAMPLES, context_settings=settings)(_command)
+def _arguments(parser: Parser) -> None:
+    parser.usage = "dmabuf exec [-h] --fd N [-r] [-v] [--json] [--] PROGRAM [ARGUMENT ...]"
+    parse, text = number(0, 1 << 62), "The descriptor's number."
+    parser.add_argument("--fd", metavar="N", type=parse, required=True, help=text)
+    parser.flag("-r --read-only", "PROGRAM may not write.")
+    parser.flag("-v --verbose", "Report which way was taken, and why.")
+    parser.shared("json")
+    text = "The program and its arguments."
+    parser.add_argument("program", metavar="PROGRAM", nargs=argparse.REMAINDER, help=text)
 
 
-def _command(
-    program: Annotated[
-        list[str], typer.Argument(metavar="PROGRAM", help="What to run, and its arguments.")
-    ],
-    fd: Annotated[int, typer.Option("--fd", metavar="N", min=0, help="The descriptor's number.")],
-    read_only: Annotated[
-        bool, typer.Option("--read-only", "-r", help="PROGRAM may not write.")
-    ] = False,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Tell which way was taken, and why.")
-    ] = False,
-    json: _options.Json = False,
-) -> None:
-    with _output.orderly(), _as_file.of_descriptor(fd, read_only=read_only) as file:
-        told = Told(fd, os.fstat(file.fileno()).st_size, file.mode, file.way, file.reason)
-        if json:
-            _output.say_json(asdict(told), stream=sys.stderr)
-        elif verbose:
-            _output.note(
-                f"descriptor {fd}: {told.size} bytes, {told.mode}, by {told.way}: {told.reason}"
+def _run(args: Namespace) -> int:
+    program = args.program[1:] if args.program[:1] == ["--"] else args.program
+    if not program:
+        raise Misuse("the following arguments are required: PROGRAM")
+    with descriptor_as_file(args.fd, read_only=args.read_only) as file:
+        size = os.fstat(file.fileno()).st_size
+        if args.json:
+            about = {"mode": file.mode, "way": file.way, "reason": file.reason}
+            told = {"format": 1, "fd": args.fd, "size": size} | about
+            output.say_json(told, stream=sys.stderr)  # standard output is PROGRAM's
+        elif args.verbose:
+            output.note(
+                f"descriptor {args.fd}: {size} bytes, {file.mode}, by {file.way}: {file.reason}"
             )
-        _become(program, file.fileno(), fd)
+        return _become(program, file.fileno(), args.fd)
 
 
-def _become(program: list[str], file: int, fd: int) -> NoReturn:
-    """Run the program in this process's place, with ``file`` as its descriptor ``fd``."""
+def _become(program: list[str], file: int, fd: int) -> int:
+    """Replace this process by the program, with `file` as its descriptor `fd`."""
     before = os.dup(fd)
     os.dup2(file, fd)
-    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python ignores
-        signal.signal(number, signal.SIG_DFL)
+    for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them
+        signal.signal(ignored, signal.SIG_DFL)
     try:
         os.execvpe(program[0], program, {**os.environ, "DMABUF_FD": str(fd)})
     except OSError as problem:
-        os.dup2(before, fd)  # so that no message ends up in the buffer, as its descriptor 2
-        _output.error(f"{program[0]}: {problem.strerror}")
-        missing = isinstance(problem, FileNotFoundError)
-        raise typer.Exit(NOT_FOUND if missing else NOT_RUN) from None
+        os.dup2(before, fd)  # so that no message ends up in the buffer if it is descriptor 2
+        output.error(f"{program[0]}: {problem.strerror}")
+        return _NOT_FOUND if isinstance(problem, FileNotFoundError) else _NOT_RUN
+
+
+EXEC = Command(
+    """\
+Run PROGRAM with descriptor N, a dma-buf (or a memfd), as a file for read(2), write(2), lseek(2) and
+mmap(2).
+
+dmabuf becomes PROGRAM by exec(2), so its exit status, signals and other descriptors are its own. A
+dma-buf becomes a file by FUSE: a background process copies for each call, and ends with the file. N
+stays N, and the environment variable DMABUF_FD contains it.
+
+The exit status is PROGRAM's; 127 if there is no such program, 126 if it cannot be run, 1 if N
+cannot become a file, 2 for an invalid command line.""",
+    _arguments,
+    _run,
+    """\
+  dmabuf exec --fd 3 -- sha256sum /dev/fd/3
+  dmabuf exec --fd 3 -- dd of=/dev/fd/3 if=frame.raw
+  dmabuf exec --fd 0 --read-only -- xxd""",
+)

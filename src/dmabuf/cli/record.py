@@ -1,4 +1,4 @@
-"""`dmabuf record`: frames of a camera to disk, and beside them a file that tells where each is."""
+"""`dmabuf record`: write frames of a camera to disk, and beside them a file that locates each."""
 
 from __future__ import annotations
 
@@ -6,142 +6,58 @@ import errno
 import json
 import os
 import stat
-import sys
 import time
+from argparse import ArgumentTypeError, Namespace
 from collections import Counter
-from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from dmabuf import growth
-from dmabuf._replace import Replacement
-from dmabuf.cli import _options, _output, _progress
-from dmabuf.cli._ends import End, advance, find_target, telling
+from dmabuf.cli import output
+from dmabuf.cli.ends import End, advance, find_target, naming
+from dmabuf.cli.parser import Command, Parser, number
+from dmabuf.copying import Replacement
 from dmabuf.devices import v4l2
-from dmabuf.file import File
-from dmabuf.route import ALLOWED
 from dmabuf.sizes import round_up
-
-_HELP = """\
-Record frames of the camera DEVICE to OUT, a raw file; - is standard output.
-
-The camera writes into buffers, and the disk reads from the same memory: where OUT takes O_DIRECT
-no CPU copies a frame. Each plane begins at a multiple of the page size (4096 bytes), and OUT.json
-tells where, with the frame's number and time. Both files appear whole, or not at all. Without
---frames, recording goes on until Ctrl-C, which then is its regular end.
-
-Into a pipe go the planes one behind the other, and no other file is made.
-"""
-
-_EXAMPLES = """\
-Examples:
-
-\b
-  dmabuf record /dev/video0 out.raw --frames 300
-  dmabuf record /dev/video0 out.raw --format NV12 --size 1920x1080 --fps 60 --require zero-copy
-  dmabuf record /dev/video0 - --format YUYV --size 640x480 |
-      ffmpeg -f rawvideo -pix_fmt yuyv422 -s 640x480 -i - out.mkv
-"""
+from dmabuf.transfer import ALLOWED, File, growth
 
 _PAGE = os.sysconf("SC_PAGESIZE")
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
-    """The command line, as it was understood."""
-
-    device: str
-    out: str
-    frames: int | None = None
-    format: str | None = None
-    size: tuple[int, int] | None = None
-    fps: float | None = None
-    buffers: int = 8
-    exporter: str = "udmabuf"
-    huge_pages: bool = False
-    timeout: float = 5.0
-    require: str = "any"
-    sync: bool = False
-    force: bool = False
-    json: bool = False
-    progress: bool | None = None
-    quiet: bool = False
-
-
-def add_to(app: typer.Typer) -> None:
-    """Add the command to the parser."""
-    app.command("record", help=_HELP, epilog=_EXAMPLES)(_command)
-
-
-def _command(
-    device: Annotated[str, typer.Argument(metavar="DEVICE", help="The camera, as /dev/video0.")],
-    out: Annotated[str, typer.Argument(metavar="OUT", help="Where to; - is standard output.")],
-    frames: Annotated[
-        int | None,
-        typer.Option("--frames", "-n", min=1, help="How many. [default: until Ctrl-C]"),
-    ] = None,
-    form: Annotated[
-        str | None,
-        typer.Option("--format", metavar="FOURCC", help="As YUYV or NV12. [default: as it is set]"),
-    ] = None,
-    size: Annotated[
-        str | None,
-        typer.Option(metavar="WxH", help="Pixels, as 640x480. [default: as it is set]"),
-    ] = None,
-    fps: Annotated[
-        float | None, typer.Option(help="Frames a second. [default: as it is set]")
-    ] = None,
-    buffers: Annotated[
-        int, typer.Option(min=1, help="Frames that there is room for while the disk is busy.")
-    ] = 8,
-    exporter: Annotated[
-        str,
-        typer.Option(metavar="NAME", help="What makes the buffers: udmabuf, a heap, driver."),
-    ] = "udmabuf",
-    huge_pages: Annotated[
-        bool, typer.Option("--huge-pages", help="Make the buffers of huge pages.")
-    ] = False,
-    timeout: Annotated[float, typer.Option(help="Seconds to wait for each frame.")] = 5.0,
-    require: Annotated[
-        str, typer.Option(metavar="zero-copy|uncached|any", help="Which routes to OUT will do.")
-    ] = "any",
-    sync: _options.Sync = False,
-    force: Annotated[
-        bool, typer.Option("--force", "-f", help="Replace a file without permission.")
-    ] = False,
-    json: _options.Json = False,
-    progress: _options.Progress = None,
-    quiet: _options.Quiet = False,
-) -> None:
-
-    if require not in ALLOWED:
-        raise typer.BadParameter(f"--require {require}: one of {', '.join(ALLOWED)}")
-    options = Options(
-        device, out, frames, form, _parse_size(size), fps, buffers, exporter, huge_pages, timeout,
-        require, sync, force, json, False if quiet and progress is None else progress, quiet,
-    )  # fmt: skip
-    with _output.orderly():
-        run(options)
-
-
-def _parse_size(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
+def _pixels(text: str) -> tuple[int, int]:
     width, _, height = text.partition("x")
     if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-        raise typer.BadParameter(f"--size {text}: width and height in pixels, as 640x480")
+        raise ArgumentTypeError(f"invalid size '{text}': width and height in pixels, as 640x480")
     return int(width), int(height)
 
 
+def _arguments(parser: Parser) -> None:
+    unset = "[default: the camera's setting]"
+    parser.add_argument("device", metavar="DEVICE", help="The camera, as /dev/video0.")
+    parser.add_argument("out", metavar="OUT", help="The file; - is standard output.")
+    text = "The number of frames. [default: until Ctrl-C]"
+    parser.option("-n --frames", "N", text, number(1, 10**9))
+    parser.option("--format", "FOURCC", f"As YUYV or NV12. {unset}")
+    parser.option("--size", "WxH", f"Pixels. {unset}", _pixels)
+    parser.option("--fps", "N", f"Frames a second. {unset}", float)
+    text = "Frames to hold while the disk is busy. [default: 8]"
+    parser.option("--buffers", "N", text, number(1, 10**6), 8)
+    text = "What makes the buffers: udmabuf, a heap, driver. [default: udmabuf]"
+    parser.option("--exporter", "NAME", text, default="udmabuf")
+    parser.flag("--huge-pages", "Make the buffers of huge pages.")
+    parser.option("--timeout", "N", "Seconds to wait for each frame. [default: 5]", float, 5.0)
+    parser.option(
+        "--require", "", "Which routes are acceptable.", default="any", choices=[*ALLOWED]
+    )
+    parser.shared("sync", "force", "json", "progress", "quiet")
+
+
 @dataclass
-class _Recorded:
-    """What has been written whole."""
+class _Recording:
+    """What has been written completely."""
 
     frames: list[dict[str, Any]] = field(default_factory=list)
     end: int = 0
-    """Where the last plane's bytes end in the file."""
+    """Where the last plane ends in the file."""
     nbytes: int = 0
     lost: int = 0
     copied: int = 0
@@ -151,122 +67,112 @@ class _Recorded:
     clock: str = "unknown"
 
 
-def run(options: Options) -> None:
-    """Carry the command out.
-
-    Raises:
-        OSError, ValueError, ImportError: what went wrong; the files are as they were before.
-    """
-    source = End(options.device, options.device, None)
-    target = find_target(options.out, options.device)
-    mode = target.status.st_mode if target.status else stat.S_IFREG
-    if stat.S_ISBLK(mode):
+def _run(args: Namespace) -> None:
+    source = End(args.device, args.device)
+    target = find_target(args.out, args.device)
+    if target.status and stat.S_ISBLK(target.status.st_mode):
         raise OSError(errno.EINVAL, "is a block device: name a file on it", target.name)
-    width, height = options.size or (None, None)
-    with ExitStack() as stack:
-        shown = stack.enter_context(_progress.display(options.progress))
-        camera = stack.enter_context(
-            v4l2.capture(
-                options.device,
-                buffers=options.buffers,
-                exporter=options.exporter,
-                huge_pages=options.huge_pages,
-                format=options.format,
-                width=width,
-                height=height,
-                fps=options.fps,
-                timeout=options.timeout,
-            )
-        )
-        if isinstance(target.what, int) or not stat.S_ISREG(mode):
-            with telling(source, target, None), File(target.what, "w") as file:
-                recorded = _record(options, camera, file, target.offset, 1, shown)
-            advance(source, target, recorded.end - target.offset)
+    width, height = args.size or (None, None)
+    with (
+        output.Progress(args.progress) as progress,
+        v4l2.capture(
+            args.device,
+            buffers=args.buffers,
+            exporter=args.exporter,
+            huge_pages=args.huge_pages,
+            format=args.format,
+            width=width,
+            height=height,
+            fps=args.fps,
+            timeout=args.timeout,
+        ) as camera,
+    ):
+        if target.replaced:
+            recording = _replace(args, camera, source, target, progress)
         else:
-            recorded = _replace(options, camera, source, target, shown)
-        about = _about(camera, recorded)
-    _tell(options, target, about, recorded)
+            with naming(source, target, None), File(target.what, "w") as file:
+                recording = _record(args, camera, file, target.offset, 1, progress)
+            advance(source, target, recording.end - target.offset)
+        about = _about(camera, recording)
+    _report(args, target, about, recording)
 
 
 def _replace(
-    options: Options, camera: v4l2.Camera, source: End, target: End, shown: _progress.Display
-) -> _Recorded:
-    """Record to a regular file, and write the one beside it."""
+    args: Namespace, camera: v4l2.Camera, source: End, target: End, progress: output.Progress
+) -> _Recording:
+    """Record to a regular file, and write the file beside it; both appear whole or not at all."""
     assert isinstance(target.what, str)
     with (
-        Replacement(target.what, force=options.force, note=_output.note) as place,
-        Replacement(target.what + ".json", force=options.force, note=_output.note) as beside,
-        telling(source, target, place.temporary),
+        Replacement(target.what, force=args.force, note=output.note) as place,
+        Replacement(target.what + ".json", force=args.force, note=output.note) as beside,
+        naming(source, target, None if place.in_place else place.temporary),
     ):
         with File(place.temporary, "w") as file:
-            _make_room(options, camera, file, place.temporary)
-            recorded = _record(options, camera, file, 0, _PAGE, shown)
-            os.ftruncate(file.fileno(), recorded.end)
-            if options.sync:
+            planes = camera.format.planes
+            if args.frames is not None and all(plane.bytes_per_line for plane in planes):
+                # So that a full disk is known before the first frame.
+                total = args.frames * sum(round_up(plane.size, _PAGE) for plane in planes)
+                growth.allocate(file.fileno(), place.temporary, [(0, total)])
+            recording = _record(args, camera, file, 0, _PAGE, progress)
+            os.ftruncate(file.fileno(), recording.end)
+            if args.sync:
                 os.fdatasync(file.fileno())
         try:
             with open(beside.temporary, "w", encoding="ascii") as text:
-                json.dump(_about(camera, recorded), text, indent=1)
+                json.dump(_about(camera, recording), text, indent=1)
                 text.write("\n")
                 text.flush()
-                if options.sync:
+                if args.sync:
                     os.fdatasync(text.fileno())
         except OSError as error:
             error.filename = f"{target.name}.json"
             raise
-        if os.path.lexists(beside.path):  # never one that tells of another recording
+        # It must never describe another recording.
+        if beside.in_place is None and os.path.lexists(beside.path):
             os.unlink(beside.path)
         place.commit(None, sync=False)
-        beside.commit(None, sync=options.sync)
-    return recorded
-
-
-def _make_room(options: Options, camera: v4l2.Camera, file: File, path: str) -> None:
-    """All of the disk that the frames will take, so that a full one is known before the first."""
-    planes = camera.format.planes
-    if options.frames is not None and all(plane.bytes_per_line for plane in planes):
-        total = options.frames * sum(round_up(plane.size, _PAGE) for plane in planes)
-        growth.allocate(file.fileno(), path, [(0, total)], 0)
+        beside.commit(None, sync=args.sync)
+    return recording
 
 
 def _record(
-    options: Options,
+    args: Namespace,
     camera: v4l2.Camera,
     file: File,
     start: int,
     alignment: int,
-    shown: _progress.Display,
-) -> _Recorded:
-    """Write frames until there are enough, or until Ctrl-C where it is not told how many."""
-    recorded = _Recorded(end=start)
+    progress: output.Progress,
+) -> _Recording:
+    """Write frames until there are enough; without a number, until Ctrl-C."""
+    recording = _Recording(end=start)
     begun = time.perf_counter()
     total = None
-    if options.frames is not None:
-        total = options.frames * sum(plane.size for plane in camera.format.planes)
+    if args.frames is not None:
+        total = args.frames * sum(plane.size for plane in camera.format.planes)
     try:
         for frame in camera:
             with frame:
-                _write(options, frame, file, alignment, recorded)
-            shown.show("recording", recorded.nbytes, total)
-            if len(recorded.frames) == options.frames:
+                _write(args, frame, file, alignment, recording)
+            progress.show("recording", recording.nbytes, total)
+            if len(recording.frames) == args.frames:
                 break
     except OSError as error:
-        if hasattr(error, "nbytes"):  # of a plane: now of all of them
-            error.nbytes += recorded.nbytes
+        if hasattr(error, "nbytes"):  # counts one plane: now all frames
+            error.nbytes += recording.nbytes
         raise
     except KeyboardInterrupt:
-        if options.frames is not None or not recorded.frames:
+        if args.frames is not None or not recording.frames:
             raise
-    recorded.seconds = time.perf_counter() - begun
-    return recorded
+    recording.seconds = time.perf_counter() - begun
+    return recording
 
 
 def _write(
-    options: Options, frame: v4l2.Frame, file: File, alignment: int, recorded: _Recorded
+    args: Namespace, frame: v4l2.Frame, file: File, alignment: int, recording: _Recording
 ) -> None:
-    """One frame; what has not arrived whole is not on the record."""
+    """Write one frame; a frame that is not written completely is not in the recording."""
     planes = []
-    end, copied = recorded.end, 0
+    end, copied = recording.end, 0
     for plane in frame.planes:
         at = round_up(end, alignment)
         done = file.write_from(
@@ -274,14 +180,14 @@ def _write(
             min(round_up(plane.nbytes, alignment), plane.buffer.size - plane.offset),
             file_offset=None if file.size is None else at,
             buffer_offset=plane.offset,
-            require=options.require,  # type: ignore[arg-type]
+            require=args.require,
         )
         end = at + plane.nbytes
         copied += done.copied
-        recorded.routes[done.route.value] += plane.nbytes
-        recorded.reason = done.reason
+        recording.routes[done.route.value] += plane.nbytes
+        recording.reason = done.reason
         planes.append({"offset": at, "nbytes": plane.nbytes})
-    recorded.frames.append(
+    recording.frames.append(
         {
             "sequence": frame.sequence,
             "timestamp_ns": frame.timestamp_ns,
@@ -290,17 +196,18 @@ def _write(
             "planes": planes,
         }
     )
-    recorded.end = end
-    recorded.nbytes += frame.nbytes
-    recorded.copied += copied
-    recorded.lost += frame.lost
-    recorded.clock = frame.clock
+    recording.end = end
+    recording.nbytes += frame.nbytes
+    recording.copied += copied
+    recording.lost += frame.lost
+    recording.clock = frame.clock
 
 
-def _about(camera: v4l2.Camera, recorded: _Recorded) -> dict[str, Any]:
-    """The file beside the recording; keys are only ever added."""
+def _about(camera: v4l2.Camera, recording: _Recording) -> dict[str, Any]:
+    """Return the content of the file beside the recording; keys are only ever added."""
     form = camera.format
     return {
+        "format": 1,
         "device": camera.path,
         "card": camera.card,
         "driver": camera.driver,
@@ -309,33 +216,51 @@ def _about(camera: v4l2.Camera, recorded: _Recorded) -> dict[str, Any]:
         "height": form.height,
         "planes": [plane._asdict() for plane in form.planes],
         "fps": None if form.fps is None else str(form.fps),
-        "clock": recorded.clock,
-        "size": recorded.end,
-        "lost": recorded.lost,
-        "frames": recorded.frames,
+        "clock": recording.clock,
+        "size": recording.end,
+        "lost": recording.lost,
+        "frames": recording.frames,
     }
 
 
-def _tell(options: Options, target: End, about: dict[str, Any], recorded: _Recorded) -> None:
-    stream = sys.stderr if target.what == 1 else sys.stdout
-    if options.json:
+def _report(args: Namespace, target: End, about: dict[str, Any], recording: _Recording) -> None:
+    if args.json:
         record = {
             "target": target.name,
-            "nbytes": recorded.nbytes,
-            "seconds": recorded.seconds,
-            "routes": dict(recorded.routes),
-            "reason": recorded.reason,
-            "copied": recorded.copied,
-            "synced": options.sync,
+            "nbytes": recording.nbytes,
+            "seconds": recording.seconds,
+            "routes": dict(recording.routes),
+            "reason": recording.reason,
+            "copied": recording.copied,
+            "synced": args.sync,
         }
-        _output.say_json(record | about, stream=stream)
-    elif not options.quiet:
-        lost = f"{recorded.lost} lost" if recorded.lost else "none lost"
-        routes = " and ".join(recorded.routes)
-        _output.say(
-            f"{len(recorded.frames)} frames, {_output.decimal(recorded.nbytes)} in "
-            f"{recorded.seconds:.2f} s, {lost}: {about['width']}x{about['height']} "
-            f"{about['fourcc']}, written {routes} ({recorded.reason}), "
-            f"{_output.decimal(recorded.copied)} copied by the CPU",
-            stream=stream,
+        output.say_json(record | about, stream=target.report_stream)
+    elif not args.quiet:
+        lost = f"{recording.lost} lost" if recording.lost else "none lost"
+        output.say(
+            f"{len(recording.frames)} frames, {output.decimal(recording.nbytes)} in "
+            f"{recording.seconds:.2f} s, {lost}: {about['width']}x{about['height']} "
+            f"{about['fourcc']}, written {' and '.join(recording.routes)} ({recording.reason}), "
+            f"{output.decimal(recording.copied)} copied by the CPU",
+            stream=target.report_stream,
         )
+
+
+RECORD = Command(
+    """\
+Record frames of the camera DEVICE to OUT, a raw file; - is standard output.
+
+The camera writes into buffers, and the disk reads from the same memory: if OUT takes O_DIRECT, no
+CPU copies a frame. Each plane begins at a multiple of the page size (4096 bytes). OUT.json has its
+offset, and the frame's number and time. Both files appear whole, or not at all. Without --frames,
+recording goes on until Ctrl-C, which is then its regular end.
+
+A pipe gets the planes one behind the other, and no other file is made.""",
+    _arguments,
+    _run,
+    """\
+  dmabuf record /dev/video0 out.raw --frames 300
+  dmabuf record /dev/video0 out.raw --format NV12 --size 1920x1080 --fps 60 --require zero-copy
+  dmabuf record /dev/video0 - --format YUYV --size 640x480 |
+      ffmpeg -f rawvideo -pix_fmt yuyv422 -s 640x480 -i - out.mkv""",
+)

@@ -1,5 +1,17 @@
-"""Devices that share a Buffer's memory, one module for each of their worlds.
+"""Devices that share memory with a Buffer: one module for each world of devices.
 
-Each is built on the library that its world already uses, which is loaded when it is first needed
-and named, with the command that installs it, where it is missing. `import dmabuf` loads none.
+- ``v4l2``: cameras that write frames into Buffers.
+- ``drm``: displays and GPUs by Linux's DRM; their memory as Buffers, Buffers on a screen.
+- ``vulkan``: Buffers as VkBuffers, device memory as Buffers, and fences between the two.
+- ``cuda``: files into and out of the memory of a CUDA device, and Buffers for its kernels.
+- ``vfio``: the BARs of PCI devices as Buffers.
+- ``staging``: the pipeline between a File and memory that only a device can reach.
+
+A module is named by its users (``from dmabuf.devices import v4l2``) and is not imported here, so
+that ``import dmabuf`` stays light. Each module loads the library of its world when it first needs
+it, and raises ImportError with the ``pip install`` command where the library is missing.
+
+What may enter: code that turns the memory of one kind of device into a Buffer, or lets such a
+device use a Buffer. A world is one file. What several worlds need is in ``lifetime`` and ``node``.
+The bytes themselves move by a File; nothing here submits I/O to storage.
 """

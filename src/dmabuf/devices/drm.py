@@ -1,4 +1,4 @@
-"""Displays and GPUs by Linux's DRM: their memory as Buffers, and Buffers as pictures they show.
+"""Displays and GPUs by Linux's DRM: their memory as Buffers, and Buffers on a screen.
 
     >>> from dmabuf.devices import drm
     >>> buffer = dmabuf.allocate(drm.size(640, 480), exporter="udmabuf")
@@ -8,59 +8,297 @@
     ...     with card.framebuffer(drm.image(buffer, 640, 480)) as framebuffer:
     ...         card.show(framebuffer)
 
-Memory goes both ways by PRIME, DRM's name for dma-bufs: docs/displays.md.
+Memory is imported and exported by PRIME, DRM's name for dma-bufs. GEM handles are numbers that
+belong to one open node: two imports of one dma-buf return the same handle, and one GEM_CLOSE ends
+both. Facts are from Documentation/gpu and drivers/gpu/drm.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import struct
 import threading
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from typing import Any
+from dataclasses import dataclass
+from typing import NamedTuple
 
-from dmabuf import _process, exporters
-from dmabuf.buffer import Buffer
-from dmabuf.devices import _drm_formats as formats
-from dmabuf.devices._drm import Mode, Node, Output
-from dmabuf.devices._drm_image import Image, Plane, image, rules_of, size
-from dmabuf.devices._drm_parts import Framebuffer, Handle, warn_unclosed
-from dmabuf.errors import ClosedError, Uncopyable, os_error
+from dmabuf._core import address_of
+from dmabuf.devices.lifetime import DeviceHandle, check_buffer
+from dmabuf.devices.node import Fixes, call, failure, open_node
+from dmabuf.errors import Uncopyable, os_error
+from dmabuf.kernel import uapi
+from dmabuf.memory import Buffer, from_fd
 from dmabuf.sizes import as_int, format_size
 
 __all__ = ["Card", "Framebuffer", "Handle", "Image", "Mode", "Output", "Plane", "image", "size"]
 
+_NODES = "/dev/dri/card0, /dev/dri/renderD128 or similar"
+_MOST = (1 << 32) - 1  # of every number in struct drm_mode_fb_cmd2
+_TYPE_PREFERRED = 1 << 3
+_CONNECTORS = (
+    *("Unknown", "VGA", "DVI-I", "DVI-D", "DVI-A", "Composite", "SVIDEO", "LVDS", "Component"),
+    *("DIN", "DP", "HDMI-A", "HDMI-B", "TV", "eDP", "Virtual", "DSI", "DPI", "Writeback", "SPI"),
+    "USB",
+)
+"""The names of the connector types, as the kernel spells them (drm_connector.c)."""
 
-class Card(Uncopyable, instead="open it again where it is needed"):
-    """An open DRM node: a display, a GPU, or the half of one that a render node is.
 
-    Opening it takes no display from anybody: :meth:`show` does. Thread-safe. After fork the child's
-    copy can only be closed. Closing it closes its handles and framebuffers; Buffers stay.
+# -- pictures: pixel formats and where their planes lie
+
+
+class _PlaneRule(NamedTuple):
+    """One plane of a format: a unit of ``nbytes`` for ``across`` x ``down`` pixels."""
+
+    nbytes: int
+    across: int = 1
+    down: int = 1
+
+    def least_pitch(self, width: int) -> int:
+        return -(-width // self.across) * self.nbytes
+
+    def rows(self, height: int) -> int:
+        return -(-height // self.down)
+
+
+def _packed(nbytes: int, names: str) -> dict[str, tuple[_PlaneRule, ...]]:
+    return dict.fromkeys(names.split(), (_PlaneRule(nbytes),))
+
+
+_FORMATS: dict[str, tuple[_PlaneRule, ...]] = {
+    **_packed(1, "C8 R8"),
+    **_packed(2, "RG16 BG16 XR15 XB15 RX15 BX15 AR15 AB15 RA15 BA15 XR12 AR12 R16 GR88 RG88"),
+    **_packed(3, "RG24 BG24"),
+    **_packed(4, "XR24 XB24 RX24 BX24 AR24 AB24 RA24 BA24 XR30 XB30 RX30 BX30 AR30 AB30 RA30 BA30"),
+    **_packed(4, "GR32 RG32 AYUV XYUV"),
+    **_packed(8, "XR48 XB48 AR48 AB48 XR4H XB4H AR4H AB4H"),
+    **dict.fromkeys(("YUYV", "YVYU", "UYVY", "VYUY"), (_PlaneRule(4, 2),)),
+    **dict.fromkeys(("NV12", "NV21"), (_PlaneRule(1), _PlaneRule(2, 2, 2))),
+    **dict.fromkeys(("NV16", "NV61"), (_PlaneRule(1), _PlaneRule(2, 2, 1))),
+    **dict.fromkeys(("NV24", "NV42"), (_PlaneRule(1), _PlaneRule(2))),
+    **dict.fromkeys(("P010", "P012", "P016"), (_PlaneRule(2), _PlaneRule(4, 2, 2))),
+    **dict.fromkeys(("YU12", "YV12"), (_PlaneRule(1), *2 * [_PlaneRule(1, 2, 2)])),
+    **dict.fromkeys(("YU16", "YV16"), (_PlaneRule(1), *2 * [_PlaneRule(1, 2, 1)])),
+    **dict.fromkeys(("YU24", "YV24"), 3 * (_PlaneRule(1),)),
+}
+"""The planes of every known format, in the linear layout (<drm/drm_fourcc.h>)."""
+
+
+def _rules_of(name: str) -> tuple[_PlaneRule, ...]:
+    if name not in _FORMATS:
+        text = f"unknown pixel format {name!r}: known are {', '.join(sorted(_FORMATS))}"
+        raise os_error(errno.EINVAL, text)
+    return _FORMATS[name]
+
+
+def _fourcc_number(name: str) -> int:
+    return int.from_bytes(name.ljust(4).encode("ascii"), "little")
+
+
+@dataclass(frozen=True, slots=True)
+class Plane:
+    """One plane of a picture: its first byte is at ``offset``, its rows are ``pitch`` apart."""
+
+    buffer: Buffer
+    offset: int
+    pitch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Image(Uncopyable, instead="make another one of the same planes"):
+    """A picture in one Buffer, or one Buffer for each plane. The layout is checked when it is made.
+
+    Made by :func:`image` and ``Card.dumb``, or by hand for planes in several Buffers. A ``with``
+    statement closes the buffers at its end. Raises what :func:`image` raises.
     """
 
-    _closed = True  # until __init__ is through
+    width: int
+    """Pixels."""
+    height: int
+    """Rows of pixels."""
+    format: str
+    """The four characters of <drm/drm_fourcc.h>, such as "XR24" or "NV12"."""
+    planes: tuple[Plane, ...]
+    """Where the bytes are."""
+    modifier: int | None = None
+    """The arrangement of the pixels: 0 for linear rows, None for the default of the driver."""
+
+    def __post_init__(self) -> None:
+        rules = _rules_of(self.format)
+        _check_sides(self.width, self.height)
+        if self.modifier is not None and not 0 <= self.modifier < 1 << 64:
+            raise ValueError(f"modifier={self.modifier!r}: a number of 64 bits is needed")
+        if len(self.planes) != len(rules):
+            text = f"{self.format} has {len(rules)} planes, {len(self.planes)} were given"
+            raise os_error(errno.EINVAL, text)
+        for index, (plane, rule) in enumerate(zip(self.planes, rules, strict=True)):
+            self._check(index, plane, rule)
+
+    def _check(self, index: int, plane: Plane, rule: _PlaneRule) -> None:
+        buffer = check_buffer(plane.buffer)
+        if not 0 <= plane.offset <= _MOST or not 0 < plane.pitch <= _MOST:
+            raise ValueError(f"plane {index}: offset={plane.offset}, pitch={plane.pitch}")
+        if self.modifier not in (None, 0):
+            return  # the driver checks the size of other layouts
+        least, rows = rule.least_pitch(self.width), rule.rows(self.height)
+        end = plane.offset + plane.pitch * (rows - 1) + least
+        what = f"{self}, plane {index}"
+        if plane.pitch < least:
+            text = f"{what}: pitch {plane.pitch} is less than the {least} bytes of a row"
+            raise os_error(errno.EINVAL, text)
+        if buffer.size < end:
+            text = f"{what}: it ends at byte {end}, the buffer has {buffer.size}; allocate a larger"
+            raise os_error(errno.EINVAL, text)
+
+    @property
+    def buffer(self) -> Buffer:
+        """The buffer of the first plane, usually of all."""
+        return self.planes[0].buffer
+
+    @property
+    def pitch(self) -> int:
+        """The bytes from one row of the first plane to the next."""
+        return self.planes[0].pitch
+
+    def close(self) -> None:
+        """Close the buffers of the planes; raises what Buffer.close raises."""
+        for plane in self.planes:
+            plane.buffer.close()
+
+    def __enter__(self) -> Image:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height} {self.format}"
+
+
+def _check_sides(width: int, height: int) -> None:
+    for side, value in (("width", width), ("height", height)):
+        if not 0 < as_int(value, side) <= _MOST:
+            raise ValueError(f"{side}={value!r}: 1 or more pixels are needed")
+
+
+def image(
+    buffer: Buffer,
+    width: int,
+    height: int,
+    format: str = "XR24",  # noqa: A002 - the usual name
+    *,
+    pitch: int | None = None,
+    offset: int = 0,
+    modifier: int | None = None,
+) -> Image:
+    """Describe a picture in a Buffer, its planes one after the other.
+
+    Args:
+        buffer: the memory; :func:`size` returns how much a picture takes.
+        width: pixels.
+        height: rows.
+        format: four characters as in <drm/drm_fourcc.h>.
+        pitch: bytes from one row of the first plane to the next, from which the pitches of the
+            others follow. The default is the least; displays may need a multiple of 64 or 256.
+        offset: bytes before the first pixel.
+        modifier: the arrangement of the pixels: 0 (DRM_FORMAT_MOD_LINEAR), a value of the driver,
+            or None for the default of the driver.
+
+    Raises:
+        OSError: EINVAL, an unknown format, or a buffer too small for the picture.
+        ValueError: a number out of range.
+    """
+    planes, end = [], offset
+    for each, rows in _lay_out(width, height, format, pitch):
+        planes.append(Plane(buffer, end, each))
+        end += each * rows
+    return Image(width, height, format, tuple(planes), modifier)
+
+
+def size(
+    width: int,
+    height: int,
+    format: str = "XR24",  # noqa: A002
+    *,
+    pitch: int | None = None,
+) -> int:
+    """Return the bytes that :func:`image` takes from its offset. Raises the same errors."""
+    return sum(pitch * rows for pitch, rows in _lay_out(width, height, format, pitch))
+
+
+def _lay_out(width: int, height: int, name: str, pitch: int | None) -> list[tuple[int, int]]:
+    """Return the pitch and the rows of each plane."""
+    (first, *others) = _rules_of(name)
+    _check_sides(width, height)
+    pitch = first.least_pitch(width) if pitch is None else as_int(pitch, "pitch")
+    found = [(pitch, first.rows(height))]
+    for rule in others:  # as many pixels in a row as the first plane has room for
+        room = -(-pitch * rule.nbytes // (first.nbytes * rule.across))
+        found.append((max(room, rule.least_pitch(width)), rule.rows(height)))
+    return found
+
+
+# -- cards and what they make
+
+
+class Mode(NamedTuple):
+    """A size and rate of a display."""
+
+    width: int
+    height: int
+    hz: int
+    preferred: bool
+    raw: bytes
+    """The kernel's struct drm_mode_modeinfo."""
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}"
+
+
+class Output(NamedTuple):
+    """A connector, to which a display may be connected."""
+
+    name: str
+    """As in /sys/class/drm: "HDMI-A-1"."""
+    connected: bool
+    """Whether a display is connected."""
+    modes: tuple[Mode, ...]
+    """The modes of the display, the best first."""
+    connector: int
+    """The kernel's number of the connector."""
+    crtcs: tuple[int, ...]
+    """The numbers of the CRTCs that can drive it, the current one first."""
+
+
+class Card(DeviceHandle):
+    """An open DRM node: a display, a GPU, or a render node of one.
+
+    Opening a Card takes no display from another program; :meth:`show` does. Thread-safe. After a
+    fork the child can only close its copy. Closing a Card closes its handles and framebuffers;
+    Buffers stay open.
+    """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Open a node such as "/dev/dri/card0" or "/dev/dri/renderD128".
 
         Raises:
-            OSError: no such node, no permission, no DRM device (ENODEV).
+            OSError: there is no such node or no permission; it is not a DRM device (ENODEV).
         """
-        self._node = Node(path)
-        self._pid = _process.pid
+        self._node = _Node(os.fspath(path))
         self._lock = threading.RLock()
-        self._handles: dict[int, int] = {}  # how often each is in use
-        self._theirs: set[int] = set()  # exported by number: not ours to close
+        self._handles: dict[int, int] = {}  # how many Handles have each number
+        self._exported: set[int] = set()  # numbers of the caller, which only close_handle() closes
         self._shown: dict[int, tuple[int, int]] = {}  # by connector: the CRTC, the framebuffer
         self.path = self._node.path
         """The device node."""
         self.driver = self._node.driver
-        """The kernel driver's name."""
-        self._closed = False
+        """The name of the kernel driver."""
+        self._opened()
 
     def fileno(self) -> int:
-        """The node's descriptor, for ioctls of the driver's own; handles are numbers on it."""
-        self._check_open()
+        """Return the descriptor of the node, for ioctls of the driver; it stays the Card's."""
+        self.check_open()
         return self._node.fd
 
     # -- memory
@@ -69,30 +307,28 @@ class Card(Uncopyable, instead="open it again where it is needed"):
         self,
         width: int,
         height: int,
-        format: str = "XR24",  # noqa: A002 - what everyone calls it
+        format: str = "XR24",  # noqa: A002 - the usual name
         *,
         name: str | None = None,
     ) -> Image:
-        """A new picture in memory of the device's own, as any driver with a display can make it.
+        """Allocate a picture in memory of the device; every driver of a display can.
 
-        Its Buffer is the only thing that holds the memory. The driver chooses the pitch. ``name``
-        labels it as in :func:`dmabuf.from_fd`.
+        The Buffer alone keeps the memory. The driver chooses the pitch. ``name`` labels the buffer
+        as in :func:`dmabuf.from_fd`.
 
         Raises:
-            OSError: a format that is not known or has several planes (EINVAL), a driver or node
-                that makes none, too little memory.
-            ValueError: a side of less than a pixel.
+            OSError: the format is unknown or has several planes (EINVAL); the driver or node makes
+                no dumb buffers; there is not enough memory.
+            ValueError: a side of less than one pixel.
         """
-        self._check_open()
-        rules = rules_of(format)
+        self.check_open()
+        rules = _rules_of(format)
         if len(rules) > 1 or rules[0].across > 1:
-            text = f"a dumb buffer holds whole pixels in one plane, and {format} has no such: "
-            raise os_error(errno.EINVAL, f"{text}allocate with dmabuf.allocate()", self.path)
-        for side, value in (("width", width), ("height", height)):
-            if not 0 < as_int(value, side) < 1 << 32:
-                raise ValueError(f"{side}={value!r}: 1 or more, in pixels")
+            text = f"make a dumb buffer: {format} is not one plane of whole pixels; use allocate()"
+            raise os_error(errno.EINVAL, text, self.path)
+        _check_sides(width, height)
         with self._lock:
-            self._check_open()
+            self.check_open()
             handle, pitch = self._node.create_dumb(width, height, 8 * rules[0].nbytes)
             try:
                 buffer = self._export(handle, name)
@@ -105,90 +341,87 @@ class Card(Uncopyable, instead="open it again where it is needed"):
             raise
 
     def export(self, handle: int, *, name: str | None = None) -> Buffer:
-        """The memory of a GEM handle on this node, made by the driver's own ioctls, as a Buffer.
+        """Return the memory of a GEM handle, made by an ioctl of the driver, as a Buffer.
 
-        The handle stays yours, to close with :meth:`close_handle`, and the Buffer does not need it.
+        The caller still owns the handle (:meth:`close_handle`); the Buffer does not need it.
 
         Raises:
-            OSError: there is no such handle (ENOENT), or the driver exports none of its kind.
+            OSError: there is no such handle (ENOENT), or the driver does not export it.
         """
         number = _handle_number(handle)
         with self._lock:
-            self._check_open()
+            self.check_open()
             buffer = self._export(number, name)
             if number not in self._handles:
-                self._theirs.add(number)
+                self._exported.add(number)
             return buffer
 
     def _export(self, handle: int, name: str | None) -> Buffer:
         fd = self._node.export(handle)
         try:
-            return exporters.from_fd(fd, name=name)
+            return from_fd(fd, name=name)
         finally:
             os.close(fd)
 
     def close_handle(self, handle: int) -> None:
-        """Close a GEM handle that is yours, such as one that was exported. Raises OSError."""
+        """Close a GEM handle of the caller. Raises OSError."""
         with self._lock:
-            self._check_open()
+            self.check_open()
             number = _handle_number(handle)
             if number in self._handles:
-                text = f"GEM handle {number} is in use by a Handle: close that"
+                text = f"close GEM handle {number}: a Handle uses it; close that one"
                 raise os_error(errno.EBUSY, text, self.path)
             self._node.close_handle(number)
-            self._theirs.discard(number)
+            self._exported.discard(number)
 
     def handle(self, buffer: Buffer) -> Handle:
-        """A Buffer as a GEM handle on this node, until the Handle is closed.
+        """Import a Buffer as a GEM handle of this node, which lasts until the Handle is closed.
 
-        The kernel gives one and the same number for one dma-buf on one node: it is closed with the
-        last Handle of it.
+        The kernel has one number for one dma-buf on one node; the last Handle closes it.
 
         Raises:
-            OSError: the driver refuses to import such memory (ENODEV, EIO, EINVAL ...), or the
-                buffer is no dma-buf or several (EOPNOTSUPP).
+            OSError: the driver refuses the memory (ENODEV, EIO, EINVAL ...); the buffer is not one
+                dma-buf (EOPNOTSUPP).
             ClosedError: the buffer or the card is closed.
         """
         with self._lock:
-            return Handle(self, self._import(buffer))
+            return Handle(self, self._import(buffer), self._release)
 
     def _import(self, buffer: Buffer) -> int:
-        self._check_open()
-        if not isinstance(buffer, Buffer):
-            raise TypeError(f"a dmabuf.Buffer is needed, not {type(buffer).__name__}")
-        slabs = buffer.slabs
-        if not buffer.is_dmabuf or len(slabs) > 1:
-            what = "several dma-bufs" if buffer.is_dmabuf else f"a {buffer.exporter} and no dma-buf"
-            fix = 'allocate with exporter="udmabuf"'
-            if buffer.is_dmabuf:
-                fix = f"a picture needs one ({buffer.reason})"
-            raise os_error(errno.EOPNOTSUPP, f"this buffer is {what}: {fix}", self.path)
-        kind = f"a buffer of {buffer.exporter}, {format_size(buffer.size)}"
+        self.check_open()
+        slabs, text = check_buffer(buffer).slabs, ""
+        if not buffer.is_dmabuf:
+            text = f'a {buffer.exporter} is not a dma-buf; allocate with exporter="udmabuf"'
+        elif len(slabs) > 1:
+            text = f"it has {len(slabs)} slabs, a GEM handle is one; {buffer.reason}"
+        if text:
+            raise os_error(errno.EOPNOTSUPP, f"import a buffer: {text}", self.path)
+        kind = f"{format_size(buffer.size)} of {buffer.exporter}"
         number = self._node.import_fd(slabs[0].fd, kind)
         self._handles[number] = self._handles.get(number, 0) + 1
         return number
 
     def _release(self, number: int) -> None:
-        if self._pid != _process.pid:  # before the lock, which may have been taken when it forked
+        if self.forked:  # before the lock, which may have been locked when the parent forked
             return
         with self._lock:
-            if self._closed:
+            if self.closed:
                 return
             self._handles[number] -= 1
             if not self._handles[number]:
                 del self._handles[number]
-                if number not in self._theirs:
+                if number not in self._exported:
                     self._node.close_handle(number)
 
     # -- displays
 
     def framebuffer(self, picture: Image) -> Framebuffer:
-        """A picture as something that this card's displays can show.
+        """Make a framebuffer of a picture, which the displays of this card can show.
 
-        It keeps the memory alive by itself. Raises what :meth:`handle` raises, and OSError for a
-        format, modifier, size or pitch that the display lacks (EINVAL), or no displays at all.
+        It keeps the memory. Raises what :meth:`handle` raises, and OSError where the display lacks
+        the format, modifier, size or pitch (EINVAL), or the card has no displays.
         """
-        code = formats.number(picture.format)
+        code = _fourcc_number(picture.format)
         with self._lock:
             used: list[int] = []
             try:
@@ -198,62 +431,38 @@ class Card(Uncopyable, instead="open it again where it is needed"):
                     (number, plane.pitch, plane.offset)
                     for number, plane in zip(used, picture.planes, strict=True)
                 ]
-                sides = (picture.width, picture.height)
-                try:
-                    number = self._node.add_framebuffer(sides, code, rows, picture.modifier)
-                except OSError as error:
-                    raise self._no_framebuffer(error, picture, code) from None
+                number = self._node.add_framebuffer(picture, code, rows)
             finally:
                 for handle in used:
-                    self._release(handle)  # the framebuffer has the memory itself
-            return Framebuffer(self, number, picture)
-
-    def _no_framebuffer(self, error: OSError, picture: Image, code: int) -> OSError:
-        none = f"{self.driver} has no displays"
-        fixes = {errno.EOPNOTSUPP: none, errno.ENOSYS: none}
-        fixes[errno.EACCES] = "render nodes have no displays: open /dev/dri/card0 or so"
-        if error.errno == errno.EINVAL:
-            known: list[int] = []
-            with suppress(OSError):
-                known = self._node.formats()
-            if known and code not in known:
-                text = f"its displays have no {picture.format}: "
-                text += ", ".join(map(formats.text, known))
-            elif picture.modifier is not None:
-                text = f"modifier {picture.modifier:#x}, the size or the pitch is not for "
-                text += f"{self.driver}: modifier=None takes what it takes for granted"
-            else:
-                text = f"{self.driver} refuses the size, or the pitch of {picture.pitch} bytes: "
-                text += "try a multiple of 64 or 256"
-            fixes[errno.EINVAL] = text
-        return self._node.fail(error, f"making a framebuffer of {picture}", fixes)
+                    self._release(handle)  # the framebuffer itself keeps the memory
+            return Framebuffer(self, number, picture, self._forget, self._flush)
 
     def outputs(self) -> tuple[Output, ...]:
-        """The connectors: what is connected, and what it can show as far as the kernel knows.
+        """Return the connectors, what is connected, and the modes that the kernel knows.
 
         Raises:
             OSError: the device has no displays, or this is a render node.
         """
         with self._lock:
-            self._check_open()
+            self.check_open()
             return self._node.outputs()
 
     def show(self, framebuffer: Framebuffer, output: str | None = None) -> None:
-        """Take the display and show a framebuffer on it, in a mode of exactly its size.
+        """Take the display, and show a framebuffer in a mode of exactly its size.
 
-        ``output`` is a connector's name, such as "HDMI-A-1"; by default the first that is
-        connected. It is shown until the framebuffer is closed, or another is shown there.
+        ``output`` is the name of a connector, such as "HDMI-A-1"; the default is the first that is
+        connected. The framebuffer is shown until it is closed or replaced.
 
         Raises:
             OSError: another program has the display (EBUSY or EACCES), nothing is connected
-                (ENODEV), no mode of that size, or a refusal of the driver's.
+                (ENODEV), there is no mode of that size, or the driver refuses.
             ClosedError: the framebuffer or the card is closed.
         """
         with self._lock:
-            self._check_open()
-            framebuffer._check_open()
+            self.check_open()
+            framebuffer.check_open()
             if framebuffer.card is not self:
-                raise ValueError("this framebuffer is another card's: make one of the image here")
+                raise ValueError("this framebuffer belongs to another Card: make one on this Card")
             self._node.take_master()
             try:
                 self._show(framebuffer, output)
@@ -266,84 +475,325 @@ class Card(Uncopyable, instead="open it again where it is needed"):
         if not wanted or not wanted[0].connected:
             which = "no display is connected" if name is None else f"no display at {name}"
             have = ", ".join(one.name for one in found) or "none"
-            raise os_error(errno.ENODEV, f"{which}: its connectors are {have}", self.path)
+            raise os_error(errno.ENODEV, f"show: {which}; its connectors are {have}", self.path)
         one, picture = wanted[0], framebuffer.image
         modes = [m for m in one.modes if (m.width, m.height) == (picture.width, picture.height)]
         if not modes:
             have = ", ".join(dict.fromkeys(map(str, one.modes))) or "none"
-            text = f"{one.name} has no mode of {picture.width}x{picture.height}: it has {have}"
+            text = (
+                f"show: {one.name} has no mode of {picture.width}x{picture.height}; it has {have}"
+            )
             raise os_error(errno.EINVAL, text, self.path)
         taken = [crtc for where, (crtc, _) in self._shown.items() if where != one.connector]
         crtc = next((crtc for crtc in one.crtcs if crtc not in taken), None)
         if crtc is None:
-            text = f"{self.driver} has nothing left to drive {one.name}: close a framebuffer"
+            text = f"show: no CRTC is left to drive {one.name}; close a framebuffer"
             raise os_error(errno.EBUSY, text, self.path)
-        try:
-            self._node.set_crtc(crtc, one.connector, framebuffer.number, modes[0])
-        except OSError as error:
-            fixes = {
-                errno.EINVAL: f"{self.driver} refuses {picture} at a pitch of {picture.pitch}: "
-                "try another pitch or format",
-                errno.ENOSPC: "the framebuffer is smaller than the mode",
-                errno.EACCES: "another program has the display",
-            }
-            raise self._node.fail(error, f"showing it on {one.name}", fixes) from None
+        self._node.set_crtc(crtc, one, framebuffer.number, modes[0], picture)
         self._shown[one.connector] = crtc, framebuffer.number
 
     def _give_back(self) -> None:
-        """The display, once nothing is shown."""
         if not self._shown:
             self._node.drop_master()
 
+    def _flush(self, number: int) -> None:
+        with self._lock:
+            self.check_open()
+            self._node.flush(number)
+
     def _forget(self, number: int) -> None:
-        if self._pid != _process.pid:
+        if self.forked:
             return
         with self._lock:
-            if self._closed:
+            if self.closed:
                 return
             with suppress(OSError):  # the device is gone
                 self._node.remove_framebuffer(number)
             self._shown = {at: one for at, one in self._shown.items() if one[1] != number}
             self._give_back()
 
-    # -- the end
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ClosedError("this card is closed")
-        if self._pid != _process.pid:
-            raise ClosedError("this card is that of the process which forked this one")
-
-    @property
-    def closed(self) -> bool:
-        """Whether it was closed."""
-        return self._closed
-
     def close(self) -> None:
-        """Close the node, and with it its handles and framebuffers; can be again."""
-        forked = self._pid != _process.pid  # the lock may have been taken then
-        with nullcontext() if forked else self._lock:
+        """Close the node, its handles and its framebuffers. Closing again does nothing."""
+        with nullcontext() if self.forked else self._lock:
             if not self._closed:
                 self._closed = True
                 os.close(self._node.fd)
 
-    def __enter__(self) -> Card:
-        self._check_open()
-        return self
+    def __repr__(self) -> str:
+        return f"<dmabuf.Card {self.path} {'closed' if self._closed else self.driver}>"
 
-    def __exit__(self, *exc: Any) -> None:
-        self.close()
 
-    def __del__(self) -> None:
-        warn_unclosed(self)
+class _Part(DeviceHandle):
+    """What a Card makes: it ends with ``close``, with its Card, or with the process."""
+
+    def __init__(self, card: Card, number: int, end: Callable[[int], None]) -> None:
+        self.card = card
+        """The Card that made it."""
+        self.number = number
+        """The kernel's number, on this node."""
+        self._end = end
+        self._opened()
+
+    @property
+    def closed(self) -> bool:
+        """Whether it, or its card, was closed."""
+        return self._closed or self.card.closed
+
+    def close(self) -> None:
+        """Return it to the kernel. Closing again does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._end(self.number)
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else self.driver
-        return f"<dmabuf.Card {self.path} {state}>"
+        state = "closed" if self.closed else f"{self.number} of {self.card.path}"
+        return f"<dmabuf.{type(self).__name__} {state}>"
+
+
+class Handle(_Part):
+    """A GEM handle, ``number`` on ``card.fileno()``, for ioctls of the driver; by `Card.handle`."""
+
+
+class Framebuffer(_Part):
+    """A picture that a display can show; made by :meth:`Card.framebuffer`.
+
+    Closing it turns off the display that shows it. The console or desktop returns when the card is
+    closed.
+    """
+
+    def __init__(
+        self,
+        card: Card,
+        number: int,
+        picture: Image,
+        end: Callable[[int], None],
+        flush: Callable[[int], None],
+    ) -> None:
+        super().__init__(card, number, end)
+        self._flush = flush
+        self.image = picture
+        """The picture."""
+
+    def flush(self) -> None:
+        """Report to the display that pixels have changed; some displays show a copy.
+
+        Raises:
+            OSError: the driver refuses.
+            ClosedError: the framebuffer or the card is closed.
+        """
+        self.check_open()
+        self._flush(self.number)
 
 
 def _handle_number(handle: int) -> int:
     number = as_int(handle, "handle")
     if not 0 <= number < 1 << 32:
-        raise ValueError(f"handle={number}: GEM handles are numbers of 32 bits")
+        raise ValueError(f"handle={number}: a GEM handle is a number of 32 bits")
     return number
+
+
+# -- the node
+
+
+class _Node:
+    """An open DRM node. Each method is one ioctl or a few; an OSError has the path and the fix."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.fd = open_node(path, 0, uapi.DRM_MAJOR, "DRM", _NODES, "video or render")
+        try:
+            self.driver = self._driver()
+            # The first program to open a display's node is its master, and would exclude others.
+            self.drop_master()
+        except BaseException:
+            os.close(self.fd)
+            raise
+
+    def _ask(
+        self,
+        request: int,
+        layout: struct.Struct,
+        *values: object,
+        what: str = "",
+        fixes: Fixes | None = None,
+    ) -> tuple[int, ...]:
+        """Issue an ioctl, and return its structure; ``what`` begins the error message."""
+        data = bytearray(layout.pack(*values))
+        call(self.fd, request, data, what, self.path, fixes)
+        return layout.unpack(data)
+
+    def _lacks(self, what: str) -> dict[int, str]:
+        return dict.fromkeys((errno.EOPNOTSUPP, errno.ENOSYS), f"{self.driver} {what}")
+
+    def _driver(self) -> str:
+        name = bytearray(64)
+        found = self._ask(
+            uapi.DRM_IOCTL_VERSION, uapi.DRM_VERSION_STRUCT,
+            0, 0, 0, 0, len(name), address_of(name), 0, 0, 0, 0,
+            what="get the driver", fixes={errno.ENOTTY: "not a DRM device"},
+        )  # fmt: skip
+        return name[: found[4]].decode(errors="replace")
+
+    # -- memory
+
+    def create_dumb(self, width: int, height: int, bits: int) -> tuple[int, int]:
+        found = self._ask(
+            uapi.DRM_IOCTL_MODE_CREATE_DUMB, uapi.DRM_DUMB_STRUCT,
+            height, width, bits, 0, 0, 0, 0,
+            what=f"make a dumb buffer of {width}x{height}, {bits} bits a pixel",
+            fixes=self._lacks("makes none; use dmabuf.allocate()")
+            | {
+                errno.EACCES: "a render node makes none; open /dev/dri/card0 or similar",
+                errno.EINVAL: f"{self.driver} refuses that size, or {bits} bits a pixel",
+                errno.ENOMEM: "not enough memory on the device",
+            },
+        )  # fmt: skip
+        return found[4], found[5]
+
+    def export(self, handle: int) -> int:
+        """Return the memory of a handle as a dma-buf, which the caller closes."""
+        return self._ask(
+            uapi.DRM_IOCTL_PRIME_HANDLE_TO_FD, uapi.DRM_PRIME_STRUCT,
+            handle, os.O_RDWR | os.O_CLOEXEC, -1,
+            what=f"export GEM handle {handle}",
+            fixes=self._lacks("does not export memory of this kind")
+            | {errno.ENOENT: "no such handle on this node"},
+        )[2]  # fmt: skip
+
+    def import_fd(self, fd: int, kind: str) -> int:
+        """Return the handle of a dma-buf; ``kind`` describes it in errors."""
+        own = "use memory of the card, by dumb() or export()"
+        codes = (errno.EOPNOTSUPP, errno.EIO, errno.EINVAL)
+        fixes = dict.fromkeys(codes, f"it cannot reach such memory; {own}")
+        fixes |= dict.fromkeys(
+            (errno.ENODEV, errno.ENOSYS), f"it imports no memory of other devices; {own}"
+        )
+        fixes[errno.ENOMEM] = "not enough memory or address space"
+        what = f"import {kind} into {self.driver}"
+        request, layout = uapi.DRM_IOCTL_PRIME_FD_TO_HANDLE, uapi.DRM_PRIME_STRUCT
+        return self._ask(request, layout, 0, 0, fd, what=what, fixes=fixes)[0]
+
+    def close_handle(self, handle: int) -> None:
+        fixes = {errno.EINVAL: "no such handle on this node"}
+        request, layout = uapi.DRM_IOCTL_GEM_CLOSE, uapi.DRM_GEM_CLOSE_STRUCT
+        self._ask(request, layout, handle, 0, what=f"close GEM handle {handle}", fixes=fixes)
+
+    # -- displays
+
+    def add_framebuffer(self, picture: Image, code: int, planes: list[tuple[int, int, int]]) -> int:
+        """Return the number of a new framebuffer; ``planes`` has (handle, pitch, offset)."""
+        rows = [*planes, *(4 - len(planes)) * [(0, 0, 0)]]
+        modifier, sides = picture.modifier, (picture.width, picture.height)
+        flags = 0 if modifier is None else uapi.DRM_MODE_FB_MODIFIERS
+        layout = f"pitch {picture.pitch}"
+        layout += "" if modifier is None else f" with modifier {modifier:#x}"
+        refused = f"{self.driver} refuses the format, the size or {layout}"
+        return self._ask(
+            uapi.DRM_IOCTL_MODE_ADDFB2,
+            uapi.DRM_FB2_STRUCT,
+            *(0, *sides, code, flags),
+            *(number for column in zip(*rows, strict=True) for number in column),
+            *(modifier or 0 if handle else 0 for handle, _, _ in rows),
+            what=f"make a framebuffer of {picture}",
+            fixes=self._lacks("has no displays")
+            | {errno.EACCES: _RENDER, errno.EINVAL: f"{refused}; try XR24, or a multiple of 256"},
+        )[0]
+
+    def remove_framebuffer(self, number: int) -> None:
+        data = bytearray(struct.pack("=I", number))
+        uapi.ioctl(self.fd, uapi.DRM_IOCTL_MODE_RMFB, data)
+
+    def flush(self, number: int) -> None:
+        request, layout = uapi.DRM_IOCTL_MODE_DIRTYFB, uapi.DRM_DIRTY_STRUCT
+        try:
+            self._ask(request, layout, number, 0, 0, 0, 0, what="flush a framebuffer")
+        except OSError as error:
+            if error.errno != errno.ENOSYS:  # a display that reads the memory all the time
+                raise
+
+    def outputs(self) -> tuple[Output, ...]:
+        request, layout = uapi.DRM_IOCTL_MODE_GETRESOURCES, uapi.DRM_RESOURCES_STRUCT
+        try:
+            counts = self._ask(request, layout, *12 * [0])[4:8]
+            arrays = [bytearray(4 * max(count, 1)) for count in counts]
+            pointers = [0, *(address_of(array) for array in arrays[1:3]), 0]
+            self._ask(request, layout, *pointers, 0, counts[1], counts[2], 0, 0, 0, 0, 0)
+            crtcs, connectors = (
+                struct.unpack_from(f"={counts[kind]}I", arrays[kind]) for kind in (1, 2)
+            )
+            return tuple(self._output(number, crtcs) for number in connectors)
+        except OSError as error:
+            fixes = self._lacks("has no displays") | {errno.EACCES: _RENDER}
+            raise failure(error, "list the displays", self.path, fixes) from None
+
+    def _output(self, number: int, crtcs: tuple[int, ...]) -> Output:
+        request, layout = uapi.DRM_IOCTL_MODE_GETCONNECTOR, uapi.DRM_CONNECTOR_STRUCT
+        rest = (0, number, 0, 0, 0, 0, 0, 0, 0)
+        found = self._ask(request, layout, 0, 0, 0, 0, 0, 0, 0, *rest)  # without counts: probe it
+        while True:  # the counts may have changed in between
+            modes, _, encoders = found[4:7]
+            raw = bytearray(uapi.DRM_MODE_STRUCT.size * max(modes, 1))
+            ids = bytearray(4 * max(encoders, 1))
+            found = self._ask(
+                request, layout, address_of(ids), address_of(raw), 0, 0,
+                max(modes, 1), 0, max(encoders, 1), *rest,
+            )  # fmt: skip
+            if found[4] <= max(modes, 1) and found[6] <= max(encoders, 1):
+                break
+        kind, step = found[9], uapi.DRM_MODE_STRUCT.size
+        return Output(
+            f"{_CONNECTORS[kind if kind < len(_CONNECTORS) else 0]}-{found[10]}",
+            found[11] == uapi.DRM_MODE_CONNECTED,
+            tuple(_mode(bytes(raw[at : at + step])) for at in range(0, step * found[4], step)),
+            number,
+            self._crtcs(struct.unpack_from(f"={found[6]}I", ids), found[7], crtcs),
+        )
+
+    def _crtcs(
+        self, encoders: tuple[int, ...], current: int, crtcs: tuple[int, ...]
+    ) -> tuple[int, ...]:
+        driving: list[int] = []
+        possible: list[int] = []
+        for number in encoders:
+            layout = uapi.DRM_ENCODER_STRUCT
+            found = self._ask(uapi.DRM_IOCTL_MODE_GETENCODER, layout, number, 0, 0, 0, 0)
+            driving += [found[2]] if number == current and found[2] else []
+            possible += [crtc for bit, crtc in enumerate(crtcs) if found[3] >> bit & 1]
+        return tuple(dict.fromkeys(driving + possible))
+
+    def set_crtc(
+        self, crtc: int, output: Output, framebuffer: int, mode: Mode, picture: Image
+    ) -> None:
+        ids = bytearray(struct.pack("=I", output.connector))
+        refused = f"{self.driver} refuses {picture} at a pitch of {picture.pitch} bytes"
+        self._ask(
+            uapi.DRM_IOCTL_MODE_SETCRTC, uapi.DRM_CRTC_STRUCT,
+            address_of(ids), 1, crtc, framebuffer, 0, 0, 0, 1, mode.raw,
+            what=f"show a framebuffer on {output.name}",
+            fixes={
+                errno.EINVAL: f"{refused}; try another pitch or format",
+                errno.ENOSPC: "the framebuffer is smaller than the mode",
+                errno.EACCES: "another program has the display",
+            },
+        )  # fmt: skip
+
+    def take_master(self) -> None:
+        """Become the DRM master, the one program that may show framebuffers."""
+        try:
+            uapi.ioctl(self.fd, uapi.DRM_IOCTL_SET_MASTER, 0)
+        except OSError as error:
+            other = "another program has the display; leave the desktop, or use another display"
+            fixes = dict.fromkeys((errno.EBUSY, errno.EACCES, errno.EINVAL), other)
+            raise failure(error, "take the display", self.path, fixes) from None
+
+    def drop_master(self) -> None:
+        with suppress(OSError):
+            uapi.ioctl(self.fd, uapi.DRM_IOCTL_DROP_MASTER, 0)
+
+
+_RENDER = "a render node has no displays; open /dev/dri/card0 or similar"
+
+
+def _mode(raw: bytes) -> Mode:
+    found = uapi.DRM_MODE_STRUCT.unpack(raw)
+    return Mode(found[1], found[6], found[11], bool(found[13] & _TYPE_PREFERRED), raw)

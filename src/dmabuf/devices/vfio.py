@@ -5,7 +5,8 @@
     ...     buffer = device.bar(2)
 
 The kernel exports a BAR, or a part of one, as a dma-buf (VFIO_DEVICE_FEATURE_DMA_BUF, Linux 6.19
-with CONFIG_VFIO_PCI_DMABUF). A transfer to or from it goes `native` or not at all: docs/pci.md.
+with CONFIG_VFIO_PCI_DMABUF). A transfer to or from it takes the `native` route or is refused: see
+docs/guides/pci.md.
 """
 
 from __future__ import annotations
@@ -16,221 +17,193 @@ import os
 import re
 import struct
 import threading
-import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from dmabuf import _process, _uapi, exporters
-from dmabuf.buffer import Buffer, Slab
-from dmabuf.errors import ClosedError, Uncopyable, os_error
-from dmabuf.exporters import foreign
-from dmabuf.sizes import Size, as_int, format_size, parse_size
+from dmabuf.devices import lifetime
+from dmabuf.devices.node import call, failure
+from dmabuf.errors import os_error
+from dmabuf.kernel import uapi
+from dmabuf.memory import Buffer, Slab, foreign
+from dmabuf.sizes import format_size, parse_size
 
 __all__ = ["Bar", "Device"]
 
-CONTAINER = "/dev/vfio/vfio"
-SYSFS = Path("/sys/bus/pci/devices")
-
 _BARS = 6
-_LARGEST_SLAB = 1 << 30
-"""Larger dma-bufs cannot be registered with io_uring everywhere."""
-
+SLAB = 1 << 30  # of one dma-buf: larger dma-bufs cannot be registered with io_uring everywhere
 _COMMAND, _COMMAND_MEMORY = 4, 2  # of the PCI configuration space
-
-_NOT_BOUND = "as root: driverctl set-override {} vfio-pci"
-_UNMAPPABLE = (
-    "the CPU has no mapping of this memory of a PCI device: only devices can read and write it"
-)
+_HELD = {errno.EBUSY: "another program has it, or another device of its IOMMU group"}
+_PCI = Path("/sys/bus/pci/devices")
 _ADDRESS = re.compile(r"(?:([0-9a-f]{4,8}):)?([0-9a-f]{2}:[0-9a-f]{2}\.[0-7])", re.IGNORECASE)
+_UNMAPPABLE = "the CPU cannot map this memory of a PCI device: only devices can read and write it"
 
 
 class Bar(NamedTuple):
-    """One of a device's memories: its number, from 0 to 5, and its size in bytes."""
+    """One memory region of a device: its number, from 0 to 5, and its size in bytes."""
 
     number: int
     size: int
 
 
-class Device(Uncopyable, instead="open it again where it is needed"):
-    """A PCI device that is in vfio-pci's hands, opened for its memory.
+class Device(lifetime.DeviceHandle):
+    """A PCI device that the vfio-pci driver controls, opened for its memory.
 
-    Nobody else can open a device of its IOMMU group meanwhile. It gets no access to any memory of
-    the machine. Its Buffers keep it open: what close() was called on goes with the last of them.
-    Thread-safe. After fork the child's copy can only be closed.
+    No other program can open a device of its IOMMU group meanwhile. The device gets no access to
+    memory of the machine. Buffers keep it open: a closed Device ends with the last of them.
+    Thread-safe. After a fork the child can only close its copy.
     """
-
-    _closed = True  # until __init__ is through
 
     def __init__(self, address: str) -> None:
         """Open a device by its PCI address, such as "0000:65:00.0".
 
         Raises:
-            OSError: no such device, a driver that is not VFIO's, no IOMMU (ENODEV); no permission
-                (EACCES); another program has it or its group (EBUSY).
-            ValueError: what is no PCI address.
+            OSError: there is no such device, another driver controls it, or there is no IOMMU
+                (ENODEV); no permission (EACCES); another program has its group (EBUSY).
+            ValueError: an invalid PCI address.
         """
         match = _ADDRESS.fullmatch(address)
         if match is None:
-            raise ValueError(f"{address!r} is no PCI address: those are as in 0000:65:00.0")
+            raise ValueError(f"invalid PCI address {address!r}: use the form 0000:65:00.0")
         self.address = f"{match[1] or '0000'}:{match[2]}".lower()
         """The PCI address."""
         self._lock = threading.RLock()
-        self._pid = _process.pid
-        self._users = 1  # we, and each Buffer
-        self._fd = _open(self.address)
+        self._users = 1  # this object, and each Buffer
+        self._fd = _open_device(self.address)
         try:
             self._enable_memory()
         except BaseException:
             os.close(self._fd)
             raise
-        self._closed = False
+        self._opened()
 
     def bars(self) -> tuple[Bar, ...]:
-        """Those that it has, I/O ports among them, which cannot be exported."""
+        """Return the BARs of the device. I/O ports are included, and cannot be exported."""
         with self._lock:
-            self._check_open()
-            found = (self._region(index) for index in range(_BARS))
-            return tuple(Bar(region.number, region.size) for region in found if region.size)
+            self.check_open()
+            sizes = [self._region(index)[0] for index in range(_BARS)]
+            return tuple(Bar(number, size) for number, size in enumerate(sizes) if size)
 
     def bar(
         self,
         index: int,
-        offset: Size = 0,
-        size: Size | None = None,
+        offset: int | str = 0,
+        size: int | str | None = None,
         *,
         writable: bool = True,
         name: str | None = None,
     ) -> Buffer:
-        """A BAR, or ``size`` bytes of it from ``offset`` (all the rest for None), as a Buffer.
+        """Export a BAR, or a part of one, as a Buffer; one slab for each GiB.
 
-        Offset and size are multiples of the page size. ``writable=False`` makes it read-only for
-        transfers. ``name`` labels it. More than 1 GiB is several slabs.
+        Args:
+            index: the number of the BAR, from 0 to 5.
+            offset: the first byte, a multiple of the page size.
+            size: bytes, a multiple of the page size; None is all of the rest.
+            writable: False makes the Buffer read-only for transfers.
+            name: a label for the dma-bufs.
 
         Raises:
-            OSError: it has no such BAR (ENODEV), or one of less than a page (EINVAL); a kernel that
-                exports none (ENOTTY).
+            OSError: there is no such BAR (ENODEV), it is smaller than a page (EINVAL), or the
+                kernel does not export it (ENOTTY).
             ValueError: a range that is not within the BAR, or not of whole pages.
-            ClosedError: after close.
+            ClosedError: the device is closed.
         """
-        number = as_int(index, "index")
+        foreign.check_name(name)
         with self._lock:
-            self._check_open()
-            start, length = self._range(number, offset, size)
-            slabs = self._slabs(number, start, length, writable, name)
+            self.check_open()
+            start, length = self._range(index, offset, size)
+            slabs = self._slabs(index, start, length, writable, name)
             identity = foreign.identify(slabs[0].fd)
             buffer = Buffer(
                 slabs,
                 None,
                 exporter="vfio" if identity is None else identity.exporter,
-                reason=f"BAR {number} of {self.address}",
+                reason=f"BAR {index} of {self.address}",
                 name=name,
                 writable=writable,
                 map_refusal=_UNMAPPABLE,
             )
             self._users += 1
-            buffer._on_close(self._leave)
+            lifetime.on_close(buffer, self._leave)
             return buffer
 
-    def _range(self, index: int, offset: Size, size: Size | None) -> tuple[int, int]:
-        """The first byte and the length of a part of a BAR, checked."""
+    def _range(self, index: int, offset: int | str, size: int | str | None) -> tuple[int, int]:
+        """Return the first byte and the length of a part of a BAR, checked."""
         if not 0 <= index < _BARS:
             raise ValueError(f"index={index}: a device has BARs 0 to {_BARS - 1}")
-        whole = self._region(index).size
+        whole = self._region(index)[0]
         if not whole:
             have = ", ".join(f"{bar.number} ({format_size(bar.size)})" for bar in self.bars())
-            text = f"it has no memory at BAR {index}: it has {have or 'none at all'}"
+            text = f"export BAR {index}: it has no memory there; it has {have or 'none'}"
             raise os_error(errno.ENODEV, text, self.address)
         if whole < mmap.PAGESIZE:
-            text = f"BAR {index} is {whole} bytes: less than a page cannot be exported"
+            text = f"export BAR {index}: its {whole} bytes are less than a page"
             raise os_error(errno.EINVAL, text, self.address)
         start = parse_size(offset, "offset")
-        length = whole - start if size is None else parse_size(size, "size")
+        length = whole - start if size is None else parse_size(size)
         if length <= 0 or start + length > whole:
-            raise ValueError(
-                f"bytes {start} to {start + length} are not within BAR {index}, of {whole} bytes"
-            )
+            text = f"bytes {start} to {start + length} are not within BAR {index}"
+            raise ValueError(f"{text} of {whole} bytes")
         if (start | length) % mmap.PAGESIZE:
-            raise ValueError(
-                f"offset={start}, size={length}: VFIO exports whole pages of {mmap.PAGESIZE} bytes"
-            )
+            text = f"offset={start}, size={length}: VFIO exports whole pages"
+            raise ValueError(f"{text} of {mmap.PAGESIZE} bytes")
         return start, length
 
     def _slabs(
         self, index: int, start: int, length: int, writable: bool, name: str | None
     ) -> list[Slab]:
-        slabs: list[Slab] = []
+        layout, what = uapi.VFIO_DMA_BUF_STRUCT, f"export BAR {index}"
+        flags = uapi.VFIO_DEVICE_FEATURE_GET | uapi.VFIO_DEVICE_FEATURE_DMA_BUF
         access = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC
-        exporters.check_name(name)
-        label = None if name is None else os.fsencode(name)
+        fixes = {
+            errno.ENOTTY: "the kernel does not; use Linux 6.19 with CONFIG_VFIO_PCI_DMABUF",
+            errno.ENODEV: "another driver has claimed that memory, or the device is gone",
+            errno.EINVAL: "the kernel can export no part of this BAR",
+        }
+        slabs: list[Slab] = []
         try:
-            for offset in range(0, length, _LARGEST_SLAB):
-                part = min(_LARGEST_SLAB, length - offset)
-                fd = self._export(index, start + offset, part, access)
-                slabs.append(Slab(fd, offset, part))
-                if label is not None:
-                    _uapi.set_name(fd, label)
+            for at in range(0, length, SLAB):
+                part = min(SLAB, length - at)
+                values = (layout.size, flags, index, access, 0, 1, start + at, part)
+                request, item = uapi.VFIO_DEVICE_FEATURE, bytearray(layout.pack(*values))
+                fd = call(self._fd, request, item, what, self.address, fixes)
+                slabs.append(Slab(fd, at, part))
+                if name is not None:
+                    uapi.set_name(slabs[-1].fd, os.fsencode(name))
         except BaseException:
             for slab in slabs:
                 os.close(slab.fd)
             raise
         return slabs
 
-    def _export(self, index: int, start: int, length: int, access: int) -> int:
-        layout = _uapi.VFIO_DMA_BUF_STRUCT
-        flags = _uapi.VFIO_DEVICE_FEATURE_GET | _uapi.VFIO_DEVICE_FEATURE_DMA_BUF
-        data = bytearray(layout.pack(layout.size, flags, index, access, 0, 1, start, length))
-        try:
-            return int(_uapi.ioctl(self._fd, _uapi.VFIO_DEVICE_FEATURE, data))
-        except OSError as error:
-            fixes = {
-                errno.ENOTTY: "this kernel exports none: it takes Linux 6.19 or later with "
-                "CONFIG_VFIO_PCI_DMABUF",
-                errno.ENODEV: "the kernel offers no such memory of it: another driver has claimed "
-                "it, or the device is gone",
-                errno.EINVAL: "the kernel can export no part of this BAR",
-            }
-            raise _failed(error, f"exporting BAR {index}", self.address, fixes) from None
-
-    def _region(self, index: int) -> _Region:
-        layout = _uapi.VFIO_REGION_STRUCT
-        data = bytearray(layout.pack(layout.size, 0, index, 0, 0, 0))
-        try:
-            _uapi.ioctl(self._fd, _uapi.VFIO_DEVICE_GET_REGION_INFO, data)
-        except OSError as error:
-            raise _failed(error, f"asking for region {index}", self.address) from None
-        return _Region(index, *layout.unpack(data)[4:])
+    def _region(self, index: int) -> tuple[int, int]:
+        """Return the size of a region, and its offset on the descriptor."""
+        layout = uapi.VFIO_REGION_STRUCT
+        item = bytearray(layout.pack(layout.size, 0, index, 0, 0, 0))
+        what = f"get the size of region {index}"
+        call(self._fd, uapi.VFIO_DEVICE_GET_REGION_INFO, item, what, self.address)
+        size, offset = layout.unpack(item)[4:]
+        return size, offset
 
     def _enable_memory(self) -> None:
-        """Have it answer at its BARs' addresses: what is exported before that is revoked."""
-        where = self._region(_uapi.VFIO_PCI_CONFIG_REGION).offset + _COMMAND
+        """Enable the BARs: the kernel revokes a dma-buf of memory that is not enabled."""
+        where = self._region(uapi.VFIO_PCI_CONFIG_REGION)[1] + _COMMAND
         command = int.from_bytes(os.pread(self._fd, 2, where), "little")
         if not command & _COMMAND_MEMORY:
             os.pwrite(self._fd, (command | _COMMAND_MEMORY).to_bytes(2, "little"), where)
 
-    # -- the end
-
     def fileno(self) -> int:
-        """The VFIO device's descriptor, for ioctls of your own. Raises ClosedError after close."""
-        self._check_open()
+        """Return the VFIO device's descriptor, for other ioctls. Raises ClosedError."""
+        self.check_open()
         return self._fd
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ClosedError("this device is closed")
-        if self._pid != _process.pid:
-            raise ClosedError("this device is that of the process which forked this one")
-
-    @property
-    def closed(self) -> bool:
-        """Whether it was closed."""
-        return self._closed
-
     def close(self) -> None:
-        """Close the device, once its Buffers are closed too; can be again.
+        """Close the device, once its Buffers are closed too. Closing again does nothing.
 
-        The kernel takes the memory back from every importer when the device is closed.
+        The kernel then revokes the memory from every importer.
         """
-        if self._pid != _process.pid:  # without the lock, which a fork may have left taken
+        if self.forked:  # without the lock, which a fork may have copied in the locked state
             if not self._closed:
                 self._closed = True
                 os.close(self._fd)
@@ -241,103 +214,67 @@ class Device(Uncopyable, instead="open it again where it is needed"):
                 self._leave()
 
     def _leave(self) -> None:
-        if self._pid != _process.pid:
+        if self.forked:
             return
         with self._lock:
             self._users -= 1
             if not self._users:
                 os.close(self._fd)
 
-    def __enter__(self) -> Device:
-        self._check_open()
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        if not self._closed:
-            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
-            self.close()
-
     def __repr__(self) -> str:
         return f"<dmabuf.Device {self.address} {'closed' if self._closed else 'by VFIO'}>"
 
 
-class _Region(NamedTuple):
-    number: int
-    size: int
-    offset: int
-
-
-def _failed(error: OSError, what: str, path: str, fixes: dict[int, str] | None = None) -> OSError:
-    number = error.errno or errno.EIO
-    known = {
-        errno.EACCES: "permission denied: be root, or have root chown it to you",
-        errno.EBUSY: "another program has it, or another device of its IOMMU group",
-    } | (fixes or {})
-    return os_error(number, f"{what}: {known.get(number, os.strerror(number))}", path)
-
-
-def _open(address: str) -> int:
-    """The descriptor of a device, in a container of its own that maps no memory."""
-    group = _group(address)
-    node = f"/dev/vfio/{group}"
-    container = _open_node(CONTAINER)
-    try:
-        descriptor = _open_node(node)
-        try:
-            _check_viable(descriptor, address, node)
-            try:
-                pointer = struct.pack("=i", container)
-                _uapi.ioctl(descriptor, _uapi.VFIO_GROUP_SET_CONTAINER, pointer)
-                _uapi.ioctl(container, _uapi.VFIO_SET_IOMMU, _uapi.VFIO_TYPE1V2_IOMMU)
-            except OSError as error:
-                fixes = {
-                    errno.ENODEV: "the IOMMU's driver is missing: modprobe vfio_iommu_type1",
-                    errno.EPERM: "the platform cannot keep its interrupts apart: see "
-                    "allow_unsafe_interrupts of vfio_iommu_type1",
-                }
-                raise _failed(error, "setting up its IOMMU group", node, fixes) from None
-            name = bytearray(address.encode() + b"\0")  # given `bytes`, ioctl returns those
-            try:
-                return int(_uapi.ioctl(descriptor, _uapi.VFIO_GROUP_GET_DEVICE_FD, name))
-            except OSError as error:
-                raise _failed(error, "opening the device", address) from None
-        finally:
-            os.close(descriptor)  # the device keeps its group, and that the container
-    finally:
-        os.close(container)
+def _open_device(address: str) -> int:
+    """Return the descriptor of a device, in a container of its own that maps no memory."""
+    node = f"/dev/vfio/{_group(address)}"
+    with _open_node("/dev/vfio/vfio") as container, _open_node(node) as group:
+        layout, what = uapi.VFIO_GROUP_STATUS_STRUCT, "set up its IOMMU group"
+        status = bytearray(layout.pack(layout.size, 0))
+        call(group, uapi.VFIO_GROUP_GET_STATUS, status, what, node)
+        if not layout.unpack(status)[1] & uapi.VFIO_GROUP_FLAGS_VIABLE:
+            others = ", ".join(sorted(os.listdir(_PCI / address / "iommu_group/devices")))
+            text = f"{what}: other drivers have devices of it; bind all of {others} to vfio-pci"
+            raise os_error(errno.EPERM, text, node)
+        fixes = _HELD | {
+            errno.ENODEV: "its driver is missing; modprobe vfio_iommu_type1",
+            errno.EPERM: "its interrupts are not isolated; see vfio_iommu_type1's options",
+        }
+        pointer = struct.pack("=i", container)
+        call(group, uapi.VFIO_GROUP_SET_CONTAINER, pointer, what, node, fixes)
+        kind = uapi.VFIO_TYPE1V2_IOMMU
+        call(container, uapi.VFIO_SET_IOMMU, kind, what, node, fixes)
+        # The device keeps its group open, and the group its container.
+        name = bytearray(address.encode() + b"\0")  # ioctl returns `bytes`, not the descriptor
+        return call(group, uapi.VFIO_GROUP_GET_DEVICE_FD, name, "open", address, _HELD)
 
 
 def _group(address: str) -> str:
-    folder = SYSFS / address
+    folder = _PCI / address
     if not folder.exists():
-        raise os_error(errno.ENODEV, "no such PCI device: lspci -D lists those there are", address)
-    driver = (folder / "driver").resolve().name if (folder / "driver").exists() else None
-    if driver is None or "vfio" not in driver:
-        has = "it has no driver" if driver is None else f"{driver} drives it, and would lose it"
-        text = f"not in vfio-pci's hands: {has}; {_NOT_BOUND.format(address)}"
+        text = "open: there is no such PCI device; lspci -D lists them"
+        raise os_error(errno.ENODEV, text, address)
+    driver = (folder / "driver").resolve().name if (folder / "driver").exists() else "no driver"
+    if "vfio" not in driver:
+        text = f"open: {driver} controls it; driverctl set-override {address} vfio-pci, as root"
         raise os_error(errno.ENODEV, text, address)
     if not (folder / "iommu_group").exists():
-        text = "no IOMMU confines it: turn VT-d or AMD-Vi on in the firmware, and intel_iommu=on "
-        raise os_error(errno.ENODEV, f"{text}on the kernel's command line", address)
+        text = "open: no IOMMU isolates it; enable VT-d or AMD-Vi, and boot with intel_iommu=on"
+        raise os_error(errno.ENODEV, text, address)
     return (folder / "iommu_group").resolve().name
 
 
-def _open_node(path: str) -> int:
+@contextmanager
+def _open_node(path: str) -> Iterator[int]:
     try:
-        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
-        fixes = {errno.ENOENT: "no such device: modprobe vfio-pci"}
-        raise _failed(error, "opening its IOMMU group", path, fixes) from None
-
-
-def _check_viable(descriptor: int, address: str, node: str) -> None:
-    layout = _uapi.VFIO_GROUP_STATUS_STRUCT
-    data = bytearray(layout.pack(layout.size, 0))
-    _uapi.ioctl(descriptor, _uapi.VFIO_GROUP_GET_STATUS, data)
-    if not layout.unpack(data)[1] & _uapi.VFIO_GROUP_FLAGS_VIABLE:
-        others = ", ".join(sorted(os.listdir(SYSFS / address / "iommu_group/devices")))
-        text = f"its IOMMU group is shared with devices of other drivers: bind all of {others}"
-        raise os_error(errno.EPERM, f"{text} to vfio-pci", node)
+        fixes = _HELD | {
+            errno.ENOENT: "there is no such device; modprobe vfio-pci",
+            errno.EACCES: "permission denied; be root, or have root chown it to you",
+        }
+        raise failure(error, "open its IOMMU group", path, fixes) from None
+    try:
+        yield fd
+    finally:
+        os.close(fd)

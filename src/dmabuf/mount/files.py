@@ -1,174 +1,265 @@
-"""The directory and what is done to its files, in terms of the store: no FUSE in here."""
+"""The files of a store, in terms of the store; nothing here is about FUSE.
+
+A file whose size is not known yet is *spooled*: its content is in a temporary file. It becomes a
+buffer when it is published: at its first fsync(2) or close(2), or when truncate(2) sets a size. A
+write past the end of a buffer's memory moves the content back to the spool, and publishing then
+makes a new buffer that replaces the old one under the same name.
+"""
 
 from __future__ import annotations
 
 import errno
 import itertools
+import os
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from functools import partial
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import BinaryIO, TypeVar
 
-from dmabuf.errors import os_error
-from dmabuf.mount import numbered
+import trio
+
+from dmabuf.memory import Buffer
+from dmabuf.mount.access import zero
 from dmabuf.mount.connections import Connections
-from dmabuf.mount.content import Growing, copy
-from dmabuf.mount.node import Attributes, Node
 from dmabuf.sizes import format_size
-from dmabuf.store import Status, Store, Usage
-from dmabuf.store.protocol import SAME
+from dmabuf.store import Status, Usage
 
+T = TypeVar("T")
+
+_YES_NO = {True: "yes", False: "no", None: "unknown"}
 _ATTRIBUTES: dict[str, Callable[[Status], object]] = {
     "user.dmabuf.exporter": lambda status: status.exporter,
-    "user.dmabuf.in_use": lambda status: "yes" if status.in_use else "no",
+    "user.dmabuf.in_use": lambda status: _YES_NO[status.in_use],
     "user.dmabuf.is_dmabuf": lambda status: "yes" if status.is_dmabuf else "no",
     "user.dmabuf.reason": lambda status: status.reason,
     "user.dmabuf.size": lambda status: status.size,
     "user.dmabuf.slabs": lambda status: status.slabs,
 }
-
+_COPIED = 8 << 20
 _LATEST_NS = 2**63 - 1  # in the year 2262
 
 
-class Files:
-    """The files of a store, for one mount. Not thread-safe but for what says so.
+@dataclass(eq=False)
+class File:
+    """A file of the mount.
 
-    Every method raises OSErrors, ConnectionError where the store is gone among them; the next call
-    tries to reach it again.
+    Its bytes are in ``spool``, or in ``buffer`` while it is open. ``number`` is the store's, None
+    until it is published; ``name`` is None after it was removed. ``status`` is the store's last
+    record of it. ``lock`` is held while its bytes or its name are used or changed.
     """
 
-    def __init__(self, path: str) -> None:
-        self._stores = Connections(path, self._lost)
-        self._nodes: dict[int, Node] = {}  # by inode number
-        self._numbered: dict[int, Node] = {}  # by the store's number
-        self._coming: dict[str, Node] = {}  # names that the store does not have yet
+    ino: int
+    name: str | None
+    number: int | None
+    status: Status
+    length: int = 0
+    lookups: int = 0
+    handles: int = 0
+    buffer: Buffer | None = None
+    spool: BinaryIO | None = None
+    accessed_ns: int | None = None
+    """A time that the store does not have yet; otherwise None."""
+    modified_ns: int | None = None
+
+    def __post_init__(self) -> None:
+        self.lock = trio.Lock()
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether the store has it, as far as is known."""
+        return self.name is not None and self.number is not None
+
+    @property
+    def memory(self) -> int:
+        """The bytes that it takes."""
+        return self.length if self.spool is not None else self.status.size
+
+    def refresh(self, status: Status) -> None:
+        """Take the store's record, unless it is older than what is written here."""
+        if self.length == self.status.length and self.spool is None:
+            self.length = status.length
+        self.status = status
+
+    def fits(self, end: int) -> bool:
+        """Return whether bytes up to ``end`` fit where its content is now."""
+        return self.spool is not None or end <= self._opened().size
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Return at most ``size`` bytes; b"" past the end."""
+        size = min(size, self.length - offset)
+        if size <= 0:
+            return b""
+        if self.spool is not None:
+            return os.pread(self.spool.fileno(), size, offset)
+        return self._opened().pread(size, offset)
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Write bytes that fit; a gap before them is zeros."""
+        if self.spool is not None:
+            done = 0
+            while done < len(data):
+                done += os.pwrite(self.spool.fileno(), memoryview(data)[done:], offset + done)
+        else:
+            self.lengthen(offset)
+            self._opened().pwrite(data, offset)
+        self.length = max(self.length, offset + len(data))
+        self.modified_ns = time.time_ns()
+
+    def lengthen(self, length: int) -> None:
+        """Zero the bytes of the buffer between the end and ``length``."""
+        if length > self.length:
+            zero(self._opened(), self.length, length)
+            self.length = length
+
+    def _opened(self) -> Buffer:
+        if self.buffer is None:
+            raise OSError(errno.ESTALE, "its memory is gone; open it again", self.status.name)
+        return self.buffer
+
+
+class Files:
+    """The files of a store, for one mount; ``tell`` gets notes for the user.
+
+    Methods raise OSErrors, EIO if the store has ended; the next call connects again. Not
+    thread-safe; those that may take long may run in a thread while the file's lock is held.
+    """
+
+    def __init__(self, path: str, tell: Callable[[str], None]) -> None:
+        self._connections = Connections(path, self._lost)
+        self._tell = tell
+        self._files: dict[int, File] = {}  # by inode number
+        self._numbered: dict[int, File] = {}  # by the store's number
+        self._new: dict[str, File] = {}  # not published yet
         self._inodes = itertools.count(2)  # 1 is the directory
 
     def _lost(self) -> None:
-        """The store has ended. One that comes after it knows nothing of what there was."""
-        for node in list(self._numbered.values()):
-            node.name = None
+        """Forget the names of a store that has ended; what is spooled is new for the next."""
+        for file in list(self._numbered.values()):
+            name, file.number = file.name, None
+            if file.spool is None or name in self._new:
+                file.name = None
+            elif name is not None:
+                self._new[name] = file
         self._numbered.clear()
 
     def close(self) -> None:
-        """Give the store what was written so far, and let go of everything."""
-        for node in list(self._nodes.values()):
+        """Publish what is spooled, and close everything."""
+        for file in list(self._files.values()):
             with suppress(OSError):
-                self.settle(node)
-            if node.growing is not None:
-                with suppress(OSError):
-                    node.growing.discard()
-            if node.buffer is not None:
-                node.buffer.close()
-        self._stores.close()
+                self.settle(file)
+            self._close(file)
+        self._connections.close()
+
+    @staticmethod
+    def _close(file: File) -> None:
+        if file.spool is not None:
+            file.spool.close()
+            file.spool = None
+        if file.buffer is not None:
+            file.buffer.close()
+            file.buffer = None
 
     # Names.
 
-    def lookup(self, name: str) -> Node:
-        """The file of a name."""
-        node = self._coming.get(name)
-        if node is not None:
-            return node
-        with self._stores.asking() as store:
+    def lookup(self, name: str) -> File:
+        """Return the file of a name."""
+        if name in self._new:
+            return self._new[name]
+        with self._connections.use() as store:
             return self._known(store.stat(name))
 
-    def listing(self) -> list[tuple[str, Node]]:
-        """Every name and its file."""
-        names = dict(self._coming)
-        with self._stores.asking() as store:
+    def known(self, name: str) -> File | None:
+        """Return the file of a name if it was looked up before, without asking the store."""
+        if name in self._new:
+            return self._new[name]
+        return next((one for one in list(self._numbered.values()) if one.name == name), None)
+
+    def listing(self) -> list[tuple[str, File]]:
+        """Return every name and its file."""
+        names = dict(self._new)
+        with self._connections.use() as store:
             found = store.list()
         names.update((s.name, self._known(s)) for s in found if s.name not in names)
         return sorted(names.items())
 
-    def _known(self, status: Status) -> Node:
-        node = self._numbered.get(status.number)
-        if node is None:
-            node = Node(next(self._inodes), status.name, status.number, status)
-            self._nodes[node.ino] = self._numbered[status.number] = node
-        if not node.aside:
-            node.name = status.name
-            node.refresh(status)
-        return node
+    def _known(self, status: Status) -> File:
+        file = self._numbered.get(status.number)
+        if file is None:
+            file = File(next(self._inodes), status.name, status.number, status, status.length)
+            self._files[file.ino] = self._numbered[status.number] = file
+        elif not file.lock.locked():
+            file.name = status.name
+            file.refresh(status)
+        return file
 
-    def node(self, ino: int) -> Node:
-        """The file that the kernel calls by this number."""
-        return self._nodes[ino]
+    def by_inode(self, ino: int) -> File:
+        """Return the file of an inode number. Raises KeyError."""
+        return self._files[ino]
 
     def forget(self, ino: int, lookups: int) -> None:
-        """The kernel has forgotten as many lookups."""
-        node = self._nodes.get(ino)
-        if node is not None:
-            node.lookups -= lookups
-            self.drop_if_unknown(node)
+        """Drop as many lookups of the kernel."""
+        file = self._files.get(ino)
+        if file is not None:
+            file.lookups -= lookups
+            self._drop_if_unused(file)
 
-    def drop_if_unknown(self, node: Node) -> None:
-        """Forget a file that nobody knows of."""
-        if node.lookups <= 0 and not node.handles and node.growing is None:
-            self._nodes.pop(node.ino, None)
-            if node.number is not None and self._numbered.get(node.number) is node:
-                del self._numbered[node.number]
+    def _drop_if_unused(self, file: File) -> None:
+        if file.lookups <= 0 and not file.handles:
+            self._files.pop(file.ino, None)
+            if file.number is not None and self._numbered.get(file.number) is file:
+                del self._numbered[file.number]
 
-    def create(self, name: str, mode: int, uid: int, gid: int) -> Node:
-        """A new file, which takes no memory yet; the store gets to know it by :meth:`settle`."""
-        with self._stores.asking() as store:
-            try:
+    def create(self, name: str, mode: int, uid: int, gid: int) -> File:
+        """Return a new file, open and spooled."""
+        with self._connections.use() as store:
+            with suppress(FileNotFoundError):
                 store.stat(name)
-            except FileNotFoundError:
-                pass
-            else:
-                raise os_error(errno.EEXIST, "there is a buffer of that name", name)
-            usage = store.usage(settle=False)
-        if name in self._coming:
-            raise os_error(errno.EEXIST, "there is a file of that name", name)
-        if usage.names + len(self._coming) >= usage.max_names:
-            raise os_error(errno.ENOSPC, f"the store takes no more than {usage.max_names} names")
+                raise OSError(errno.EEXIST, "a buffer of that name exists", name)
+            usage = store.usage()
+        if name in self._new:
+            raise OSError(errno.EEXIST, "a file of that name exists", name)
+        if usage.names + len(self._new) >= usage.max_names:
+            raise OSError(
+                errno.ENOSPC, f"the store is full: it holds {usage.max_names} names", name
+            )
         now = time.time_ns()
-        status = Status(name, 0, 0, mode & 0o777, uid, gid, now, now, "", "", 0, False, 0, now, now,
-                        False)  # fmt: skip
-        node = Node(next(self._inodes), name, None, status)
-        node.growing = self._new_content(node)
-        node.modified_ns = now
-        self._nodes[node.ino] = self._coming[name] = node
-        return node
-
-    def _new_content(self, node: Node) -> Growing:
-        return Growing(self._stores.get("memory"), node.status.mode)
-
-    def coming(self, name: str) -> Node | None:
-        """The file of a name that the store does not have yet, if it is one."""
-        return self._coming.get(name)
+        status = Status(name, 0, 0, mode & 0o777, uid, gid, now, now, now, now, "", "", 0, False, 0,
+                        None)  # fmt: skip
+        file = File(next(self._inodes), name, None, status, handles=1, modified_ns=now)
+        file.spool = _spool()
+        self._files[file.ino] = self._new[name] = file
+        return file
 
     def unlink(self, name: str, uid: int) -> None:
-        """Have a user take a name away; who has the file open keeps it."""
-        node = self._coming.get(name)
-        if node is not None:
-            _check_owner(node.status, uid)
-            del self._coming[name]
-            node.name = None
-            self.drop_if_unknown(node)
+        """Remove a name for a user; the file lives on while it is open."""
+        file = self._new.get(name)
+        if file is not None:
+            _check_owner(file.status, uid)
+            del self._new[name]
+            file.name = None
+            self._drop_if_unused(file)
             return
-        with self._stores.asking() as store:
+        with self._connections.use() as store:
             status = store.stat(name)
             _check_owner(status, uid)
             store.remove(name, number=status.number)
         self._lost_name(status.number)
 
     def _lost_name(self, number: int) -> None:
-        node = self._numbered.get(number)
-        if node is not None:
-            node.name = None
-            self.drop_if_unknown(node)
+        file = self._numbered.get(number)
+        if file is not None:
+            file.name = None
+            self._drop_if_unused(file)
 
     def rename(self, old: str, new: str, uid: int, *, replace: bool) -> None:
-        """Have a user give a file another name, and replace what has it.
-
-        The store has to have both.
-        """
-        node = self.lookup(old)
-        _check_owner(node.status, uid)
+        """Rename a published file for a user, and replace a published file of the new name."""
+        file = self.lookup(old)
+        _check_owner(file.status, uid)
         if old == new:
             return
-        with self._stores.asking() as store:
+        with self._connections.use() as store:
             replaced = None
             with suppress(FileNotFoundError):
                 there = store.stat(new)
@@ -176,273 +267,254 @@ class Files:
                     _check_owner(there, uid)
                     replaced = there.number
             try:
-                store.rename(old, new, replace=replaced or False, number=node.number)
+                store.rename(old, new, replace=replaced or False, number=file.number)
             except FileExistsError:
                 if not replace:
                     raise
-                raise os_error(errno.ESTALE, "another client took it meanwhile", new) from None
+                raise OSError(errno.ESTALE, "another client took the name", new) from None
         if replaced is not None:
             self._lost_name(replaced)
-        node.name = new
+        file.name = new
 
     # A file.
 
-    def attributes(self, node: Node) -> Attributes:
-        """What stat(2) tells of it."""
-        self._look(node)
-        return node.attributes()
-
-    def _look(self, node: Node) -> None:
-        """Ask the store about it, if it is there."""
-        if not node.stored or node.aside:
+    def look(self, file: File) -> None:
+        """Refresh what is known of a file. Raises OSError(ESTALE) if its name is gone."""
+        if not file.is_stored or file.lock.locked():
             return
-        with self._stores.asking() as store:
-            status = numbered.found(store, node)
+        status = self._find(file)
         if status is not None:
-            node.refresh(status)
-        elif not node.handles:
-            raise os_error(errno.ESTALE, "its name is gone", node.status.name)
+            file.refresh(status)
+        elif not file.handles:
+            raise OSError(errno.ESTALE, "its name is gone", file.status.name)
 
-    def chmod(self, node: Node, mode: int) -> None:
-        """Change who may open it."""
-        if node.stored:
-            with self._stores.asking() as store:
-                numbered.ask(store, node, partial(store.chmod, mode=mode & 0o777))
-        node.status = node.status._replace(mode=mode & 0o777)
+    def _find(self, file: File) -> Status | None:
+        """Return the store's record of a file's number, whatever other clients named it.
 
-    def chown(self, node: Node, uid: int, gid: int) -> None:
-        """Change its owner and group."""
-        if node.stored:
-            with self._stores.asking() as store:
-                numbered.ask(store, node, partial(store.chown, uid=uid, gid=gid))
-        node.status = node.status._replace(uid=uid, gid=gid)
+        None if they removed it; the file then has no name.
+        """
+        with self._connections.use() as store:
+            while file.name is not None and file.number is not None:
+                with suppress(FileNotFoundError):
+                    status = store.stat(file.name)
+                    if status.number == file.number:
+                        return status
+                found = (s.name for s in store.list() if s.number == file.number)
+                file.name = next(found, None)
+        return None
 
-    def utime(self, node: Node, accessed_ns: int | None, modified_ns: int | None) -> None:
-        """Set its times, each left as it is for None."""
+    def _request(self, file: File, request: Callable[[str, int], T]) -> T | None:
+        """Make a request with a file's name and number; None if the file has no name any more."""
+        while file.name is not None and file.number is not None:
+            try:
+                return request(file.name, file.number)
+            except OSError as error:
+                if error.errno != errno.ESTALE:
+                    raise
+            self._find(file)
+        return None
+
+    def chmod(self, file: File, mode: int) -> None:
+        """Set the mode."""
+        with self._connections.use() as store:
+            self._request(file, lambda name, number: store.chmod(name, mode, number=number))
+        file.status = replace(file.status, mode=mode)
+
+    def chown(self, file: File, uid: int, gid: int) -> None:
+        """Set the owner and group."""
+        with self._connections.use() as store:
+            self._request(file, lambda name, number: store.chown(name, uid, gid, number=number))
+        file.status = replace(file.status, uid=uid, gid=gid)
+
+    def utime(self, file: File, accessed_ns: int | None, modified_ns: int | None) -> None:
+        """Set the times; None keeps one."""
         if accessed_ns is not None:
-            node.accessed_ns = min(max(accessed_ns, 0), _LATEST_NS)
+            file.accessed_ns = min(max(accessed_ns, 0), _LATEST_NS)
         if modified_ns is not None:
-            node.modified_ns = min(max(modified_ns, 0), _LATEST_NS)
-        if node.growing is None:
-            self._tell(node)
+            file.modified_ns = min(max(modified_ns, 0), _LATEST_NS)
+        if file.spool is None:
+            self._send(file)
 
-    def extended(self, node: Node) -> dict[str, bytes]:
-        """The extended attributes, in so far as the store knows it."""
-        self._look(node)
-        if node.number is None:
+    def extended(self, file: File) -> dict[str, bytes]:
+        """Return the extended attributes; none before the file is published."""
+        self.look(file)
+        if file.number is None:
             return {}
-        return {name: str(tell(node.status)).encode() for name, tell in _ATTRIBUTES.items()}
+        return {name: str(get(file.status)).encode() for name, get in _ATTRIBUTES.items()}
 
     def usage(self) -> Usage:
-        """How full the store is."""
-        with self._stores.asking() as store:
-            return store.usage(settle=False)
+        """Return how full the store is."""
+        with self._connections.use() as store:
+            return store.usage()
 
     # Its bytes.
 
-    def open(self, node: Node, *, write: bool) -> None:
-        """Have its memory here. One :meth:`release` belongs to each."""
-        if node.growing is None and (node.buffer is None or (write and not node.buffer.writable())):
-            with self._stores.asking() as store:
-                buffer, status = numbered.memory(store, node, "r+" if write else "r")
-            node.refresh(status)
-            if node.buffer is not None:
-                node.buffer.close()
-            node.buffer = buffer
-        node.handles += 1
+    def open(self, file: File, *, write: bool) -> None:
+        """Open a file. A :meth:`release` belongs to each."""
+        if file.spool is None and (file.buffer is None or (write and not file.buffer.writable())):
+            mode = "r+" if write else "r"
+            with self._connections.use() as store:
+                opened = self._request(
+                    file,
+                    lambda name, number: store.open_with_status(name, mode, None, number=number),
+                )
+            if opened is None:
+                raise OSError(errno.ESTALE, "its name is gone", file.status.name)
+            if file.buffer is not None:
+                file.buffer.close()
+            file.buffer = opened[0]
+            file.refresh(opened[1])
+        file.handles += 1
 
-    def release(self, node: Node) -> None:
-        """One that had it open is done."""
-        node.handles -= 1
-        if node.handles:
+    def release(self, file: File) -> None:
+        """Close a file. What could not be published before, by :meth:`settle`, is dropped."""
+        if file.handles == 1:
+            if file.spool is not None:
+                file.modified_ns = None
+                file.length = file.status.length
+                if file.number is None and file.name is not None:
+                    self._new.pop(file.name, None)
+                    file.name = None
+            self._close(file)
+        file.handles -= 1
+        self._drop_if_unused(file)
+
+    def resize(self, file: File, length: int) -> None:
+        """Cut the content, or lengthen it with zeros. May take long.
+
+        A spooled file that gets a size is published, so that others can open it.
+        """
+        before = file.length
+        if not file.fits(length):
+            self.move_to_spool(file)
+        if file.spool is None:
+            file.lengthen(length)
+            file.length = length
+        else:
+            os.ftruncate(file.spool.fileno(), length)
+            file.length = length
+            if length:
+                try:
+                    self._publish(file)
+                except OSError:
+                    if before < length:
+                        os.ftruncate(file.spool.fileno(), before)
+                        file.length = before
+                    raise
+        file.modified_ns = time.time_ns()
+        self._send(file)
+
+    def move_to_spool(self, file: File) -> None:
+        """Copy the content of a buffer to the spool, because it outgrows the memory."""
+        buffer = file.buffer
+        assert buffer is not None
+        spool = _spool()
+        try:
+            for at in range(0, file.length, _COPIED):
+                with buffer.map("r", at, min(_COPIED, file.length - at)) as view:
+                    spool.write(view)
+        except BaseException:
+            spool.close()
+            raise
+        file.spool, file.buffer = spool, None
+        buffer.close()
+        self._tell(
+            f"{file.name or file.status.name}: outgrows its {format_size(buffer.size)} of memory "
+            "and becomes a new buffer"
+        )
+
+    def settle(self, file: File) -> None:
+        """Give the store everything it does not have yet of a file. May take long."""
+        if file.spool is not None:
+            self._publish(file)
+        self._send(file)
+
+    def _publish(self, file: File) -> None:
+        """Make a spooled file a buffer under its name."""
+        assert file.spool is not None
+        if file.number is not None and (now := self._find(file)) is not None:
+            file.status = now  # its mode and owner, which other clients may have changed
+        if file.name is None:
             return
-        if node.buffer is not None:
-            node.buffer.close()
-            node.buffer = None
-        self.drop_if_unknown(node)
-
-    def leave(self, node: Node) -> None:
-        """Its last descriptor goes: the store gets its content, or it keeps what it had.
-
-        May take long; from any thread. The last close(2) was told of what did not fit.
-        """
-        with suppress(OSError):
-            self.settle(node)
-        if node.growing is not None:
-            node.growing.discard()
-            node.growing = node.modified_ns = None
-            node.length = node.status.length
-            if node.number is None and node.name is not None:
-                self._coming.pop(node.name, None)
-                node.name = None
-
-    def wrote(self, node: Node) -> None:
-        """Its content has changed now."""
-        node.modified_ns = time.time_ns()
-
-    def make_room(self, node: Node, end: int) -> None:
-        """Have room for bytes up to ``end``. May take long; from any thread.
-
-        Raises OSError: EBUSY while others have its memory, ENOSPC for more than the store takes.
-        """
-        if node.fits(end):
-            return
-        if node.growing is None:
-            self._begin_growing(node, keep=True)
-        assert node.growing is not None
-        with (
-            self._held_by(node, node.growing),
-            _explaining(node, f"it cannot grow to {format_size(end)}"),
-        ):
-            node.growing.reserve(end)
-
-    def _begin_growing(self, node: Node, *, keep: bool) -> None:
-        if self._others_have(node):
-            raise os_error(
-                errno.EBUSY,
-                f"others have its {format_size(node.status.size)} of memory, which they would not "
-                "share any more if it got other memory: it grows when they have let go of it",
-                node.name,
-            )
-        store, mode, buffer = self._stores.get("memory"), node.status.mode, node.memory()
-        if keep:
-            node.growing = Growing(store, mode, buffer, node.length)
-        else:
-            node.growing = Growing(store, mode)
-            buffer.close()
-        node.buffer = None
-
-    def _others_have(self, node: Node) -> bool:
-        """Whether anyone but this mount has its memory: told while the mount has it not."""
-        buffer = node.memory()
-        if not node.stored:
-            return False
-        with self._stores.asking() as store:
-            if numbered.found(store, node) is None:
-                return False
-            buffer.close()
-            node.buffer = None
-            status = numbered.found(store, node)
-            node.buffer, _ = numbered.memory(store, node, "r+")
-        return status is None or bool(status.in_use)
-
-    def resize(self, node: Node, length: int) -> None:
-        """Cut its content short, or lengthen it with zeros. May take long; from any thread."""
-        if length == 0 and node.growing is None and node.size and node.name is not None:
-            with suppress(OSError):  # where others have it, the memory stays
-                self._begin_growing(node, keep=False)
-        self.make_room(node, length)
-        if node.growing is not None:
-            node.growing.resize(length)
-            if length:  # its length is known now, and so others can have it
-                self.wrote(node)
-                self.settle(node)
-        else:
-            node.lengthen(length)
-            node.length = length
-        self.wrote(node)
-
-    def settle_if_whole(self, node: Node) -> None:
-        """Give the store what it has to know of a file that nobody has open for writing now."""
-        if node.handles == 1:
-            self.settle(node)
-        else:
-            self._tell(node)
-
-    def settle(self, node: Node) -> None:
-        """Give the store what it has to know. May take long; from any thread."""
-        if node.growing is not None:
-            with self._held_by(node, node.growing) as store:
-                if node.name is not None:
-                    self._seal(store, node, node.growing)
-        self._tell(node)
-
-    @contextmanager
-    def _held_by(self, node: Node, growing: Growing) -> Iterator[Store]:
-        """The connection that growing content has its memory by. Raises OSError(EIO) if it ended.
-
-        Its store let go of the name and the memory then, and the next store does not know them.
-        """
-        with self._stores.asking("memory") as store:
-            if not growing.of(store):
-                text = "the store that had it is gone"
-                raise os_error(errno.EIO, text, node.name or node.status.name)
-            yield store
-
-    def _seal(self, store: Store, node: Node, growing: Growing) -> None:
-        """Growing content becomes one buffer, under the name of the file."""
-        length = growing.length
-        with _explaining(node, f"it cannot become one buffer of {format_size(length)}"):
-            whole = growing.whole()
-        growing.become(whole)
-        memory, new = whole, node.number is None
-        status: Status | None
-        if new:
-            assert node.name is not None
-            status = store.link(whole, node.name, replace=False, length=length)
-        else:
+        wanted = file.status
+        with self._connections.use("memory") as store:
+            size = max(file.length, 1)
+            buffer = store.create(None, size, mode=wanted.mode, trusted=True)
             try:
-                status = numbered.ask(store, node, partial(store.swap, whole, length=length))
-            except OSError as error:
-                if error.errno != errno.EBUSY:
-                    raise
-                # Others came to have its memory meanwhile.
-                memory, status = numbered.memory(store, node, "r+")
-                if length > memory.size:
-                    memory.close()
-                    raise
-                copy(whole, memory, 0, length, 0)
-        if status is None:
-            return
-        wanted = node.status if new else status
-        # In this order, since the loop looks at the file meanwhile.
-        node.number, node.length, node.buffer = status.number, length, memory
-        node.status = status._replace(mode=wanted.mode, uid=wanted.uid, gid=wanted.gid)
-        self._numbered[status.number] = node
-        node.growing = None
-        if new:
-            self._coming.pop(status.name, None)
-        if memory is not whole:
-            growing.discard()
-        if not node.handles:
-            node.buffer = None
-            memory.close()
-        if status.mode != wanted.mode:
-            numbered.ask(store, node, partial(store.chmod, mode=wanted.mode))
+                _copy(file.spool, buffer, file.length)
+                status: Status | None
+                if file.number is None:
+                    status = store.link(buffer, file.name, replace=False, length=file.length)
+                else:
+                    status = self._request(
+                        file,
+                        lambda name, number: store.link(
+                            buffer, name, replace=number, length=file.length
+                        ),
+                    )
+            except BaseException:
+                with suppress(OSError, ValueError):
+                    store.discard(buffer)
+                raise
+            if status is None:
+                store.discard(buffer)
+                return
+        spool, replaced = file.spool, file.number
+        # In this order: the event loop reads the file meanwhile.
+        file.number, file.buffer = status.number, buffer
+        file.status = replace(status, uid=wanted.uid, gid=wanted.gid)
+        self._numbered[status.number] = file
+        file.spool = None
+        spool.close()
+        if replaced is None:
+            self._new.pop(status.name, None)
+        else:
+            self._numbered.pop(replaced, None)
         if (status.uid, status.gid) != (wanted.uid, wanted.gid):
-            numbered.ask(store, node, partial(store.chown, uid=wanted.uid, gid=wanted.gid))
+            self.chown(file, wanted.uid, wanted.gid)
 
-    def _tell(self, node: Node) -> None:
-        cut = node.length != node.status.length
-        accessed, modified = node.accessed_ns, node.modified_ns
-        if not node.stored or (cut, accessed, modified) == (False, None, None):
+    def _send(self, file: File) -> None:
+        """Give the store the length and the times that were set here."""
+        cut = file.length != file.status.length
+        accessed, modified = file.accessed_ns, file.modified_ns
+        if not file.is_stored or file.spool is not None:
             return
-        with self._stores.asking() as store:
+        if (cut, accessed, modified) == (False, None, None):
+            return
+        times: dict[str, int] = {}
+        if accessed is not None:
+            times["accessed_ns"] = accessed
+        if modified is not None:
+            times["modified_ns"] = modified
+        with self._connections.use() as store:
             if cut:
-                numbered.ask(store, node, partial(store.truncate, length=node.length))
-            utime = partial(
-                store.utime,
-                accessed_ns=SAME if accessed is None else accessed,
-                modified_ns=SAME if modified is None else modified,
-            )
-            numbered.ask(store, node, utime)
-            status = numbered.found(store, node)
+                self._request(
+                    file, lambda name, number: store.truncate(name, file.length, number=number)
+                )
+            self._request(file, lambda name, number: store.utime(name, number=number, **times))
+        status = self._find(file)
         if status is not None:
-            node.accessed_ns = node.modified_ns = None
-            node.refresh(status)
+            file.accessed_ns = file.modified_ns = None
+            file.refresh(status)
 
 
-@contextmanager
-def _explaining(node: Node, what: str) -> Iterator[None]:
-    """Errors that say which file it is about, and what it cannot have."""
-    try:
-        yield
-    except OSError as error:
-        text = f"{what}: {error.strerror}"
-        raise os_error(error.errno or errno.EIO, text, node.name) from None
+def _spool() -> BinaryIO:
+    return tempfile.TemporaryFile(prefix="dmabuf-mount-", buffering=0)
+
+
+def _copy(spool: BinaryIO, buffer: Buffer, size: int) -> None:
+    for at in range(0, size, _COPIED):
+        with buffer.map("w", at, min(_COPIED, size - at)) as view:
+            done = 0
+            while done < len(view):
+                got = os.preadv(spool.fileno(), [view[done:]], at + done)
+                if not got:
+                    raise OSError(errno.EIO, "the spool is shorter than what was written to it")
+                done += got
 
 
 def _check_owner(status: Status, uid: int) -> None:
-    """As the kernel did, of what had the name then (a sticky directory: inode(7))."""
+    """Repeat the kernel's check of a sticky directory, for who owns the name now: inode(7)."""
     if uid not in (0, status.uid):
-        raise os_error(errno.EPERM, "is another user's", status.name)
+        text = f"permission denied: it belongs to user {status.uid}"
+        raise OSError(errno.EPERM, text, status.name)

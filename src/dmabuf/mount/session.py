@@ -1,4 +1,4 @@
-"""A mount from its beginning to its end: what is checked before, and what is tidied after."""
+"""A mount from start to end: the checks before, and the cleanup after."""
 
 from __future__ import annotations
 
@@ -8,17 +8,21 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
-from dmabuf import _sysfs
-from dmabuf.errors import os_error
-from dmabuf.mount.files import Files
+from dmabuf.kernel import proc
 from dmabuf.store import default_path
+
+if TYPE_CHECKING:
+    from dmabuf.mount.files import Files
+
+__all__ = ["mount"]
 
 _DEVICE = "/dev/fuse"
 _KIND = "fuse.dmabuf"
-_IDLE = 3  # tasks that wait for the next request; others end, and their 1 MiB goes
+_IDLE_TASKS = 3  # tasks that wait for the next request; each holds a buffer of 1 MiB
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_NO_FUSE = "the kernel has no FUSE, or has not loaded it; as root: modprobe fuse"
 
 
 def mount(
@@ -28,134 +32,116 @@ def mount(
     ready: Callable[[str], None],
     tell: Callable[[str], None],
 ) -> None:
-    """Show a store as files in ``directory`` until it is unmounted, or SIGTERM or SIGINT comes.
+    """Show a store as files in a directory, until it is unmounted or a signal comes.
 
-    ``store`` is the path of its socket, None the usual one. ``ready`` is called with that path when
-    the files are there, and ``tell`` with what an errno cannot say. Root's mount is for every user,
-    another user's for that user alone. What is left of a mount whose process died is taken away.
+    ``store`` is the path of its socket, None the default one. ``ready`` is called with that path
+    once the files are there, ``tell`` with each explanation that an errno cannot carry. Root's
+    mount is for every user, another user's for that user only. A mount there whose process has died
+    is removed first. SIGINT, SIGTERM and SIGHUP end the mount.
 
-    Raises OSError: ENOTDIR, ENOTEMPTY, EACCES, EBUSY for the directory, ENODEV without FUSE, what
-    :func:`dmabuf.store.connect` raises; ImportError without pyfuse3.
+    Raises OSError: ENOTDIR, ENOTEMPTY, EACCES or EBUSY for the directory, ENODEV without FUSE, and
+    what :func:`dmabuf.store.connect` raises; ImportError without pyfuse3.
     """
-    pyfuse3 = _import()
+    try:
+        import pyfuse3  # noqa: F401
+    except ImportError as error:
+        text = f"mount: {error}; pip install 'dmabuf[fuse]', after apt-get install libfuse3-dev"
+        raise ImportError(text) from None
+    from dmabuf.mount.files import Files
+
     path = default_path() if store is None else os.fspath(store)
     directory = os.path.realpath(directory)
-    if _take_away_dead(directory):
-        tell(f"{directory}: a mount whose process had died was there, and was taken away")
+    if _remove_dead_mount(directory):
+        tell(f"{directory}: removed a mount whose process had died")
     _check_directory(directory)
     _check_device()
-    files = Files(path)
+    files = Files(path, tell)
     try:
-        _serve(pyfuse3, files, directory, path, ready, tell)
+        _serve(files, directory, path, ready, tell)
     finally:
         files.close()
 
 
-def _import() -> Any:
-    try:
-        import pyfuse3
-    except ImportError as error:
-        raise ImportError(
-            f"{error}: a mount needs pyfuse3 (pip install 'dmabuf[fuse]', which builds it: "
-            "apt-get install libfuse3-dev pkg-config gcc fuse3)"
-        ) from None
-    return pyfuse3
-
-
 def _serve(
-    pyfuse3: Any,
     files: Files,
     directory: str,
     path: str,
     ready: Callable[[str], None],
     tell: Callable[[str], None],
 ) -> None:
+    import pyfuse3
     import trio
 
     from dmabuf.mount.operations import Operations
 
+    async def serve() -> None:
+        with trio.open_signal_receiver(*_SIGNALS) as signals:
+            async with trio.open_nursery() as nursery:
+
+                async def answer() -> None:
+                    await pyfuse3.main(min_tasks=_IDLE_TASKS)
+                    nursery.cancel_scope.cancel()
+
+                nursery.start_soon(answer)
+                ready(path)
+                async for _ in signals:
+                    nursery.cancel_scope.cancel()
+                    break
+
     shared = os.geteuid() == 0
-    options = {
-        "default_permissions",
-        f"fsname={_escape(path)}",
-        "subtype=dmabuf",
-        "nosuid",
-        "nodev",
-    }
+    source = path.replace("\\", "\\\\").replace(",", "\\,")
+    options = {"default_permissions", f"fsname={source}", "subtype=dmabuf", "nosuid", "nodev"}
     if shared:
         options.add("allow_other")
     try:
         pyfuse3.init(Operations(files, shared=shared, tell=tell), directory, options)
     except RuntimeError:
-        text = "the kernel refuses to mount here (the line above has its reason)"
-        raise os_error(errno.EPERM, text, directory) from None
+        text = "the kernel refuses to mount here; the line above has the reason"
+        raise OSError(errno.EPERM, text, directory) from None
     try:
-        trio.run(_loop, pyfuse3, lambda: ready(path))
+        trio.run(serve)
     finally:
         pyfuse3.close()
 
 
-async def _loop(pyfuse3: Any, ready: Callable[[], None]) -> None:
-    import trio
-
-    with trio.open_signal_receiver(*_SIGNALS) as signals:
-        async with trio.open_nursery() as nursery:
-
-            async def serve() -> None:
-                await pyfuse3.main(min_tasks=_IDLE)
-                nursery.cancel_scope.cancel()
-
-            nursery.start_soon(serve)
-            ready()
-            async for _ in signals:
-                nursery.cancel_scope.cancel()
-                break
-
-
-def _escape(text: str) -> str:
-    """As libfuse's options have it."""
-    return text.replace("\\", "\\\\").replace(",", "\\,")
-
-
-def _take_away_dead(directory: str) -> bool:
-    """Unmount what is left of a mount of ours whose process is gone; whether there was one."""
+def _remove_dead_mount(directory: str) -> bool:
+    """Unmount what a killed mount process left at a directory; return whether there was one."""
     try:
         os.stat(directory)
         return False
     except OSError as error:
         if error.errno != errno.ENOTCONN:
-            raise os_error(error.errno or errno.EIO, error.strerror or "", directory) from None
-    if _mounted(directory) != _KIND:
-        text = "a FUSE mount of another program is dead there: fusermount3 -u -z, then again"
-        raise os_error(errno.ENOTCONN, text, directory)
-    if os.geteuid() == 0:
-        subprocess.run(["umount", "-l", directory], check=True)
-    else:
-        subprocess.run(["fusermount3", "-u", "-z", directory], check=True)
+            raise OSError(error.errno, error.strerror, directory) from None
+    if _kind_of_mount(directory) != _KIND:
+        text = "a dead FUSE mount of another program is here; run fusermount3 -u -z first"
+        raise OSError(errno.ENOTCONN, text, directory)
+    command = ["umount", "-l"] if os.geteuid() == 0 else ["fusermount3", "-u", "-z"]
+    subprocess.run([*command, directory], check=True)
     return True
 
 
-def _mounted(directory: str) -> str | None:
-    """The kind of file system that is mounted at a directory, whose path has no symlinks."""
+def _kind_of_mount(directory: str) -> str | None:
+    """Return the filesystem mounted at a directory, whose path has no symbolic links."""
     kind = None
-    for mount in _sysfs.mounts():
+    for mount in proc.mounts():
         if mount.point == directory:
             kind = mount.kind
     return kind
 
 
 def _check_directory(directory: str) -> None:
-    if _mounted(directory) == _KIND:
-        raise os_error(errno.EBUSY, "a store is mounted there already", directory)
+    if _kind_of_mount(directory) == _KIND:
+        raise OSError(errno.EBUSY, "a store is already mounted here", directory)
     try:
         there = os.listdir(directory)
     except OSError as error:
-        raise os_error(error.errno or errno.EIO, error.strerror or "", directory) from None
+        raise OSError(error.errno, error.strerror, directory) from None
     if there:
-        text = f"has {len(there)} entries, which a mount would hide: mount on an empty directory"
-        raise os_error(errno.ENOTEMPTY, text, directory)
+        text = f"the mount would hide its {len(there)} entries; use an empty directory"
+        raise OSError(errno.ENOTEMPTY, text, directory)
     if not os.access(directory, os.W_OK):
-        raise os_error(errno.EACCES, "you may mount only where you may write", directory)
+        text = "permission denied; use a directory that you may write to"
+        raise OSError(errno.EACCES, text, directory)
 
 
 def _check_device() -> None:
@@ -163,14 +149,14 @@ def _check_device() -> None:
         os.close(os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
         fixes = {
-            errno.ENOENT: "no FUSE in this kernel, or not loaded (as root: modprobe fuse)",
-            errno.ENXIO: "no FUSE in this kernel, or not loaded (as root: modprobe fuse)",
-            errno.ENODEV: "no FUSE in this kernel, or not loaded (as root: modprobe fuse)",
-            errno.EACCES: "not for this user (as root: chmod 666 /dev/fuse)",
-            errno.EPERM: "not permitted (a container has to be given the device: --device)",
+            errno.ENOENT: _NO_FUSE,
+            errno.ENXIO: _NO_FUSE,
+            errno.ENODEV: _NO_FUSE,
+            errno.EACCES: "permission denied; let this user open the device, or be root",
+            errno.EPERM: "not permitted; give the container the device: --device /dev/fuse",
         }
         text = fixes.get(error.errno or 0, error.strerror)
-        raise os_error(error.errno or errno.EIO, str(text), _DEVICE) from None
+        raise OSError(error.errno, text, _DEVICE) from None
     if os.geteuid() != 0 and shutil.which("fusermount3") is None:
-        text = "is missing, and only root mounts without it (apt-get install fuse3)"
-        raise os_error(errno.ENOENT, text, "fusermount3")
+        text = "program not found, and only root mounts without it; apt-get install fuse3"
+        raise OSError(errno.ENOENT, text, "fusermount3")

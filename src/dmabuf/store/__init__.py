@@ -1,4 +1,4 @@
-"""Named buffers that outlive the programs which fill them, shared between processes.
+"""Named buffers that outlive the programs that fill them, shared between processes.
 
     >>> import dmabuf.store
     >>> with dmabuf.store.connect() as store:
@@ -7,11 +7,33 @@
     ...     with store.open("frames") as again:  # in any process: the same memory
     ...         ...
 
-``dmabuf serve`` is the server; docs/store.md has the rest.
+``dmabuf serve`` runs the server; docs/guides/sharing.md is the guide.
+
+What may enter this room: the protocol between client and server, the rules for names and their
+memory, the socket. What does not: how memory is allocated or mapped (memory/), how bytes are moved
+(transfer/, copying/), files (mount/), the command line (cli/). Users who may connect are trusted
+not to exhaust memory on purpose, so nothing here keeps accounts of users.
+
+``protocol.py`` has the messages, ``names.py`` the rules, ``memory.py`` the server's descriptors,
+``server.py`` the loop; ``client.py``, ``connection.py`` and ``grant.py`` are the other side, and
+``place.py`` is the socket of both.
 """
 
-from dmabuf.store.client import Store, as_trusted_as_may_be, connect
-from dmabuf.store.place import default_path
+from dmabuf.store.client import Store, check_name, connect
+from dmabuf.store.place import activated, default_path, listening, notify_systemd
 from dmabuf.store.protocol import Status, Usage
+from dmabuf.store.server import Server, default_limit
 
-__all__ = ["Status", "Store", "Usage", "as_trusted_as_may_be", "connect", "default_path"]
+__all__ = [
+    "Server",
+    "Status",
+    "Store",
+    "Usage",
+    "activated",
+    "check_name",
+    "connect",
+    "default_limit",
+    "default_path",
+    "listening",
+    "notify_systemd",
+]

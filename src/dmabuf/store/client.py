@@ -1,66 +1,57 @@
-"""The client's side of the store: one connection, one request at a time."""
+"""The client of the store."""
 
 from __future__ import annotations
 
 import errno
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, NoReturn
 
-from dmabuf.buffer import Buffer
-from dmabuf.errors import ClosedError, Uncopyable
+from dmabuf.errors import ClosedError
+from dmabuf.memory import Buffer
 from dmabuf.sizes import parse_size
 from dmabuf.store import place, protocol
-from dmabuf.store.connection import Connection, told
+from dmabuf.store.connection import Connection, reporting
 from dmabuf.store.grant import as_buffer
-from dmabuf.store.protocol import SAME, Status, Usage
+from dmabuf.store.protocol import UNCHANGED, Grant, Status, Usage
 
-__all__ = ["Store", "as_trusted_as_may_be", "connect"]
-
-T = TypeVar("T")
+__all__ = ["Store", "check_name", "connect"]
 
 
 def connect(path: str | os.PathLike[str] | None = None) -> Store:
-    """A connection to the store that serves at ``path``: see :class:`Store`.
+    """Return a connection to the store whose socket is at ``path``.
 
-    None is ``$XDG_RUNTIME_DIR/dmabuf.sock``, and for root ``/run/dmabuf.sock``. Raises OSError:
-    ENOENT and ECONNREFUSED where no store serves, EACCES where it is not for this user.
+    None is ``$XDG_RUNTIME_DIR/dmabuf.sock``, or ``/run/dmabuf.sock`` for root. Raises OSError:
+    ENOENT or ECONNREFUSED if no store is running, EACCES if this user may not connect.
     """
     return Store(place.default_path() if path is None else os.fspath(path))
 
 
-def as_trusted_as_may_be(request: Callable[..., T]) -> T:
-    """Make a request with ``trusted=True``, and without where that is not for this user.
-
-    The Buffer says which: ``Buffer.reason``, and ``rejected`` of its transfers.
-    """
-    try:
-        return request(trusted=True)
-    except PermissionError as error:
-        if error.errno != errno.EPERM:
-            raise
-    return request(trusted=False)
+def check_name(name: str) -> str:
+    """Return a valid name of a buffer. Raises OSError: EINVAL or ENAMETOOLONG."""
+    with reporting(name):
+        return protocol.check_name(name)
 
 
-class Store(Uncopyable, instead="connect again where it is needed"):
-    """Named buffers that outlive the programs which fill them, in a server: ``dmabuf serve``.
+class Store:
+    """A connection to a server that holds named buffers (``dmabuf serve``).
 
-    Made by :func:`connect`. The Buffers are the same memory in every process that opens them, and
-    stay usable when the name is removed, the Store closed or the server gone.
+    Made by :func:`connect`. Every process that opens a name gets the same memory. A Buffer stays
+    usable after its name is removed, after the Store is closed, and after the server has ended.
 
-    Names follow the rules of files in a directory like /tmp: an owner, a group and a mode; who may
-    open is the mode's word, and a name is removed, renamed and changed by its owner, or root. A
-    name has 1 to 255 bytes of UTF-8, printable and without "/".
+    A name has 1 to 255 bytes of UTF-8, printable and without "/". It has an owner, a group and a
+    mode, as a file in /tmp has: the mode decides who opens it; its owner, or root, removes, renames
+    and changes it.
 
-    A name may be another buffer's by the time a request comes. With ``number`` (Status.number) it
-    is for that buffer, or refused: OSError(ESTALE).
+    Another client may give a name to another buffer between two calls. A call with ``number``
+    (Status.number) fails with OSError(ESTALE) unless the name still belongs to that buffer.
 
-    Every method raises plain OSErrors with the name as ``filename``: FileNotFoundError,
-    FileExistsError, PermissionError, ENOSPC for more than ``--max-memory``, ConnectionError where
-    the server is gone; and ClosedError after :meth:`close`, and in the child of a fork.
+    Every method raises OSErrors with the name as ``filename``: FileNotFoundError, FileExistsError,
+    PermissionError, ENOSPC above ``--max-memory``, ConnectionError if the server has ended. After
+    :meth:`close`, and in the child of a fork, it raises ClosedError.
 
     Thread-safe: one request at a time.
     """
@@ -71,7 +62,7 @@ class Store(Uncopyable, instead="connect again where it is needed"):
 
     @property
     def path(self) -> str:
-        """Where the store's socket is."""
+        """The path of the store's socket."""
         return self._connection.path
 
     @property
@@ -89,25 +80,27 @@ class Store(Uncopyable, instead="connect again where it is needed"):
         huge_pages: bool | str | int = False,
         trusted: bool = False,
     ) -> Buffer:
-        """Make a buffer of ``size`` bytes (rounded up to a page), zeroed, under a new name.
+        """Create a zeroed buffer of ``size`` bytes, rounded up to a page, and return it writable.
 
-        ``Status.length`` is what was asked for.
+        The server makes the memory: ``exporter`` and ``huge_pages`` are those of
+        :func:`dmabuf.allocate`. ``mode`` is the mode of the name (no umask applies), ``trusted``
+        that of :meth:`open`. ``Status.length`` is ``size`` before rounding.
 
-        ``exporter`` and ``huge_pages`` are those of :func:`dmabuf.allocate`; the server makes the
-        memory, and counts it against its ``--max-memory``. ``mode`` is whole: no umask is taken off
-        it. ``trusted`` is that of :meth:`open`; the Buffer can be written, whatever the mode.
+        Without a name (None) the buffer is visible to nobody until :meth:`link` names it; it counts
+        against ``--max-memory``, and is released with this Store if it never gets a name.
 
-        Without a name (None) nobody else sees it, until :meth:`link` gives it one: so a buffer can
-        be filled first. It counts as the others do, and is gone with this Store if it has none.
-
-        Raises FileExistsError, and what allocate raises, as OSErrors; EMFILE and ENOMEM where this
-        process may not have or map what came, and then there is neither name nor memory.
+        Raises ValueError for a size of 0, FileExistsError, and as OSErrors what allocate raises. If
+        this process cannot receive or map the memory (EMFILE, ENOMEM), neither name nor memory
+        remains.
         """
+        nbytes = parse_size(size)
+        if not nbytes:
+            raise ValueError("size is 0: a buffer holds at least one byte")
         huge: bool | int = huge_pages if isinstance(huge_pages, bool) else parse_size(huge_pages)
         result, descriptors = self._connection.ask(
             "create",
             name=name,
-            size=parse_size(size),
+            size=nbytes,
             mode=mode,
             exporter=exporter,
             huge_pages=huge,
@@ -123,48 +116,43 @@ class Store(Uncopyable, instead="connect again where it is needed"):
         return buffer
 
     def _undo(self, name: str | None, result: dict[str, Any]) -> None:
-        """Have the store forget what it made, as far as its reply can be read."""
-        with suppress(OSError, ClosedError), told(name):
-            unnamed = protocol.grant(result.get("grant")).unnamed
+        """Make the server drop the new buffer, if its reply can be read."""
+        with suppress(OSError, ClosedError), reporting(name):
+            unnamed = protocol.parse_record(Grant, result.get("grant")).unnamed
             if unnamed is not None:
                 self._connection.ask("discard", unnamed=unnamed)
             elif name is not None:
-                self.remove(name, number=protocol.status(result.get("status")).number)
+                number = protocol.parse_record(Status, result.get("status")).number
+                self.remove(name, number=number)
 
     def link(
-        self, buffer: Buffer, name: str, *, replace: bool = True, length: int | str | None = None
+        self,
+        buffer: Buffer,
+        name: str,
+        *,
+        replace: bool | int = True,
+        length: int | str | None = None,
     ) -> Status:
-        """Give a Buffer that :meth:`create` made without a name one, in the place of any other's.
+        """Give a name to a Buffer that :meth:`create` made without one, and return its status.
 
-        ``length`` is that of the content, by default what was asked for: the name is there with it
-        at once, whatever its mode. Returns what the name stands for then; ``in_use`` is None.
+        ``replace`` is whether a buffer of that name is replaced; a number (Status.number) replaces
+        that one only. ``length`` is the number of bytes of content, by default the size that was
+        asked for. The name appears with its mode and length at once.
 
-        Raises ValueError for a Buffer that has one, or is not of this Store; FileExistsError for
-        one of that name without ``replace``; OSError(EFBIG) for more content than memory.
+        Raises ValueError if the Buffer has a name or is not of this Store; FileExistsError;
+        OSError(EFBIG) if ``length`` is larger than the memory, ESTALE for another number.
         """
         content = None if length is None else parse_size(length, "length")
-        return self._give(buffer, "link", name=name, replace=replace, length=content)
-
-    def swap(
-        self, buffer: Buffer, name: str, length: int | str, *, number: int | None = None
-    ) -> Status:
-        """Put a Buffer that was created without a name behind one: so a name grows, and shrinks.
-
-        The name keeps its owner, its mode and its number; ``length`` is that of the content. Who
-        may write the name may, while nobody has its old memory: else OSError(EBUSY), and your own
-        Buffer of it counts too. Returns what the name stands for then; ``in_use`` is None.
-        """
-        content = parse_size(length, "length")
-        return self._give(buffer, "swap", name=name, number=number, length=content)
-
-    def _give(self, buffer: Buffer, op: str, **fields: Any) -> Status:
-        result, _ = self._connection.ask(op, unnamed=self._number(buffer), **fields)
+        unnamed = self._number(buffer)
+        result, _ = self._connection.ask(
+            "link", unnamed=unnamed, name=name, replace=replace, length=content
+        )
         del self._unnamed[buffer]
-        with told(fields["name"]):
-            return protocol.status(result.get("status"))
+        with reporting(name):
+            return protocol.parse_record(Status, result.get("status"))
 
     def discard(self, buffer: Buffer) -> None:
-        """Close a Buffer that was created without a name: its memory is free again."""
+        """Close a Buffer that was created without a name, and release its memory in the server."""
         unnamed = self._number(buffer)
         buffer.close()
         del self._unnamed[buffer]
@@ -173,31 +161,30 @@ class Store(Uncopyable, instead="connect again where it is needed"):
     def _number(self, buffer: Buffer) -> int:
         unnamed = self._unnamed.get(buffer)
         if unnamed is None:
-            raise ValueError(f"{buffer!r} was not created without a name, by this Store")
+            raise ValueError(f"{buffer!r} was not created without a name by this Store")
         return unnamed
 
     def open(
-        self, name: str, mode: str = "r", trusted: bool = False, *, number: int | None = None
+        self, name: str, mode: str = "r", trusted: bool | None = False, *, number: int | None = None
     ) -> Buffer:
-        """The buffer of a name: the same memory as everyone's, mapped when it is first touched.
+        """Return the buffer of a name, mapped without filling page tables.
 
-        ``mode`` is "r" or "r+". Who may write the name gets its dma-bufs, also for "r": the Buffer
-        then keeps from writing, and the kernel does not. Who may only read it gets the memory
-        file, opened for reading, which the kernel holds to; where there is none (dma-heaps), EACCES
-        says so.
+        ``mode`` is "r" or "r+". A user who may write the name gets its dma-bufs for "r" too; then
+        only the Buffer object refuses to write. A user who may only read gets the memory file,
+        opened for reading, or EACCES where the exporter has none (dma-heaps).
 
-        ``trusted=True`` is for the owner of the name, if he may open /dev/udmabuf, and for root
-        (EPERM for others; :func:`as_trusted_as_may_be`): it adds the memory file behind a udmabuf,
-        and with it the ``direct`` route. What that hands over is in docs/security.md.
+        ``trusted=True`` adds the memory file behind a udmabuf, and with it the ``direct`` route. It
+        is for the name's owner and root, EPERM for others; None adds it if this user may have it.
+        docs/explanations/security.md describes what it hands over.
         """
         return self.open_with_status(name, mode, trusted, number=number)[0]
 
     def open_with_status(
-        self, name: str, mode: str = "r", trusted: bool = False, *, number: int | None = None
+        self, name: str, mode: str = "r", trusted: bool | None = False, *, number: int | None = None
     ) -> tuple[Buffer, Status]:
-        """As :meth:`open`, and what the name stood for in that moment; ``in_use`` is None.
+        """Return the buffer of a name, as :meth:`open`, and its status at that moment.
 
-        What is asked with :meth:`stat`, before or after, may be another buffer of that name.
+        A separate :meth:`stat` could be that of another buffer. ``in_use`` is None.
         """
         result, descriptors = self._connection.ask(
             "open", name=name, number=number, mode=mode, trusted=trusted
@@ -205,78 +192,76 @@ class Store(Uncopyable, instead="connect again where it is needed"):
         return _buffer(name, result, descriptors)[:2]
 
     def list(self) -> list[Status]:
-        """Every name with its status, sorted by name; ``in_use`` is not asked, and None.
-
-        Names that come or go meanwhile may be in it or not; the others are.
-        """
+        """Return the status of every name, sorted by name; ``in_use`` is None."""
         found: list[Status] = []
         while True:
             after = found[-1].name if found else ""
             result, _ = self._connection.ask("list", after=after)
-            with told(None):
-                page = [protocol.status(value) for value in result.get("names", ())]
+            with reporting(None):
+                page = [protocol.parse_record(Status, one) for one in result.get("names", ())]
             if not page:
                 return found
             found += page
 
     def stat(self, name: str) -> Status:
-        """What a name stands for, and whether anyone has it."""
+        """Return the status of a name, with ``in_use``."""
         result, _ = self._connection.ask("stat", name=name)
-        with told(name):
-            return protocol.status(result.get("status"))
+        with reporting(name):
+            return protocol.parse_record(Status, result.get("status"))
 
     def remove(self, name: str, *, number: int | None = None) -> None:
-        """Take a name away. Whoever has the buffer keeps it, and it counts until they let go."""
+        """Remove a name. The memory lives on in the processes that have it open."""
         self._connection.ask("remove", name=name, number=number)
 
     def rename(
         self, old: str, new: str, *, replace: bool | int = True, number: int | None = None
     ) -> None:
-        """Give a buffer another name; one of that name is replaced, as rename(2) does.
-
-        Where ``replace`` is a number, only that one. Raises FileExistsError for one of that name
-        without ``replace``.
-        """
+        """Rename a buffer. ``replace`` is that of :meth:`link`; True is rename(2)."""
         self._connection.ask("rename", name=old, number=number, to=new, replace=replace)
 
     def truncate(self, name: str, length: int | str, *, number: int | None = None) -> None:
-        """Say how many bytes are content, at most the buffer's size; the memory stays as it is."""
+        """Set the number of bytes of content; the memory keeps its size, the most it can be."""
         content = parse_size(length, "length")
         self._connection.ask("truncate", name=name, number=number, length=content)
 
     def chmod(self, name: str, mode: int, *, number: int | None = None) -> None:
-        """Change who may open it: nine bits, as chmod(2). What is open stays open."""
+        """Set the nine permission bits. Buffers that are open stay open."""
         self._connection.ask("chmod", name=name, number=number, mode=mode)
 
     def chown(
-        self, name: str, uid: int = SAME, gid: int = SAME, *, number: int | None = None
+        self,
+        name: str,
+        uid: int = UNCHANGED,
+        gid: int = UNCHANGED,
+        *,
+        number: int | None = None,
     ) -> None:
-        """Change its owner (root alone) or group (its owner, to one of his own); -1 leaves it."""
+        """Set the owner (root only) or group (the owner, to one of its groups); -1 keeps it."""
         self._connection.ask("chown", name=name, number=number, uid=uid, gid=gid)
 
     def utime(
         self,
         name: str,
         *,
-        accessed_ns: int = SAME,
-        modified_ns: int = SAME,
+        accessed_ns: int = UNCHANGED,
+        modified_ns: int = UNCHANGED,
         number: int | None = None,
     ) -> None:
-        """Set the times of the content, in ns since 1970; its owner may, and who may write it."""
+        """Set the times of the content, in nanoseconds since 1970; -1 keeps a time.
+
+        For the owner, and users who may write the name.
+        """
         times = {"accessed_ns": accessed_ns, "modified_ns": modified_ns}
         self._connection.ask("utime", name=name, number=number, **times)
 
-    def usage(self, *, settle: bool = True) -> Usage:
-        """How many bytes and names there are, and how many there may be.
-
-        With ``settle``, when what nobody has any more is free; without it, at once.
-        """
-        result, _ = self._connection.ask("usage", settle=settle)
-        with told(None):
-            return protocol.usage(result.get("usage"))
+    def usage(self) -> Usage:
+        """Return how many bytes and names the store holds, and the limits."""
+        result, _ = self._connection.ask("usage")
+        with reporting(None):
+            return protocol.parse_record(Usage, result.get("usage"))
 
     def close(self) -> None:
-        """End the connection; again and again does nothing. Buffers stay."""
+        """Close the connection; a second call does nothing. Buffers stay open."""
         self._connection.close()
 
     def __enter__(self) -> Store:
@@ -294,18 +279,21 @@ class Store(Uncopyable, instead="connect again where it is needed"):
         closed = " closed" if self.closed else ""
         return f"<dmabuf.store.Store {self.path!r}{closed}>"
 
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError("a Store cannot be copied or pickled: call dmabuf.store.connect() again")
+
 
 def _buffer(
     name: str | None, result: dict[str, Any], descriptors: Sequence[int] | None
 ) -> tuple[Buffer, Status, int | None]:
-    """The Buffer that was granted, its status, and what "link" calls it; the rest is closed."""
+    """Return the granted Buffer, its status and its number without a name; close the rest."""
     if descriptors is None:
-        raise OSError(errno.EMFILE, "too many open descriptors (ulimit -n)", name)
+        raise OSError(errno.EMFILE, "too many open files; raise ulimit -n", name)
     left = list(descriptors)
     try:
-        with told(name):
-            status = protocol.status(result.get("status"))
-            grant = protocol.grant(result.get("grant"))
+        with reporting(name):
+            status = protocol.parse_record(Status, result.get("status"))
+            grant = protocol.parse_record(Grant, result.get("grant"))
             buffer = as_buffer(status, grant, descriptors)
         del left[: grant.slabs]
         return buffer, status, grant.unnamed

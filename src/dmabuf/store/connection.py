@@ -1,4 +1,4 @@
-"""A client's connection: a request goes out, and its reply with what was granted comes in."""
+"""The client's connection to the store: one request and its reply at a time."""
 
 from __future__ import annotations
 
@@ -6,23 +6,32 @@ import errno
 import os
 import socket
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from dmabuf import _process
 from dmabuf.errors import ClosedError
 from dmabuf.store import place, protocol
 from dmabuf.store.protocol import Refusal
 
+_open: weakref.WeakSet[Connection] = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    for connection in list(_open):
+        connection.forget()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
+
 
 class Connection:
-    """One request at a time, from any thread. An interrupt between request and reply ends it."""
+    """A connection to a server. Thread-safe; an interrupt between request and reply closes it."""
 
     def __init__(self, path: str) -> None:
         self.path = path
         self._lock = threading.Lock()
-        self._pid = _process.pid
         place.check_path(path)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         try:
@@ -30,36 +39,43 @@ class Connection:
         except OSError as error:
             self._socket.close()
             fixes = {
-                errno.ENOENT: "no store serves there (start one: dmabuf serve)",
-                errno.ECONNREFUSED: "the store that served there is gone (start it: dmabuf serve)",
+                errno.ENOENT: "no store is running here; start one: dmabuf serve",
+                errno.ECONNREFUSED: "the store has stopped; start it: dmabuf serve",
+                errno.EACCES: "permission denied: join the socket's group",
             }
             text = fixes.get(error.errno or 0, error.strerror)
             raise OSError(error.errno, text, path) from None
+        _open.add(self)
 
     @property
     def closed(self) -> bool:
-        """Whether it was closed, or has ended."""
+        """Whether the connection was closed or has failed."""
         return self._socket.fileno() < 0
 
     def close(self) -> None:
-        """End it."""
+        """Close the connection, after a request that another thread has in flight."""
         with self._lock:
             self._socket.close()
 
-    def ask(self, op: str, **fields: Any) -> tuple[dict[str, Any], list[int] | None]:
-        """What the store answers, and the descriptors that came along: the caller's to close.
+    def forget(self) -> None:
+        """Close a forked child's copy: replies belong to the parent."""
+        self._lock = threading.Lock()
+        self._socket.close()
 
-        None in their place: this process may not have as many.
+    def ask(self, op: str, **fields: object) -> tuple[dict[str, Any], list[int] | None]:
+        """Return the server's result and its descriptors, which the caller closes.
+
+        The descriptors are None if this process could not receive them (EMFILE).
         """
         name = fields.get("name")
-        with told(name):
+        with reporting(name):
             request = protocol.pack_request(op, **fields)
         with self._lock:
-            if self.closed or self._pid != _process.pid:
-                raise ClosedError("this Store is closed, or its connection is the parent process's")
+            if self.closed:
+                raise ClosedError("this Store is closed, or belongs to the parent of a fork")
             data, descriptors = self._exchange(request)
         try:
-            with told(name):
+            with reporting(name):
                 return protocol.parse_reply(data), descriptors
         except BaseException:
             for fd in descriptors or ():
@@ -68,24 +84,22 @@ class Connection:
 
     def _exchange(self, request: bytes) -> tuple[bytes, list[int] | None]:
         try:
-            with suppress(BrokenPipeError, ConnectionResetError):  # it may have said why
+            with suppress(BrokenPipeError, ConnectionResetError):  # there may be a reply to read
                 self._socket.send(request)
             try:
                 data, descriptors, flags, _ = self._receive()
-            except (
-                ConnectionResetError
-            ):  # the kernel tells of the end first, and then what was said
+            except ConnectionResetError:  # reported once, before the data that was received
                 data, descriptors, flags, _ = self._receive()
         except OSError as error:
             self._socket.close()
-            text = f"the store is gone, or ended the connection: {error.strerror}"
+            text = f"the store has stopped or closed the connection: {error.strerror}"
             raise OSError(error.errno, text, self.path) from None
-        except BaseException:  # an interrupt: whose reply comes next would not be known
+        except BaseException:  # after an interrupt the next reply would be that of this request
             self._socket.close()
             raise
         if not data:
             self._socket.close()
-            text = "the store is gone, or ended the connection"
+            text = "the store has stopped or closed the connection"
             raise OSError(errno.ECONNRESET, text, self.path)
         if flags & socket.MSG_CTRUNC:
             for fd in descriptors:
@@ -103,8 +117,8 @@ class Connection:
 
 
 @contextmanager
-def told(name: object) -> Iterator[None]:
-    """A refusal as the OSError that a program sees, about a name."""
+def reporting(name: object) -> Iterator[None]:
+    """Raise a Refusal as the OSError of a name."""
     try:
         yield
     except Refusal as refusal:

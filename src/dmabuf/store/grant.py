@@ -1,4 +1,4 @@
-"""A Buffer from what the store handed over: descriptors are looked at, and nothing is believed."""
+"""The client's Buffer from a grant; the descriptors are checked before use."""
 
 from __future__ import annotations
 
@@ -9,24 +9,23 @@ import os
 import stat
 from collections.abc import Sequence
 
-from dmabuf import _uapi
-from dmabuf.buffer import Buffer, Slab
-from dmabuf.exporters import foreign
+from dmabuf.kernel import uapi
+from dmabuf.memory import Buffer, Slab, foreign
 from dmabuf.store.protocol import Grant, Refusal, Status
 
-_ALONE = (
-    "the store granted the dma-buf alone, whose mapping has no pages to pin (O_DIRECT there is "
-    "EFAULT): its owner may open it with trusted=True for zero-copy, if he may open /dev/udmabuf"
+_NO_MEMFD = (
+    "the store granted the dma-buf alone, which cannot be pinned; its owner may open it with "
+    "trusted=True"
 )
 
 
 def as_buffer(status: Status, grant: Grant, descriptors: Sequence[int]) -> Buffer:
-    """The Buffer, which takes the slabs' descriptors over; the memfd's is the caller's to close.
+    """Return a Buffer, which takes over the slabs' descriptors; the memfd's stays the caller's.
 
-    Raises Refusal(EPROTO) for descriptors that are not what was said. All are the caller's then.
+    Raises Refusal(EPROTO) if the descriptors are not what the grant announces.
     """
     if grant.slabs < 1 or len(descriptors) != grant.slabs + grant.memfd:
-        raise Refusal(errno.EPROTO, "other descriptors came than were announced")
+        raise Refusal(errno.EPROTO, "the store sent another number of descriptors than announced")
     if grant.kind == "memfd":
         return _of_memfd(status, grant, descriptors[0])
     exporter, slabs = _slabs(descriptors[: grant.slabs])
@@ -34,11 +33,11 @@ def as_buffer(status: Status, grant: Grant, descriptors: Sequence[int]) -> Buffe
     refusal: str | None = None
     if grant.memfd:
         memory: mmap.mmap | None = _map_memfd(descriptors[-1], size, grant.writable)
-        pin_refusal, reason = None, "with its memory file: the store's grant is trusted"
+        pin_refusal, reason = None, "granted by the store with the memory file"
     else:
         memory, refusal = foreign.map_slabs(slabs, exporter, writable=grant.writable)
-        pin_refusal = _ALONE if exporter == "udmabuf" else foreign.pin_refusal(exporter)
-        reason = "the store's grant"
+        pin_refusal = _NO_MEMFD if exporter == "udmabuf" else foreign.pin_refusal(exporter)
+        reason = "granted by the store"
     return Buffer(
         slabs,
         memory,
@@ -54,10 +53,9 @@ def as_buffer(status: Status, grant: Grant, descriptors: Sequence[int]) -> Buffe
 def _of_memfd(status: Status, grant: Grant, fd: int) -> Buffer:
     size = os.fstat(fd).st_size
     memory = _map_memfd(fd, size, grant.writable)
+    reason = status.reason
     if status.is_dmabuf:
-        reason = "a grant for reading alone is the memory file, which is no dma-buf"
-    else:
-        reason = status.reason
+        reason = "a read-only grant is the memory file, which is not a dma-buf"
     return Buffer(
         [Slab(fd, 0, size)],
         memory,
@@ -75,7 +73,7 @@ def _slabs(descriptors: Sequence[int]) -> tuple[str, list[Slab]]:
     for fd in descriptors:
         identity = foreign.identify(fd)
         if identity is None:
-            raise Refusal(errno.EPROTO, "a descriptor came that is no dma-buf")
+            raise Refusal(errno.EPROTO, "the store sent a descriptor that is not a dma-buf")
         exporter, size = identity.exporter, os.lseek(fd, 0, os.SEEK_END)
         slabs.append(Slab(fd, offset, size))
         offset += size
@@ -83,15 +81,15 @@ def _slabs(descriptors: Sequence[int]) -> tuple[str, list[Slab]]:
 
 
 def _map_memfd(fd: int, size: int, writable: bool) -> mmap.mmap:
-    """Its mapping, without page tables yet. It has to be as long as it will ever be."""
+    """Map a memory file, without filling page tables. A file that can shrink is refused."""
     try:
-        seals = fcntl.fcntl(fd, _uapi.F_GET_SEALS)
+        seals = fcntl.fcntl(fd, uapi.F_GET_SEALS)
         status = os.fstat(fd)
     except OSError:
-        raise Refusal(errno.EPROTO, "a descriptor came that is no memory file") from None
+        raise Refusal(errno.EPROTO, "the store sent a descriptor that is not a memfd") from None
     if not stat.S_ISREG(status.st_mode) or status.st_size != size or not size:
-        raise Refusal(errno.EPROTO, "a memory file came that is of another size")
-    if not seals & _uapi.F_SEAL_SHRINK:
-        raise Refusal(errno.EPROTO, "a memory file came that could be cut short")
+        raise Refusal(errno.EPROTO, "the store sent a memfd of another size than announced")
+    if not seals & uapi.F_SEAL_SHRINK:
+        raise Refusal(errno.EPROTO, "the store sent a memfd that can shrink")
     protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
     return mmap.mmap(fd, size, mmap.MAP_SHARED, protection)

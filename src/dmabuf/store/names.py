@@ -1,7 +1,7 @@
-"""Who may do what to which name, and how much memory there may be: pure, no descriptor is touched.
+"""The names of the store: who may do what, and how much memory they may hold.
 
-The rules are those of files in a sticky directory (chmod(1), inode(7)): the mode's owner, group and
-other bits decide who opens; a name is removed and renamed by its owner; root may all.
+The rules are those of files in a sticky directory (chmod(1), inode(7)): the owner, group and other
+bits of the mode decide who opens a buffer; only its owner, or root, removes or renames it.
 """
 
 from __future__ import annotations
@@ -10,39 +10,31 @@ import errno
 import itertools
 import time
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple
 
 from dmabuf.sizes import format_size
-from dmabuf.store.protocol import SAME, Refusal
+from dmabuf.store.memory import Memory
+from dmabuf.store.protocol import UNCHANGED, Refusal, Status
 
-
-class Memory(Protocol):
-    """What stands behind a name, as far as this module looks at it."""
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-
-    def in_use(self) -> bool:
-        """Whether anyone else has it."""
+READ, WRITE = 4, 2
 
 
 class Peer(NamedTuple):
-    """Who is at the other end of a connection, as the kernel says."""
+    """The user at the other end of a connection, as the kernel reports it."""
 
     uid: int
     gid: int
     groups: frozenset[int] = frozenset()
 
 
-M = TypeVar("M", bound=Memory)
-
-
 @dataclass(slots=True, eq=False)
-class Entry(Generic[M]):
-    """Memory (None while it is made), its name (None while it has none), its owner and mode."""
+class Entry:
+    """One buffer: its memory (None while it is made), its name (None without one), its owner.
+
+    ``charge`` is the number of bytes that count against the limit.
+    """
 
     name: str | None
     number: int
@@ -55,243 +47,213 @@ class Entry(Generic[M]):
     changed_ns: int
     modified_ns: int
     accessed_ns: int
-    memory: M | None = None
+    memory: Memory | None = None
+
+    def allows(self, peer: Peer, wanted: int) -> bool:
+        """Return whether a peer may open it for READ or READ | WRITE: inode(7)."""
+        if peer.uid == 0:
+            return True
+        bits = self.mode
+        if peer.uid == self.uid:
+            bits >>= 6
+        elif self.gid == peer.gid or self.gid in peer.groups:
+            bits >>= 3
+        return wanted & ~bits == 0
+
+    def status(self, in_use: bool | None = None) -> Status:
+        """Return the record of this buffer."""
+        assert self.memory is not None
+        return Status(
+            name=self.name or "",
+            size=self.memory.size,
+            length=self.length,
+            mode=self.mode,
+            uid=self.uid,
+            gid=self.gid,
+            created_ns=self.created_ns,
+            changed_ns=self.changed_ns,
+            modified_ns=self.modified_ns,
+            accessed_ns=self.accessed_ns,
+            exporter=self.memory.exporter,
+            reason=self.memory.reason,
+            slabs=max(len(self.memory.slabs), 1),
+            is_dmabuf=self.memory.is_dmabuf,
+            number=self.number,
+            in_use=in_use,
+        )
 
 
-READ, WRITE = 4, 2
+class Names:
+    """The buffers that the store holds, and the sum of their memory.
 
-
-def rights(uid: int, gid: int, mode: int, peer: Peer) -> int:
-    """The READ and WRITE that a peer has to what is owned so: inode(7), and root has both."""
-    if peer.uid == 0:
-        return READ | WRITE
-    if peer.uid == uid:
-        mode >>= 6
-    elif gid == peer.gid or gid in peer.groups:
-        mode >>= 3
-    return mode & (READ | WRITE)
-
-
-def may(entry: Entry[M], peer: Peer, mode: str) -> bool:
-    """Whether a peer may open it for ``mode``, "r" or "r+"."""
-    wanted = READ if mode == "r" else READ | WRITE
-    return wanted & ~rights(entry.uid, entry.gid, entry.mode, peer) == 0
-
-
-class Names(Generic[M]):
-    """The names, and the sum of the memory behind them and behind those that are no more.
-
-    ``max_memory`` is in bytes and ``max_names`` a count; neither is ever exceeded. Memory counts
-    from before it is made until :meth:`forget`. Not thread-safe: it belongs to the server's loop.
+    ``max_memory`` is in bytes. Memory counts from before it is made until the store gives it up;
+    then ``released`` is called with it. Not thread-safe: it belongs to the server's loop.
     """
 
     def __init__(
-        self, max_memory: int, max_names: int, *, clock: Callable[[], int] = time.time_ns
+        self, max_memory: int, max_names: int, released: Callable[[Memory], object]
     ) -> None:
         self.max_memory, self.max_names = max_memory, max_names
         self.charged = 0
-        self.removed: dict[M, int] = {}
-        """Memory without a name, which others may still have, and what it is charged."""
-        self.just_removed: list[M] = []
-        """Those of them that the keeper has not seen yet."""
-        self._entries: dict[str, Entry[M]] = {}
-        self._order: list[str] = []  # of those that have memory
-        self._unnamed = 0
+        self._released = released
+        self._entries: dict[str, Entry] = {}
+        self._order: list[str] = []  # sorted, of the entries that have memory
+        self._unnamed: set[Entry] = set()
         self._numbers = itertools.count(1)
-        self._clock = clock
 
     def __len__(self) -> int:
-        return len(self._entries) + self._unnamed
+        return len(self._entries) + len(self._unnamed)
 
-    @property
-    def left(self) -> int:
-        """Bytes that may still be taken."""
-        return self.max_memory - self.charged
-
-    def begin(self, name: str | None, peer: Peer, mode: int, length: int, size: int) -> Entry[M]:
-        """Take a name, if there is to be one, and ``size`` bytes, before the memory is made.
-
-        ``length`` is how many of them are the content's.
-        """
+    def begin(self, name: str | None, peer: Peer, mode: int, length: int, size: int) -> Entry:
+        """Reserve a name (None for none) and ``size`` bytes before the memory is made."""
         if name in self._entries:
-            raise Refusal(errno.EEXIST, "there is a buffer of that name", name)
+            raise Refusal(errno.EEXIST, "a buffer of that name exists", name)
         if len(self) >= self.max_names:
-            text = f"the store has {self.max_names} names, and takes no more"
+            text = f"the store is full: it holds {self.max_names} names; remove some"
             raise Refusal(errno.ENOSPC, text, name)
-        if size > self.left:
-            raise Refusal(
-                errno.ENOSPC,
-                f"{format_size(size)} are more than the store has left: "
-                f"{format_size(self.left)} of {format_size(self.max_memory)} "
-                "(dmabuf serve --max-memory)",
-                name,
+        left = self.max_memory - self.charged
+        if size > left:
+            text = (
+                f"the store is full: {format_size(size)} wanted, {format_size(left)} of "
+                f"{format_size(self.max_memory)} left; raise --max-memory"
             )
-        now = self._clock()
+            raise Refusal(errno.ENOSPC, text, name)
+        now = time.time_ns()
         number = next(self._numbers)
-        entry: Entry[M] = Entry(
-            name, number, peer.uid, peer.gid, mode, length, size, now, now, now, now
-        )
+        entry = Entry(name, number, peer.uid, peer.gid, mode, length, size, now, now, now, now)
         if name is None:
-            self._unnamed += 1
+            self._unnamed.add(entry)
         else:
             self._entries[name] = entry
         self.charged += size
         return entry
 
-    def finish(self, entry: Entry[M], memory: M) -> None:
-        """The memory was made: the name, if it has one, is there for all."""
-        assert memory.size <= entry.charge
+    def finish(self, entry: Entry, memory: Memory) -> None:
+        """Give a reserved entry its memory; its name is visible from now on."""
         entry.memory = memory
         if entry.name is not None:
             insort(self._order, entry.name)
 
-    def abandon(self, entry: Entry[M]) -> None:
-        """The memory could not be made."""
+    def drop(self, entry: Entry) -> None:
+        """Forget an entry, with or without a name or memory."""
+        self._unname(entry)
+        entry.name = None
         self.charged -= entry.charge
-        if entry.name is None:
-            self._unnamed -= 1
-        else:
-            del self._entries[entry.name]
+        if entry.memory is not None:
+            self._released(entry.memory)
 
-    def find(self, name: str, number: int | None = None) -> Entry[M]:
-        """What a name stands for; with a number (not None), only if it is (still) that one's."""
+    def clear(self) -> None:
+        """Forget every entry."""
+        for entry in [*self._entries.values(), *self._unnamed]:
+            self.drop(entry)
+
+    def find(self, name: str, number: int | None = None) -> Entry:
+        """Return the entry of a name, and of a number unless that is None."""
         entry = self._entries.get(name)
         if number is not None and (entry is None or entry.number != number):
-            raise Refusal(errno.ESTALE, f"no buffer of that name has the number {number}", name)
+            raise Refusal(errno.ESTALE, f"the name no longer belongs to buffer {number}", name)
         if entry is None or entry.memory is None:
-            raise Refusal(errno.ENOENT, "no buffer of that name", name)
+            raise Refusal(errno.ENOENT, "there is no such buffer", name)
         return entry
 
-    def listing(self, after: str, most: int) -> list[str]:
-        """The names that follow one, in order; at most so many."""
-        start = bisect_right(self._order, after)
-        return self._order[start : start + most]
+    def after(self, name: str) -> Iterator[Entry]:
+        """Yield the entries whose names follow ``name``, in order."""
+        for one in self._order[bisect_right(self._order, name) :]:
+            yield self._entries[one]
 
-    def open(self, name: str, peer: Peer, mode: str) -> Entry[M]:
-        """What a name stands for, if the peer may open it so."""
+    def open(self, name: str, peer: Peer, mode: str) -> Entry:
+        """Return the entry of a name that the peer may open for ``mode``, "r" or "r+"."""
         entry = self.find(name)
-        if not may(entry, peer, mode):
-            what = "read" if mode == "r" else "written"
-            raise Refusal(
-                errno.EACCES, f"may not be {what} by you: its mode is {entry.mode:03o}", name
-            )
+        if not entry.allows(peer, READ if mode == "r" else READ | WRITE):
+            text = f"permission denied (mode {entry.mode:03o}, owner {entry.uid})"
+            raise Refusal(errno.EACCES, text, name)
         return entry
 
     def remove(self, name: str, peer: Peer) -> None:
-        """Take the name away. The memory stays charged."""
+        """Remove a name and give up its memory."""
         self.drop(self._owned(name, peer, "removed"))
 
     def rename(self, name: str, to: str, replace: bool | int, peer: Peer) -> None:
-        """Give a name's memory another one; with ``replace``, as :meth:`link`."""
+        """Rename a buffer; ``replace`` is that of :meth:`link`."""
         entry = self._owned(name, peer, "renamed")
         if name != to or not replace:
             self.link(entry, to, replace, None, peer)
 
     def link(
-        self, entry: Entry[M], name: str, replace: bool | int, length: int | None, peer: Peer
+        self, entry: Entry, name: str, replace: bool | int, length: int | None, peer: Peer
     ) -> None:
-        """Give memory a name, in the place of what it is called.
+        """Give an entry a name, and its content a length unless that is None.
 
-        With ``replace``, in the place of what is called that, too; a number is for that one alone.
-        With ``length`` (not None), that many bytes of it are content.
+        ``replace`` is whether a buffer of that name is replaced; a number replaces that one only.
         """
         if length is not None:
-            self._check_length(length, entry.charge, name)
-        if name in self._entries:
+            self._check_length(length, entry, name)
+        if not isinstance(replace, bool):
+            self.find(name, replace)
+        there = self._entries.get(name)
+        if there is not None:
             if not replace:
-                raise Refusal(errno.EEXIST, "there is a buffer of that name", name)
-            if replace is not True:
-                self.find(name, replace)
-            if self._entries[name].memory is None:
-                raise Refusal(errno.EBUSY, "a buffer of that name is just being made", name)
+                raise Refusal(errno.EEXIST, "a buffer of that name exists", name)
+            if there.memory is None:
+                raise Refusal(errno.EBUSY, "a buffer of that name is being made", name)
             self.drop(self._owned(name, peer, "replaced"))
         self._unname(entry)
-        entry.name, entry.changed_ns = name, self._clock()
+        entry.name, entry.changed_ns = name, time.time_ns()
         if length is not None:
             entry.length, entry.modified_ns = length, entry.changed_ns
         self._entries[name] = entry
         insort(self._order, name)
 
-    def swap(self, entry: Entry[M], name: str, length: int, peer: Peer) -> None:
-        """Put memory that has no name behind one, which keeps its owner, mode and number.
-
-        Who may write the name may, while nobody else has the memory that goes.
-        """
-        named = self.open(name, peer, "r+")
-        assert entry.memory is not None and named.memory is not None
-        self._check_length(length, entry.charge, name)
-        if named.memory.in_use():
-            text = "others have its memory: it neither grows nor shrinks until they let go of it"
-            raise Refusal(errno.EBUSY, text, name)
-        self._unnamed -= 1
-        self._removed(named.memory, named.charge)
-        named.memory, named.charge, named.length = entry.memory, entry.charge, length
-        named.changed_ns = named.modified_ns = self._clock()
+    def truncate(self, name: str, length: int, peer: Peer) -> None:
+        """Set the length of the content; the memory keeps its size."""
+        entry = self.open(name, peer, "r+")
+        self._check_length(length, entry, name)
+        entry.length = length
+        entry.changed_ns = entry.modified_ns = time.time_ns()
 
     def utime(self, name: str, accessed_ns: int, modified_ns: int, peer: Peer) -> None:
-        """Set the times of the content, in ns since 1970: its owner, and who may write."""
+        """Set the times of the content: for its owner, and for users who may write it."""
         entry = self.find(name)
         if peer.uid != entry.uid:
             self.open(name, peer, "r+")
-        if accessed_ns != SAME:
+        if accessed_ns != UNCHANGED:
             entry.accessed_ns = accessed_ns
-        if modified_ns != SAME:
+        if modified_ns != UNCHANGED:
             entry.modified_ns = modified_ns
-        entry.changed_ns = self._clock()
+        entry.changed_ns = time.time_ns()
 
     def chmod(self, name: str, mode: int, peer: Peer) -> None:
-        """Change who may open it from now on; what is open stays open."""
+        """Change the mode, for users who open it from now on."""
         entry = self._owned(name, peer, "changed")
-        entry.mode, entry.changed_ns = mode, self._clock()
-
-    def truncate(self, name: str, length: int, peer: Peer) -> None:
-        """Say how many bytes of the memory are content: who may write may."""
-        entry = self.open(name, peer, "r+")
-        self._check_length(length, entry.charge, name)
-        entry.length = length
-        entry.changed_ns = entry.modified_ns = self._clock()
+        entry.mode, entry.changed_ns = mode, time.time_ns()
 
     def chown(self, name: str, uid: int, gid: int, peer: Peer) -> None:
-        """Give it away, as chown(2): root may, and an owner may choose among his own groups."""
+        """Change the owner (root only) or the group (to one of the owner's), as chown(2)."""
         entry = self._owned(name, peer, "changed")
-        uid = entry.uid if uid == SAME else uid
-        gid = entry.gid if gid == SAME else gid
-        own = {entry.gid, peer.gid, *peer.groups}
-        if peer.uid != 0 and (uid != entry.uid or gid not in own):
-            text = "only root gives a buffer to another user, or to a group that you are not in"
+        uid = entry.uid if uid == UNCHANGED else uid
+        gid = entry.gid if gid == UNCHANGED else gid
+        if peer.uid != 0 and (uid != entry.uid or gid not in {entry.gid, peer.gid, *peer.groups}):
+            text = "permission denied: only root may give it to that user or group"
             raise Refusal(errno.EPERM, text, name)
-        entry.uid, entry.gid, entry.changed_ns = uid, gid, self._clock()
+        entry.uid, entry.gid, entry.changed_ns = uid, gid, time.time_ns()
 
-    def drop(self, entry: Entry[M]) -> None:
-        """Take away whatever name it has; the memory stays charged until :meth:`forget`."""
-        self._unname(entry)
-        entry.name = None
-        assert entry.memory is not None
-        self._removed(entry.memory, entry.charge)
-
-    def forget(self, memory: M) -> None:
-        """Removed memory is nobody's any more."""
-        self.charged -= self.removed.pop(memory)
-
-    def _removed(self, memory: M, charge: int) -> None:
-        self.removed[memory] = charge
-        self.just_removed.append(memory)
-
-    def _owned(self, name: str, peer: Peer, verb: str) -> Entry[M]:
+    def _owned(self, name: str, peer: Peer, verb: str) -> Entry:
         entry = self.find(name)
         if peer.uid not in (0, entry.uid):
-            raise Refusal(errno.EPERM, f"is {verb} by its owner (or root) alone", name)
+            text = f"may be {verb} by its owner (user {entry.uid}) or root only"
+            raise Refusal(errno.EPERM, text, name)
         return entry
 
     @staticmethod
-    def _check_length(length: int, size: int, name: str) -> None:
-        if length > size:
-            text = f"a buffer does not grow: this one has {size} bytes, not {length}"
+    def _check_length(length: int, entry: Entry, name: str) -> None:
+        if length > entry.charge:
+            text = f"length {length} is larger than the buffer of {entry.charge} bytes"
             raise Refusal(errno.EFBIG, text, name)
 
-    def _unname(self, entry: Entry[M]) -> None:
+    def _unname(self, entry: Entry) -> None:
         if entry.name is None:
-            self._unnamed -= 1
-        else:
-            del self._entries[entry.name]
+            self._unnamed.discard(entry)
+            return
+        del self._entries[entry.name]
+        if entry.memory is not None:
             del self._order[bisect_left(self._order, entry.name)]

@@ -1,23 +1,25 @@
-"""Where the store listens: its path, and the socket there, which only one server has."""
+"""The store's socket: its path, and the lock that gives it to one server."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
 import os
+import shutil
 import socket
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-_PATH_BYTES = 107  # sockaddr_un has room for these and a zero
+__all__ = ["activated", "default_path", "listening", "notify_systemd"]
+
+_PATH_BYTES = 107  # sun_path has 108 with the final zero: unix(7)
 _BACKLOG = 128
 _FIRST_OF_SYSTEMD = 3  # SD_LISTEN_FDS_START
-_SO_PASSRIGHTS = 83
 
 
 def default_path() -> str:
-    """``$XDG_RUNTIME_DIR/dmabuf.sock``, and for root ``/run/dmabuf.sock``.
+    """Return ``$XDG_RUNTIME_DIR/dmabuf.sock``, or ``/run/dmabuf.sock`` for root.
 
     Raises OSError(ENOENT) for a user without XDG_RUNTIME_DIR.
     """
@@ -25,43 +27,47 @@ def default_path() -> str:
         return "/run/dmabuf.sock"
     folder = os.environ.get("XDG_RUNTIME_DIR")
     if not folder:
-        text = "XDG_RUNTIME_DIR is not set: say where the store's socket is (--socket PATH)"
+        text = "path of the store: XDG_RUNTIME_DIR is not set; set it, or use --socket PATH"
         raise OSError(errno.ENOENT, text)
     return os.path.join(folder, "dmabuf.sock")
 
 
 def check_path(path: str) -> None:
-    """Raises OSError(ENAMETOOLONG) for a path that no socket can have."""
+    """Raise OSError(ENAMETOOLONG) for a path that no socket can have."""
     if len(os.fsencode(path)) > _PATH_BYTES:
-        text = f"a socket's path has at most {_PATH_BYTES} bytes"
+        text = f"the path of a socket has at most {_PATH_BYTES} bytes"
         raise OSError(errno.ENAMETOOLONG, text, path)
 
 
 @contextmanager
-def listening(path: str) -> Iterator[socket.socket]:
-    """A socket that listens at a path, taken away at the end.
+def listening(path: str, group: str | None = None) -> Iterator[socket.socket]:
+    """Give a socket that listens at a path, and remove it at the end.
 
-    Root's is for every user, since the names have modes of their own; another user's is for that
-    user. One that is left of a server that was killed is replaced.
+    The socket has mode 0600; with ``group``, mode 0660 and that group. A socket that a killed
+    server left behind is replaced. While this call looks, it holds a lock on ``path`` + ".lock".
 
-    Raises OSError: EADDRINUSE where a server listens already, EEXIST for what is no socket, EPERM
-    where another user made the lock (``path`` and ".lock"), which is there for as long as this
-    takes.
+    Raises OSError: EADDRINUSE if a server listens there, EEXIST for a file that is not a socket,
+    EPERM if the lock is not a private file of this user; LookupError for an unknown group.
     """
     check_path(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
     try:
-        with _alone(path):
-            _take_away_stale(path)
+        with _locked(f"{path}.lock"):
+            _remove_stale(path)
             try:
                 listener.bind(path)
             except OSError as error:
                 raise OSError(error.errno, error.strerror, path) from None
-            # Nobody can connect before it listens.
-            os.chmod(path, 0o666 if os.geteuid() == 0 else 0o600)
-            refuse_descriptors(listener)
-            listener.listen(_BACKLOG)
             ours = os.stat(path)
+            try:
+                os.chmod(path, 0o600)
+                if group is not None:
+                    shutil.chown(path, group=group)
+                    os.chmod(path, 0o660)
+                listener.listen(_BACKLOG)  # no client can connect before this
+            except BaseException:
+                os.unlink(path)
+                raise
         try:
             yield listener
         finally:
@@ -73,9 +79,9 @@ def listening(path: str) -> Iterator[socket.socket]:
 
 
 def activated() -> socket.socket | None:
-    """The socket that systemd listens on for us (sd_listen_fds(3)), None without one.
+    """Return the socket that systemd passed (sd_listen_fds(3)), or None.
 
-    Raises OSError(EINVAL) for another kind of descriptor.
+    Raises OSError(EINVAL) for any other descriptor.
     """
     if os.environ.get("LISTEN_PID") != str(os.getpid()) or "LISTEN_FDS" not in os.environ:
         return None
@@ -88,32 +94,14 @@ def activated() -> socket.socket | None:
             and listener.type == socket.SOCK_SEQPACKET
             and listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
         ):
-            refuse_descriptors(listener)
             return listener
         listener.detach()
-    text = "what systemd handed over is no socket that listens (ListenSequentialPacket=)"
+    text = "the descriptor from systemd is not a listening socket; use ListenSequentialPacket="
     raise OSError(errno.EINVAL, text)
 
 
-def refuse_descriptors(listener: socket.socket) -> None:
-    """Have the kernel refuse what clients send along, where it can (Linux 6.16).
-
-    Connections inherit this when they are made, and not when they are accepted.
-    """
-    with suppress(OSError):
-        listener.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
-
-
-def may_carry_descriptors(connection: socket.socket) -> bool:
-    """Whether descriptors may have come on a connection."""
-    try:
-        return connection.getsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS) != 0
-    except OSError:
-        return True
-
-
-def tell_systemd(state: str) -> None:
-    """Such as READY=1, where systemd waits for that (sd_notify(3))."""
+def notify_systemd(state: str) -> None:
+    """Send a state such as READY=1 to systemd, if it waits for one (sd_notify(3))."""
     path = os.environ.get("NOTIFY_SOCKET", "")
     if path[:1] in ("/", "@"):
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as manager:
@@ -121,16 +109,12 @@ def tell_systemd(state: str) -> None:
 
 
 @contextmanager
-def _alone(path: str) -> Iterator[None]:
-    """One server at a time looks at what is at a path and makes its socket there.
-
-    The lock is on a file that nobody else may open: a folder is locked by whoever may read it.
-    """
-    lock = f"{path}.lock"
-    fd = _locked(lock)
-    while not _is_at(fd, lock):  # whoever had it took it away
+def _locked(lock: str) -> Iterator[None]:
+    """Hold the lock file. It is private: a lock on the directory could be held by any reader."""
+    fd = _lock(lock)
+    while not _is_at(fd, lock):  # its last holder has removed it
         os.close(fd)
-        fd = _locked(lock)
+        fd = _lock(lock)
     try:
         yield
     finally:
@@ -139,18 +123,18 @@ def _alone(path: str) -> Iterator[None]:
         os.close(fd)
 
 
-def _locked(lock: str) -> int:
+def _lock(lock: str) -> int:
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         fd = os.open(lock, flags, 0o600)
     except FileNotFoundError as error:
         folder = os.path.dirname(lock) or "."
-        raise OSError(error.errno, "there is no such directory", folder) from None
+        raise OSError(error.errno, "no such directory", folder) from None
     try:
         status = os.fstat(fd)
         private = not status.st_mode & 0o077 and status.st_uid == os.geteuid()
         if not private or not stat.S_ISREG(status.st_mode):
-            text = "is no lock of this user's: take it away, or serve at another --socket PATH"
+            text = "not a private lock file of this user; remove it, or use another --socket PATH"
             raise OSError(errno.EPERM, text, lock)
         fcntl.flock(fd, fcntl.LOCK_EX)
     except BaseException:
@@ -166,13 +150,13 @@ def _is_at(fd: int, path: str) -> bool:
         return False
 
 
-def _take_away_stale(path: str) -> None:
+def _remove_stale(path: str) -> None:
     try:
         status = os.lstat(path)
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(status.st_mode):
-        raise OSError(errno.EEXIST, "is there, and no socket: nothing was changed", path)
+        raise OSError(errno.EEXIST, "the file is not a socket; nothing was changed", path)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
         probe.setblocking(False)
         try:
@@ -180,8 +164,8 @@ def _take_away_stale(path: str) -> None:
         except ConnectionRefusedError:
             os.unlink(path)
             return
-        except BlockingIOError:
-            pass  # it listens, and has much to do
+        except BlockingIOError:  # a listener with a full backlog
+            pass
         except OSError as error:
             raise OSError(error.errno, error.strerror, path) from None
-    raise OSError(errno.EADDRINUSE, "another server listens there already", path)
+    raise OSError(errno.EADDRINUSE, "another server listens there", path)

@@ -1,16 +1,17 @@
-"""What a client and the server of the store say to each other: pure, and believes nothing.
+"""The messages between a client of the store and its server.
 
-The socket is AF_UNIX SOCK_SEQPACKET: the kernel keeps messages apart, so there is no half of one to
-wait for, and descriptors (SCM_RIGHTS) come with the message that they belong to. A message is a
-JSON object in UTF-8, a request of at most 4 KiB and a reply of at most 32 KiB::
+The socket is AF_UNIX SOCK_SEQPACKET: the kernel keeps messages apart and delivers descriptors
+(SCM_RIGHTS) with the message they belong to. A message is one JSON object in UTF-8, at most 4 KiB
+for a request and 32 KiB for a reply::
 
     {"op": "open", "name": "frames", "number": null, "mode": "r+", "trusted": false}
-    {"result": {...}}    with the descriptors of a grant, where there is one
-    {"error": [2, "no buffer of that name", "frames"]}
+    {"result": {...}}    with the descriptors of a grant, if it is one
+    {"error": [2, "there is no such buffer", "frames"]}
 
-A client has one request under way at a time: it reads the reply before it sends the next. Where a
-request has a ``number`` (Status.number, or null), it is refused (ESTALE) unless its name is that
-number's: so it is for the buffer that was looked at before, or for none.
+A client sends one request at a time and reads the reply before it sends the next. A request with a
+``number`` (Status.number, or null) fails with ESTALE if the name now belongs to another buffer.
+
+The functions here touch no socket, and raise nothing but :class:`Refusal` for any input.
 """
 
 from __future__ import annotations
@@ -18,24 +19,26 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, cast
+from dataclasses import asdict, dataclass, fields
+from typing import Any, NamedTuple, TypeVar
 
 REQUEST_BYTES = 4096
 REPLY_BYTES = 32768
 MOST_DESCRIPTORS = 253
-"""The kernel's SCM_MAX_FD: with one message."""
+"""The most descriptors in one message: SCM_MAX_FD in include/net/scm.h."""
 NAME_BYTES = 255
-MODES = ("r", "r+")
-SAME = -1
-"""In chown: leave it."""
+UNCHANGED = -1
+"""The value that leaves an owner, a group or a time as it is, as in chown(2)."""
 
-_ANOTHER_VERSION = "what answers there is no store of dma-bufs, or one of another version"
+_NOT_A_STORE = "the peer is not a dmabuf store, or one of another version"
 _ID_MAX = 2**32 - 2  # 2**32 - 1 is chown(2)'s "leave it"
 _SIZE_MAX = 2**62
 
+Record = TypeVar("Record")
+
 
 class Refusal(Exception):
-    """What the other side is told: an errno, a sentence, and the name it is about."""
+    """An error that the other side reports: an errno, a sentence, and the name it is about."""
 
     def __init__(self, number: int, text: str, name: str | None = None) -> None:
         super().__init__(number, text, name)
@@ -43,23 +46,23 @@ class Refusal(Exception):
 
 
 class Request(NamedTuple):
-    """A request that is well-formed: its operation, and all of the operation's fields."""
+    """A well-formed request: its operation, and all fields of that operation."""
 
     op: str
     fields: dict[str, Any]
 
 
-class Status(NamedTuple):
-    """What the store says of a name. A frozen record.
+@dataclass(frozen=True, slots=True)
+class Status:
+    """The record of one name in the store.
 
-    ``size`` is the memory's, in bytes and whole pages, and ``length`` how many of them are content:
-    what was asked for, or set by truncate. ``mode`` is the nine permission bits. The times are in
-    ns since 1970: of its making, and of the last change of its name, owner, mode or length.
-    ``number`` is never another's while the store serves, whatever it is called. ``modified_ns`` and
-    ``accessed_ns`` are the content's times: of its making, or set by link, truncate, swap and
-    utime; the store does not see who writes the memory. ``in_use`` is whether anyone but the store
-    has a descriptor, a mapping or an attached device of the memory; None where it is not asked: in
-    a listing, and with what was opened.
+    ``size`` is the memory in bytes, whole pages; ``length`` is the number of bytes of content.
+    ``mode`` holds the nine permission bits. ``number`` identifies the buffer: no other buffer gets
+    it while the server runs. The times are in nanoseconds since 1970: ``created_ns`` and
+    ``changed_ns`` of the name, ``modified_ns`` and ``accessed_ns`` of the content; the server does
+    not see writes to the memory itself. ``slabs`` counts the dma-bufs. ``in_use`` is True if anyone
+    besides the server has a descriptor, a mapping or an attachment of the memory; None if the
+    kernel cannot tell, and in the results of calls that do not ask the kernel.
     """
 
     name: str
@@ -70,18 +73,19 @@ class Status(NamedTuple):
     gid: int
     created_ns: int
     changed_ns: int
+    modified_ns: int
+    accessed_ns: int
     exporter: str
     reason: str
     slabs: int
     is_dmabuf: bool
     number: int
-    modified_ns: int
-    accessed_ns: int
     in_use: bool | None
 
 
-class Usage(NamedTuple):
-    """How full the store is: bytes and names, and the most of each. A frozen record."""
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """How full a store is: bytes and names held, and the limit of each."""
 
     charged: int
     max_memory: int
@@ -89,12 +93,12 @@ class Usage(NamedTuple):
     max_names: int
 
 
-class Grant(NamedTuple):
-    """What the descriptors of a reply are: the slabs first, then the memfd if it is there too.
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """What the descriptors of a reply are: first the slabs, then the memfd if ``memfd`` is True.
 
-    ``kind`` is "dma-buf", or "memfd" where the one descriptor is the memory file itself.
-    ``unnamed`` is what "link" calls memory by that was created without a name, on this connection;
-    else None.
+    ``kind`` is "dma-buf", or "memfd" where the only descriptor is the memory file. ``unnamed``
+    identifies memory that was created without a name, on this connection; otherwise it is None.
     """
 
     kind: str
@@ -105,22 +109,21 @@ class Grant(NamedTuple):
 
 
 def check_name(name: object) -> str:
-    """A name of the store: as a file's, without what would change how a listing looks.
+    """Return a valid name.
 
     Raises Refusal: EINVAL, or ENAMETOOLONG above 255 bytes of UTF-8.
     """
     if not isinstance(name, str):
-        raise Refusal(errno.EINVAL, "a name is text")
+        raise Refusal(errno.EINVAL, "invalid name: not a string")
     try:
         length = len(name.encode())
     except UnicodeEncodeError:
-        raise Refusal(errno.EINVAL, "a name is UTF-8") from None
+        raise Refusal(errno.EINVAL, "invalid name: not UTF-8", name) from None
     if length > NAME_BYTES:
-        raise Refusal(errno.ENAMETOOLONG, f"a name is at most {NAME_BYTES} bytes of UTF-8", name)
+        raise Refusal(errno.ENAMETOOLONG, f"invalid name: longer than {NAME_BYTES} bytes", name)
     if name in ("", ".", "..") or "/" in name or not name.isprintable():
-        raise Refusal(
-            errno.EINVAL, 'a name is neither empty nor "." nor "..", without "/", and printable'
-        )
+        text = 'invalid name: use printable characters without "/", and not "." or ".."'
+        raise Refusal(errno.EINVAL, text, name)
     return name
 
 
@@ -132,12 +135,14 @@ def _text(most: int) -> Callable[[object], bool]:
     return lambda value: type(value) is str and len(value) <= most
 
 
-def _flag(value: object) -> bool:
-    return type(value) is bool
+def _one_of(*values: object) -> Callable[[object], bool]:
+    return lambda value: any(
+        value is one or (value == one and type(value) is str) for one in values
+    )
 
 
-def _page_size(value: object) -> bool:
-    return _flag(value) or _integer(1, _SIZE_MAX)(value)
+def _either(*checks: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: any(check(value) for check in checks)
 
 
 def _name(value: object) -> bool:
@@ -145,154 +150,152 @@ def _name(value: object) -> bool:
     return True
 
 
-def _replaced(value: object) -> bool:
-    return _flag(value) or _NUMBER(value)
-
-
-def _optional(good: Callable[[object], bool]) -> Callable[[object], bool]:
-    return lambda value: value is None or good(value)
-
-
-_ID = _integer(SAME, _ID_MAX)
-_NS = _integer(SAME, 2**63 - 1)
+_NONE = _one_of(None)
+_FLAG = _one_of(True, False)
+_ID = _integer(UNCHANGED, _ID_MAX)
+_NS = _integer(UNCHANGED, 2**63 - 1)
 _LENGTH = _integer(0, _SIZE_MAX)
 _NUMBER = _integer(1, _SIZE_MAX)
-_STILL = _optional(_NUMBER)
-_OPERATIONS: dict[str, dict[str, Callable[[object], bool]]] = {
+_MAYBE_NUMBER = _either(_NONE, _NUMBER)
+_MODE = _integer(0, 0o777)
+OPERATIONS: dict[str, dict[str, Callable[[object], bool]]] = {
     "create": {
-        "name": _optional(_name),
+        "name": _either(_NONE, _name),
         "size": _integer(1, _SIZE_MAX),
-        "mode": _integer(0, 0o777),
+        "mode": _MODE,
         "exporter": _text(64),
-        "huge_pages": _page_size,
-        "trusted": _flag,
-    },
-    "open": {
-        "name": _name,
-        "number": _STILL,
-        "mode": lambda value: value in MODES,
-        "trusted": _flag,
+        "huge_pages": _either(_FLAG, _NUMBER),
+        "trusted": _FLAG,
     },
     "link": {
         "unnamed": _NUMBER,
         "name": _name,
-        "replace": _flag,
-        "length": _optional(_LENGTH),
+        "replace": _either(_FLAG, _NUMBER),
+        "length": _either(_NONE, _LENGTH),
+    },
+    "discard": {"unnamed": _NUMBER},
+    "open": {
+        "name": _name,
+        "number": _MAYBE_NUMBER,
+        "mode": _one_of("r", "r+"),
+        "trusted": _one_of(True, False, None),
     },
     "stat": {"name": _name},
     "list": {"after": _text(NAME_BYTES)},
-    "remove": {"name": _name, "number": _STILL},
-    "swap": {"unnamed": _NUMBER, "name": _name, "number": _STILL, "length": _LENGTH},
-    "discard": {"unnamed": _NUMBER},
-    "rename": {"name": _name, "number": _STILL, "to": _name, "replace": _replaced},
-    "truncate": {"name": _name, "number": _STILL, "length": _LENGTH},
-    "chmod": {"name": _name, "number": _STILL, "mode": _integer(0, 0o777)},
-    "chown": {"name": _name, "number": _STILL, "uid": _ID, "gid": _ID},
-    "utime": {"name": _name, "number": _STILL, "accessed_ns": _NS, "modified_ns": _NS},
-    "usage": {"settle": _flag},
+    "remove": {"name": _name, "number": _MAYBE_NUMBER},
+    "rename": {
+        "name": _name,
+        "number": _MAYBE_NUMBER,
+        "to": _name,
+        "replace": _either(_FLAG, _NUMBER),
+    },
+    "truncate": {"name": _name, "number": _MAYBE_NUMBER, "length": _LENGTH},
+    "chmod": {"name": _name, "number": _MAYBE_NUMBER, "mode": _MODE},
+    "chown": {"name": _name, "number": _MAYBE_NUMBER, "uid": _ID, "gid": _ID},
+    "utime": {"name": _name, "number": _MAYBE_NUMBER, "accessed_ns": _NS, "modified_ns": _NS},
+    "usage": {},
 }
+"""Each operation with its fields, and the check of each field's value."""
 
 
 def parse_request(data: bytes) -> Request:
-    """A request out of what a client sent.
+    """Return the request in a message.
 
-    Raises Refusal (EPROTO for what is no request, EINVAL and such for a field): nothing else,
-    whatever the bytes.
+    Raises Refusal: EPROTO for what is not a request, EINVAL for an invalid field.
     """
-    fields = _object(data, REQUEST_BYTES)
-    op = fields.pop("op", None)
-    known = _OPERATIONS.get(op) if isinstance(op, str) else None
+    message = _object(data, REQUEST_BYTES)
+    op = message.pop("op", None)
+    known = OPERATIONS.get(op) if isinstance(op, str) else None
     if known is None:
-        raise Refusal(errno.EPROTO, f"no such operation; there are {', '.join(_OPERATIONS)}")
-    if fields.keys() != known.keys():
-        raise Refusal(errno.EPROTO, f"{op} has the fields {', '.join(known)}, and no others")
+        raise Refusal(errno.EPROTO, "unknown operation")
+    if message.keys() != known.keys():
+        raise Refusal(errno.EPROTO, f"{op}: the fields are {', '.join(known)}")
     for field, good in known.items():
-        if not good(fields[field]):
-            raise Refusal(errno.EINVAL, f"{op}: the field {field} cannot be that")
-    return Request(str(op), fields)
+        if not good(message[field]):
+            raise Refusal(errno.EINVAL, f"{op}: invalid {field}")
+    return Request(str(op), message)
 
 
 def pack_request(op: str, **fields: object) -> bytes:
-    """A request as bytes. Raises what :func:`parse_request` would refuse, before it is sent."""
+    """Return a request as bytes. Raises the Refusal that the server would answer."""
+    if isinstance(fields.get("name"), str):
+        check_name(fields["name"])
     data = _dump({"op": op, **fields})
     parse_request(data)
     return data
 
 
-def pack_result(result: dict[str, Any]) -> bytes:
-    """A reply that says what came of it."""
-    return _dump({"result": result})
+def pack_result(**result: object) -> bytes:
+    """Return the reply to a request that succeeded; records become JSON objects."""
+    return _dump({"result": {key: _plain(value) for key, value in result.items()}})
 
 
-def pack_listing(found: Iterable[Status]) -> bytes:
-    """A reply with as many of them as go into it."""
+def pack_listing(statuses: Iterable[Status]) -> bytes:
+    """Return a reply with as many records as fit."""
     parts: list[bytes] = []
     room = REPLY_BYTES - 64
-    for one in found:
-        parts.append(_dump(one))
-        room -= len(parts[-1]) + 1
+    for status in statuses:
+        part = _dump(asdict(status))
+        room -= len(part) + 1
         if room < 0:
-            parts.pop()
             break
+        parts.append(part)
     return b'{"result":{"names":[' + b",".join(parts) + b"]}}"
 
 
 def pack_error(refusal: Refusal) -> bytes:
-    """A reply that says why not."""
+    """Return the reply to a request that failed."""
     return _dump({"error": [refusal.errno, refusal.text[:1024], refusal.name]})
 
 
 def parse_reply(data: bytes) -> dict[str, Any]:
-    """What a reply says. Raises the Refusal that it carries, or one of EPROTO for no reply."""
-    fields = _object(data, REPLY_BYTES)
-    match fields:
+    """Return the result in a reply. Raises the Refusal it carries, or EPROTO if it is invalid."""
+    match _object(data, REPLY_BYTES):
         case {"result": dict(result), **rest} if not rest:
             return result
         case {"error": [int(number), str(text), None | str() as name], **rest} if not rest:
             raise Refusal(number, text, name)
-    raise Refusal(errno.EPROTO, _ANOTHER_VERSION)
+    raise Refusal(errno.EPROTO, _NOT_A_STORE)
 
 
-def status(value: object) -> Status:
-    """A Status out of a reply. Raises Refusal(EPROTO)."""
-    match value:
-        case [
-            str(), int(), int(), int(), int(), int(), int(), int(), str(), str(), int(),
-            bool(), int(), int(), int(), None | bool(),
-        ]:  # fmt: skip
-            return Status(*cast("list[Any]", value))
-    raise Refusal(errno.EPROTO, _ANOTHER_VERSION)
+_TYPES: dict[object, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "bool": (bool,),
+    "int | None": (int, type(None)),
+    "bool | None": (bool, type(None)),
+}
 
 
-def usage(value: object) -> Usage:
-    """A Usage out of a reply. Raises Refusal(EPROTO)."""
-    match value:
-        case [int(), int(), int(), int()]:
-            return Usage(*value)
-    raise Refusal(errno.EPROTO, _ANOTHER_VERSION)
+def parse_record(kind: type[Record], value: object) -> Record:
+    """Return a record (Status, Usage or Grant) from a reply. Raises Refusal(EPROTO)."""
+    known = {field.name: _TYPES[field.type] for field in fields(kind)}  # type: ignore[arg-type]
+    if not isinstance(value, dict) or value.keys() != known.keys():
+        raise Refusal(errno.EPROTO, _NOT_A_STORE)
+    if any(type(value[name]) not in types for name, types in known.items()):
+        raise Refusal(errno.EPROTO, _NOT_A_STORE)
+    return kind(**value)
 
 
-def grant(value: object) -> Grant:
-    """A Grant out of a reply. Raises Refusal(EPROTO)."""
-    match value:
-        case [str(), int(), bool(), bool(), None | int()]:
-            return Grant(*cast("list[Any]", value))
-    raise Refusal(errno.EPROTO, _ANOTHER_VERSION)
+def _plain(value: object) -> object:
+    return asdict(value) if isinstance(value, (Status, Usage, Grant)) else value
 
 
 def _dump(message: object) -> bytes:
-    return json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode(
-        errors="surrogatepass"  # so that it is refused as what it is, and not here
-    )
+    # A lone surrogate is escaped in ASCII, so that the name's own check refuses it.
+    try:
+        return json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError:
+        return json.dumps(message, separators=(",", ":")).encode()
 
 
 def _object(data: bytes, most: int) -> dict[str, Any]:
     if len(data) > most:
-        raise Refusal(errno.EMSGSIZE, f"a message is at most {most} bytes")
+        raise Refusal(errno.EMSGSIZE, f"message longer than {most} bytes")
     try:
         message = json.loads(data.decode())
     except (ValueError, RecursionError):
         message = None
     if not isinstance(message, dict):
-        raise Refusal(errno.EPROTO, "a message is a JSON object in UTF-8")
+        raise Refusal(errno.EPROTO, "message is not a JSON object in UTF-8")
     return message

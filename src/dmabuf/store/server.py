@@ -1,241 +1,265 @@
-"""The server of the store: one loop that never waits for a client, and threads for what takes long.
+"""The server of the store: one loop for all clients, and threads that make and free memory.
 
-A connection has at most one request under way, and one that sends the next before it has read the
-last reply is ended. So a reply always fits, nothing is queued for a client that does not read, and
-no more descriptors are on their way to it than one reply has.
+A client sends one request at a time. The server ends a connection that sends the next request
+before it has read the last reply, so a reply always fits the socket and nothing is queued.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import functools
 import logging
 import os
 import resource
 import selectors
 import socket
+import struct
+import termios
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from itertools import islice
 
-from dmabuf.exporters import udmabuf
-from dmabuf.store import devices, protocol
-from dmabuf.store.clients import Client, Clients
-from dmabuf.store.keeper import Keeper
-from dmabuf.store.memory import Memory, refuse_strangers, rounded
-from dmabuf.store.names import Entry, Names, Peer, may
-from dmabuf.store.protocol import Refusal, Status
+from dmabuf.kernel import proc
+from dmabuf.store import protocol
+from dmabuf.store.memory import Memory, make, rounded
+from dmabuf.store.names import READ, WRITE, Entry, Names, Peer
+from dmabuf.store.protocol import Refusal, Usage
+
+__all__ = ["Server", "default_limit"]
 
 log = logging.getLogger("dmabuf")
 
-MOST_NAMES = 1 << 16
-MOST_CLIENTS = 1024
-
-_UNREAD = (
-    "others do not read what they are granted, and no more descriptors may be under way "
-    "(later they may; or run the server as root, or with more: ulimit -Hn, LimitNOFILE=)"
-)
-_LISTED = 256  # names in a reply, at most
-_TICK = 1.0
-"""Seconds between looks at what was removed, and at what was ended, and others still have."""
+_MOST_NAMES = 1 << 16
+_ON_NAMES = ("remove", "rename", "truncate", "chmod", "chown", "utime")
+"""Operations that are methods of Names and return nothing."""
+_LISTED = 256  # records in one reply, at most
+_MEMORY_THREADS = 4
+_RETRY_SECONDS = 1.0
+_SO_PEERGROUPS = 59
+_GROUPS_BYTES = 1024  # the most that Python reads of a socket option: 256 groups
 
 
-def default_limit() -> int:
-    """Bytes that a store holds at most where nothing was said: half the machine's, as a tmpfs."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE") // 2
+def default_limit(root: str = "/") -> int:
+    """Return half the bytes of memory that this process may use.
+
+    That is the machine's memory, or the limit of the process's memory cgroup if that is smaller.
+    ``root`` is the directory with proc and sys, for tests.
+    """
+    least = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE")
+    for line in proc.read(root, "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        folder = os.path.join(root, "sys/fs/cgroup", controllers)
+        limit = "memory.limit_in_bytes" if controllers else "memory.max"
+        for part in ("", *path.strip("/").split("/")):
+            folder = os.path.join(folder, part)
+            found = proc.number(folder, limit)
+            least = least if found is None else min(least, found)
+    return least // 2
+
+
+class _Client:
+    """A connection, its user, and the buffers it created without a name."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        self.connection = connection
+        self.peer = _peer(connection)
+        self.alive = True
+        self.watched = False
+        self.unnamed: dict[int, Entry] = {}
+        self.created = 0
+
+    def receive(self) -> bytes:
+        """Return a message, or b"" at the end of the connection.
+
+        The kernel closes the descriptors in a message (MSG_CTRUNC), and that ends the connection.
+        """
+        data, _, flags, _ = self.connection.recvmsg(protocol.REQUEST_BYTES + 1)
+        return b"" if flags & socket.MSG_CTRUNC else data
+
+    def has_unread(self) -> bool:
+        """Return whether the client has yet to read something that was sent."""
+        return any(fcntl.ioctl(self.connection, termios.TIOCOUTQ, bytes(4)))
+
+    def close(self) -> None:
+        """Close the connection, so that the client can still read the last reply.
+
+        The client would get ECONNRESET instead if requests were left unread here.
+        """
+        with suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
+            while self.connection.recv(1):
+                pass
+        self.connection.close()
 
 
 class Server:
-    """Serves the store on a socket that listens, until :meth:`stop`.
+    """A server of the store on a listening socket, from :meth:`run` until :meth:`stop`.
 
-    ``listener`` is an AF_UNIX SOCK_SEQPACKET socket and becomes the server's. ``max_memory`` is in
-    bytes. ``descriptors`` is how many the process may have: a quarter are for clients, half for
-    memory. Everything but :meth:`stop` belongs to the thread that calls :meth:`run`.
+    ``listener`` is an AF_UNIX SOCK_SEQPACKET socket, which the server takes over; ``max_memory`` is
+    the limit in bytes of what it holds. Every method but :meth:`stop` belongs to one thread.
     """
 
-    def __init__(
-        self, listener: socket.socket, max_memory: int, descriptors: int | None = None
-    ) -> None:
-        limit = descriptors or resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self._done: deque[Callable[[], None]] = deque()
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._stopping = threading.Event()
+    def __init__(self, listener: socket.socket, max_memory: int) -> None:
+        descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._listener = listener
-        self._listening = False
-        self._names: Names[Memory] = Names(max_memory, MOST_NAMES)
-        self._keeper = Keeper(self._names, limit // 2, self._later)
-        self._clients = Clients(listener, min(limit // 4, MOST_CLIENTS), limit, self._later)
-        self._looked_at = time.monotonic()
+        listener.setblocking(False)
+        self._names = Names(max_memory, min(_MOST_NAMES, descriptors // 4), self._free)
+        self._clients: set[_Client] = set()
+        self._pool = ThreadPoolExecutor(_MEMORY_THREADS, "dmabuf store")
+        self._stopping = threading.Event()
+        self._calls: deque[Callable[[], None]] = deque()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._wake, selectors.EVENT_READ)
+        self._listening = False
 
     def stop(self) -> None:
-        """Have :meth:`run` return soon. From any thread, and from a signal handler."""
+        """Make :meth:`run` return soon; from any thread, and from a signal handler."""
         self._stopping.set()
-        self._later()
+        self._wake_up()
+
+    def _wake_up(self) -> None:
+        with suppress(OSError):  # the loop has ended
+            os.eventfd_write(self._wake, 1)
 
     def run(self) -> None:
-        """Serve until :meth:`stop`; then every connection and descriptor is closed."""
+        """Serve until :meth:`stop`, then close every connection and descriptor."""
         try:
             while not self._stopping.is_set():
                 self._turn()
         finally:
-            self._end()
+            self._stopping.set()
+            self._listener.close()
+            for client in [*self._clients]:
+                self._drop(client)
+            self._pool.shutdown()
+            while self._calls:
+                self._calls.popleft()()
+            self._names.clear()
+            self._selector.close()
+            wake, self._wake = self._wake, -1
+            os.close(wake)
 
     def _turn(self) -> None:
-        self._clients.close_dropped()
-        self._listen(not self._clients.full)
-        any_unread = self._clients.any_unread
-        ticking = self._names.removed or any_unread or not self._listening
-        for key, _ in self._selector.select(_TICK if ticking else None):
+        if not self._listening:
+            self._listening = self._watch(self._listener, None)
+        for key, _ in self._selector.select(None if self._listening else _RETRY_SECONDS):
             if key.fileobj is self._listener:
                 self._accept()
-            elif key.fileobj == self._wake:
+            elif key.data is None:
                 os.eventfd_read(self._wake)
             elif key.data.alive:
                 self._serve(key.data)
-        for _ in range(len(self._done)):  # what these have done later is for the next turn
-            self._done.popleft()()
-        if self._names.removed:
-            self._keeper.sweep()
-        if any_unread and time.monotonic() > self._looked_at + _TICK:
-            self._clients.look_at_unread()
-            self._looked_at = time.monotonic()
+        while self._calls:
+            self._calls.popleft()()
 
-    def _end(self) -> None:
-        self._listener.close()
-        self._keeper.end()
-        while self._done:
-            self._done.popleft()()
-        for client in self._clients:
-            self._drop(client)
-        self._clients.end()
-        for name in self._names.listing("", len(self._names)):
-            self._names.remove(name, Peer(0, 0))
-        self._keeper.release_all()
-        self._selector.close()
-        wake, self._wake = self._wake, -1
-        os.close(wake)
-
-    def _later(self, what: Callable[..., None] | None = None, *arguments: object) -> None:
-        """Have the loop call something, soon."""
-        if what is not None:
-            self._done.append(functools.partial(what, *arguments))
-        with suppress(OSError):  # at the end there is no loop
-            os.eventfd_write(self._wake, 1)
+    def _free(self, memory: Memory) -> None:
+        if self._stopping.is_set():
+            memory.close()
+        else:
+            self._pool.submit(memory.close)
 
     # Connections.
 
-    def _listen(self, wanted: bool = True) -> None:
-        if wanted and not self._listening:
-            try:
-                self._selector.register(self._listener, selectors.EVENT_READ)
-            except OSError as error:  # at the next tick, then
-                log.error("dmabuf store: listening: %s", error.strerror)
-                return
-        elif not wanted and self._listening:
-            self._selector.unregister(self._listener)
-        self._listening = wanted
+    def _watch(self, connection: socket.socket, client: _Client | None) -> bool:
+        try:
+            self._selector.register(connection, selectors.EVENT_READ, client)
+        except OSError as error:  # ENOMEM, or ENOSPC from fs.epoll.max_user_watches
+            log.error("dmabuf store: watching a socket: %s", error.strerror)
+            return False
+        return True
 
     def _accept(self) -> None:
         try:
-            client = self._clients.accept()
+            connection, _ = self._listener.accept()
         except (BlockingIOError, ConnectionError):
             return
-        except OSError as error:  # no descriptors or memory: others may give up some
+        except OSError as error:  # EMFILE and the like: try again later
             log.error("dmabuf store: accept: %s", error.strerror)
-            self._listen(False)
+            self._selector.unregister(self._listener)
+            self._listening = False
             return
-        if client is not None:
-            self._watch(client)
+        client = _Client(connection)
+        self._clients.add(client)
+        self._resume(client)
 
-    def _watch(self, client: Client) -> None:
-        try:
-            self._selector.register(client.connection, selectors.EVENT_READ, client)
-            client.busy = False
-        except OSError as error:  # no memory, or fs.epoll.max_user_watches
-            log.error("dmabuf store: a connection of user %d: %s", client.peer.uid, error.strerror)
-            client.busy = True
-            self._drop(client)
+    def _resume(self, client: _Client) -> None:
+        if client.alive:
+            client.watched = self._watch(client.connection, client)
+            if not client.watched:
+                self._drop(client)
 
-    def _drop(self, client: Client) -> None:
+    def _pause(self, client: _Client) -> None:
+        self._selector.unregister(client.connection)
+        client.watched = False
+
+    def _drop(self, client: _Client) -> None:
         if not client.alive:
             return
-        if not client.busy:
-            self._selector.unregister(client.connection)
-        self._clients.drop(client)
+        client.alive = False
+        self._clients.discard(client)
+        if client.watched:
+            self._pause(client)
+        client.close()
         for entry in client.unnamed.values():
             self._names.drop(entry)
 
-    def _serve(self, client: Client) -> None:
+    def _serve(self, client: _Client) -> None:
         try:
             data = client.receive()
         except BlockingIOError:
             return
         except OSError:
             data = b""
-        if not data or client.unread():
+        if not data or client.has_unread():
             self._drop(client)
-            return
-        self._clients.was_read(client)
-        self._attempt(client, lambda: self._do(client, data))
+        else:
+            self._attempt(client, lambda: self._do(client, data))
 
-    def _do(self, client: Client, data: bytes) -> None:
+    def _do(self, client: _Client, data: bytes) -> None:
         op, fields = protocol.parse_request(data)
         number = fields.pop("number", None)
         if number is not None:
-            self._names.find(fields["name"], number)  # and nothing comes in between
-        getattr(self, f"_do_{op}")(client, **fields)
+            self._names.find(fields["name"], number)
+        if op in _ON_NAMES:
+            getattr(self._names, op)(**fields, peer=client.peer)
+            self._send(client, protocol.pack_result())
+        else:
+            getattr(self, f"_do_{op}")(client, **fields)
 
-    def _attempt(self, client: Client, what: Callable[[], None]) -> None:
-        """Do what a client asked for, or tell it why not."""
+    def _attempt(self, client: _Client, what: Callable[[], None]) -> None:
+        """Carry out a request, and reply with its error."""
         try:
             what()
         except Refusal as refusal:
-            self._reply(client, protocol.pack_error(refusal))
-        except Exception:  # a mistake of ours is to end one connection, and not the store
+            self._send(client, protocol.pack_error(refusal))
+        except Exception:  # a bug here ends one connection, not the store
             log.exception("dmabuf store: a request of user %d", client.peer.uid)
             self._drop(client)
 
-    def _reply(self, client: Client, data: bytes, descriptors: list[int] | None = None) -> None:
+    def _send(self, client: _Client, data: bytes, descriptors: tuple[int, ...] = ()) -> None:
         if not client.alive:
             return
         try:
-            if descriptors:
-                self._clients.grant(client, data, descriptors)
-            else:
-                client.send(data, [])
+            socket.send_fds(client.connection, [data], descriptors)
         except OSError as error:
             if error.errno == errno.ETOOMANYREFS:
-                raise Refusal(error.errno, _UNREAD) from None
+                text = "too many descriptors in flight (unix(7)); raise the server's ulimit -n"
+                raise Refusal(error.errno, text) from None
             self._drop(client)
 
-    def _pause(self, client: Client) -> None:
-        client.busy = True
-        self._selector.unregister(client.connection)
-
-    def _resume(self, client: Client) -> None:
-        if client.alive:
-            self._watch(client)
-
-    def _when_settled(self, client: Client, what: Callable[[], None]) -> None:
-        """Do what a client asked for when all that nobody has counts no more."""
-
-        def settled() -> None:
-            self._resume(client)
-            if client.alive:
-                self._attempt(client, what)
-
-        self._pause(client)
-        self._keeper.settle(settled)
-
-    # Operations.
+    # Operations: each is named by protocol.OPERATIONS.
 
     def _do_create(
         self,
-        client: Client,
+        client: _Client,
         name: str | None,
         size: int,
         mode: int,
@@ -247,193 +271,118 @@ class Server:
             charge = rounded(size, huge_pages)
         except ValueError as error:
             raise Refusal(errno.EINVAL, str(error)) from None
-        made_by = "udmabuf" if exporter == "auto" else exporter
-        if _is_stranger(client.peer, made_by) and made_by in devices.exporters():
-            refuse_strangers(made_by, trusted)  # before it is made
+        entry = self._names.begin(name, client.peer, mode, size, charge)
+        self._pause(client)
+        made = self._pool.submit(make, charge, exporter, name, huge_pages)
 
-        def begin() -> None:
-            entry = self._names.begin(name, client.peer, mode, size, charge)
-            self._pause(client)
-            done = functools.partial(self._created, client, entry, trusted)
-            self._keeper.make(charge, exporter, name, huge_pages, done)
+        def call_back(made: Future[Memory]) -> None:
+            finish = functools.partial(self._created, client, entry, trusted, made)
+            self._calls.append(lambda: self._attempt(client, finish))
+            self._wake_up()
 
-        if charge > self._names.left:
-            self._when_settled(client, begin)
-        else:
-            begin()
+        made.add_done_callback(call_back)
 
-    def _created(
-        self, client: Client, entry: Entry[Memory], trusted: bool, made: Memory | Refusal
-    ) -> None:
-        self._resume(client)
-        if isinstance(made, Refusal):
-            self._names.abandon(entry)
-            self._reply(client, protocol.pack_error(made))
-            return
-        self._names.finish(entry, made)
-        unnamed = None
-        if entry.name is None:
-            unnamed = client.created = client.created + 1
+    def _created(self, client: _Client, entry: Entry, trusted: bool, made: Future[Memory]) -> None:
         try:
-            if client.alive:
-                self._grant(client, entry, "r+", trusted=trusted, may_write=True, unnamed=unnamed)
-        except Refusal as refusal:
+            try:
+                self._names.finish(entry, made.result())
+            except OSError as error:
+                text = str(error.strerror or error)
+                text = f"{error.filename}: {text}" if error.filename else text
+                raise Refusal(error.errno or errno.EIO, text, entry.name) from None
+            except (ValueError, TypeError) as error:
+                raise Refusal(errno.EINVAL, str(error), entry.name) from None
+            self._resume(client)
+            unnamed = client.created + 1 if entry.name is None else None
+            self._grant(client, entry, "r+", may_write=True, trusted=trusted, unnamed=unnamed)
+        except BaseException:
             self._names.drop(entry)
-            self._reply(client, protocol.pack_error(refusal))
-            return
-        if not client.alive:  # nobody knows of it
+            if client.alive and not client.watched:
+                self._resume(client)
+            raise
+        if not client.alive:
             self._names.drop(entry)
         elif unnamed is not None:
+            client.created = unnamed
             client.unnamed[unnamed] = entry
 
     def _do_link(
-        self, client: Client, unnamed: int, name: str, replace: bool, length: int | None
+        self, client: _Client, unnamed: int, name: str, replace: bool | int, length: int | None
     ) -> None:
-        entry = self._unnamed(client, unnamed, name)
+        entry = self._unnamed(client, unnamed)
         self._names.link(entry, name, replace, length, client.peer)
         del client.unnamed[unnamed]
-        self._reply(client, protocol.pack_result({"status": _status(entry)}))
+        self._send(client, protocol.pack_result(status=entry.status()))
 
-    def _do_swap(self, client: Client, unnamed: int, name: str, length: int) -> None:
-        entry = self._unnamed(client, unnamed, name)
-        named = self._names.open(name, client.peer, "r+")
-        new = entry.memory
-        assert new is not None
-        if new.is_dmabuf and new.lent and client.peer.uid not in (0, named.uid):
-            text = "is another user's, who is not to have memory whose memory file you have"
-            raise Refusal(errno.EPERM, f"{text} (trusted=True)", name)
-        self._names.swap(entry, name, length, client.peer)
+    def _do_discard(self, client: _Client, unnamed: int) -> None:
+        self._names.drop(self._unnamed(client, unnamed))
         del client.unnamed[unnamed]
-        self._reply(client, protocol.pack_result({"status": _status(named)}))
+        self._send(client, protocol.pack_result())
 
-    def _do_discard(self, client: Client, unnamed: int) -> None:
-        self._names.drop(self._unnamed(client, unnamed, ""))
-        del client.unnamed[unnamed]
-        self._reply(client, protocol.pack_result({}))
+    @staticmethod
+    def _unnamed(client: _Client, unnamed: int) -> Entry:
+        if unnamed not in client.unnamed:
+            raise Refusal(errno.ENOENT, "this connection created no such buffer")
+        return client.unnamed[unnamed]
 
-    def _unnamed(self, client: Client, unnamed: int, name: str) -> Entry[Memory]:
-        entry = client.unnamed.get(unnamed)
-        if entry is None:
-            raise Refusal(errno.ENOENT, "nothing without a name has that number", name)
-        return entry
-
-    def _do_open(self, client: Client, name: str, mode: str, trusted: bool) -> None:
+    def _do_open(self, client: _Client, name: str, mode: str, trusted: bool | None) -> None:
         entry = self._names.open(name, client.peer, mode)
-        if trusted and client.peer.uid not in (0, entry.uid):
-            raise Refusal(
-                errno.EPERM, "trusted=True is for its owner (or root) alone: docs/security.md", name
-            )
-        may_write = may(entry, client.peer, "r+")
-        if not may_write and devices.may_open(udmabuf.DEVICE, client.peer):
-            raise Refusal(
-                errno.EACCES,
-                f"a grant for reading alone would be none: you may open {udmabuf.DEVICE}, which "
-                "makes a dma-buf that can be written of any memory file, however that was opened",
-                name,
-            )
-        self._grant(client, entry, mode, trusted=trusted, may_write=may_write)
+        is_owner = client.peer.uid in (0, entry.uid)
+        if trusted and not is_owner:
+            text = f"trusted=True is for its owner (user {entry.uid}) and root; pass trusted=None"
+            raise Refusal(errno.EPERM, text, name)
+        may_write = entry.allows(client.peer, READ | WRITE)
+        with_memfd = is_owner if trusted is None else trusted
+        self._grant(client, entry, mode, may_write=may_write, trusted=with_memfd, unnamed=None)
 
     def _grant(
         self,
-        client: Client,
-        entry: Entry[Memory],
+        client: _Client,
+        entry: Entry,
         mode: str,
         *,
-        trusted: bool,
         may_write: bool,
-        unnamed: int | None = None,
+        trusted: bool,
+        unnamed: int | None,
     ) -> None:
         assert entry.memory is not None
         try:
             grant, descriptors, ours = entry.memory.grant(
-                mode,
-                client.peer.uid,
-                stranger=_is_stranger(client.peer, entry.memory.exporter),
-                may_write=may_write,
-                trusted=trusted,
+                mode, may_write=may_write, trusted=trusted, unnamed=unnamed
             )
         except OSError as error:
-            raise Refusal(error.errno or errno.EIO, f"granting it: {error.strerror}") from None
+            text = f"grant: {error.strerror}"
+            raise Refusal(error.errno or errno.EIO, text, entry.name) from None
         try:
-            result = {"status": _status(entry), "grant": grant._replace(unnamed=unnamed)}
-            self._reply(client, protocol.pack_result(result), descriptors)
+            result = protocol.pack_result(status=entry.status(), grant=grant)
+            self._send(client, result, tuple(descriptors))
         finally:
             if ours is not None:
                 os.close(ours)
 
-    def _do_stat(self, client: Client, name: str) -> None:
+    def _do_stat(self, client: _Client, name: str) -> None:
         entry = self._names.find(name)
         assert entry.memory is not None
-        status = _status(entry, entry.memory.in_use())
-        self._reply(client, protocol.pack_result({"status": status}))
+        status = entry.status(entry.memory.in_use())
+        self._send(client, protocol.pack_result(status=status))
 
-    def _do_list(self, client: Client, after: str) -> None:
-        names = self._names.listing(after, _LISTED)
-        found = (_status(self._names.find(name)) for name in names)
-        self._reply(client, protocol.pack_listing(found))
+    def _do_list(self, client: _Client, after: str) -> None:
+        found = islice(self._names.after(after), _LISTED)
+        self._send(client, protocol.pack_listing(entry.status() for entry in found))
 
-    def _do_remove(self, client: Client, name: str) -> None:
-        self._names.remove(name, client.peer)
-        self._reply(client, protocol.pack_result({}))
-
-    def _do_rename(self, client: Client, name: str, to: str, replace: bool | int) -> None:
-        self._names.rename(name, to, replace, client.peer)
-        self._reply(client, protocol.pack_result({}))
-
-    def _do_chmod(self, client: Client, name: str, mode: int) -> None:
-        self._names.chmod(name, mode, client.peer)
-        self._reply(client, protocol.pack_result({}))
-
-    def _do_truncate(self, client: Client, name: str, length: int) -> None:
-        self._names.truncate(name, length, client.peer)
-        self._reply(client, protocol.pack_result({}))
-
-    def _do_chown(self, client: Client, name: str, uid: int, gid: int) -> None:
-        self._names.chown(name, uid, gid, client.peer)
-        self._reply(client, protocol.pack_result({}))
-
-    def _do_utime(self, client: Client, name: str, accessed_ns: int, modified_ns: int) -> None:
-        self._names.utime(name, accessed_ns, modified_ns, client.peer)
-        self._reply(client, protocol.pack_result({}))
-
-    def _do_usage(self, client: Client, settle: bool) -> None:
-        def tell() -> None:
-            names = self._names
-            usage = (names.charged, names.max_memory, len(names), names.max_names)
-            self._reply(client, protocol.pack_result({"usage": usage}))
-
-        if settle:
-            self._when_settled(client, tell)
-        else:
-            tell()
+    def _do_usage(self, client: _Client) -> None:
+        names = self._names
+        usage = Usage(names.charged, names.max_memory, len(names), names.max_names)
+        self._send(client, protocol.pack_result(usage=usage))
 
 
-def _is_stranger(peer: Peer, exporter: str) -> bool:
-    """Whether a peer could not make such memory himself: not root, nor the server's user."""
-    device = devices.of(exporter)
-    if device is None or peer.uid in (0, os.geteuid()):
-        return False
-    return not devices.may_open(device, peer)
-
-
-def _status(entry: Entry[Memory], in_use: bool | None = None) -> Status:
-    memory = entry.memory
-    assert memory is not None
-    return Status(
-        entry.name or "",
-        memory.size,
-        entry.length,
-        entry.mode,
-        entry.uid,
-        entry.gid,
-        entry.created_ns,
-        entry.changed_ns,
-        memory.exporter,
-        memory.reason,
-        max(len(memory.slabs), 1),
-        memory.is_dmabuf,
-        entry.number,
-        entry.modified_ns,
-        entry.accessed_ns,
-        in_use,
-    )
+def _peer(connection: socket.socket) -> Peer:
+    """Return the user who connected: SO_PEERCRED and SO_PEERGROUPS, unix(7)."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    _, uid, gid = struct.unpack("=iII", credentials)
+    try:
+        data = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_BYTES)
+        groups = frozenset(struct.unpack(f"={len(data) // 4}I", data))
+    except OSError:  # more groups than fit: only the first group counts
+        groups = frozenset()
+    return Peer(uid, gid, groups)

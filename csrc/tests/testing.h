@@ -1,0 +1,45 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * What tests of the core and of the package may do to it, where it is built with DMB_TESTING: see
+ * and change completions, emulate the native route, and interrupt waits. All of it holds for every
+ * ring of the process, and is set while no transfer runs.
+ */
+#ifndef DMABUF_TESTING_H
+#define DMABUF_TESTING_H
+
+#include "../core.h"
+
+/* A completed request that moved bytes. */
+struct dmb_completion {
+	int32_t direction;
+	int32_t straight; /* between file and buffer, without a staging block */
+	uint64_t offset;  /* in the file */
+	uint32_t size;
+	int32_t result;
+};
+
+/*
+ * A function that sees every completion before the batch does. What it returns takes the place of
+ * the result. It is called by the thread that uses the ring; NULL for none.
+ */
+typedef int32_t (*dmb_filter)(void *arg, const struct dmb_completion *completion);
+void dmb_testing_set_filter(dmb_filter filter, void *arg);
+
+/*
+ * Rings of the backends in the mask (1 << DMB_BACKEND_...) that are made from now on have the
+ * native route, emulated: dma-bufs are mapped, and the answers are those of a kernel with the
+ * series.
+ */
+void dmb_testing_set_native(unsigned backends);
+
+/* A function that answers 0 or -errno to the registration of a dma-buf; NULL permits each. */
+typedef int32_t (*dmb_registrar)(void *arg, int32_t dmabuf_fd, int32_t target_fd);
+void dmb_testing_set_registrar(dmb_registrar registrar, void *arg);
+
+/*
+ * A signal comes in each of `count` waits for completions, after `first` others from now on: the
+ * thread that waits gets it, and the wait ends with nothing completed.
+ */
+void dmb_testing_interrupt(unsigned first, unsigned count, int signal);
+
+#endif

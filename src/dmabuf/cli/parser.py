@@ -1,0 +1,225 @@
+"""Parses the command line of one command, and runs it with signals and errors in order."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import signal
+import sys
+from argparse import ArgumentTypeError, Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, NoReturn
+
+from dmabuf.cli import output
+from dmabuf.sizes import OFFSET_MAX, parse_size
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A command: its help, its arguments, and the function that carries it out."""
+
+    help: str
+    arguments: Callable[[Parser], None]
+    run: Callable[[Namespace], int | None]
+    """Returns the exit status; None is 0."""
+    examples: str = ""
+
+
+class Misuse(Exception):
+    """The command line is invalid; the text says why."""
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        width = 80
+        with suppress(OSError):
+            width = max(width, min(os.get_terminal_size().columns, 100))
+        super().__init__(prog, max_help_position=28, width=width)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises Misuse, with the options that several commands share."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise Misuse."""
+        raise Misuse(message)
+
+    def print_help(self, file: object = None) -> None:
+        """Write the help to standard output."""
+        output.write(self.format_help())
+
+    def option(
+        self,
+        names: str,
+        metavar: str,
+        help: str,  # noqa: A002 - the name that argparse uses
+        parse: Callable[[str], Any] = str,
+        default: object = None,
+        choices: Sequence[str] | None = None,
+    ) -> None:
+        """Add an option with a value; `names` are separated by a space."""
+        shown = "|".join(choices) if choices else metavar
+        self.add_argument(
+            *names.split(), metavar=shown, help=help, type=parse, default=default, choices=choices
+        )
+
+    def flag(self, names: str, help: str) -> None:  # noqa: A002
+        """Add an option without a value."""
+        self.add_argument(*names.split(), action="store_true", help=help)
+
+    def shared(self, *names: str) -> None:
+        """Add options that several commands share, by their names."""
+        for name in names:
+            if name in _SHARED_FLAGS:
+                self.flag(*_SHARED_FLAGS[name])
+            elif name == "progress":
+                action = argparse.BooleanOptionalAction
+                text = "Show progress after a second. [default: on a terminal]"
+                self.add_argument("--progress", action=action, default=None, help=text)
+            else:
+                self.option(*_SHARED_OPTIONS[name])
+
+
+def size(text: str) -> int:
+    """Parse a size, for `type=`."""
+    try:
+        return parse_size(text, "size")
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from None
+
+
+def number(least: float, most: float, kind: type[int] | type[float] = int) -> Callable[[str], Any]:
+    """Return a parser of numbers from `least` to `most`, for `type=`."""
+
+    def parse(text: str) -> float:
+        with suppress(ValueError):
+            if least <= kind(text) <= most:
+                return kind(text)
+        raise ArgumentTypeError(f"invalid number '{text}': from {least} to {most}")
+
+    return parse
+
+
+def _region(text: str) -> tuple[int, int]:
+    offset, _, length = text.partition("+")
+    with suppress(ValueError):
+        region = parse_size(offset), parse_size(length)
+        if region[1] and sum(region) <= OFFSET_MAX:
+            return region
+    raise ArgumentTypeError(f"invalid region '{text}': use OFFSET+SIZE, such as 1GiB+64MiB")
+
+
+_SHARED_FLAGS = {
+    "json": ("--json", "Print the result, and an error, as JSON."),
+    "quiet": ("-q --quiet", "Print only errors."),
+    "sync": ("--sync", "Return when the bytes are on the medium."),
+    "force": ("-f --force", "Write to a mounted device; replace a file without permission."),
+    "destroy": ("--destroy", "Overwrite the region; test writes too."),
+}
+_SHARED_OPTIONS: dict[str, tuple[Any, ...]] = {
+    "exporter": (
+        "--exporter", "NAME", "What makes the buffer: auto, udmabuf, memfd or a heap.", str, "auto"
+    ),
+    "size": ("--size", "SIZE", "The most bytes, as 4096 or 1GiB.", size),
+    "region": ("--region", "OFFSET+SIZE", "The part to overwrite.", _region),
+    "socket": (
+        "--socket", "PATH",
+        "The store's. [default: $XDG_RUNTIME_DIR/dmabuf.sock; root: /run/dmabuf.sock]",
+    ),
+    "process": ("--process", "PID|COMMAND", "Only buffers that this process holds."),
+    "of-exporter": ("--exporter", "NAME", "Only buffers of this exporter."),
+}  # fmt: skip
+
+
+def region(args: Namespace) -> tuple[int, int] | None:
+    """Return the region to overwrite; raise Misuse unless --region and --destroy come together."""
+    if args.destroy != (args.region is not None):
+        missing = "--region OFFSET+SIZE" if args.destroy else "--destroy"
+        given = "--destroy" if args.destroy else "--region"
+        raise Misuse(f"{given} needs {missing}: nothing is overwritten unless both are given")
+    wanted: tuple[int, int] | None = args.region
+    return wanted
+
+
+def run(command: Command, name: str, words: Sequence[str]) -> int:
+    """Parse the words after the command's name, carry it out, and return the exit status."""
+    prog = f"dmabuf {name}"
+    epilog = f"examples:\n{command.examples}" if command.examples else None
+    parser = Parser(
+        prog, description=command.help, epilog=epilog, formatter_class=_Formatter,
+        allow_abbrev=False,
+    )  # fmt: skip
+    command.arguments(parser)
+    as_json = False
+    try:
+        args = parser.parse_args(words)
+        if getattr(args, "quiet", False) and args.progress is None:
+            args.progress = False
+        as_json = getattr(args, "json", False)
+        with _signals():
+            return command.run(args) or 0
+    except SystemExit:  # after --help
+        return 0
+    except Misuse as misuse:
+        output.error(str(misuse))
+        output.note(f"try '{prog} --help'")
+        return output.MISUSED
+    except KeyboardInterrupt as stopped:
+        number = signal.Signals(getattr(stopped, "number", signal.SIGINT))
+        _report(f"stopped by {number.name}", stopped, as_json)
+        return 128 + number
+    except (OSError, ValueError, EOFError, BufferError, ImportError) as problem:
+        if getattr(problem, "errno", None) == errno.EPIPE and (
+            getattr(problem, "filename", None) in (None, output.STDOUT)
+        ):
+            return output.CLOSED_PIPE
+        _report(output.explain(problem), problem, as_json)
+        return output.FAILED
+
+
+def _report(text: str, problem: BaseException, as_json: bool) -> None:
+    """Report an error; with --json as one line of JSON on standard error."""
+    if not as_json:
+        output.error(text)
+        return
+    number = getattr(problem, "errno", None)
+    name = getattr(problem, "filename", None)
+    about = {
+        "message": text,
+        "errno": errno.errorcode.get(number) if isinstance(number, int) else None,
+        "path": os.fsdecode(name) if isinstance(name, str | bytes) else None,
+    }
+    with suppress(OSError):  # the reader is gone
+        output.say_json({"format": 1, "error": about}, stream=sys.stderr, indent=None)
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGINT, SIGTERM or SIGHUP arrived."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """Raise Stopped at the first signal, so that cleanup runs; ignore the others meanwhile."""
+    before: dict[signal.Signals, Any] = {}
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        for known in before:
+            signal.signal(known, signal.SIG_IGN)
+        raise Stopped(number)
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                before[number] = signal.signal(number, stop)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,398 @@
+"""`dmabuf top`, and `dmabuf ls --system`: every dma-buf on the machine and who holds it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Hashable
+from contextlib import suppress
+from typing import Any, NamedTuple, TypeVar
+
+from dmabuf import inspect
+from dmabuf.cli import output
+from dmabuf.cli.parser import Command, Parser, Stopped, number
+from dmabuf.inspect import Census, Holder, Process, SystemBuffer, Total
+from dmabuf.sizes import format_size
+
+_MOST_FDS = 8  # descriptors of one process that a table shows
+
+_Key = TypeVar("_Key", bound=Hashable)
+_Rows = list[tuple[str, ...]]
+
+
+def _look(process: str | None, exporter: str | None) -> Census:
+    """Take a census, of the buffers that `process` holds or `exporter` made."""
+    found = inspect.take_census()
+    if process is not None:
+        found = found.of(lambda one: any(_is_meant(by.process, process) for by in one.holders))
+    if exporter is not None:
+        found = found.of(lambda one: one.exporter == exporter)
+    return found
+
+
+def _is_meant(process: Process | None, wanted: str | None) -> bool:
+    """Return whether `wanted`, a pid or a command, means the process; None means any."""
+    if process is None or wanted is None:
+        return wanted is None
+    return wanted in (str(process.pid), process.command)
+
+
+# -- ls --system
+
+
+def list_system(args: Namespace) -> None:
+    """Carry out `ls --system`."""
+    found = _look(args.process, args.exporter)
+    if args.json:
+        output.say_json(_census_as_json(found))
+        return
+    if found.buffers:
+        rows: _Rows = [_buffer_row(buffer, found) for buffer in found.buffers]
+        output.write(
+            output.table(
+                ("inode", "size", "exporter", "name", "held by", "attached devices"),
+                rows,
+                left=(2, 3, 4, 5),
+            )
+            + "\n"
+        )
+        rows = [
+            (_process(process, found), *_figures(total, found), _size(total.share, found))
+            for process, total in found.by_process().items()
+        ]
+        output.write(
+            output.table(("process", "buffers", "size", "share"), rows, title="by process") + "\n"
+        )
+        exporters = [
+            (exporter or "?", *_figures(total, found))
+            for exporter, total in found.by_exporter().items()
+        ]
+        output.write(
+            output.table(("exporter", "buffers", "size"), exporters, title="by exporter") + "\n"
+        )
+    output.say(_headline(found))
+    _note_refusals(found)
+
+
+def _headline(found: Census) -> str:
+    return f"{_count(len(found.buffers), 'dma-buf')}, {_size(found.total.nbytes, found)}"
+
+
+def _note_refusals(found: Census) -> None:
+    for refusal in found.refusals:
+        output.note(f"note: {refusal}")
+
+
+def _buffer_row(buffer: SystemBuffer, found: Census) -> tuple[str, ...]:
+    held = [f"{by.process} ({_by_what(by)})" for by in buffer.holders]
+    if buffer.unseen or not held:
+        held.append(f"{_process(None, found)} ({buffer.unseen or '?'})")
+    return (
+        str(buffer.inode),
+        ("" if buffer.exact else ">=") + format_size(buffer.size),
+        buffer.exporter or "?",
+        buffer.name or "",
+        ", ".join(held),
+        "?" if buffer.devices is None else ", ".join(buffer.devices),
+    )
+
+
+def _by_what(holder: Holder) -> str:
+    more = len(holder.fds) - _MOST_FDS
+    shown = " ".join(map(str, holder.fds[:_MOST_FDS])) + (f" and {more} more" if more > 0 else "")
+    parts = [f"fd {shown}"] if holder.fds else []
+    parts += [_count(len(holder.mappings), "mapping")] if holder.mappings else []
+    return ", ".join(parts)
+
+
+def _count(many: int, what: str) -> str:
+    return f"{many} {what}" + ("" if many == 1 else "s")
+
+
+def _process(process: Process | None, found: Census) -> str:
+    """Return a process's name; None stands for references of no visible process."""
+    if process is None:
+        return "kernel" if found.complete else "not seen"
+    return str(process)
+
+
+def _figures(total: Total, found: Census) -> tuple[str, str]:
+    return str(total.buffers), _size(total.nbytes, found)
+
+
+def _size(nbytes: int, found: Census) -> str:
+    return ("" if all(one.exact for one in found.buffers) else ">=") + format_size(nbytes)
+
+
+def _census_as_json(found: Census) -> dict[str, Any]:
+    return {
+        "format": 1,
+        "buffers": [_buffer_as_json(buffer) for buffer in found.buffers],
+        "total": _total_as_json(found.total),
+        "by_process": [
+            _process_as_json(process) | _total_as_json(total)
+            for process, total in found.by_process().items()
+        ],
+        "by_exporter": [
+            {"exporter": exporter} | _total_as_json(total)
+            for exporter, total in found.by_exporter().items()
+        ],
+        **_seen_as_json(found),
+    }
+
+
+def _buffer_as_json(buffer: SystemBuffer) -> dict[str, Any]:
+    return {
+        "inode": buffer.inode,
+        "size": buffer.size,
+        "exact": buffer.exact,
+        "exporter": buffer.exporter,
+        "name": buffer.name,
+        "references": buffer.references,
+        "unseen": buffer.unseen,
+        "holders": [
+            _process_as_json(by.process)
+            | {
+                "fds": by.fds,
+                "mappings": [{"address": one.address, "size": one.nbytes} for one in by.mappings],
+            }
+            for by in buffer.holders
+        ],
+        "devices": buffer.devices,
+    }
+
+
+def _process_as_json(process: Process | None) -> dict[str, Any]:
+    """Return a process; its pid is null for references of no visible process."""
+    if process is None:
+        return {"pid": None, "started": None, "command": None}
+    return {"pid": process.pid, "started": process.started, "command": process.command}
+
+
+def _total_as_json(total: Total) -> dict[str, int]:
+    return {"size": total.nbytes, "buffers": total.buffers, "share": total.share}
+
+
+def _seen_as_json(found: Census) -> dict[str, Any]:
+    return {
+        "processes": found.processes,
+        "hidden": found.hidden,
+        "complete": found.complete,
+        "refusals": found.refusals,
+    }
+
+
+# -- top
+
+
+class _Growth(NamedTuple):
+    """What a process or exporter has, and the growth since the last and the first look."""
+
+    total: Total
+    last: Total
+    first: Total
+
+
+class _Round(NamedTuple):
+    """One look, with what has grown."""
+
+    number: int
+    seconds: float
+    """Seconds since the first look."""
+    census: Census
+    total: _Growth
+    processes: dict[Process | None, _Growth]
+    exporters: dict[str | None, _Growth]
+
+
+_ORDERS: dict[str, Callable[[_Growth], int]] = {
+    "size": lambda row: row.total.nbytes,
+    "share": lambda row: row.total.share,
+    "buffers": lambda row: row.total.buffers,
+    "last": lambda row: row.last.nbytes,
+    "first": lambda row: row.first.nbytes,
+}
+
+
+def _top_arguments(parser: Parser) -> None:
+    seconds = number(0.1, 86400, float)
+    parser.option("--interval", "SECONDS", "Between two looks. [default: 2]", seconds, 2.0)
+    text = "The number of looks. [default: until Ctrl-C]"
+    parser.option("-n --count", "N", text, number(1, 10**9))
+    text = "The column to sort by. [default: size]"
+    parser.option("--sort", "", text, default="size", choices=[*_ORDERS])
+    parser.shared("process", "of-exporter", "json")
+
+
+def _top(args: Namespace) -> int:
+    show = _Screen().show if sys.stdout is not None and sys.stdout.isatty() else _print
+    if args.json:
+        show = _print_json
+    first = last = None
+    begun = time.monotonic()
+    looks = 0
+    try:
+        while True:
+            census = _look(args.process, args.exporter)
+            first, last = first or census, last or census
+            looks += 1
+            show(_compare(args, looks, time.monotonic() - begun, census, last, first))
+            if looks == args.count:
+                return 0
+            last = census
+            time.sleep(args.interval)
+    except Stopped as stopped:
+        if stopped.number != signal.SIGINT:
+            raise
+        return 128 + signal.SIGINT  # the usual end, so without a word
+
+
+def _compare(
+    args: Namespace, looks: int, seconds: float, census: Census, last: Census, first: Census
+) -> _Round:
+    every = (census, last, first)
+    order = _ORDERS[args.sort]
+    processes = _grow(order, *(one.by_process() for one in every))
+    total = _Growth(census.total, census.total - last.total, census.total - first.total)
+    return _Round(
+        looks,
+        seconds,
+        census,
+        total,
+        {who: row for who, row in processes.items() if _is_meant(who, args.process)},
+        _grow(order, *(one.by_exporter() for one in every)),
+    )
+
+
+def _grow(
+    order: Callable[[_Growth], int],
+    now: dict[_Key, Total],
+    last: dict[_Key, Total],
+    first: dict[_Key, Total],
+) -> dict[_Key, _Growth]:
+    none = Total()
+    rows = {
+        key: _Growth(total, total - last.get(key, none), total - first.get(key, none))
+        for key, total in now.items()
+    }
+    return dict(sorted(rows.items(), key=lambda item: -order(item[1])))
+
+
+def _print_json(found: _Round) -> None:
+    told = {
+        "format": 1,
+        "look": found.number,
+        "seconds": found.seconds,
+        "total": _growth_as_json(found.total),
+        "by_process": [
+            _process_as_json(process) | _growth_as_json(row)
+            for process, row in found.processes.items()
+        ],
+        "by_exporter": [
+            {"exporter": exporter} | _growth_as_json(row)
+            for exporter, row in found.exporters.items()
+        ],
+        **_seen_as_json(found.census),
+    }
+    output.say_json(told, indent=None)
+
+
+def _growth_as_json(row: _Growth) -> dict[str, Any]:
+    return _total_as_json(row.total) | {
+        "since_last": _total_as_json(row.last),
+        "since_first": _total_as_json(row.first),
+    }
+
+
+def _print(found: _Round) -> None:
+    output.write(("\n" if found.number > 1 else "") + _text(found))
+    if found.number == 1:
+        _note_refusals(found.census)
+
+
+class _Screen:
+    """Shows each look in place of the one before, and as many processes as there is room for."""
+
+    def __init__(self) -> None:
+        self._lines = 0
+
+    def show(self, found: _Round) -> None:
+        """Draw a look."""
+        size = os.terminal_size((80, 24))
+        with suppress(OSError):
+            size = os.get_terminal_size(sys.stdout.fileno())
+        notes = [output.printable(f"note: {one}") for one in found.census.refusals]
+        for most in range(min(len(found.processes), size.lines), -1, -1):
+            lines = _text(found, max(most, 1)).splitlines() + notes
+            rows = sum(max(1, -(-len(line) // max(size.columns, 1))) for line in lines)
+            if rows < size.lines:
+                break
+        up = f"\x1b[{self._lines}A" if self._lines else ""
+        output.write(up + "\r\x1b[J" + "\n".join(lines) + "\n")
+        self._lines = rows
+
+
+def _text(found: _Round, most: int | None = None) -> str:
+    """Return a look: by process, `most` of them at most, and by exporter."""
+    census = found.census
+    text = _headline(census)
+    if found.number > 1:
+        last, first = _grown(found.total.last), _grown(found.total.first)
+        text += f"; since the last look {last}, since the first {first} in {found.seconds:.1f} s"
+    if not census.buffers:
+        return text + "\n"
+    grown = ("last look", "first look")
+    rows: _Rows = [
+        (
+            _process(process, census),
+            *_figures(row.total, census),
+            _size(row.total.share, census),
+            _grown(row.last),
+            _grown(row.first),
+        )
+        for process, row in found.processes.items()
+    ]
+    if most is not None and len(rows) > most:
+        rows[most - 1 :] = [(f"and {len(rows) - most + 1} more", *[""] * 5)]
+    text += "\n\n"
+    text += output.table(("process", "buffers", "size", "share", *grown), rows, title="by process")
+    rows = [
+        (exporter or "?", *_figures(row.total, census), _grown(row.last), _grown(row.first))
+        for exporter, row in found.exporters.items()
+    ]
+    return (
+        text
+        + "\n"
+        + output.table(("exporter", "buffers", "size", *grown), rows, title="by exporter")
+    )
+
+
+def _grown(total: Total) -> str:
+    """Return a growth in bytes and buffers."""
+    if total == Total():
+        return "0"
+    sign = "+" if total.nbytes >= 0 else ""
+    return f"{sign}{format_size(total.nbytes)} ({total.buffers:+d})"
+
+
+TOP = Command(
+    """\
+Show every dma-buf on the machine that this user may see, again and again, until Ctrl-C.
+
+A line for each process has the number and size of the buffers that it holds, each counted once, its
+share of buffers that several hold, and the growth since the last look and since the first. Below,
+the same by exporter. "kernel" are buffers that no process holds. --sort first puts leaks first.
+
+Everything is read from /proc and debugfs; no buffer is touched. Notes name what this user may not
+see. On a terminal the lines stay in place; elsewhere each look is printed below the last, and with
+--json as one line. The exit status is 0 after --count looks, and 130 after Ctrl-C.""",
+    _top_arguments,
+    _top,
+    """\
+  sudo dmabuf top
+  sudo dmabuf top --sort first --interval 10
+  dmabuf top --process 4711 --count 2 --interval 60 --json | jq .total.since_last""",
+)

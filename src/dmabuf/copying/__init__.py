@@ -1,0 +1,67 @@
+"""Copies of any source to any target, and files that appear whole or not at all.
+
+What enters here moves bytes between two ends by the transfers of a File: opening the ends, the pool
+of buffers between them, the record of a copy, and the replacement of a target. How one transfer
+between a File and a Buffer works is not decided here.
+"""
+
+from dmabuf.copying.blocks import (
+    Filled,
+    Reader,
+    check_block_count,
+    check_block_size,
+    next_size,
+    sizes_to_plan,
+)
+from dmabuf.copying.many import (
+    AnyFileRange,
+    FileRange,
+    Outcome,
+    Range,
+    check_paths_differ,
+    check_ranges,
+    check_replaceable,
+    named,
+    read_files,
+    replacement,
+    write_files,
+)
+from dmabuf.copying.opening import SourceEnd, TargetEnd, same_file
+from dmabuf.copying.pipeline import Progress, Writer, copy
+from dmabuf.copying.record import Copy, CopySide
+from dmabuf.copying.replace import Replacement
+from dmabuf.copying.sources import Source, file_source
+from dmabuf.copying.targets import FileTarget, Target
+
+__all__ = [
+    "AnyFileRange",
+    "Copy",
+    "CopySide",
+    "FileRange",
+    "FileTarget",
+    "Filled",
+    "Outcome",
+    "Progress",
+    "Range",
+    "Reader",
+    "Replacement",
+    "Source",
+    "SourceEnd",
+    "Target",
+    "TargetEnd",
+    "Writer",
+    "check_block_count",
+    "check_block_size",
+    "check_paths_differ",
+    "check_ranges",
+    "check_replaceable",
+    "copy",
+    "file_source",
+    "named",
+    "next_size",
+    "read_files",
+    "replacement",
+    "same_file",
+    "sizes_to_plan",
+    "write_files",
+]

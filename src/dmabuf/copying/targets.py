@@ -1,0 +1,152 @@
+"""The targets of a copy: a file at an offset, a stream, or a descriptor that appends.
+
+Nothing of a target changes before `prepare`, so a copy that is refused loses nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+
+from dmabuf.copying.record import Tally
+from dmabuf.copying.sources import check_socket, file_name, refuse_offset
+from dmabuf.errors import TransferError, os_error
+from dmabuf.memory import Buffer
+from dmabuf.transfer import BLOCKING, File, Growth, Plan, Terms, complete, plan_in_order, stream
+
+
+class Target:
+    """What a copy writes; the base of the three kinds."""
+
+    in_order: str | None = None
+    """A description such as "a pipe" of a target that can only be written in order."""
+    begun = False
+    """Whether anything of the target may have changed."""
+
+    def __init__(self, name: str, terms: Terms, status: os.stat_result | None) -> None:
+        self.name = name
+        self.terms = terms
+        self.status = status
+        """The status of the file below; None if there is no descriptor."""
+        self.tally = Tally()
+
+    def plan(self, buffer: Buffer, size: int) -> Plan:
+        """Return the route of the next `size` bytes; raises RouteUnavailable."""
+        assert self.in_order is not None
+        return plan_in_order("write", self.in_order, self.terms, self.name)
+
+    def prepare(self, total: int | None) -> None:
+        """Get ready for `total` bytes (None if unknown); raises OSError if they do not fit."""
+        self.begun = True
+
+    def write(self, buffer: Buffer, at: int, size: int) -> None:
+        """Write the next `size` bytes, from the buffer's offset `at`; an error has `nbytes`."""
+        raise NotImplementedError
+
+    def cut(self, nbytes: int) -> None:
+        """Give back what was allocated beyond the first `nbytes` of the copy."""
+
+    def flush(self) -> None:
+        """Return when the bytes are on the medium; nothing to do for a stream."""
+
+
+class FileTarget(Target):
+    """A File that is written from an offset on, or in order if it is a stream."""
+
+    def __init__(self, file: File, offset: int, terms: Terms, *, emptied: bool = False) -> None:
+        super().__init__(file_name(file), terms, os.fstat(file.fileno()))
+        self._file = file
+        self._emptied = emptied
+        self._start = self._offset = offset
+        self._growth: Growth | None = None
+        if file.size is None:
+            self.in_order = f"a {file.kind}"
+            refuse_offset(offset, self.in_order, self.name)
+            check_socket(file, self.name)
+
+    def plan(self, buffer: Buffer, size: int) -> Plan:
+        """Return the route of the next `size` bytes; raises RouteUnavailable."""
+        return self._file.plan(
+            buffer, "write", size=size, file_offset=self._place(), terms=self.terms
+        )
+
+    def _place(self) -> int | None:
+        return None if self.in_order else self._offset
+
+    def prepare(self, total: int | None) -> None:
+        """Empty a file that was opened by its path, and allocate the blocks of the copy.
+
+        All at once: a file that grows piece by piece is scattered over the disk, and a disk that
+        is too small is reported before anything is written.
+        """
+        file = self._file
+        if total is not None:
+            file.target.check_write(self._offset, total)
+        if total is not None and file.kind in ("block device", "NVMe character device"):
+            room = max(0, (file.size or 0) - self._offset)
+            if total > room:
+                text = f"{total} bytes do not fit into the {room} that the device has there"
+                raise TransferError(errno.ENOSPC, text, self.name)
+        if file.kind == "file":
+            if self._emptied:
+                self.begun = True
+                os.ftruncate(file.fileno(), 0)
+            if total is not None:
+                start, end = self._offset, self._offset + total
+                self._growth = Growth(file.fileno(), self.name)
+                try:
+                    self._growth.allocate(total, end, lambda: [(start, end)])
+                except OSError:
+                    self.begun = False
+                    raise
+        self.begun = True
+
+    def write(self, buffer: Buffer, at: int, size: int) -> None:
+        """Write the next `size` bytes, from the buffer's offset `at`."""
+        transfer = self._file.write_from(
+            buffer, size, file_offset=self._place(), buffer_offset=at, terms=self.terms
+        )
+        self._offset += size
+        self.tally.add(transfer)
+
+    def cut(self, nbytes: int) -> None:
+        """Give back what was allocated beyond the first `nbytes` of the copy."""
+        if self._growth is not None:
+            self._growth.cut(self._start + nbytes)
+
+    def flush(self) -> None:
+        """Return when the bytes are on the medium; nothing to do for a stream."""
+        if not self.in_order:
+            self._file.target.flush()
+
+
+class AppendTarget(Target):
+    """A descriptor with O_APPEND, as a shell's >> makes it: the kernel ignores offsets."""
+
+    in_order = "a descriptor opened with O_APPEND"
+
+    def __init__(self, fd: int, terms: Terms) -> None:
+        super().__init__(f"descriptor {fd}", terms, os.fstat(fd))
+        self._fd = fd
+
+    def write(self, buffer: Buffer, at: int, size: int) -> None:
+        """Append `size` bytes, from the buffer's offset `at`."""
+        plan, begun = self.plan(buffer, size), time.perf_counter()
+        with buffer.map("r", at, size) as view:
+            transfer = stream.write(self._fd, view, None, self.name, BLOCKING)
+            done, requests = complete(transfer)
+        self.tally.add_in_order(plan, done, requests, begun)
+
+    def flush(self) -> None:
+        """Return when the bytes are on the medium."""
+        flush_descriptor(self._fd, self.name)
+
+
+def flush_descriptor(fd: int, path: str) -> None:
+    """fdatasync(2), with the path in the error."""
+    try:
+        os.fdatasync(fd)
+    except OSError as error:
+        text = f"flushing to the medium failed: {error.strerror}"
+        raise os_error(error.errno or errno.EIO, text, path) from error

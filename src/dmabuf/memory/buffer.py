@@ -1,0 +1,681 @@
+"""Buffer: memory that devices can share, as a file object; Slab, one dma-buf of it; and Window.
+
+A dma-buf's pages may be incoherent with the CPU's caches, or in use by a device. So each CPU access
+goes between DMA_BUF_IOCTL_SYNC START, which waits for the fences of devices and makes their writes
+visible, and END, which makes the CPU's writes visible to them (include/uapi/linux/dma-buf.h).
+"""
+
+import errno
+import io
+import mmap
+import os
+import threading
+import warnings
+import weakref
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import NamedTuple, NoReturn, SupportsIndex
+
+from dmabuf._core import address_of
+from dmabuf.errors import BusyError, ClosedError
+from dmabuf.kernel import fence, uapi
+from dmabuf.memory import arrays
+from dmabuf.memory.rawfile import RawFile, parse_mode
+from dmabuf.sizes import Size, format_size
+
+
+class Slab(NamedTuple):
+    """One descriptor of a Buffer: bytes ``[offset, offset + size)`` of it. A frozen record.
+
+    ``fd`` belongs to the Buffer and is valid while that is open; ``os.dup`` it to keep it. It is a
+    dma-buf, except from the exporter ``memfd``, where it is the memfd itself.
+    """
+
+    fd: int
+    offset: int
+    size: int
+
+
+class Buffer(
+    RawFile,
+    instead="send its descriptors (socket.send_fds), and use dmabuf.from_fd() on the other side",
+):
+    """Memory that devices can share: a file object of fixed size, and one or more dma-bufs.
+
+    Made by :func:`dmabuf.allocate` and :func:`dmabuf.from_fd`. It owns its descriptors and its
+    mapping until :meth:`close`, which the ``with`` statement calls. A Buffer that is dropped
+    without close() closes itself with a ResourceWarning, as files do.
+
+    As a file it is an :class:`io.RawIOBase`: a write that does not fit whole raises
+    OSError(ENOSPC) and writes nothing, seeking past the end is allowed and reading there returns
+    b"", and truncate() accepts the present size only. For many small reads, wrap a window made by
+    :meth:`open` in io.BufferedRandom. There is no buffer protocol, since each CPU access to a
+    dma-buf belongs between DMA_BUF_IOCTL_SYNC START and END. The file methods issue both,
+    :meth:`map` returns a memoryview between them, and each array of :meth:`asarray` and tensor of
+    :meth:`astensor` is one access.
+
+    Thread-safe, except for the position, which seek(), tell(), read(), readinto() and write()
+    share. pread(), pwrite(), preadv(), pwritev() and map() do not use it, and each window has its
+    own. After fork() the child's Buffer works and has the same memory.
+    """
+
+    closes_unasked = False
+    """Whether it may be dropped without close(): the last array made over it closes it."""
+    _closed = True  # until __init__ has ended: a half-made Buffer has nothing to close
+    _descriptors: Sequence[int] = ()
+
+    def __init__(
+        self,
+        slabs: Sequence[Slab],
+        memory: mmap.mmap | None,
+        *,
+        exporter: str,
+        reason: str,
+        name: str | None = None,
+        is_dmabuf: bool = True,
+        writable: bool = True,
+        pin_refusal: str | None = None,
+        map_refusal: str | None = None,
+    ) -> None:
+        """Take over the slabs' descriptors and ``memory``, their mapping; for exporters.
+
+        Args:
+            slabs: the descriptors, in order and without gaps.
+            memory: the mapping of all slabs; None if the CPU cannot map them.
+            exporter: the name of the exporter.
+            reason: a sentence: why this exporter, and why this many slabs.
+            name: the label of the memory.
+            is_dmabuf: whether the slabs are dma-bufs.
+            writable: whether the descriptors are.
+            pin_refusal: why the mapping's pages cannot be pinned; None if they can.
+            map_refusal: why there is no ``memory``.
+        """
+        self._slabs = tuple(slabs)
+        self._starts = [slab.offset for slab in self._slabs]
+        self._memory = memory
+        self._size = sum(slab.size for slab in self._slabs)
+        self._exporter = exporter
+        self._reason = reason
+        self._name = name
+        self._is_dmabuf = is_dmabuf
+        self._access = (memory is not None, memory is not None and writable)
+        self.descriptor_writable = writable
+        self.pin_refusal = map_refusal if memory is None else pin_refusal
+        self.map_refusal = map_refusal
+        self._cached_address: int | None = None
+        self.forget_other_threads()
+        _alive.add(self)
+        self._descriptors = [slab.fd for slab in self._slabs]
+        self._closed = False
+
+    # -- properties
+
+    @property
+    def size(self) -> int:
+        """The size in bytes, a multiple of the page size (or huge page size); never changes."""
+        return self._size
+
+    @property
+    def name(self) -> str | None:
+        """The label of the memory, as the kernel shows it in fdinfo, or None."""
+        return self._name
+
+    @property
+    def exporter(self) -> str:
+        """What made it: "udmabuf", "memfd", a dma-heap's name, or the exporter's own name."""
+        return self._exporter
+
+    @property
+    def reason(self) -> str:
+        """A sentence: why this exporter, and why this many slabs."""
+        return self._reason
+
+    @property
+    def is_dmabuf(self) -> bool:
+        """Whether the slabs are dma-bufs; False for the exporter ``memfd`` only."""
+        return self._is_dmabuf
+
+    @property
+    def slabs(self) -> tuple[Slab, ...]:
+        """The descriptors, in order and without gaps. Raises ClosedError after close."""
+        self.check_open()
+        return self._slabs
+
+    @property
+    def mode(self) -> str:
+        """ "rb+" or "rb", as files have it; "" for memory that the CPU cannot map."""
+        return {(True, True): "rb+", (True, False): "rb"}.get(self._access, "")
+
+    def fileno(self) -> int:
+        """Return the dma-buf's descriptor (the memfd's, from that exporter); the Buffer owns it.
+
+        Raises io.UnsupportedOperation if there are several slabs, ClosedError after close.
+        """
+        self.check_open()
+        if len(self._slabs) > 1:
+            raise io.UnsupportedOperation(
+                f"this buffer is {len(self._slabs)} dma-bufs with a descriptor each: use .slabs, "
+                f"or allocate it in one piece ({self._reason})"
+            )
+        return self._slabs[0].fd
+
+    def readable(self) -> bool:
+        """Return whether the CPU can read it: False only for memory that cannot be mapped."""
+        self.check_open()
+        return self._access[0]
+
+    def writable(self) -> bool:
+        """Return whether the CPU can write it: it is mapped and its descriptor is not read-only."""
+        self.check_open()
+        return self._access[1]
+
+    def __repr__(self) -> str:
+        if not hasattr(self, "_lock"):
+            return "<dmabuf.Buffer (not made)>"
+        label = "" if self._name is None else f" {self._name!r}"
+        slabs = "" if len(self._slabs) == 1 else f" slabs={len(self._slabs)}"
+        mode = "closed" if self._closed else f"mode={self.mode!r}"
+        return (
+            f"<dmabuf.Buffer{label} {format_size(self._size)} exporter={self._exporter!r}"
+            f"{slabs} {mode}>"
+        )
+
+    # -- access by the CPU
+
+    @contextmanager
+    def map(
+        self, mode: str = "r", offset: Size = 0, size: Size | None = None
+    ) -> Iterator[memoryview]:
+        """A memoryview of a range, between DMA_BUF_IOCTL_SYNC START and END.
+
+        Args:
+            mode: "r" (the view is read-only), "w" (bytes that are not written are undefined on
+                machines without coherent DMA) or "rw".
+            offset: bytes, or text such as "1MiB".
+            size: bytes, or text; None is all the rest.
+
+        Entering issues START on each slab of the range, which waits, without bound, for the fences
+        of devices that still use it. Leaving issues END, also after an exception, and releases the
+        view. Slices of the view and arrays made over it stay valid memory after the block: the
+        buffer cannot be closed while they exist (close() raises BufferError, as mmap's does). But
+        devices may not see what they write then, nor they what devices write.
+
+        Raises:
+            ValueError: a range that is not within the buffer, an unknown mode; ClosedError.
+            PermissionError: writing through a read-only descriptor.
+            io.UnsupportedOperation: the CPU cannot map the memory.
+        """
+        read, write = self.check_mode(mode)
+        offset, size = self.check_range(offset, size)
+        with self._lock:
+            self.check_open()
+            self._maps += 1
+        try:
+            with self.cpu_access(read or not _is_whole_pages(offset, size), write, offset, size):
+                view = self.view(offset, size)
+                if not write:
+                    base, view = view, view.toreadonly()
+                    base.release()
+                try:
+                    yield view
+                finally:
+                    with suppress(BufferError):  # an array that was made over it keeps it
+                        view.release()
+        finally:
+            with self._lock:
+                self._maps -= 1
+
+    def open(self, mode: str | None = None, offset: Size = 0, size: Size | None = None) -> "Window":
+        """Return a window: a range of the buffer as a file of its own.
+
+        Args:
+            mode: "r", "w" or "rw" ("r+" and "b" are accepted); by default all that the buffer
+                itself allows.
+            offset: bytes, or text such as "1MiB".
+            size: bytes, or text; None is all the rest.
+
+        The window has its own position. Closing it leaves the buffer open.
+
+        Raises what :meth:`map` raises.
+        """
+        mode = ("rw" if self._access[1] else "r") if mode is None else mode
+        read, write = self.check_mode(mode)
+        return Window(self, *self.check_range(offset, size), read, write)
+
+    asarray = arrays.asarray
+    astensor = arrays.astensor
+    __dlpack__ = arrays.dlpack
+    __dlpack_device__ = arrays.dlpack_device
+
+    # -- fences: see dmabuf.kernel.fence, and docs/explanations/coherency.md
+
+    def wait(self, direction: fence.Access = "read", timeout: float | None = None) -> None:
+        """Return when the dma-bufs' fences allow to read (write) the memory.
+
+        Args:
+            direction: "read" waits for devices that write the buffer, "write" for all that use it.
+            timeout: seconds for all slabs together; None waits without limit, 0 only checks.
+
+        A memfd is not a dma-buf and has no fences, so this returns at once. It is not a CPU access:
+        :meth:`map` and the file methods wait by themselves, and a wait before them bounds that.
+
+        Raises:
+            TimeoutError: a device still uses the buffer.
+            ValueError: another direction, a negative timeout; ClosedError after close.
+        """
+        fence.check_direction(direction)
+        fence.check_timeout(timeout)
+        with self._held():
+            fence.wait(self.dmabufs(0, self._size), direction, timeout)
+
+    def export_fence(self, direction: fence.Access = "read") -> int:
+        """Return a sync file that signals when what :meth:`wait` waits for now has ended.
+
+        It is one descriptor whatever the number of slabs, close-on-exec, and the caller closes it.
+        poll(2) it for POLLIN, or pass it to Vulkan, DRM or another buffer's :meth:`import_fence`.
+        Jobs that are submitted later are not in it.
+
+        Raises:
+            io.UnsupportedOperation: a memfd has no fences (errno EOPNOTSUPP).
+            OSError: the kernel does not support it (Linux before 6.0: ENOTTY).
+            ClosedError: after close.
+        """
+        fence.check_direction(direction)
+        with self._held():
+            return fence.export_sync_file(self._fenced(), direction)
+
+    def import_fence(self, fd: SupportsIndex, direction: fence.Access = "write") -> None:
+        """Add a sync file's fence to each slab: the fence of a job that uses the buffer.
+
+        Args:
+            fd: the sync file; it stays the caller's.
+            direction: "write" if the job writes the buffer, so that everyone waits for it; "read"
+                if it reads, so that only writers wait.
+
+        Transfers, :meth:`wait` and CPU access then wait for it, and so do drivers with implicit
+        synchronization. A fence cannot be removed again.
+
+        Raises:
+            OSError: EINVAL, ``fd`` is not a sync file; and what :meth:`export_fence` raises.
+        """
+        fence.check_direction(direction)
+        with self._held():
+            fence.import_sync_file(self._fenced(), fd, direction)
+
+    def _fenced(self) -> list[int]:
+        if not self._is_dmabuf:
+            raise io.UnsupportedOperation(
+                errno.EOPNOTSUPP,
+                "a memfd is not a dma-buf and has no fences: allocate with exporter='udmabuf'",
+            )
+        return self.dmabufs(0, self._size)
+
+    # -- for the other rooms of this package: the memory
+
+    descriptor_writable: bool
+    """Whether the slabs' descriptors are writable, also where the CPU cannot map them."""
+    pin_refusal: str | None
+    """Why the mapping's pages cannot be pinned for O_DIRECT; None if they can, as far as known. A
+    transfer that finds out otherwise sets it."""
+    map_refusal: str | None
+    """Why the CPU cannot map the memory; None if it can."""
+
+    @property
+    def address(self) -> int | None:
+        """The address of byte 0 of the mapping; None if there is none. ClosedError after close."""
+        if self._cached_address is not None and not self._closed:
+            return self._cached_address
+        with self._lock:
+            self.check_open()
+            if self._cached_address is None and self._memory is not None:
+                self._cached_address = address_of(self._memory)
+            return self._cached_address
+
+    def check_mode(self, mode: str) -> tuple[bool, bool]:
+        """Return whether a mode reads and writes; raise what :meth:`map` raises if impossible."""
+        read, write = parse_mode(mode)
+        self.check_mapped()
+        if write and not self._access[1]:
+            raise PermissionError(
+                errno.EACCES, f"this buffer's descriptor is read-only: mode {mode!r} needs O_RDWR"
+            )
+        return read, write
+
+    def check_mapped(self) -> None:
+        """Raise io.UnsupportedOperation if the CPU cannot map the memory; ClosedError if closed."""
+        self.check_open()
+        if self.map_refusal is not None:
+            raise io.UnsupportedOperation(self.map_refusal)
+
+    def _refuse(self, direction: str) -> NoReturn:
+        self.check_mapped()
+        raise io.UnsupportedOperation(
+            f"this buffer is not {direction}: its descriptor is read-only"
+        )
+
+    def cpu_access(
+        self, read: bool, write: bool, offset: int, size: int
+    ) -> AbstractContextManager[None]:
+        """Issue DMA_BUF_IOCTL_SYNC START and END around CPU access to a range, on each slab."""
+        return _bracket(self.dmabufs(offset, size), read, write)
+
+    def view(self, offset: int, size: int) -> memoryview:
+        """Return a range of the mapping, without START and END; close() raises BufferError then."""
+        with self._lock:
+            self.check_mapped()
+            assert self._memory is not None
+            with memoryview(self._memory) as whole:
+                return whole[offset : offset + size]
+
+    @contextmanager
+    def span(self, offset: int, size: int, *, write: bool) -> Iterator[memoryview]:
+        """The memory of a checked range, between START and END, while the buffer is held open."""
+        with self._held():
+            read = not write or not _is_whole_pages(offset, size)
+            with self.cpu_access(read, write, offset, size), self.view(offset, size) as view:
+                yield view
+
+    def dmabufs(self, offset: int, size: int) -> list[int]:
+        """Return the descriptors of the dma-bufs that a range touches; none for a memfd."""
+        if not self._is_dmabuf or not size:
+            return []
+        first = bisect_right(self._starts, offset) - 1
+        last = bisect_right(self._starts, offset + size - 1)
+        return [slab.fd for slab in self._slabs[first:last]]
+
+    # -- for the other rooms of this package: its lifetime
+
+    _users_of: list[set[object]]
+    _lent_to: object  # the device of `lend`, or None
+    closing: bool
+    """Whether close() runs or has run. A transfer then calls `hold` to learn the outcome."""
+
+    def attach(self, users: set[object], on_close: Callable[[], object]) -> None:
+        """Have close() raise BusyError while `users` is not empty, and call back when it closes.
+
+        A user adds an entry to the set, and only then looks at `closing`.
+        """
+        with self._lock:
+            self.check_open()
+            self._users_of.append(users)
+            self._on_close.append(on_close)
+
+    def detach(self, users: set[object], on_close: Callable[[], object]) -> None:
+        """Take back what `attach` was given."""
+        with self._lock:
+            self._users_of = [one for one in self._users_of if one is not users]
+            if on_close in self._on_close:
+                self._on_close.remove(on_close)
+
+    def check_still_open(self) -> None:
+        """Raise ClosedError if the buffer is closed; waits for a close() under way."""
+        with self._lock:
+            self.check_open()
+
+    def hold(self) -> None:
+        """Keep the buffer open: until :meth:`release`, close() raises BusyError.
+
+        Raises ClosedError after close.
+        """
+        with self._lock:
+            self.check_open()
+            self._users += 1
+
+    def release(self) -> None:
+        """End a :meth:`hold`."""
+        with self._lock:
+            self._users -= 1
+
+    def lend(self, device: object) -> None:
+        """Keep the buffer open for a device that writes to it, until :meth:`take_back`.
+
+        Raises BusyError if anyone else uses the buffer; ClosedError after close.
+        """
+        with self._lock:
+            self.check_open()
+            if self._users or any(self._users_of) or self._lent_to or self._maps:
+                raise BusyError(f"{self!r} is mapped, or a transfer of it runs")
+            self._lent_to = device
+
+    def take_back(self, device: object) -> None:
+        """End a :meth:`lend`, if the buffer is lent to this device; so it can be called twice."""
+        with self._lock:
+            if self._lent_to is device:
+                self._lent_to = None
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        self.hold()
+        try:
+            yield
+        finally:
+            self.release()
+
+    def on_close(self, callback: Callable[[], object]) -> None:
+        """Call back once when the buffer closes, without its lock; nothing uses it by then."""
+        with self._lock:
+            self.check_open()
+            self._on_close.append(callback)
+
+    def not_on_close(self, callback: Callable[[], object]) -> None:
+        """Take back a callback of :meth:`on_close` that was not called yet."""
+        with self._lock, suppress(ValueError):
+            self._on_close.remove(callback)
+
+    def forget_other_threads(self) -> None:
+        """Forget all use: in the child of a fork no thread of the parent goes on.
+
+        No other thread will release a lock there, and pages that the parent's rings pin are not
+        the child's.
+        """
+        self._lock = threading.RLock()
+        self._users = 0
+        self._users_of = []
+        self._lent_to = None
+        self.closing = False
+        self._maps = 0
+        self._on_close: list[Callable[[], object]] = []
+
+    # -- the end
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._closed
+
+    def close(self) -> None:
+        """Unmap the memory and close the descriptors; does nothing if that was done before.
+
+        Raises BusyError while a transfer runs or a device has the buffer (dmabuf.devices), and
+        BufferError, as mmap does, while a memoryview of map() or anything made over one exists. The
+        buffer then stays open and fully usable.
+        """
+        with self._lock:
+            if self._closed:
+                self._dispose()  # what a signal handler's exception interrupted
+                return
+            self.closing = True
+            try:
+                if self._users or any(self._users_of) or self._lent_to:
+                    text = f"cannot close {self!r}: a transfer is running, or a device has it"
+                    raise BusyError(text)
+                try:
+                    if self._maps:
+                        raise BufferError
+                    self._closed = True  # first: a signal handler may start a transfer meanwhile
+                    if self._memory is not None:
+                        self._memory.close()  # BufferError while a view exists
+                except BufferError:
+                    self._closed = False
+                    text = f"cannot close {self!r}: exported pointers exist (map(), an array or a "
+                    raise BufferError(f"{text}tensor); delete them first") from None
+            finally:
+                self.closing = self._closed
+        self._dispose()
+
+    def _dispose(self) -> None:
+        self._memory = None
+        try:
+            while self._on_close:
+                self._on_close.pop()()
+        finally:
+            closing = map(os.close, self._descriptors)
+            self._descriptors = ()  # no call, so no signal's exception, between this and any()
+            any(closing)
+
+    def __del__(self) -> None:
+        if self._closed and not self._descriptors:
+            return
+        if not self._closed and not self.closes_unasked:
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+        # Views of map() may live longer: they keep the mapping, so it is not unmapped here.
+        self._closed = True
+        self._dispose()
+
+
+class Window(RawFile, instead="make another one with Buffer.open()"):
+    """A part of a Buffer as a file of its own, with its own position.
+
+    Made by :meth:`Buffer.open`. Closing it leaves the buffer open; once the buffer is closed, using
+    the window raises ClosedError. It keeps the buffer alive.
+    """
+
+    def __init__(self, buffer: Buffer, offset: int, size: int, read: bool, write: bool) -> None:
+        self._buffer = buffer
+        self._start = offset
+        self._size = size
+        self._access = (read, write)
+        self._closed = False
+
+    @property
+    def size(self) -> int:
+        """The size in bytes; never changes."""
+        return self._size
+
+    @property
+    def offset(self) -> int:
+        """The window's first byte in the buffer."""
+        return self._start
+
+    @property
+    def buffer(self) -> Buffer:
+        """The buffer of the window."""
+        return self._buffer
+
+    @property
+    def name(self) -> str | None:
+        """The buffer's name."""
+        return self._buffer.name
+
+    @property
+    def mode(self) -> str:
+        """ "rb+", "rb" or "wb"."""
+        return {(True, True): "rb+", (True, False): "rb", (False, True): "wb"}[self._access]
+
+    def readable(self) -> bool:
+        """Return whether it was opened for reading."""
+        self.check_open()
+        return self._access[0]
+
+    def writable(self) -> bool:
+        """Return whether it was opened for writing."""
+        self.check_open()
+        return self._access[1]
+
+    def fileno(self) -> NoReturn:
+        """Raise io.UnsupportedOperation: a window has no descriptor."""
+        self.check_open()
+        raise io.UnsupportedOperation("a window has no descriptor: its buffer's slabs have")
+
+    @property
+    def closed(self) -> bool:
+        """Whether this window was closed; it does not change when the buffer is closed."""
+        return self._closed
+
+    def close(self) -> None:
+        """Close the window, not the buffer."""
+        self._closed = True
+
+    def check_open(self) -> None:
+        """Raise ClosedError if the window or its buffer is closed."""
+        super().check_open()
+        if self._buffer.closed:
+            raise ClosedError("the buffer of this window is closed")
+
+    def span(self, offset: int, size: int, *, write: bool) -> AbstractContextManager[memoryview]:
+        """The memory of a checked range, ready for the CPU while the context lasts."""
+        return self._buffer.span(self._start + offset, size, write=write)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"mode={self.mode!r}"
+        return (
+            f"<dmabuf.Window {format_size(self._size)} at {self._start} "
+            f"{state} of {self._buffer!r}>"
+        )
+
+
+def find_buffer(address: int, size: int) -> tuple[Buffer, int] | None:
+    """Return the buffer whose mapping has these bytes, and the offset in it; or None."""
+    for buffer in _living():
+        with suppress(ClosedError):
+            start = buffer.address
+            if start is not None and start <= address and address + size <= start + buffer.size:
+                return buffer, address - start
+    return None
+
+
+_alive: "weakref.WeakSet[Buffer]" = weakref.WeakSet()
+
+
+def _living() -> list[Buffer]:
+    while True:
+        with suppress(RuntimeError):  # another thread made or dropped one meanwhile
+            return list(_alive)
+
+
+def _after_fork() -> None:
+    for buffer in list(_alive):
+        buffer.forget_other_threads()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def _is_whole_pages(offset: int, size: int) -> bool:
+    # Writing a part of a cache line writes back all of it, so the CPU's copy of the rest must be
+    # fresh: START then has READ too. No two pages share a line.
+    return (offset | size) % mmap.PAGESIZE == 0
+
+
+@contextmanager
+def _bracket(fds: Sequence[int], read: bool, write: bool) -> Iterator[None]:
+    """Issue START on each dma-buf, in order; then, whatever happens, END on each that started."""
+    flags = uapi.DMA_BUF_SYNC_READ * read | uapi.DMA_BUF_SYNC_WRITE * write
+    begun: list[int] = []
+    try:
+        for fd in fds:
+            begun.append(fd)  # before: an interrupt right after START must not lose the END
+            try:
+                uapi.sync(fd, uapi.DMA_BUF_SYNC_START | flags)
+            except OSError:
+                begun.pop()
+                raise
+        yield
+    except BaseException:
+        _end(begun, flags)
+        raise
+    error = _end(begun, flags)
+    if error is not None:
+        raise error
+
+
+def _end(begun: Sequence[int], flags: int) -> OSError | None:
+    """Issue END on each, the last first, with the flags of its START; return the first error."""
+    first = None
+    for fd in reversed(begun):
+        try:
+            uapi.sync(fd, uapi.DMA_BUF_SYNC_END | flags)
+        except OSError as error:
+            first = first or error
+    return first

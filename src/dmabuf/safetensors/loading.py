@@ -1,0 +1,227 @@
+"""Loading: all headers are read first, then one array of segments for each file."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from dmabuf.errors import ShortReadError
+from dmabuf.memory import Buffer, allocate, import_optional
+from dmabuf.safetensors.files import Part, Path, read_parts
+from dmabuf.safetensors.header import BITS, NAMES, Entry
+from dmabuf.safetensors.layout import place
+from dmabuf.sizes import parse_size
+from dmabuf.transfer import Audit, Engine, File, Require, Terms, Transfer
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+Framework = Literal["pt", "np"]
+"""PyTorch or NumPy, by the names that ``safetensors.safe_open`` has for them."""
+Tensor: TypeAlias = Any
+"""A PyTorch tensor or a NumPy array: `Framework` decides."""
+
+
+@dataclass(eq=False, repr=False)
+class Tensors(Mapping[str, Tensor]):
+    """The tensors of a model by name, each a view of one buffer, made on first use.
+
+    Made by `load`. A buffer that `load` made closes by itself with the last of this and the views.
+    ``buffer.close()`` closes it earlier, once there are no views. All views that exist at a time
+    are one CPU access (`Buffer.asarray`), which begins with the first of them. Safe to use from
+    several threads.
+    """
+
+    buffer: Buffer
+    """The memory of all tensors."""
+    entries: Mapping[str, Entry]
+    """By name: the format's dtype, the shape, the offset in the buffer, the size in bytes."""
+    metadata: Mapping[str, str]
+    """The files' ``__metadata__``; where several shards have a key, the last one's."""
+    transfers: tuple[Transfer, ...]
+    """One record for each file that bytes were read from."""
+    _framework: Framework
+    _dtypes: dict[str, Any] = field(default_factory=dict, init=False)
+    _flat: weakref.ref[Any] | None = field(default=None, init=False)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return the tensor.
+
+        Raises KeyError for an unknown name, and TypeError for a dtype that the framework lacks
+        (`raw` returns its bytes).
+        """
+        entry = self.entries[name]
+        dtype = self._dtypes.get(entry.dtype)
+        if dtype is None:
+            dtype = self._dtypes[entry.dtype] = _framework_dtype(self._framework, entry.dtype)
+        flat, shape = self._memory(), entry.shape
+        if self._framework == "np":
+            return sys.modules["numpy"].ndarray(shape, dtype, flat, entry.offset)
+        if entry.dtype == "F4":
+            if not shape or shape[-1] % 2:
+                raise ValueError(f"tensor {name!r} in PyTorch: F4 needs an even last dimension")
+            shape = (*shape[:-1], shape[-1] // 2)
+        if not flat.flags.writeable:
+            return self.buffer.astensor(dtype, shape, entry.offset)  # refuses, with the reason
+        raw = flat[entry.offset : entry.offset + entry.nbytes]
+        return sys.modules["torch"].from_numpy(raw).view(dtype).reshape(shape)
+
+    def _memory(self) -> Any:
+        """Return the whole buffer as an array, which all views have in common."""
+        flat: Any = None if self._flat is None else self._flat()
+        if flat is None:
+            flat = self.buffer.asarray()
+            while type(flat.base) is type(flat):
+                flat = flat.base  # NumPy keeps this one alive for each view
+            self._flat = weakref.ref(flat)
+        return flat
+
+    def raw(self, name: str) -> npt.NDArray[np.uint8]:
+        """Return the tensor's bytes as they are in the file, an array over the buffer."""
+        entry = self.entries[name]
+        return self.buffer.asarray("u1", entry.nbytes, entry.offset)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
+
+    def __repr__(self) -> str:
+        return f"<dmabuf.safetensors.Tensors {len(self)} in {self.buffer!r}>"
+
+
+def load(
+    source: Path | Sequence[Path],
+    *,
+    tensors: Iterable[str] | None = None,
+    framework: Framework = "pt",
+    buffer: Buffer | None = None,
+    alignment: int | str | None = None,
+    exporter: str = "auto",
+    name: str | None = None,
+    require: Require = "any",
+    timeout: float | None = None,
+    audit: Audit = "first",
+    engine: Engine | None = None,
+) -> Tensors:
+    """Read the tensors of a model into one Buffer, and return views of them by name.
+
+    All headers are read and checked, and all places planned, before any tensor is read. Each file
+    is then one array of segments: neighbouring pages that hold wanted tensors are one segment,
+    which takes the best route (`File.read_segments`). Tensors that are not wanted are not read,
+    except for what shares a page with a wanted one. One file at a time is open.
+
+    Args:
+        source: a .safetensors file, a list or tuple of them, the index of a sharded model
+            (``model.safetensors.index.json``), or a directory with ``model.safetensors`` or that
+            index.
+        tensors: the names of the wanted tensors; None for all.
+        framework: "pt" for PyTorch tensors, "np" for NumPy arrays.
+        buffer: the destination; None for one allocated by ``exporter`` with ``name``.
+        alignment: of each tensor's offset in the buffer: a power of two, in bytes or such as
+            "4KiB"; at the least, and by default, the size of its dtype. The CPU copies a tensor
+            whose offset in the file is not a multiple of it.
+        require: "zero-copy", "uncached" or "any", as in `File.read_segments`.
+        timeout: seconds to wait for the fences of devices that use ``buffer``.
+        audit: as in `File.read_into`.
+        engine: the engine that runs the transfers.
+
+    Raises:
+        TypeError: ``source`` is not a path or a list of them.
+        ValueError: a file is not a complete and valid safetensors file, or an index names a file
+            that is not beside it; the message has the file and the cause, and nothing was read into
+            the buffer. Also a name in two files, a buffer that is too small, or an invalid
+            argument.
+        KeyError: a name in ``tensors`` that no file has.
+        ImportError: NumPy, PyTorch or ml_dtypes is missing; the message has the command to install.
+        OSError, ShortReadError, RouteUnavailable: as `File.read_segments` raises them.
+    """
+    if framework not in ("pt", "np"):
+        raise ValueError(f"framework={framework!r}: must be 'pt' (PyTorch) or 'np' (NumPy)")
+    if sys.byteorder != "little":
+        raise NotImplementedError("safetensors files are little-endian, and this machine is not")
+    Terms(require=require)
+    if not isinstance(buffer, Buffer | None):
+        raise TypeError(f"load: buffer must be a dmabuf.Buffer, not {type(buffer).__name__}")
+    least = 1 if alignment is None else parse_size(alignment, "alignment")
+    if least < 1 or least & (least - 1):
+        raise ValueError(f"alignment={least} is not a power of two")
+    parts, metadata = read_parts(source, tensors)
+    import_optional("numpy", "dmabuf.safetensors", "dmabuf[arrays]")
+    if framework == "pt":
+        import_optional("torch", "framework='pt'", "torch, or take framework='np'")
+    segments, entries, size = _plan(parts, least)
+    if buffer is None:
+        buffer = allocate(max(size, 1), exporter=exporter, name=name)
+        buffer.closes_unasked = True
+    elif buffer.size < size:
+        raise ValueError(f"load: the tensors need {size} bytes, the buffer has {buffer.size}")
+    transfers = []
+    for part, one in zip(parts, segments, strict=True):
+        if not one:
+            continue
+        with File(part.path, engine=engine) as file:
+            part.check(file.fileno())
+            done = file.read_segments(buffer, one, require=require, timeout=timeout, audit=audit)
+        if done.nbytes < sum(one[2::3]):  # of a single segment, which may be short there
+            text = f"load {part.path}: it became shorter after its header was read"
+            raise ShortReadError(text, 0, done.nbytes)
+        transfers.append(done)
+    return Tensors(buffer, entries, metadata, tuple(transfers), framework)
+
+
+def _plan(parts: Sequence[Part], least: int) -> tuple[list[array[int]], dict[str, Entry], int]:
+    """Return the segments of each file, the tensors in the buffer, and the end of them all."""
+    align = {dtype: max(least, bits // 8) for dtype, bits in BITS.items()}
+    plans, found, at = [], {}, 0
+    for part in parts:
+        entries = part.entries.values()
+        wanted = [(entry.offset, entry.nbytes, align[entry.dtype]) for entry in entries]
+        try:
+            segments, places, at = place(wanted, part.status.st_size, at)
+        except OverflowError:
+            raise ValueError(f"alignment={least} puts tensors beyond 2^64 bytes") from None
+        plans.append(segments)
+        for (name, entry), offset in zip(part.entries.items(), places, strict=True):
+            found[name] = Entry(entry.dtype, entry.shape, offset, entry.nbytes)
+    return plans, found, at
+
+
+def _framework_dtype(framework: Framework, dtype: str) -> Any:
+    name = NAMES[dtype]
+    if framework == "np":
+        library = module = import_optional("numpy", "dmabuf.safetensors", "dmabuf[arrays]")
+        if dtype.startswith(("BF", "F8")):
+            module = import_optional("ml_dtypes", f"NumPy, for {dtype},", "dmabuf[arrays]")
+    else:
+        library = module = import_optional(
+            "torch", "framework='pt'", "torch, or take framework='np'"
+        )
+    found = getattr(module, name, None) if name else None
+    if found is None:
+        text = f"{library.__name__} {library.__version__} has no dtype for {dtype}"
+        raise TypeError(f"{text}: raw() returns the bytes")
+    return library.dtype(found) if framework == "np" else found
+
+
+def load_file(
+    filename: Path, device: object = "cpu", *, framework: Framework = "pt"
+) -> dict[str, Tensor]:
+    """Return all tensors of a file by name: ``safetensors.torch.load_file``, through one Buffer.
+
+    ``framework="np"`` is ``safetensors.numpy.load_file``. The buffer closes with the last tensor.
+
+    Raises ValueError for another device than the CPU, and what `load` raises.
+    """
+    if str(device) != "cpu":
+        raise ValueError(f"load_file: device={device!r}: must be 'cpu'; move tensors with .to()")
+    return dict(load(filename, framework=framework))

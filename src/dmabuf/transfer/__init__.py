@@ -1,0 +1,111 @@
+"""The transfer room: moving bytes between an open file and a Buffer.
+
+`File` is the public face of an open `Target`. A `Link` knows everything about one file, one buffer
+and one direction; it plans, runs and judges a transfer on an `Engine`. What enters here decides how
+bytes move; what makes memory belongs to `memory`, and what copies between any two ends to
+`copying`.
+
+The modules `audit`, `growth` and `stream` belong to the face, too.
+"""
+
+from dmabuf.transfer import audit, growth, stream
+from dmabuf.transfer.audit import (
+    device_of,
+)
+from dmabuf.transfer.compare import (
+    Findings,
+    Mismatch,
+    first_difference,
+)
+from dmabuf.transfer.engine import (
+    Backend,
+    Engine,
+    Job,
+)
+from dmabuf.transfer.file import (
+    SMALL,
+    File,
+    Mode,
+    open,  # noqa: A004 - dmabuf.open is the API
+)
+from dmabuf.transfer.growth import (
+    Growth,
+)
+from dmabuf.transfer.link import (
+    Link,
+)
+from dmabuf.transfer.plan import (
+    ALLOWED,
+    Audit,
+    Direction,
+    Plan,
+    Prefer,
+    Require,
+    Route,
+    Terms,
+    Transfer,
+    plan_in_order,
+    terms_of,
+)
+from dmabuf.transfer.reference import (
+    BLOCK,
+    NamespaceReference,
+    Reference,
+    open_reference,
+)
+from dmabuf.transfer.ring import (
+    Ring,
+    no_native_kernel,
+    why_no_uring,
+)
+from dmabuf.transfer.run import (
+    BLOCKING,
+    Segments,
+    complete,
+    late,
+    segments_of,
+    stopping,
+)
+
+__all__ = [
+    "ALLOWED",
+    "BLOCK",
+    "BLOCKING",
+    "SMALL",
+    "Audit",
+    "Backend",
+    "Direction",
+    "Engine",
+    "File",
+    "Findings",
+    "Growth",
+    "Job",
+    "Link",
+    "Mismatch",
+    "Mode",
+    "NamespaceReference",
+    "Plan",
+    "Prefer",
+    "Reference",
+    "Require",
+    "Ring",
+    "Route",
+    "Segments",
+    "Terms",
+    "Transfer",
+    "audit",
+    "complete",
+    "device_of",
+    "first_difference",
+    "growth",
+    "late",
+    "no_native_kernel",
+    "open",
+    "open_reference",
+    "plan_in_order",
+    "segments_of",
+    "stopping",
+    "stream",
+    "terms_of",
+    "why_no_uring",
+]

@@ -1,0 +1,799 @@
+"""Link: one open file, one buffer, one direction, and everything known about moving bytes between.
+
+A Link computes the facts about its file and its buffer once: the alignment, the reason against each
+route, the core's job. `refresh` drops them when an error contradicts one. Each transfer then costs
+one measuring call of the core, a plan, and one call that runs it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from dmabuf._core import failure, ffi, lib
+from dmabuf.errors import (
+    ClosedError,
+    IntegrityError,
+    RouteUnavailable,
+    ShortReadError,
+    TransferError,
+    os_error,
+)
+from dmabuf.kernel import fence, files, nvme, process
+from dmabuf.memory import Buffer
+from dmabuf.sizes import OFFSET_MAX, Size
+from dmabuf.transfer import audit, stream
+from dmabuf.transfer.engine import Job
+from dmabuf.transfer.growth import growing
+from dmabuf.transfer.plan import (
+    ALLOWED,
+    AUDIT_OFF,
+    NOT_AUDITED,
+    REASONS,
+    ROUTES,
+    ZERO_COPY,
+    Direction,
+    Draft,
+    Plan,
+    Route,
+    Terms,
+    Transfer,
+    no_route,
+    why_nothing_straight,
+    with_nbytes,
+)
+from dmabuf.transfer.run import Segments, Waiter
+from dmabuf.transfer.target import GONE, Target
+
+_CORE_ROUTES = {
+    Route.NATIVE: lib.DMB_NATIVE,
+    Route.DIRECT: lib.DMB_DIRECT,
+    Route.STAGED: lib.DMB_STAGED,
+    Route.BUFFERED: lib.DMB_BUFFERED,
+}
+_NATIVE_ERRORS = {
+    errno.ENODEV: "the device was removed, or its controller goes on being reset",
+    errno.EAGAIN: "the exporter went on moving the dma-buf; something else wants its memory",
+}
+_STALE = "the page cache may keep old bytes of the range; unmap the device, or use another route"
+_MOSTLY_CACHED = 0.9
+"""The part of a range that must be in the page cache for prefer="fastest" to take it there."""
+_RENEWALS = 16
+"""How often a registration is renewed in one transfer after controller resets. Under back-to-back
+resets at most 3 renewals were needed."""
+_AFTER_RESETS = {
+    errno.ENOENT: errno.ENODEV,
+    errno.ENODEV: errno.ENODEV,
+    errno.EIO: errno.EIO,
+    errno.ECANCELED: errno.EIO,
+}
+"""What native requests answer after a controller reset, and the error where resets do not end."""
+_ALONE = "no ring was used: one small request"
+
+
+class Link:
+    """One open file, one buffer, one direction. Safe to use from several threads."""
+
+    def __init__(
+        self,
+        target: Target,
+        buffer: Buffer,
+        direction: Direction,
+        refresh_all: Callable[[], None],
+        close_if_idle: Callable[[], None],
+    ) -> None:
+        """Check that bytes can move in this direction.
+
+        `refresh_all` drops the facts of all links of the file; `close_if_idle` closes the file
+        where it was closed while a transfer ran.
+        """
+        if not isinstance(buffer, Buffer):
+            raise TypeError(f"a dmabuf.Buffer is needed, not {type(buffer).__name__}")
+        self.target = target
+        self._engine = target.engine
+        self._refresh_all = refresh_all
+        self.close_if_idle = close_if_idle
+        self.direction: Direction = direction
+        self.users: set[object] = set()
+        """One entry for each transfer that runs. Neither side closes while there is one."""
+        self.on_close: Callable[[], object] = bool
+        """What the buffer calls when it closes."""
+        self._buffer = weakref.ref(buffer)  # the file must not keep the buffer's memory alive
+        self._check(buffer)
+        self._write = direction == "write"
+        self._refusals: dict[Route, str | None] | None = None
+        self._core: Any = None
+        self._slabs: Any = None
+        self._small: Any = None
+        self._has_plain = False
+        """Whether the core's job has the descriptor without O_DIRECT."""
+        self._direct: files.Direct | None = None
+        self._plans: dict[Route, Plan] = {}
+
+    def _check(self, buffer: Buffer) -> None:
+        target = self.target
+        if buffer.closed:
+            raise ClosedError("the buffer is closed")
+        if self.direction == "read" and not target.readable:
+            text = "the file is not open for reading; open it with mode 'r' or 'r+'"
+            raise os_error(errno.EBADF, text, target.path)
+        if self.direction == "write" and not target.writable:
+            text = "the file is not open for writing; open it with mode 'w', 'r+' or 'x'"
+            raise os_error(errno.EBADF, text, target.path)
+        if self.direction == "read" and not buffer.descriptor_writable:
+            text = "the buffer is read-only; its dma-buf was passed without write access"
+            raise os_error(errno.EACCES, text, target.path)
+
+    def detach(self) -> None:
+        """Take the link off its buffer: the file is closed."""
+        buffer = self._buffer()
+        if buffer is not None:
+            buffer.detach(self.users, self.on_close)
+
+    def refresh(self) -> None:
+        """Drop the facts. The next transfer computes them again."""
+        self._refusals = self._small = None
+
+    @property
+    def buffer(self) -> Buffer:
+        """The buffer."""
+        buffer = self._buffer()
+        if buffer is None:
+            raise ClosedError("the buffer is closed")
+        return buffer
+
+    # -- facts
+
+    def _learn(self) -> dict[Route, str | None]:
+        """Compute why each route is impossible whatever the range; None for no objection."""
+        target, buffer = self.target, self.buffer
+        address = buffer.address
+        no_mapping = None if address is not None else buffer.map_refusal
+        if target.stream is not None:
+            text = f"{target.stream} is read and written in order, by the kernel's copy"
+            refusals: dict[Route, str | None] = dict.fromkeys(ROUTES, text)
+            refusals[Route.BUFFERED] = no_mapping
+            self._refusals = refusals
+            return refusals
+        direct = target.direct()
+        no_direct = direct.refusal or (direct.no_writes if self._write else None)
+        no_cache = None
+        if target.namespace is not None:
+            no_cache = "NVMe passthrough goes past the page cache; a passthrough device has none"
+        refusals = {
+            Route.NATIVE: no_direct or target.no_native(buffer),
+            Route.DIRECT: no_mapping or no_direct or buffer.pin_refusal,
+            Route.STAGED: no_mapping or no_direct,
+            Route.BUFFERED: no_cache or no_mapping,
+        }
+        self._core, self._direct = self._make_core(buffer, address, direct), direct
+        self._plans = {}
+        self._has_plain = False
+        self._small = None
+        if refusals[Route.NATIVE] and not refusals[Route.DIRECT] and target.direct_if_proven():
+            self._small = self._core
+        self._refusals = refusals
+        return refusals
+
+    def _make_core(self, buffer: Buffer, address: int | None, direct: files.Direct) -> Any:
+        target, namespace = self.target, self.target.namespace
+        slabs = buffer.slabs
+        core = ffi.new("struct dmb_job *")
+        core.fd = direct.fd
+        core.plain_fd = target.fd  # for small requests; before any other `_measure` sets it
+        core.offset_align = direct.alignment.offset
+        core.memory_align = direct.alignment.memory
+        core.page = namespace.block if namespace else files.PAGE
+        core.stale_cache = direct.stale_cache
+        if namespace is not None:
+            core.nsid, core.lba_shift = namespace.nsid, namespace.lba_shift
+        core.base = address or 0
+        core.size = buffer.size
+        if buffer.is_dmabuf:
+            core.slabs = self._slabs = ffi.new("int32_t[]", [slab.fd for slab in slabs])
+        core.slab_size = slabs[0].size
+        core.direction = lib.DMB_WRITE if self._write else lib.DMB_READ
+        core.route = lib.DMB_DIRECT
+        core.file_size = 0 if target.kind == "file" else target.size()
+        return core
+
+    # -- planning
+
+    def plan(self, segments: Segments, terms: Terms) -> Plan:
+        """Return the route that a transfer would take now, and why.
+
+        Raises:
+            RouteUnavailable: no route meets the terms.
+            ValueError: a segment leaves the buffer or the largest file offset, or two overlap in
+                the file of a write.
+        """
+        token = object()
+        try:
+            self.users.add(token)
+            self._check_open()
+            if self.target.stream is not None:
+                return self._choose(terms, None)
+            if segments.count > 1:
+                segments = self._joined(segments)
+            return self._choose(terms, self._measure(segments))
+        finally:
+            self.users.discard(token)
+            if self.target.closed:
+                self.close_if_idle()
+
+    def _measure(self, segments: Segments) -> Any:
+        """Return the core's struct dmb_measure of the segments."""
+        measure = ffi.new("struct dmb_measure *")
+        if self._refusals is None:
+            self._learn()
+        if not self._has_plain:
+            before, plain = self.target.direct_refusal, self.target.plain()
+            if self.target.direct_refusal is not before:  # O_DIRECT was given up for it
+                self._refresh_all()
+                self._learn()
+            self._core.plain_fd, self._has_plain = plain, True
+        rc = lib.dmb_job_measure(self._core, segments.array, segments.count, measure)
+        if rc:
+            raise self._bad_segment(-rc, measure.bad, segments)
+        if not measure.file_size:
+            if self.target.had_bytes:
+                self.target.size()  # raises ENODEV where the device is gone
+            elif not self._write:
+                measure.file_size = self.target.end()
+        return measure
+
+    def _joined(self, segments: Segments) -> Segments:
+        """Return the segments with neighbours joined: the block layer may not merge requests."""
+        count = self._measure(segments).joined
+        if count == segments.count:
+            return segments
+        array = ffi.new("uint64_t[]", 3 * count)
+        lib.dmb_segments_join(segments.array, segments.count, array)
+        return Segments(array, count, segments.whole, segments)
+
+    def _bad_segment(self, number: int, index: int, segments: Segments) -> Exception:
+        if number not in (errno.ERANGE, errno.EEXIST, errno.EINVAL):
+            return failure(number, "measuring the transfer", self.target.path)
+        offset, start, size = segments.at(index)
+        if number == errno.EINVAL:
+            try:
+                self.target.check_write(offset, size)
+            except OSError as error:
+                return error
+        which = f"file_offset={offset} buffer_offset={start} size={size}"
+        if segments.whole:
+            which = f"segment {index} ({which})"
+        if number == errno.EEXIST:
+            return ValueError(f"{which} overlaps another segment in the file")
+        return ValueError(
+            f"{which} leaves the buffer of {self.buffer.size} bytes or the largest file offset, "
+            "2^63-1"
+        )
+
+    def _choose(self, terms: Terms, measure: Any) -> Plan:
+        """Return the best route that the facts and the terms permit."""
+        refusals = self._refusals or self._learn()
+        allowed, fixed = ALLOWED[terms.require], True
+        rejected: dict[Route, str] = {}
+        for route in ROUTES if terms.route is None else (Route(terms.route),):
+            why = refusals[route]
+            if why is None and measure is not None and route is not Route.BUFFERED:
+                why = self._objection(route, terms, measure)
+                fixed = fixed and why is None
+            if why is None and route not in allowed:
+                why, fixed = f"require={terms.require!r} does not permit it", False
+            if why is None:
+                if not fixed or terms.route is not None:
+                    return Plan(route, REASONS[self.direction, route], rejected)
+                if route not in self._plans:
+                    self._plans[route] = Plan(route, REASONS[self.direction, route], rejected)
+                return self._plans[route]
+            rejected[route] = why
+        raise no_route(terms, rejected, self.target.path)
+
+    def _objection(self, route: Route, terms: Terms, measure: Any) -> str | None:
+        """Return why a route cannot take these segments; None where it can."""
+        if not measure.nbytes:
+            return "no bytes were asked for" if route is Route.NATIVE else None
+        if terms.prefer == "fastest" and self._is_cached(measure):
+            return "the range is in the page cache, and prefer='fastest' takes it from there"
+        if route is Route.STAGED or self._write:
+            if measure.staged.without_straight == measure.count:
+                return why_nothing_straight(self._core, measure, write=self._write)
+            if route is Route.STAGED:
+                return None
+        fit = measure.native if route is Route.NATIVE else measure.direct
+        if route is Route.NATIVE:
+            why = self._register_native(measure)
+            if why is not None:
+                return why
+            if fit.with_edges and self.buffer.address is None:
+                return (
+                    f"part of it is not whole blocks ({self._core.offset_align} bytes) at a buffer "
+                    f"offset that is a multiple of {self._core.memory_align}, and the CPU cannot "
+                    "map this dma-buf"
+                )
+        if fit.without_straight == measure.count:
+            return why_nothing_straight(self._core, measure, write=self._write)
+        if fit.without_straight and terms.require == "zero-copy":
+            return (
+                f"{fit.without_straight} of the {measure.count} segments have nothing that can "
+                "go straight"
+            )
+        return None
+
+    def _register_native(self, measure: Any) -> str | None:
+        """Register the dma-bufs touched; return why that is refused."""
+        target, buffer = self.target, self.buffer
+        why = target.no_native(buffer)  # an audit may have ruled the pair out meanwhile
+        if why is not None:
+            return why
+        refusal = target.engine.native_refusal(
+            buffer, self._core.fd, measure.buffer_start, measure.buffer_end
+        )
+        if refusal is None:
+            return None
+        if refusal.errno != errno.ENOSPC:  # slots become free again
+            target.rule_out_native(buffer, refusal.why)
+        return refusal.why
+
+    def _is_cached(self, measure: Any) -> bool:
+        size = measure.file_end - measure.file_start
+        pages = self.target.cached_pages(measure.file_start, size)
+        return pages is not None and pages * files.PAGE >= size * _MOSTLY_CACHED
+
+    # -- moving
+
+    def _check_open(self) -> None:
+        """Raise ClosedError where either side is closed."""
+        self.target.check_open()
+        self.buffer.check_still_open()
+
+    def move_small(
+        self, file_offset: Size | None, buffer_offset: Size, size: int, terms: Terms, begun: float
+    ) -> Transfer | None:
+        """Move a small aligned range by one system call; None where it has to go by `move`.
+
+        That is so for edges, the end of the file, a fence that has not signalled, an error, and for
+        offsets that are not an int.
+        """
+        if file_offset is None:
+            file_offset = 0
+        if type(file_offset) is not int or type(buffer_offset) is not int:
+            return None
+        token = object()
+        try:
+            self.users.add(token)
+            small = self.small_job()
+            if small is None:
+                return None
+            try:
+                if not lib.dmb_job_run_small(small, file_offset, buffer_offset, size, terms.fence):
+                    return None
+            except OverflowError:  # a negative one, or one that is too large
+                return None
+        finally:
+            self.users.discard(token)
+            if self.target.closed:
+                self.close_if_idle()
+        return self.small_record(size, terms, begun)
+
+    def small_job(self) -> Any:
+        """Return the core's job of small requests; None where there is none, or not now.
+
+        The caller has added a token to `users`.
+        """
+        buffer = self._buffer()
+        if self.target.owner != process.pid or buffer is None or buffer.closing:
+            return None
+        if self._engine.closed or self._engine.owner not in (None, threading.get_ident()):
+            return None
+        if self._refusals is None:
+            self._learn()
+        return self._small
+
+    def small_record(
+        self, size: int, terms: Terms, begun: float, registration: str = _ALONE
+    ) -> Transfer:
+        """Return the record of a small request that moved all of its bytes."""
+        refusals = self._refusals
+        record: Any = Draft()
+        record.nbytes = size
+        record.route = Route.DIRECT
+        record.reason = REASONS[self.direction, Route.DIRECT]
+        record.rejected = (
+            {} if terms.route or not refusals else {Route.NATIVE: str(refusals[Route.NATIVE])}
+        )
+        record.registered = False
+        record.registration = registration
+        record.seconds = time.perf_counter() - begun
+        record.requests = 1
+        record.reissues = record.copied = 0
+        record.audited = AUDIT_OFF if terms.audit == "off" else NOT_AUDITED
+        record.__class__ = Transfer
+        return record  # type: ignore[no-any-return]
+
+    async def move(
+        self, segments: Segments, terms: Terms, waiter: Waiter, begun: float
+    ) -> Transfer:
+        """Move the segments, and return the record.
+
+        Args:
+            segments: what to move.
+            terms: what the caller asks of the transfer.
+            waiter: how to wait.
+            begun: when the caller was called, by time.perf_counter().
+
+        Raises:
+            OSError, RouteUnavailable, ShortReadError, IntegrityError: as `File.read_into`.
+        """
+        target, token = self.target, object()
+        try:
+            self.users.add(token)
+            buffer = self._buffer()
+            if target.owner != process.pid or buffer is None or buffer.closing:
+                self._check_open()
+            if terms.audit == "always":
+                self._check_audit(segments, terms)
+            if target.stream is not None:
+                return await self._move_stream(segments, terms, waiter, begun)
+            if segments.count > 1 and target.engine.joins:
+                segments = self._joined(segments)
+            if not self._write:
+                return await self._move(segments, terms, waiter, begun)
+            return await self._move_growing(segments, terms, waiter, begun)
+        finally:
+            self.users.discard(token)
+            if target.closed:
+                self.close_if_idle()
+
+    async def _move_growing(
+        self, segments: Segments, terms: Terms, waiter: Waiter, begun: float
+    ) -> Transfer:
+        """Write. The file is made long enough first and cut back where the write fails."""
+        measure = self._measure(segments)
+        # Before the file is changed, because there may be no route, or a timeout.
+        await self._await_fences(self._choose(terms, measure), measure, terms, waiter, begun)
+        try:
+            with ExitStack() as stack:
+                room = self._growing(segments, measure)
+                if room is not None:
+                    await waiter.call(lambda: stack.enter_context(room))
+                transfer = await self._move(segments, terms, waiter, begun)
+        except Exception as error:
+            if terms.sync and getattr(error, "nbytes", 0) > 0:
+                await self._flush_after(error, waiter)
+            raise
+        if terms.sync:
+            await waiter.call(self.target.flush)
+            transfer = replace(transfer, seconds=time.perf_counter() - begun)
+        return transfer
+
+    async def _flush_after(self, failed: Exception, waiter: Waiter) -> None:
+        """Flush what was written before an error, whose `nbytes` becomes 0 if that fails."""
+        try:
+            await waiter.call(self.target.flush)
+        except OSError as error:
+            with_nbytes(failed, 0)
+            failed.add_note(f"what was written before it was not flushed: {error.strerror}")
+
+    def _growing(self, segments: Segments, measure: Any) -> AbstractContextManager[None] | None:
+        target = self.target
+        if not measure.nbytes:
+            return None
+        if target.kind == "file":
+            return growing(target.fd, target.path, segments, measure.nbytes, measure.file_end)
+        if measure.file_end > measure.file_size:
+            text = f"write to {measure.file_end}: the device ends at {measure.file_size}"
+            raise TransferError(errno.ENOSPC, text, target.path)
+        return None
+
+    async def _move(
+        self, segments: Segments, terms: Terms, waiter: Waiter, begun: float
+    ) -> Transfer:
+        target, renewals, failed = self.target, 0, (0, -1)
+        while True:
+            measure = self._measure(segments)
+            plan = self._choose(terms, measure)
+            job = self._job(plan.route, segments, measure)
+            audited = AUDIT_OFF if terms.audit == "off" else NOT_AUDITED
+            starts_past_the_end = not self._write and measure.file_start >= measure.file_size
+            if not measure.nbytes or (starts_past_the_end and segments.count == 1):
+                if measure.nbytes and segments.whole:
+                    index = segments.index(0)
+                    raise ShortReadError(f"{target.path} ends before segment {index}", index, 0)
+                audited = audit.NOTHING if audited == NOT_AUDITED else audited
+                job.result = ffi.new("struct dmb_result *")
+                return self._record(plan, plan.route, plan.reason, job, audited, begun)
+            if measure.in_use or not terms.fence:
+                await self._await_fences(plan, measure, terms, waiter, begun)
+            refusal = target.direct_refusal
+            if plan.route is Route.NATIVE or terms.audit == "always":
+                audited = await self._run_audited(plan, job, segments, terms, waiter)
+            else:
+                await self._run(job, waiter)
+            result = job.result
+            if job.interruption is not None:
+                raise with_nbytes(job.interruption, result.nbytes)
+            if result.error or result.short_segment >= 0:
+                self._check_there(plan, segments, result)
+            if not result.error:
+                break
+            if plan.route is Route.NATIVE and result.failed_straight:
+                before, failed = failed, (result.error, result.error_offset)
+                bad_medium = result.error == errno.EIO and failed == before
+                if result.error in _AFTER_RESETS and not bad_medium and renewals < _RENEWALS:
+                    renewals += 1
+                    if target.engine.renew_native(job.buffer, self._core.fd):
+                        continue
+            if not self._learn_from(plan, job):
+                raise self._failure(plan, result, result.error)
+        if result.short_segment >= 0 and segments.whole:
+            index = segments.index(result.nbytes)
+            text = f"{target.path} ends inside segment {index}"
+            raise ShortReadError(text, index, result.nbytes)
+        route, reason = plan.route, plan.reason
+        if target.direct_refusal is not refusal or (route in ZERO_COPY and not result.straight):
+            route, reason = self._route_used(plan, result, terms, refusal)
+        return self._record(plan, route, reason, job, audited, begun)
+
+    async def _await_fences(
+        self, plan: Plan, measure: Any, terms: Terms, waiter: Waiter, begun: float
+    ) -> None:
+        """Wait for the devices that use the buffer, or check that `fence=False` can be granted."""
+        if not self.buffer.is_dmabuf or not measure.nbytes:
+            return
+        zero_copy = plan.route in ZERO_COPY
+        fit = measure.native if plan.route is Route.NATIVE else measure.direct
+        if terms.fence:
+            start, end = measure.buffer_start, measure.buffer_end
+            await self._wait_unfenced(start, end - start, terms, waiter, begun)
+        elif not zero_copy or fit.with_edges:
+            edges = ", with unaligned edges" if zero_copy else ""
+            text = (
+                "fence=False is for transfers without the CPU, whose access always waits for "
+                f"fences: this one goes by the {plan.route} route{edges}"
+            )
+            raise RouteUnavailable(text, self.target.path, route=plan.route, plan=plan)
+
+    async def _wait_unfenced(
+        self, start: int, size: int, terms: Terms, waiter: Waiter, begun: float
+    ) -> None:
+        fds = self.buffer.dmabufs(start, size)
+        if not fds:
+            return
+        spent = time.perf_counter() - begun
+        access: fence.Access = "read" if self._write else "write"
+        try:
+            await waiter.fences(fds, access, terms.timeout, spent, self.target.path)
+        except TimeoutError as error:
+            raise with_nbytes(error, 0) from None
+
+    def _job(self, route: Route, segments: Segments, measure: Any) -> Job:
+        """Return the job of moving measured segments by a route."""
+        target = self.target
+        core = ffi.new("struct dmb_job *", self._core[0])
+        core.route = _CORE_ROUTES[route]
+        core.file_size = measure.file_size
+        core.slot_size = core.slab_size
+        buffer = self._buffer()
+        assert buffer is not None  # the caller holds it
+        job = Job(core, segments.array, segments.count, measure, buffer, route, target.path)
+        if route is Route.BUFFERED:
+            core.fd = core.plain_fd
+        elif target.namespace is not None:
+            job.limit = target.namespace.limit
+        if self._direct is not None:
+            job.on_zram = self._direct.on_zram
+        if measure.off_block and route is Route.DIRECT:
+            job.no_slots = target.no_slots
+        return job
+
+    async def _run(self, job: Job, waiter: Waiter) -> None:
+        """Have the engine move the segments."""
+        target, measure = self.target, job.measure
+        if measure.file_size == OFFSET_MAX:
+            await stream.read_unsized(target.plain(), job, waiter)
+            return
+        watch = False
+        if not target.cache_watched and job.route is not Route.BUFFERED:
+            start, size = measure.file_start, measure.file_end - measure.file_start
+            watch = target.cache_to_watch(start, size)
+        fit = measure.native if job.route is Route.NATIVE else measure.direct
+        if job.route in ZERO_COPY and not fit.with_edges:
+            await waiter.run(target.engine, job)
+        else:
+            # READ too for a read: what is copied may begin and end within a cache line.
+            first, size = measure.buffer_start, measure.buffer_end - measure.buffer_start
+            with job.buffer.cpu_access(True, not self._write, first, size):
+                await waiter.run(target.engine, job)
+        if watch and not job.result.error:
+            target.saw_cache(start, size)
+            self._refresh_all()
+
+    # -- judging
+
+    def _check_there(self, plan: Plan, segments: Segments, result: Any) -> None:
+        """Raise ENODEV where the device is gone: the kernel reports EIO, ENOSPC or an end."""
+        if self.target.namespace is not None:
+            gone = result.error == errno.ENODEV and not result.nvme_status
+        else:
+            gone = self.target.gone()
+        if gone:
+            if not result.error:
+                result.error_offset = segments.file_offset(result.nbytes)
+            raise self._failure(plan, result, errno.ENODEV, GONE)
+
+    def _learn_from(self, plan: Plan, job: Job) -> bool:
+        """Return whether an error contradicts a fact, after correcting it."""
+        target, result = self.target, job.result
+        if plan.route is Route.BUFFERED:
+            return False
+        learned = False
+        if plan.route is Route.NATIVE and result.failed_straight:
+            learned = target.learn_about_native(job.buffer, result.error)
+        elif result.error == errno.EFAULT and result.failed_straight:
+            job.buffer.pin_refusal = (
+                "the kernel cannot pin the pages behind the buffer's mapping (EFAULT); allocate it "
+                'with exporter="udmabuf" or "memfd"'
+            )
+            learned = True
+        elif self._write or result.error_offset < target.end():  # past the end: says nothing
+            registered = job.registered and target.namespace is None
+            if result.error == errno.EINVAL and registered and job.measure.off_block:
+                target.learn_about_slots()
+                learned = True
+            else:
+                learned = target.learn_from(result.error)
+        if learned:
+            self._refresh_all()
+        return learned
+
+    def _route_used(
+        self, plan: Plan, result: Any, terms: Terms, refusal: str | None
+    ) -> tuple[Route, str]:
+        """Return the route actually used, and why."""
+        now = self.target.direct_refusal
+        if plan.route is not Route.BUFFERED and now and not refusal:
+            route, reason = Route.BUFFERED, now
+        elif plan.route in ZERO_COPY and not result.straight:
+            route, reason = Route.STAGED, "the file ended before its first whole block"
+        else:
+            return plan.route, plan.reason
+        if route not in ALLOWED[terms.require]:
+            text = f"the bytes have moved, but by the {route} route: {reason}"
+            error = RouteUnavailable(text, self.target.path, route=plan.route)
+            raise with_nbytes(error, result.nbytes)
+        return route, reason
+
+    def _failure(self, plan: Plan, result: Any, number: int, why: str | None = None) -> OSError:
+        if why is None and result.nvme_status:
+            why = nvme.status_text(result.nvme_status)
+        elif plan.route is Route.NATIVE and number == errno.EBUSY:
+            why = why or _STALE
+        elif why is None and plan.route is Route.NATIVE and result.failed_straight:
+            number = _AFTER_RESETS.get(number, number)
+            why = _NATIVE_ERRORS.get(number)
+        verb = "write" if self._write else "read"
+        return TransferError(
+            number,
+            f"{verb} at file offset {result.error_offset}, after {result.nbytes} bytes: "
+            f"{why or os.strerror(number)}",
+            self.target.path,
+            nbytes=result.nbytes,
+            file_offset=result.error_offset,
+        )
+
+    def _record(
+        self, plan: Plan, route: Route, reason: str, job: Job, audited: str, begun: float
+    ) -> Transfer:
+        result, seconds = job.result, time.perf_counter() - begun
+        return Transfer(
+            result.nbytes,
+            route,
+            reason,
+            plan.rejected,
+            job.registered,
+            job.registration,
+            seconds,
+            result.requests,
+            result.reissues,
+            result.copied,
+            audited,
+        )
+
+    # -- proof of arrival: see audit.py
+
+    def _check_audit(self, segments: Segments, terms: Terms) -> None:
+        """Refuse audit="always" where there is nothing to compare with."""
+        if self.target.stream is not None:
+            text = (
+                f"audit='always' reads everything a second time, which {self.target.stream} does "
+                "not allow; leave it out"
+            )
+            raise os_error(errno.ESPIPE, text, self.target.path)
+        obstacle = audit.obstacle(self.buffer, segments, self._write, terms.fence)
+        if obstacle is not None and any(size for _, _, size in segments):
+            raise RouteUnavailable(f"audit='always' is impossible: {obstacle}", self.target.path)
+
+    async def _run_audited(
+        self, plan: Plan, job: Job, segments: Segments, terms: Terms, waiter: Waiter
+    ) -> str:
+        """Run the job, and compare the bytes where that is due; return what the record reports."""
+        target, native = self.target, plan.route is Route.NATIVE
+        pair = job.buffer.exporter, target.device()
+        why_not = audit.why_not(job.buffer, segments, terms, pair, self.direction)
+        if why_not is not None:
+            await self._run(job, waiter)
+            return why_not
+        with ExitStack() as stack:
+            try:
+                reference = stack.enter_context(target.reference())
+            except OSError as error:
+                text = f"the file cannot be opened again to read it ({error.strerror})"
+                if terms.audit == "always":
+                    text = f"audit='always' is impossible: {text}"
+                    raise with_nbytes(RouteUnavailable(text, target.path), 0) from None
+                await self._run(job, waiter)
+                return f"not audited: {text}"
+            check = audit.Check(
+                job.buffer,
+                segments,
+                reference,
+                write=self._write,
+                file_size=job.measure.file_size,
+                limit=None if terms.audit == "always" else audit.LIMIT,
+                path=target.path,
+            )
+            await waiter.call(check.prepare)
+            await self._run(job, waiter)
+            result = job.result
+            if result.error or job.interruption or (result.short_segment >= 0 and segments.whole):
+                return NOT_AUDITED
+            try:
+                text = await waiter.call(partial(check.compare, result.nbytes))
+            except IntegrityError as error:
+                if native:
+                    audit.PAIRS.mark(*pair, f"an audit found wrong bytes: {error.strerror}")
+                    self._refresh_all()
+                raise
+            if native and result.straight:
+                audit.PAIRS.show(*pair, self.direction)
+            return text
+
+    # -- streams
+
+    async def _move_stream(
+        self, segments: Segments, terms: Terms, waiter: Waiter, begun: float
+    ) -> Transfer:
+        """Move bytes that can only be read or written in order."""
+        target, buffer = self.target, self.buffer
+        plan = self._choose(terms, None)
+        _, start, size = segments.at(0)
+        buffer.check_range(start, size)
+        if terms.fence:
+            await self._wait_unfenced(start, size, terms, waiter, begun)
+        elif buffer.is_dmabuf and size:
+            text = "fence=False is for transfers without the CPU, and this one is buffered"
+            raise RouteUnavailable(text, target.path, route=plan.route, plan=plan)
+        left = terms.timeout
+        if left is not None:
+            left = max(0.0, left - (time.perf_counter() - begun))
+        transfer = stream.write if self._write else stream.read
+        with (
+            buffer.cpu_access(True, not self._write, start, size),
+            buffer.view(start, size) as view,
+        ):
+            nbytes, requests = await transfer(target.fd, view, left, target.path, waiter)
+        seconds = time.perf_counter() - begun
+        audited = AUDIT_OFF if terms.audit == "off" else NOT_AUDITED
+        how = plan.route, plan.reason, plan.rejected, False, "no ring was used"
+        return Transfer(nbytes, *how, seconds, requests, 0, nbytes, audited)

@@ -1,0 +1,368 @@
+"""One ring of the core, with its tables of registered buffers and files."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import weakref
+from typing import NamedTuple
+
+from dmabuf._core import failure, ffi, lib
+from dmabuf.kernel import log, process
+from dmabuf.memory import Buffer
+
+SLOT_SIZE = 1 << 30
+"""Bytes of a buffer that one registered slot covers: the maximum of io_uring."""
+
+
+class Ring:
+    """One ring of the core with its tables of registered buffers and files.
+
+    The thread that runs a job on the ring holds its lock. The tables have another lock, because any
+    thread may close a buffer, and so unregister it, at any time.
+    """
+
+    def __init__(self, backend: int, depth: int, owner: int | None, flags: int = 0) -> None:
+        flags |= lib.DMB_RING_SINGLE_ISSUER if owner is not None else 0
+        handle = ffi.new("struct dmb_ring **")
+        rc = lib.dmb_ring_create(backend, depth, flags, handle)
+        if rc:
+            raise failure(-rc, "setting up io_uring" if backend == 0 else "starting threads")
+        self.handle = handle[0]
+        self.pid = process.pid
+        self.lock = threading.Lock()
+        self._owner = owner
+        self.untidy = False
+        """Whether slots of closed buffers and files remain to be cleared."""
+        self._unpin: list[int] = []
+        self._unregister: list[int] = []
+        self._forgotten: list[int] = []
+        self._native_refusal: str | None = ""  # not probed yet
+        self._natives: weakref.WeakKeyDictionary[Buffer, dict[int, NativeRegistration]] = (
+            weakref.WeakKeyDictionary()
+        )
+        self.has_natives = False
+        """Whether a dma-buf was ever entered."""
+        info = ffi.new("struct dmb_ring_info *")
+        lib.dmb_ring_get_info(self.handle, info)
+        self.refused = os.strerror(-info.buffer_table) if info.buffer_table else ""
+        # Reentrant: the collector may close a buffer, and so clear slots, at any allocation.
+        self._tables = threading.RLock()
+        self._free_buffers = list(range(lib.DMB_BUFFER_SLOTS - 1, -1, -1))
+        self._free_files = list(range(lib.DMB_FILE_SLOTS - 1, -1, -1))
+        self._buffers: dict[int, Registration] = {}  # by id(); each goes with its buffer
+        self.files: dict[int, int] = {}
+        """The slot of each registered descriptor."""
+
+    def registration(self, buffer: Buffer) -> Registration:
+        """Return the ring's slots for a buffer, all of them empty at first."""
+        found = self._buffers.get(id(buffer))
+        if found is None:
+            with self._tables:
+                found = self._buffers.setdefault(id(buffer), Registration(self, buffer))
+        return found
+
+    def forget_buffer(self, key: int) -> None:
+        """Drop the registration of a buffer that is being closed."""
+        self._buffers.pop(key, None)
+
+    def take_buffer_slot(self, address: int, size: int) -> int:
+        """Pin memory in a free slot, and return the slot or -errno."""
+        with self._tables:
+            if not self._free_buffers:
+                return -errno.ENOSPC
+            slot = self._free_buffers.pop()
+            rc = int(lib.dmb_ring_register_buffer(self.handle, slot, address, size))
+            if rc == 0:
+                return slot
+            self._free_buffers.append(slot)
+            return rc
+
+    def native_refusal(self) -> str | None:
+        """Return why dma-bufs cannot be registered; probed once. None if they can."""
+        if self._native_refusal == "":
+            with self._tables:
+                rc = int(lib.dmb_ring_probe_native(self.handle))
+                self._native_refusal = no_native_kernel(-rc) if rc else None
+        return self._native_refusal
+
+    def native(self, buffer: Buffer, fd: int) -> NativeRegistration:
+        """Return the ring's slots for a dma-buf and an open file, all of them empty at first."""
+        with self._tables:
+            self.has_natives = True
+            by_file = self._natives.setdefault(buffer, {})
+            if fd not in by_file:
+                by_file[fd] = NativeRegistration(self, buffer, fd)
+            return by_file[fd]
+
+    @property
+    def free_buffer_slots(self) -> int:
+        """The number of slots that are empty and need no clearing."""
+        return len(self._free_buffers)
+
+    def take_dmabuf_slot(self, dmabuf: int, target: int) -> int:
+        """Register a dma-buf for an open file in a free slot, and return the slot or -errno."""
+        with self._tables:
+            if not self._free_buffers:
+                return -errno.ENOSPC
+            slot = self._free_buffers.pop()
+            rc = int(lib.dmb_ring_register_dmabuf(self.handle, slot, dmabuf, target))
+            if rc == 0:
+                return slot
+            self._free_buffers.append(slot)
+            return rc
+
+    def renew_dmabuf_slot(self, slot: int, dmabuf: int, target: int) -> int:
+        """Register a dma-buf again in its slot, and return 0 or -errno.
+
+        The kernel replaces the registration in one step, so requests of other jobs never find the
+        slot empty or with another buffer.
+        """
+        with self._tables:
+            return int(lib.dmb_ring_register_dmabuf(self.handle, slot, dmabuf, target))
+
+    def give_dmabuf_slot(self, slot: int) -> None:
+        """Clear a dma-buf's slot now, or at the next job if only the ring's owner may."""
+        with self._tables:
+            self._unregister.append(slot)
+            self.untidy = True
+            if self._owner in (None, threading.get_ident()):
+                self.tidy()
+
+    def give_buffer_slot(self, slot: int) -> None:
+        """Unpin a slot's memory now, or at the next job if only the ring's owner may."""
+        with self._tables:
+            self._unpin.append(slot)
+            self.untidy = True
+            if self._owner in (None, threading.get_ident()):
+                self.tidy()
+
+    def tidy(self) -> None:
+        """Clear the slots of closed buffers and files."""
+        with self._tables:
+            self.untidy = False
+            while self._unpin:
+                slot = self._unpin.pop()
+                if self.handle is not None:
+                    lib.dmb_ring_register_buffer(self.handle, slot, 0, 0)
+                self._free_buffers.append(slot)
+            while self._unregister:
+                slot = self._unregister.pop()
+                if self.handle is not None:
+                    lib.dmb_ring_register_dmabuf(self.handle, slot, -1, -1)
+                self._free_buffers.append(slot)
+            while self._forgotten:
+                slot = self._forgotten.pop()
+                if self.handle is not None:
+                    lib.dmb_ring_register_file(self.handle, slot, -1)
+                self._free_files.append(slot)
+
+    def file_slot(self, fd: int) -> int:
+        """Register a descriptor if a slot is free, and return its slot; -1 for none."""
+        with self._tables:
+            if fd in self.files:
+                return self.files[fd]
+            if not self._free_files:
+                return -1
+            slot = self._free_files.pop()
+            if lib.dmb_ring_register_file(self.handle, slot, fd):
+                self._free_files.append(slot)
+                return -1
+            self.files[fd] = slot
+            return slot
+
+    def forget_file(self, fd: int) -> None:
+        """Remove a descriptor from the tables, before it is closed."""
+        with self._tables:
+            for buffer, by_file in list(self._natives.items()):
+                if fd in by_file:
+                    gone = by_file.pop(fd)
+                    gone.clear()
+                    buffer.not_on_close(gone.clear)
+            slot = self.files.pop(fd, None)
+            if slot is not None:
+                self._forgotten.append(slot)
+                self.untidy = True
+            if self._owner in (None, threading.get_ident()):
+                self.tidy()
+            if self._owner == threading.get_ident() and self.handle is not None:
+                lib.dmb_ring_settle(self.handle)
+
+    def close(self) -> None:
+        """Destroy the ring, on which no job may be running."""
+        if self.pid != process.pid:
+            # A forked child has the ring's memory but none of its threads, and perhaps a lock that
+            # one of them held, so it must not destroy the ring.
+            self.handle = None
+            return
+        with self._tables:
+            handle, self.handle = self.handle, None
+            if handle is not None:
+                lib.dmb_ring_destroy(handle)
+            for registration in list(self._buffers.values()):
+                registration.detach()
+            for buffer, by_file in list(self._natives.items()):
+                for native in by_file.values():
+                    buffer.not_on_close(native.clear)
+
+    def __del__(self) -> None:
+        if getattr(self, "handle", None) is not None:
+            self.close()
+
+
+class Refusal(NamedTuple):
+    """Why a dma-buf was not registered."""
+
+    errno: int
+    why: str
+
+
+class NativeRegistration:
+    """The slots of a dma-buf's slabs for one open file, each filled when a job first needs it."""
+
+    def __init__(self, ring: Ring, buffer: Buffer, fd: int) -> None:
+        self.slots = ffi.new("int32_t[]", [-1] * len(buffer.slabs))
+        self.error = 0
+        self._ring = ring
+        self._fd = fd
+        buffer.on_close(self.clear)
+
+    def fill(self, buffer: Buffer, first: int, last: int) -> Refusal | None:
+        """Register the slabs first..last; return None, or the first refusal."""
+        missing = [index for index in range(first, last + 1) if self.slots[index] < 0]
+        free = self._ring.free_buffer_slots
+        if len(missing) > free:
+            return Refusal(errno.ENOSPC, _table_is_full(len(missing), free))
+        for index in missing:
+            slot = self._ring.take_dmabuf_slot(buffer.slabs[index].fd, self._fd)
+            if slot < 0:
+                return Refusal(-slot, why_not_native(-slot))
+            self.slots[index] = slot
+        return None
+
+    def renew(self, buffer: Buffer) -> bool:
+        """Register the filled slots again; return whether all were accepted."""
+        renewed = True
+        for slab, slot in zip(buffer.slabs, self.slots, strict=True):
+            if slot >= 0:
+                rc = self._ring.renew_dmabuf_slot(slot, slab.fd, self._fd)
+                log.info("registered slot %d again: %s", slot, os.strerror(-rc))
+                renewed = renewed and not rc
+        return renewed
+
+    def clear(self) -> None:
+        """Return all slots to the ring."""
+        for index in range(len(self.slots)):
+            slot, self.slots[index] = self.slots[index], -1
+            if slot >= 0:
+                self._ring.give_dmabuf_slot(slot)
+
+
+class Registration:
+    """The slots of a buffer in one ring, one for each GiB, filled when a job first needs it."""
+
+    def __init__(self, ring: Ring, buffer: Buffer) -> None:
+        count = -(-buffer.size // SLOT_SIZE)
+        self.slots = ffi.new("int32_t[]", [-1] * count)
+        self.seen = 0
+        """Bytes that jobs have moved."""
+        self.refused: str | None = None
+        self._ring = ring
+        self._key = id(buffer)
+        self._buffer = weakref.ref(buffer)
+        buffer.on_close(self.clear)
+
+    def detach(self) -> None:
+        """Cancel the callback on the buffer, because the ring is closed."""
+        buffer = self._buffer()
+        if buffer is not None:
+            buffer.not_on_close(self.clear)
+
+    def fill(self, buffer: Buffer, first: int, last: int) -> bool:
+        """Register the slots first..last; return whether all of them are registered.
+
+        After a refusal the reason is kept in `refused` and no other slot is tried.
+        """
+        for index in range(first, last + 1):
+            if self.slots[index] >= 0:
+                continue
+            if self.refused:
+                return False
+            start = index * SLOT_SIZE
+            size = min(SLOT_SIZE, buffer.size - start)
+            slot = self._ring.take_buffer_slot((buffer.address or 0) + start, size)
+            if slot >= 0:
+                self.slots[index] = slot
+            else:
+                self.refused = _why_not_registered(-slot)
+                log.info("not registering %r: %s", buffer, self.refused)
+                return False
+        return True
+
+    def clear(self) -> None:
+        """Unpin all slots, because the buffer is about to be unmapped."""
+        self._ring.forget_buffer(self._key)
+        for index in range(len(self.slots)):
+            slot, self.slots[index] = self.slots[index], -1
+            if slot >= 0:
+                self._ring.give_buffer_slot(slot)
+
+
+def _why_not_registered(number: int) -> str:
+    if number == errno.ENOMEM:
+        return (
+            "RLIMIT_MEMLOCK does not allow pinning it (ENOMEM): raise it with `ulimit -l`, or run "
+            "with CAP_IPC_LOCK"
+        )
+    if number == errno.EFAULT:
+        return "its mapping has no pages to pin, or is read-only (EFAULT)"
+    return f"registering it failed: {os.strerror(number)}"
+
+
+def why_no_uring(number: int) -> str:
+    """Return why io_uring_setup(2) failed, with the fix."""
+    if number == errno.EPERM:
+        return (
+            "io_uring is refused (EPERM): kernel.io_uring_disabled forbids it, or a seccomp "
+            "filter such as a container's default one does: allow io_uring_setup there"
+        )
+    if number == errno.ENOSYS:
+        return (
+            "io_uring is missing (ENOSYS): the kernel is older than 5.11 or built without "
+            "CONFIG_IO_URING, or a seccomp filter hides it"
+        )
+    if number == errno.ENOMEM:
+        return "io_uring is refused (ENOMEM): raise RLIMIT_MEMLOCK with `ulimit -l`"
+    return f"io_uring is refused: {os.strerror(number)}"
+
+
+def no_native_kernel(number: int) -> str:
+    """Return why the probe for dma-buf registered buffers failed."""
+    if number == errno.EINVAL:
+        return (
+            "this kernel has no dma-buf registered buffers (EINVAL): it needs the series "
+            '"Add dmabuf read/write via io_uring"'
+        )
+    return f"dma-bufs cannot be registered with this engine: {os.strerror(number)}"
+
+
+def _table_is_full(wanted: int, free: int) -> str:
+    return (
+        f"the transfer touches {wanted} more slabs, and {free} slots are free of the "
+        f"{lib.DMB_BUFFER_SLOTS} of a ring's table: close other buffers, or use larger slabs"
+    )
+
+
+def why_not_native(number: int) -> str:
+    """Return why a dma-buf was not registered for a target, or its first request failed."""
+    if number == errno.EOPNOTSUPP:
+        return (
+            "the target does not move dma-bufs itself (EOPNOTSUPP); open an NVMe namespace or its "
+            "partition as a block device"
+        )
+    if number == errno.ENOMEM:
+        return "the device could not map the dma-buf (ENOMEM): slabs of at most 1 GiB are safe"
+    if number == errno.EFAULT:
+        return "the device could not reach the dma-buf (EFAULT)"
+    return f"the dma-buf could not be registered for the target: {os.strerror(number)}"

@@ -1,0 +1,265 @@
+"""`dmabuf doctor`: what the machine and every kind of path support, and nothing of it changed."""
+
+import dataclasses
+import json
+import os
+import platform
+import resource
+import socket
+from pathlib import Path
+
+import pytest
+
+from dmabuf.inspect import Answer, doctor, examine_machine
+from dmabuf.memory import allocate, exporters
+from dmabuf.transfer.plan import Route
+from tests.forking import in_child as forked
+from tests.guards import needs
+from tests.support import assert_same, in_child, mounted, pattern, zram
+from tests.unit.command import dmabuf
+
+Capture = pytest.CaptureFixture[str]
+
+
+def report(capsys: Capture, path: object) -> dict:
+    ended = dmabuf(capsys, "doctor", "--json", path)
+    assert (ended.status, ended.err) == (0, "")
+    return json.loads(ended.out)["path"]
+
+
+def test_the_machine(capsys: Capture) -> None:
+    ended = dmabuf(capsys, "doctor")
+    assert (ended.status, ended.err) == (0, "")
+    lines = ended.out.splitlines()
+    assert lines[0].startswith("dmabuf 0.")
+    for group in ("kernel", "io_uring", "exporters", "limits"):
+        assert group in lines
+    for line in lines[1:]:
+        assert not line or line.isidentifier() or line.startswith(("  yes ", "  no  ", "      "))
+
+
+def test_json(capsys: Capture) -> None:
+    ended = dmabuf(capsys, "doctor", "--json")
+    told = json.loads(ended.out)
+    assert set(told) == {
+        "format", "version", "release", "architecture", "page_size", "kernel", "io_uring",
+        "exporters", "limits", "path",
+    }  # fmt: skip
+    assert told["format"] == 1
+    assert told["path"] is None
+    for group in ("kernel", "io_uring", "exporters", "limits"):
+        assert told[group]
+        for answer in told[group].values():
+            assert set(answer) == {"ok", "detail", "fix"}
+            assert isinstance(answer["ok"], bool)
+            assert answer["detail"]
+
+
+def test_a_file_is_not_changed(tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "f"
+    data = pattern(100_000, 1)
+    path.write_bytes(data)
+    before = path.stat()
+    told = report(capsys, path)
+    assert_same(path.read_bytes(), data, "the file")
+    assert path.stat().st_mtime_ns == before.st_mtime_ns
+    assert (told["kind"], told["size"], told["path"]) == ("file", 100_000, str(path))
+    assert told["filesystem"]
+    for direction in ("read", "write"):
+        assert told[direction]["ok"]
+        assert told[direction]["route"] in list(Route)
+    if told["direct"]["ok"]:
+        assert told["direct"]["offset_alignment"] in (512, 1024, 2048, 4096)
+        assert told["read"]["zero_copy"] == (told["read"]["route"] in ("native", "direct"))
+
+
+def test_a_directory_keeps_nothing(tmp_path: Path, capsys: Capture) -> None:
+    told = report(capsys, tmp_path)
+    assert told["kind"] == "directory"
+    assert told["read"]["ok"]
+    assert told["write"]["ok"]
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_empty_file(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "f").touch()
+    told = report(capsys, tmp_path / "f")
+    assert told["read"]["reason"] == "it is empty: there is nothing to read"
+    assert told["write"]["ok"]
+
+
+def test_streams_are_not_opened(tmp_path: Path, capsys: Capture) -> None:
+    """Opening a FIFO would wait for its other end."""
+    os.mkfifo(tmp_path / "fifo")
+    assert report(capsys, tmp_path / "fifo")["read"]["route"] == "buffered"
+    with socket.socket(socket.AF_UNIX) as one:
+        one.bind(str(tmp_path / "socket"))
+        assert report(capsys, tmp_path / "socket")["kind"] == "socket"
+    told = report(capsys, "/dev/null")
+    assert told["kind"] == "character device"
+    assert "in order" in told["write"]["rejected"]["direct"] + told["write"]["reason"]
+
+
+def test_a_path_that_may_only_be_read(tmp_path: Path, capsys: Capture, monkeypatch) -> None:
+    (tmp_path / "f").write_bytes(b"x" * 5000)
+    opened = os.open
+
+    def read_only(path, flags, *more, **how):
+        if str(path).endswith("/f") and flags & os.O_ACCMODE != os.O_RDONLY:
+            raise PermissionError(13, "Permission denied", path)
+        return opened(path, flags, *more, **how)
+
+    monkeypatch.setattr(os, "open", read_only)
+    told = report(capsys, tmp_path / "f")
+    assert told["read"]["ok"]
+    assert (told["write"]["ok"], told["write"]["reason"]) == (False, "Permission denied")
+
+
+def test_a_path_that_is_not_there(tmp_path: Path, capsys: Capture) -> None:
+    text = f"{tmp_path}/none: No such file or directory"
+    ended = dmabuf(capsys, "doctor", tmp_path / "none")
+    assert (ended.status, ended.err) == (1, f"error: {text}\n")
+    ended = dmabuf(capsys, "doctor", "--json", tmp_path / "none")
+    assert (ended.status, ended.out) == (1, "")
+    assert json.loads(ended.err)["error"]["message"] == text
+
+
+def test_a_name_that_is_not_utf8(tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / os.fsdecode(b"\xff")
+    path.write_bytes(b"x")
+    assert report(capsys, path)["path"] == str(path)
+    capsys.readouterr()
+
+
+@needs("zram", "ext4")
+def test_filesystem_of_the_innermost_mount(tmp_path: Path, capsys: Capture) -> None:
+    outer = report(capsys, tmp_path)["filesystem"]
+    folder = tmp_path / "a b"
+    with zram(32 << 20) as device, mounted(device, "ext4", folder, "-O", "^has_journal"):
+        (folder / "f").touch()
+        (tmp_path / "a bc").touch()
+        assert report(capsys, folder / "f")["filesystem"] == "ext4"
+        assert report(capsys, folder)["filesystem"] == "ext4"
+        assert report(capsys, tmp_path / "a bc")["filesystem"] == outer
+    assert report(capsys, "/proc/self/status")["filesystem"] == "proc"
+
+
+def test_without_memory_to_be_had(tmp_path: Path, capsys: Capture, monkeypatch) -> None:
+    def refuse(*_a: object, **_k: object) -> None:
+        raise OSError(12, "not tried: nothing is left")
+
+    monkeypatch.setattr(doctor, "allocate", refuse)
+    ended = dmabuf(capsys, "doctor")
+    assert (ended.status, ended.err) == (0, "")
+    assert "no  memfd: " in ended.out
+    ended = dmabuf(capsys, "doctor", tmp_path)
+    assert (ended.status, ended.err) == (1, "error: not tried: nothing is left\n")
+
+
+# -- the machine
+
+
+def answers(group: tuple[Answer, ...]) -> dict[str, Answer]:
+    return {answer.name: answer for answer in group}
+
+
+def test_the_examination_is_frozen_and_leaves_nothing_behind(capsys: Capture) -> None:
+    before = sorted(os.listdir("/proc/self/fd"))
+    found = examine_machine()
+    assert sorted(os.listdir("/proc/self/fd")) == before
+    assert capsys.readouterr() == ("", "")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        found.release = "x"
+    assert found.release == os.uname().release
+    for group in (found.kernel, found.io_uring, found.exporters, found.limits):
+        assert len(answers(group)) == len(group), "each name once"
+        assert all(answer.detail for answer in group)
+
+
+def test_it_answers_what_allocate_does() -> None:
+    found = answers(examine_machine().exporters)
+    for name in ("udmabuf", "memfd"):
+        try:
+            allocate(4096, exporter=name).close()
+        except OSError:
+            assert not found[name].ok
+        else:
+            assert found[name].ok
+
+
+_REFUSED = """
+import ctypes, errno, json, struct, sys
+from dmabuf.inspect import examine_machine
+numbers = [int(number) for number in sys.argv[1:]]
+steps = [(0x20, 0, 0, 0)] + [(0x15, len(numbers) - at, 0, one) for at, one in enumerate(numbers)]
+steps += [(0x06, 0, 0, 0x7FFF0000), (0x06, 0, 0, 0x00050000 | errno.EPERM)]
+program = b"".join(struct.pack("=HBBI", *step) for step in steps)
+memory = ctypes.create_string_buffer(program)
+header = struct.pack("=H6xQ", len(steps), ctypes.addressof(memory))
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, header, 0, 0) == 0
+found = examine_machine()
+groups = (found.kernel, found.io_uring, found.exporters)
+print(json.dumps({one.name: [one.ok, one.detail, one.fix] for group in groups for one in group}))
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="needs x86-64's system call numbers")
+def test_refused_system_calls() -> None:
+    """seccomp refuses io_uring_setup, memfd_create and cachestat: each is a no, none a crash."""
+    found = json.loads(in_child(_REFUSED, 425, 319, 451))
+    ok, detail, fix = found["io_uring"]
+    assert not ok and "EPERM" in detail and "threads take its place" in detail
+    assert "seccomp" in fix or "sysctl" in fix
+    assert found["memfd"][:2] == [False, "Operation not permitted"]
+    assert not found["cachestat"][0]
+
+
+def test_exporters_that_are_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(exporters, "UDMABUF", str(tmp_path / "udmabuf"))
+    monkeypatch.setattr(exporters, "HEAPS", str(tmp_path / "heaps"))
+    found = answers(examine_machine().exporters)
+    assert (found["udmabuf"].ok, found["udmabuf"].detail) == (
+        False,
+        f"{tmp_path}/udmabuf: no such device",
+    )
+    assert "CONFIG_UDMABUF" in found["udmabuf"].fix
+    assert not found["dma-heap"].ok
+    (tmp_path / "heaps").mkdir()
+    (tmp_path / "heaps/cma").touch()  # a file, so the allocation is refused: ENOTTY
+    found = answers(examine_machine().exporters)
+    assert "dma-heap" not in found
+    assert not found["dma-heap cma"].ok
+
+
+@needs("root")
+def test_limits_of_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a user namespace CAP_IPC_LOCK is shown but does not count: the doctor pins to find out."""
+
+    def look() -> None:
+        import ctypes
+
+        limit = 8 << 20
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (limit, limit))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (100, 200))
+        assert answers(examine_machine().limits)["pinned memory"].ok
+        descriptors = answers(examine_machine().limits)["descriptors"]
+        assert (descriptors.ok, descriptors.fix) == (False, "ulimit -n 200")
+        if ctypes.CDLL(None).unshare(0x10000000) == 0:  # CLONE_NEWUSER
+            pinned = answers(examine_machine().limits)["pinned memory"]
+            assert not pinned.ok and "does not count in this user namespace" in pinned.detail
+
+    def unprivileged() -> None:
+        limit = 8 << 20
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (limit, limit))
+        os.setuid(65534)
+        pinned = answers(examine_machine().limits)["pinned memory"]
+        assert not pinned.ok and "without CAP_IPC_LOCK" in pinned.detail
+        assert "CAP_IPC_LOCK" in pinned.fix
+
+    examine_machine()  # imports everything before the rights go
+    for work in (look, unprivileged):
+        forked(work)
+    unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: unlimited)
+    assert "unlimited" in answers(examine_machine().limits)["pinned memory"].detail

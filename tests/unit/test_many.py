@@ -1,0 +1,202 @@
+"""read_files and write_files, in the calling thread and in event loops: many files in one call."""
+
+import contextlib
+import os
+import stat
+
+import pytest
+
+import dmabuf
+from dmabuf import aio
+from dmabuf.transfer import Terms
+from tests.guards import needs
+from tests.support import assert_same, let_go, pattern, poison, run
+
+SIZE = 256 << 10
+
+
+@pytest.fixture(params=["blocking", "asyncio", "trio"])
+def many(request):
+    """The two functions, each called to its end."""
+    if request.param == "blocking":
+        return dmabuf
+    import anyio
+
+    class Many:
+        def __getattr__(self, name):
+            function = getattr(aio, name)
+
+            def call(*arguments, **keywords):
+                async def main():
+                    return await function(*arguments, **keywords)
+
+                return anyio.run(main, backend=request.param)
+
+            return call
+
+    return Many()
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Paths of 40 files, and their bytes."""
+    made = {}
+    for index in range(40):
+        path = tmp_path / f"in-{index}"
+        made[path] = pattern(SIZE - 13 * (index % 3), index)
+        path.write_bytes(made[path])
+    return made
+
+
+@pytest.fixture
+def buffer():
+    with dmabuf.allocate(41 * SIZE) as buffer:
+        with buffer.map("w") as view:
+            view[:] = poison(len(view))
+        yield buffer
+
+
+@contextlib.contextmanager
+def small_disk(folder):
+    run("mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder)
+    try:
+        yield
+    finally:
+        let_go(lambda: run("umount", folder))
+
+
+def content(buffer, start=0, size=None):
+    with buffer.map("r", start, size) as view:
+        return bytes(view)
+
+
+@pytest.mark.parametrize("queue_depth", [1, 7, 64])
+@pytest.mark.parametrize("terms", [None, Terms(route="staged"), Terms(route="buffered")])
+def test_every_byte_is_read_to_its_place(many, files, buffer, queue_depth, terms):
+    records = [(path, 0, SIZE, index * SIZE) for index, path in enumerate(files)]
+    done = many.read_files(records, buffer, queue_depth=queue_depth, terms=terms)
+    expected = poison(buffer.size)
+    for index, (record, data) in enumerate(zip(done, files.values(), strict=True)):
+        assert record.nbytes == len(data)
+        at = index * SIZE
+        expected = expected[:at] + data + expected[at + len(data) :]
+    assert_same(content(buffer), expected, "the buffer")
+
+
+def test_offsets_and_sizes_of_any_kind(many, files, buffer):
+    path, data = next(iter(files.items()))
+    done = many.read_files([dmabuf.FileRange(path, 5, "1KiB", 3)], buffer)
+    assert done[0].nbytes == 1024
+    poisoned = poison(buffer.size)
+    assert_same(content(buffer), poisoned[:3] + data[5:1029] + poisoned[1027:], "the buffer")
+
+
+def test_the_error_of_one_file_is_its_result(many, files, buffer, tmp_path):
+    path, data = next(iter(files.items()))
+    missing, folder = tmp_path / "missing", tmp_path / "folder"
+    folder.mkdir()
+    records = [(missing, 0, 1, 0), (path, 0, len(data), SIZE), (folder, 0, 1, 0)]
+    none, read, directory = many.read_files(records, buffer)
+    assert isinstance(none, FileNotFoundError) and none.filename == str(missing)
+    assert isinstance(directory, IsADirectoryError) and directory.filename == str(folder)
+    assert read.nbytes == len(data)
+    assert_same(content(buffer, 0, SIZE), poison(buffer.size)[:SIZE], "the buffer before")
+    assert_same(content(buffer, SIZE, len(data)), data, "the file")
+
+
+@pytest.mark.parametrize(
+    ("record", "error"),
+    [
+        (("new", 0, 1, 41 * SIZE), ValueError),
+        (("new", 2**63 - 1, 1, 0), ValueError),
+        (("new", -1, 1, 0), ValueError),
+        (("new\0", 0, 1, 0), ValueError),
+        (("new", 0, 1), TypeError),
+        ((3, 0, 1, 0), TypeError),
+    ],
+)
+def test_wrong_arguments_touch_nothing(many, files, buffer, tmp_path, record, error):
+    good = (next(iter(files)), 0, SIZE, 0)
+    with pytest.raises(error):
+        many.read_files([good, record], buffer)
+    assert_same(content(buffer), poison(buffer.size), "the buffer")
+    os.chdir(tmp_path)
+    with pytest.raises(error):
+        many.write_files([("good", 0, SIZE, 0), record], buffer)
+    assert not os.path.exists("good") and not os.path.exists("new")
+
+
+def test_one_path_is_written_once(many, buffer, tmp_path):
+    with pytest.raises(ValueError, match="the same file"):
+        many.write_files([(tmp_path / "a", 0, 1, 0), (f"{tmp_path}/./a", 0, 1, 1)], buffer)
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("terms", [None, Terms(sync=True)])
+def test_every_byte_is_written(many, buffer, tmp_path, terms):
+    data = pattern(buffer.size, 9)
+    with buffer.map("w") as view:
+        view[:] = data
+    old = tmp_path / "out-3"
+    old.write_bytes(b"old" * SIZE)
+    old.chmod(0o640)
+    records = [
+        (tmp_path / f"out-{index}", 7 * (index % 2), SIZE - index, index * SIZE + index % 3)
+        for index in range(40)
+    ]
+    done = many.write_files(records, buffer, terms=terms)
+    for record, (path, offset, size, start) in zip(done, records, strict=True):
+        assert record.nbytes == size
+        assert_same(path.read_bytes(), bytes(offset) + data[start : start + size], str(path))
+    assert stat.S_IMODE(old.stat().st_mode) == 0o640
+    assert len(os.listdir(tmp_path)) == 40
+
+
+@needs("root")
+def test_a_file_that_cannot_be_whole_stays_as_it_was(many, buffer, tmp_path):
+    """On a disk of 1 MiB that is full, the files that fit are written, and the old one stays."""
+    with small_disk(tmp_path):
+        (tmp_path / "old").write_bytes(b"old")
+        records = [
+            (tmp_path / "old", 0, 8 * SIZE, 0),
+            (tmp_path / "new", 0, SIZE, 0),
+            (tmp_path / "large", 0, 9 * SIZE, 0),
+        ]
+        old, new, large = many.write_files(records, buffer, queue_depth=1)
+        assert old.errno == large.errno == 28 and old.filename == str(tmp_path / "old")
+        assert new.nbytes == SIZE
+        assert_same((tmp_path / "new").read_bytes(), content(buffer, 0, SIZE), "new")
+        assert (tmp_path / "old").read_bytes() == b"old"
+        assert sorted(os.listdir(tmp_path)) == ["new", "old"]
+
+
+def test_what_is_no_regular_file_is_not_written(many, buffer, tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    fifo, folder = many.write_files([(tmp_path / "fifo", 0, 1, 0), (tmp_path, 0, 1, 0)], buffer)
+    assert fifo.errno == 22 and isinstance(folder, IsADirectoryError)
+
+
+@pytest.mark.parametrize("verb", ["read_files", "write_files"])
+def test_an_interrupt_ends_it_when_the_memory_is_free(buffer, files, tmp_path, verb, monkeypatch):
+    """The buffer can be closed at once, no later file is begun, and no file is left half done."""
+    opened, real = [], os.open
+
+    def interrupted(path, *arguments, **keywords):
+        opened.append(str(path))
+        if len(opened) == 21:
+            raise KeyboardInterrupt
+        return real(path, *arguments, **keywords)
+
+    out = tmp_path / "out"
+    out.mkdir()
+    names = [out / name.name for name in files] if verb == "write_files" else list(files)
+    records = [(path, 0, SIZE, index * SIZE) for index, path in enumerate(names)]
+    before = sorted(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(os, "open", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        getattr(dmabuf, verb)(records, buffer)
+    monkeypatch.undo()
+    assert len(opened) == 21 and sorted(os.listdir("/proc/self/fd")) == before
+    for path in out.iterdir():
+        assert path.stat().st_size == SIZE
+    buffer.close()
