@@ -22,6 +22,7 @@ from dmabuf import BusyError, ClosedError, aio
 from dmabuf.aio import engine as engine_module
 from dmabuf.aio import requests as requests_module
 from dmabuf.aio import waiter as waiter_module
+from dmabuf.transfer import engine as transfer_engine_module
 from dmabuf.transfer import growth
 from tests.support import assert_same, pattern, poison
 
@@ -94,7 +95,7 @@ class Device:
 @pytest.fixture
 def device(monkeypatch):
     made = Device(engine_module.lib)
-    for module in (engine_module, requests_module, waiter_module):
+    for module in (transfer_engine_module, engine_module, requests_module, waiter_module):
         monkeypatch.setattr(module, "lib", made)
     return made
 

@@ -263,10 +263,10 @@ def test_after_close(buf):
 def is_idle(buf):
     """Whether nobody holds the buffer."""
     try:
-        buf.hold(alone=True)
+        buf.lend("a device")
     except BusyError:
         return False
-    buf.release()
+    buf.take_back("a device")
     return True
 
 
@@ -533,7 +533,7 @@ def test_no_route_is_told_before_any_wait(tmp_path, source, kernel):
         hold(buffer.fileno(), "write")
         with pytest.raises(RouteUnavailable, match="it is a test"):
             file.read_into(buffer, require="zero-copy")
-        with pytest.raises(ValueError, match="past the buffer's end"):
+        with pytest.raises(ValueError, match="leaves the buffer of 262144 bytes"):
             file.read_into(buffer, SIZE + 1)
 
 
@@ -619,7 +619,7 @@ def test_fence_false_is_refused_for_a_stream(buf):
     ours, theirs = socket.socketpair()
     with ours, theirs, dmabuf.open(theirs.fileno(), "r") as file:
         ours.send(b"once")
-        with pytest.raises(RouteUnavailable, match="buffered route"):
+        with pytest.raises(RouteUnavailable, match="this one is buffered"):
             file.read_into(buf, 4, fence=False)
         assert theirs.recv(4) == b"once"
 

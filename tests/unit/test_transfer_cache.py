@@ -115,6 +115,12 @@ def test_half_of_it_cached_is_not_enough(cold, buf):
         assert file.plan(buf, size=SIZE // 4, prefer="fastest").route is Route.BUFFERED
 
 
+def _make_unknown(monkeypatch):
+    """Have all files on a filesystem of which nothing is known."""
+    monkeypatch.setattr(files, "_filesystems", {})
+    monkeypatch.setattr(lib, "dmb_statfs_type", lambda _fd: 0)
+
+
 @pytest.fixture
 def through_the_cache(cold, monkeypatch):
     """A filesystem that takes O_DIRECT and does as it likes, made of a good one and the cache.
@@ -123,7 +129,7 @@ def through_the_cache(cold, monkeypatch):
     """
     _, fd = cold
     real = lib.dmb_cachestat
-    monkeypatch.setattr(lib, "dmb_statfs_type", lambda _fd: 0)  # one that nothing is known of
+    _make_unknown(monkeypatch)
 
     def arrange(times):
         left = [times]
@@ -203,6 +209,7 @@ def test_pages_that_somebody_else_had_read_do_not_count(cold, buf, through_the_c
 def test_btrfs_with_checksums_is_not_written_past_the_cache(cold, buf, monkeypatch):
     """What was read of it does not make small writes go past it."""
     path, _ = cold
+    _make_unknown(monkeypatch)
     real = files.open_direct
 
     def open_direct(*args, **how):

@@ -16,8 +16,9 @@ import pytest
 
 from dmabuf import BusyError, ClosedError
 from dmabuf.devices import vulkan
+from dmabuf.devices import vulkan as vulkan_module
 from dmabuf.kernel import uapi
-from dmabuf.memory import Buffer, Slab, exporters
+from dmabuf.memory import Buffer, Slab
 from tests import forking
 from tests.resources import held
 from tests.support import in_child
@@ -303,7 +304,7 @@ def exported(fake, monkeypatch):
         return Buffer([Slab(os.dup(fd), 0, SIZE)], None, exporter="test", reason="exported")
 
     fake.exported = lambda: os.memfd_create("exported")
-    monkeypatch.setattr(exporters, "from_fd", from_fd)
+    monkeypatch.setattr(vulkan_module, "from_fd", from_fd)
     return names
 
 
