@@ -16,26 +16,11 @@ static int by_file_offset(const void *a, const void *b)
 	return left[0] < right[0] ? -1 : left[0] > right[0];
 }
 
-static int find_overlap(const uint64_t **order, size_t count, const uint64_t *segments,
-			uint64_t *ret)
-{
-	for (size_t i = 1; i < count; i++) {
-		const uint64_t *later;
-
-		if (order[i - 1][0] + order[i - 1][2] <= order[i][0])
-			continue;
-		later = order[i - 1] > order[i] ? order[i - 1] : order[i];
-		*ret = (uint64_t)(later - segments) / 3;
-		return -EEXIST;
-	}
-	return 0;
-}
-
 static int check_overlap(const uint64_t *segments, size_t count, uint64_t *ret)
 {
 	const uint64_t **order = malloc((count ? count : 1) * sizeof(*order));
 	size_t used = 0;
-	int rc;
+	int rc = 0;
 
 	if (!order)
 		return -ENOMEM;
@@ -43,7 +28,14 @@ static int check_overlap(const uint64_t *segments, size_t count, uint64_t *ret)
 		if (segments[3 * i + 2])
 			order[used++] = segments + 3 * i;
 	qsort(order, used, sizeof(*order), by_file_offset);
-	rc = find_overlap(order, used, segments, ret);
+	for (size_t i = 1; i < used && !rc; i++) {
+		const uint64_t *later = order[i - 1] > order[i] ? order[i - 1] : order[i];
+
+		if (order[i - 1][0] + order[i - 1][2] <= order[i][0])
+			continue;
+		*ret = (uint64_t)(later - segments) / 3;
+		rc = -EEXIST;
+	}
 	free(order);
 	return rc;
 }

@@ -147,35 +147,29 @@ static void uring_cancel(struct dmb_ring *ring, struct dmb_io *io)
 }
 
 /* Update one slot with the extended update, which liburing does not provide yet. */
-static int update_slot(struct dmb_ring *ring, unsigned slot, const struct dmb_regbuf_desc *desc)
+static int uring_register_dmabuf(struct dmb_ring *ring, unsigned slot, int dmabuf_fd, int target_fd)
 {
+	struct dmb_regbuf_desc desc = {.type = DMB_REGBUF_EMPTY};
 	struct dmb_rsrc_update2 update = {
 		.offset = slot,
 		.flags = DMB_RSRC_UPDATE_EXTENDED,
-		.data = (uint64_t)(uintptr_t)desc,
+		.data = (uint64_t)(uintptr_t)&desc,
 		.nr = 1,
 	};
 	long rc;
 
 	if (ring->info.buffer_table)
 		return ring->info.buffer_table;
-	rc = syscall(SYS_io_uring_register, ring->uring.ring_fd, DMB_REGISTER_BUFFERS_UPDATE,
-		     &update, sizeof(update));
-	if (rc < 0)
-		return -errno;
-	return rc == 1 ? 0 : -EIO;
-}
-
-static int uring_register_dmabuf(struct dmb_ring *ring, unsigned slot, int dmabuf_fd, int target_fd)
-{
-	struct dmb_regbuf_desc desc = {.type = DMB_REGBUF_EMPTY};
-
 	if (dmabuf_fd >= 0) {
 		desc.type = DMB_REGBUF_DMABUF;
 		desc.dmabuf_fd = dmabuf_fd;
 		desc.target_fd = target_fd;
 	}
-	return update_slot(ring, slot, &desc);
+	rc = syscall(SYS_io_uring_register, ring->uring.ring_fd, DMB_REGISTER_BUFFERS_UPDATE,
+		     &update, sizeof(update));
+	if (rc < 0)
+		return -errno;
+	return rc == 1 ? 0 : -EIO;
 }
 
 static const struct dmb_backend_ops uring_ops = {
