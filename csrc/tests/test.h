@@ -62,10 +62,10 @@ struct file {
 	uint32_t memory_align;
 	uint32_t offset_align;
 };
-/* False, and a skip, where no file system at hand takes O_DIRECT. */
+/* Skip and return false if no file system supports O_DIRECT. */
 bool file_open(struct file *file, uint64_t size);
 void file_close(struct file *file);
-/* Every byte of it is as in `bytes`. */
+/* Check that the file holds `bytes`. */
 void file_check(const struct file *file);
 
 struct dmb_job make_job(const struct file *file, const struct memory *memory, int direction,

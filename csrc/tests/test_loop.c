@@ -108,7 +108,7 @@ static void together(struct dmb_ring *ring, int fd, bool stopping)
 			victim->stopped = true;
 			if (random_below(2)) {
 				dmb_batch_stop(victim->batch);
-			} else { /* the last resort, which nobody is told of */
+			} else { /* the last resort, which is not reported */
 				dmb_batch_drain(victim->batch);
 				end(victim);
 				left--;

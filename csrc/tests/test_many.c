@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Many threads on one file and one memory, each on a part of its own: by two rings, as the Python
- * engine has them (whoever runs a job holds the ring's lock, while others register the same slots
- * again, as after a reset), and by event loops. Every byte is compared.
+ * Many threads use one file and one memory, each another part: on two rings, as in the Python
+ * engine (the thread that runs a job holds the ring's lock, while others register the same slots
+ * again, as after a reset), and in event loops. Every byte is compared.
  */
 #include <poll.h>
 #include <pthread.h>
@@ -57,7 +57,7 @@ static void check_all(void)
 
 static struct shared {
 	struct dmb_ring *ring;
-	pthread_mutex_t lock; /* of whoever runs a job on it */
+	pthread_mutex_t lock; /* held by the thread that runs a job on the ring */
 	int32_t slots[SLOTS];
 	bool registered;
 } rings[RINGS];
@@ -100,7 +100,7 @@ static void close_ring(struct shared *shared)
 struct part {
 	uint64_t at; /* in the file and in the memory */
 	uint8_t *bytes;
-	unsigned dice; /* of its own: the tests' common one is no thread's */
+	unsigned dice; /* one for each thread */
 };
 
 static struct part part_of(unsigned number)

@@ -77,13 +77,13 @@ static void check_staged(const struct dmb_job *job, const uint64_t *segment,
 	CHECK(io->lead + io->want <= io->length);
 	CHECK(io->length <= job->block);
 	CHECK_EQUAL(io->buffer_slot, -1);
-	if (job->direction == DMB_WRITE) { /* whole blocks of ours, nothing else's */
+	if (job->direction == DMB_WRITE) { /* whole blocks within the segments */
 		CHECK_EQUAL(io->lead, 0);
 		CHECK_EQUAL(io->length, io->want);
 	}
 }
 
-/* Cut [start, end) of a segment as a batch does, and see that the pieces are all of it. */
+/* Cut [start, end) of a segment as a batch does, and check that the pieces cover it. */
 static void check_part(const struct dmb_job *job, const uint64_t *segment, uint64_t start,
 		       uint64_t end, bool edge, uint64_t *straight)
 {

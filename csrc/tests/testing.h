@@ -19,26 +19,25 @@ struct dmb_completion {
 };
 
 /*
- * A function that sees every completion before the batch does. What it returns takes the place of
- * the result. It is called by the thread that uses the ring; NULL for none.
+ * Set a function that receives every completion before the batch and returns the result to use. The
+ * thread that uses the ring calls it; NULL for none.
  */
 typedef int32_t (*dmb_filter)(void *arg, const struct dmb_completion *completion);
 void dmb_testing_set_filter(dmb_filter filter, void *arg);
 
 /*
- * Rings of the backends in the mask (1 << DMB_BACKEND_...) that are made from now on have the
- * native route, emulated: dma-bufs are mapped, and the answers are those of a kernel with the
- * series.
+ * Emulate the native route on rings that are created from now on, of the backends in the mask
+ * (1 << DMB_BACKEND_...): map the dma-bufs, and return the results of a kernel with the series.
  */
 void dmb_testing_set_native(unsigned backends);
 
-/* A function that answers 0 or -errno to the registration of a dma-buf; NULL permits each. */
+/* Set a function that returns 0 or -errno for each registration of a dma-buf; NULL for none. */
 typedef int32_t (*dmb_registrar)(void *arg, int32_t dmabuf_fd, int32_t target_fd);
 void dmb_testing_set_registrar(dmb_registrar registrar, void *arg);
 
 /*
- * A signal comes in each of `count` waits for completions, after `first` others from now on: the
- * thread that waits gets it, and the wait ends with nothing completed.
+ * Send a signal to the waiting thread in each of `count` waits for completions, after `first`
+ * others from now on. Such a wait ends without a completion.
  */
 void dmb_testing_interrupt(unsigned first, unsigned count, int signal);
 

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * ThreadSanitizer sees no access of the kernel's. So the requests of an io_uring ring are watched:
- * between its start and its completion a request's memory is accessed by a thread of its own, the
- * kernel, which synchronizes with nobody but who issued and who reaped it. A CPU's access meanwhile
- * is a data race, and is reported.
+ * ThreadSanitizer cannot observe accesses by the kernel. So a thread that stands for the kernel
+ * accesses each request's memory between its start and its completion. It synchronizes only with
+ * the threads that issue and reap the request, so an access by another thread is reported as a
+ * race.
  */
 #ifndef DMABUF_WATCH_H
 #define DMABUF_WATCH_H
