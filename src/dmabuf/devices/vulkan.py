@@ -37,7 +37,7 @@ _NEEDED = (_MEMORY_FD, "VK_EXT_external_memory_dma_buf", _SEMAPHORE_FD)
 _FOREIGN = "VK_EXT_queue_family_foreign"
 
 EXTENSIONS = (*_NEEDED, _FOREIGN)
-"""The device extensions to enable in a VkDevice of your own; the last where the driver has it."""
+"""The device extensions to enable in a VkDevice of your own; the last if the driver supports it."""
 
 _ERRNO = {
     "VkErrorOutOfHostMemory": (errno.ENOMEM, "not enough host memory"),

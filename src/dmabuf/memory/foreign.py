@@ -91,7 +91,7 @@ def from_fd(fd: int | HasFileno, *, name: str | None = None) -> Buffer:
 
 
 def check_name(name: str | None) -> None:
-    """Raise ValueError or TypeError for an invalid label of a dma-buf; None is no label."""
+    """Raise ValueError or TypeError for an invalid label of a dma-buf; None means no label."""
     if name is None:
         return
     if not isinstance(name, str):

@@ -395,7 +395,7 @@ class Operations(pyfuse3.Operations):
 
 
 def _name(name: bytes) -> str:
-    """Return a name as the store has it. Raises FUSEError."""
+    """Return the name in the form that the store uses. Raises FUSEError."""
     if len(name) > 255:
         raise pyfuse3.FUSEError(errno.ENAMETOOLONG)
     try:
