@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import dmabuf
+from dmabuf.transfer import growth
 from tests.guards import needs
 from tests.support import PAGE, Filter, assert_same, loop_device, mounted, pattern, poison, together
 
@@ -178,6 +179,42 @@ def test_a_failed_allocation_changes_nothing(tmp_path: Path) -> None:
         assert (caught.value.errno, caught.value.nbytes) == (errno.ENOSPC, 0)
         assert path.read_bytes() == b"old"
         assert os.statvfs(folder).f_bfree >= free - 16
+
+
+def test_a_failed_allocation_frees_nothing_of_another_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While one write allocates its blocks, another of the same file finds the disk full."""
+    path = tmp_path / "file"
+    path.touch()
+    real, failed = growth.lib.dmb_fallocate, threading.Event()
+    failing = threading.Thread(target=lambda: write(MIB))
+
+    def write(offset: int) -> None:
+        with dmabuf.allocate(MIB) as buffer, dmabuf.open(path, "r+") as file:
+            if offset:
+                with pytest.raises(OSError, match="No space left"):
+                    file.write_from(buffer, file_offset=offset)
+                failed.set()
+            else:
+                file.write_from(buffer)
+
+    def fallocate(fd: int, start: int, size: int, keep_size: bool) -> int:
+        if threading.current_thread() is failing:
+            return -errno.ENOSPC
+        rc = real(fd, start, size, keep_size)
+        if failing.ident is None:
+            failing.start()
+            failed.wait(0.5)  # it should wait for this write's allocation
+        found.append(os.fstat(fd).st_blocks * 512)
+        return int(rc)
+
+    found: list[int] = []
+    monkeypatch.setattr(growth.lib, "dmb_fallocate", fallocate)
+    write(0)
+    failing.join(60)
+    assert failed.is_set()
+    assert min(found) >= MIB
 
 
 @pytest.mark.parametrize("flushes", [True, False])

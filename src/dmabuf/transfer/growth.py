@@ -37,7 +37,7 @@ _PLENTY = 64 << 20
 """If the disk has this many free bytes beyond a write's size, room is not short."""
 
 _CHANGING_SIZE = threading.RLock()  # reentrant: a signal handler may write to a file
-"""Held while this process extends a file, or checks its size and truncates it."""
+"""Held while this process allocates and extends a file, or checks its size and truncates it."""
 os.register_at_fork(
     before=_CHANGING_SIZE.acquire,
     after_in_parent=_CHANGING_SIZE.release,
@@ -65,26 +65,27 @@ class Growth:
             OSError: with `nbytes` 0; the file has its old size.
         """
         status = os.fstat(self._fd)
-        size = status.st_size
         short = _short_of_room(self._fd, status, nbytes)
-        if not nbytes or (end <= size and not short):
+        if not nbytes or (end <= status.st_size and not short):
             return
-        wanted = [
-            (start if short else max(start, size), stop)
-            for start, stop in _joined(ranges())
-            if short or stop > size
-        ]
-        try:
-            allocated = allocate(self._fd, self._path, wanted)
-            with _CHANGING_SIZE:
+        # One at a time: _free() would free what another write has allocated past the end.
+        with _CHANGING_SIZE:
+            size = os.fstat(self._fd).st_size
+            wanted = [
+                (start if short else max(start, size), stop)
+                for start, stop in _joined(ranges())
+                if short or stop > size
+            ]
+            try:
+                allocated = allocate(self._fd, self._path, wanted)
                 size = os.fstat(self._fd).st_size
-                if end > size:
+                if wanted and end > size:
                     self._start, self._end = max(wanted[0][0], size), end
                     start = end - 1 if allocated else max(wanted[-1][0], size)
                     _extend(self._fd, self._path, start, end)
-        except BaseException:
-            self._free(size)
-            raise
+            except BaseException:
+                self._free(size)
+                raise
 
     def _free(self, size: int) -> None:
         """Free the blocks past the end of a file of `size` bytes, unless its size has changed."""
