@@ -63,7 +63,7 @@ def test_json(source: Path, tmp_path: Path, capsys: Capture) -> None:
     assert told["nbytes"] == told["read"]["nbytes"] == told["verified"]["nbytes"] == SIZE
     assert set(told) == {
         "format", "source", "target", "nbytes", "seconds", "read", "write", "copied", "exporter",
-        "allocated", "verified", "synced",
+        "allocated", "verified", "synced", "in_place",
     }  # fmt: skip
     for leg in (told["read"], told["write"]):
         assert leg["route"] in list(package.Route)

@@ -174,6 +174,7 @@ def test_zram_is_staged_by_threads_that_copy(tmp_path, monkeypatch, write):
     def as_zram(*arguments, **how):
         return opened(*arguments, **how)._replace(on_zram=True)
 
+    monkeypatch.setattr(files, "set_o_direct", lambda *_: None)  # as where the pages are the blocks
     monkeypatch.setattr(files, "open_direct", as_zram)
     size, path = (8 << 20) + 4321, tmp_path / "memory"
     before = len(os.listdir("/proc/self/task"))

@@ -226,7 +226,7 @@ def test_a_child_of_a_fork_does_not_wait_for_its_parents_threads(path, buf, monk
         with pytest.raises(ClosedError):
             file.read_into(buf, PAGE)
 
-    with dmabuf.open(path) as file:
+    with path.open("rb") as given, dmabuf.open(given.fileno()) as file:
         thread = threading.Thread(target=lambda: file.read_into(buf, PAGE))
         thread.start()
         try:
