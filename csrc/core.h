@@ -230,7 +230,8 @@ const char *dmb_nvme_status_name(uint32_t status);
 int dmb_statx_dio(int fd, uint32_t *memory_align, uint32_t *offset_align);
 /* What one statx(2) reports of an open file. */
 struct dmb_stat {
-	uint64_t mount; /* unique until the next boot (STATX_MNT_ID_UNIQUE, Linux 6.8); 0: unknown */
+	uint64_t
+		mount; /* unique until the next boot (STATX_MNT_ID_UNIQUE, Linux 6.8); 0: unknown */
 	uint32_t mode;
 	uint32_t memory_align; /* of O_DIRECT; 0 where it is not supported, or not stated */
 	uint32_t offset_align;

@@ -294,11 +294,58 @@ static void flush_fails(struct dmb_ring *ring)
 	close(null);
 }
 
+struct order {
+	bool again; /* the next straight request is reported as EAGAIN, and so issued again */
+	unsigned straight, edges, late;
+};
+
+static int32_t observe(void *arg, const struct dmb_completion *completion)
+{
+	struct order *order = arg;
+
+	if (completion->result < 0)
+		return completion->result;
+	if (!completion->straight) {
+		order->edges++;
+	} else if (order->again) {
+		order->again = false;
+		return -EAGAIN;
+	} else {
+		order->straight++;
+		order->late += order->edges > 0;
+	}
+	return completion->result;
+}
+
+/* The edges of a write wait until its middle is complete, also where a request is issued again. */
+static void edges_come_last(struct dmb_ring *ring)
+{
+	uint64_t segments[3] = {100, 100, 15 * PAGE};
+
+	for (unsigned round = 0; round < ROUNDS; round++) {
+		struct dmb_job job = make_job(&file, &memory, DMB_WRITE, DMB_DIRECT);
+		struct order order = {.again = true};
+		struct dmb_result result;
+
+		context("edges come last", round);
+		random_bytes(memory.bytes, memory.size);
+		job.block = PAGE;
+		dmb_testing_set_filter(observe, &order);
+		result = transfer(ring, &job, segments, 1);
+		CHECK_EQUAL(result.error, 0);
+		CHECK_EQUAL(order.straight, 14);
+		CHECK_EQUAL(order.edges, 2);
+		CHECK_EQUAL(order.late, 0);
+		check_moved(&file, &memory, segments, 1, DMB_WRITE, result.nbytes, false);
+	}
+}
+
 static void test(struct dmb_ring *ring)
 {
 	if (!file_open(&file, FILE_SIZE))
 		return;
 	memory_map(&memory, MEMORY);
+	edges_come_last(ring);
 	for (int route = DMB_DIRECT; route <= DMB_BUFFERED; route++) {
 		for (int direction = DMB_READ; direction <= DMB_WRITE; direction++) {
 			storms(ring, direction, route);
