@@ -70,7 +70,8 @@ class Growth:
             return
         # One at a time: _free() would free what another write has allocated past the end.
         with _CHANGING_SIZE:
-            size = os.fstat(self._fd).st_size
+            status = os.fstat(self._fd)
+            size, short = status.st_size, _short_of_room(self._fd, status, nbytes)
             wanted = [
                 (start if short else max(start, size), stop)
                 for start, stop in _joined(ranges())
