@@ -168,7 +168,11 @@ def many_at_once(folder: Path, count: int, rounds: int) -> None:
                 os.close(fd)
             return count * SIZE / MIB / (time.perf_counter() - begun)
 
-        ways = {"read_files": ours, "loop": loop, "fio": lambda: fio(large)}
+        ways: dict[str, Callable[[], float]] = {
+            "read_files": ours,
+            "loop": loop,
+            "fio": lambda: fio(large),
+        }
         rates: dict[str, list[float]] = {name: [] for name in ways}
         for turn in range(rounds):
             for name in list(ways)[:: 1 if turn % 2 else -1]:
