@@ -205,7 +205,7 @@ def test_a_failed_allocation_frees_nothing_of_another_thread(
         rc = real(fd, start, size, keep_size)
         if failing.ident is None:
             failing.start()
-            failed.wait(0.5)  # it should wait for this write's allocation
+            failed.wait(2)  # time enough to fail, if it does not wait for this write's allocation
         found.append(os.fstat(fd).st_blocks * 512)
         return int(rc)
 

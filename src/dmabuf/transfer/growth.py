@@ -68,7 +68,8 @@ class Growth:
         short = _short_of_room(self._fd, status, nbytes)
         if not nbytes or (end <= status.st_size and not short):
             return
-        # One at a time: _free() would free what another write has allocated past the end.
+        # One write at a time: _free() would also free what another one has allocated past the end.
+        # The file and the disk are examined again, because another write may have changed both.
         with _CHANGING_SIZE:
             status = os.fstat(self._fd)
             size, short = status.st_size, _short_of_room(self._fd, status, nbytes)
