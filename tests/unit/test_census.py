@@ -258,10 +258,20 @@ def test_debugfs_that_cannot_be_read(
     machine.process(20, fds={3: made})
     machine.list(made)
     failing(monkeypatch, number, lambda path: path.endswith("bufinfo"), "open")
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
     census = look(machine)
     assert census.refusals[0].endswith(f"bufinfo: {why}")
     assert census.complete  # every process was examined
     assert (census.buffers[0].devices, census.buffers[0].unseen) == (None, 2)
+
+
+def test_root_is_not_told_to_become_root(
+    machine: FakeMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, errno.EACCES, lambda path: path.endswith("bufinfo"), "open")
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    (refusal,) = look(machine).refusals
+    assert refusal.endswith("Permission denied; refused to root too: run outside this container")
 
 
 def test_debugfs_that_is_missing(machine: FakeMachine) -> None:

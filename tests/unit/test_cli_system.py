@@ -12,6 +12,7 @@ import subprocess
 import sys
 import termios
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -283,49 +284,89 @@ from dmabuf import inspect
 from dmabuf.cli import main
 census = inspect.take_census
 inspect.take_census = lambda: census(sys.argv[1])
-sys.exit(main(["top", "--interval", "0.1"]))
+sys.exit(main(["top", *(sys.argv[2:] or ["--interval", "0.1"])]))
 """
 
 
-@pytest.mark.parametrize("columns", [100, 40])
-def test_top_on_a_terminal(tmp_path: Path, columns: int) -> None:
-    """Each look takes the place of the last, with as many processes as there is room for."""
-    machine = FakeMachine(tmp_path)
-    for pid in range(20, 60):
-        machine.process(pid, "w", fds={3: Made(pid, pid * MIB)})
-    machine.list(*(Made(pid, pid * MIB) for pid in range(20, 60)))
-    code, shown = run_on_a_terminal([sys.executable, "-c", ON_A_TERMINAL, str(tmp_path)], columns)
-    assert code == 130
-    looks = shown.replace("\r\n", "\n").split("\x1b[J")[1:]
+@pytest.mark.parametrize(
+    ("columns", "shown", "hidden"),
+    [(100, "last look", "?"), (46, "first look", "share"), (30, "size", "first look")],
+)
+def test_top_on_a_terminal(tmp_path: Path, columns: int, shown: str, hidden: str) -> None:
+    """Each look takes the place of the last; what does not fit is left out as whole columns."""
+    with on_a_terminal(tmp_path, columns) as (process, ours):
+        text = read_until(ours, b"since the last look", 2)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE) == 130
+        text += read_rest(ours)
+    looks = text.replace("\r\n", "\n").split("\x1b[J")[1:]
     up = looks[0].rpartition("\x1b[")[2].strip("\r")
     assert up.endswith("A"), "the cursor goes back up"
     for look in looks[:2]:
-        text = look.partition("\x1b[")[0]
-        assert "w[59]" in text and "59 MiB" in text
-        assert "w[20]" not in text
-        assert "more" in text
-        rows = sum(max(1, -(-len(line) // columns)) for line in text.splitlines())
-        assert rows <= 24
-    assert "error" not in shown
+        lines = look.partition("\x1b[")[0].splitlines()
+        assert sum(max(1, -(-len(line) // columns)) for line in lines) <= 24
+        table = lines[lines.index("by process") + 1 : lines.index("by exporter")]
+        assert all(len(line) <= columns for line in table)
+        assert shown in table[0] and hidden not in table[0]
+        assert table[1].split()[0] == "w[59]" and "59 MiB" in table[1]
+        assert "more" in "".join(table) and "w[20]" not in "".join(table)
+    assert "error" not in text
 
 
-def run_on_a_terminal(command: list[str], columns: int) -> tuple[int, str]:
-    """Run a program on a terminal of 24 lines until it has looked twice; Ctrl-C ends it."""
+def test_keys_of_top(tmp_path: Path) -> None:
+    """A key sorts at once, q quits, and the terminal is as it was before."""
+    with on_a_terminal(tmp_path, 100, "--interval", "3600") as (process, ours):
+        before = termios.tcgetattr(ours)[3]
+        read_until(ours, b"q quits", 1)
+        assert not termios.tcgetattr(ours)[3] & termios.ICANON
+        os.write(ours, b"b")
+        text = read_until(ours, b"q quits", 1)
+        assert text.index("w[20]") < text.index("w[59]"), "it has two buffers"
+        os.write(ours, b"q")
+        assert process.wait(PATIENCE) == 0
+        assert termios.tcgetattr(ours)[3] == before
+        assert "error" not in read_rest(ours)
+
+
+@contextlib.contextmanager
+def on_a_terminal(
+    folder: Path, columns: int, *arguments: str
+) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """Run top on a terminal of 24 lines of its own; yield it and the terminal's other end."""
+    machine = FakeMachine(folder)
+    held = {pid: [Made(pid, pid * MIB)] for pid in range(20, 60)}
+    held[20].append(Made(100, 1))
+    for pid, buffers in held.items():
+        machine.process(pid, "w", fds=dict(enumerate(buffers, 3)))
+    machine.list(*(one for buffers in held.values() for one in buffers))
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs)
-    os.close(theirs)
-    shown = b""
+    command = [sys.executable, "-c", ON_A_TERMINAL, str(folder), *arguments]
+    process = subprocess.Popen(  # the terminal is its own, as after a login
+        command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
     try:
-        while shown.count(b"since the last look") < 2:
-            assert select.select([ours], [], [], PATIENCE)[0], shown
-            shown += os.read(ours, 1 << 16)
-        process.send_signal(signal.SIGINT)
-        with contextlib.suppress(OSError):  # EIO: the other end is closed
-            while more := os.read(ours, 1 << 16):
-                shown += more
-        return process.wait(PATIENCE), shown.decode()
+        yield process, ours
     finally:
         process.kill()
         process.wait()
+        os.close(theirs)
         os.close(ours)
+
+
+def read_until(fd: int, mark: bytes, count: int) -> str:
+    """Read from a terminal until it has shown `mark` so often."""
+    shown = b""
+    while shown.count(mark) < count:
+        assert select.select([fd], [], [], PATIENCE)[0], shown
+        shown += os.read(fd, 1 << 16)
+    return shown.decode()
+
+
+def read_rest(fd: int) -> str:
+    """Read what a terminal still has, after its program has ended."""
+    shown = b""
+    while select.select([fd], [], [], 0)[0]:
+        shown += os.read(fd, 1 << 16)
+    return shown.decode()

@@ -113,18 +113,31 @@ def _visible(character: str) -> str:
     return character.encode("unicode_escape").decode()
 
 
-def table(head: Row, rows: Sequence[Row], *, left: Sequence[int] = (0,), title: str = "") -> str:
+def table(
+    head: Row,
+    rows: Sequence[Row],
+    *,
+    left: Sequence[int] = (0,),
+    title: str = "",
+    width: int | None = None,
+    spare: Sequence[int] = (),
+) -> str:
     """Return an aligned table. Columns in `left` are text, the others figures.
 
-    Nothing is cut: on a narrow terminal lines wrap.
+    While lines are longer than `width` characters, the columns in `spare` are left out one after
+    the other. No cell is cut: what is still too long wraps on a terminal.
     """
     cells = [list(head), *([printable(cell) for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    shown = list(range(len(head)))
+    for column in spare:
+        if width is None or sum(widths[at] + 2 for at in shown) - 2 <= width:
+            break
+        shown.remove(column)
     lines = [title] if title else []
     for row in cells:
         parts = (
-            cell.ljust(width) if at in left else cell.rjust(width)
-            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+            row[at].ljust(widths[at]) if at in left else row[at].rjust(widths[at]) for at in shown
         )
         lines.append("  ".join(parts).rstrip())
     return "\n".join(lines) + "\n"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Hashable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any, NamedTuple, TypeVar
 
 from dmabuf import inspect
@@ -207,6 +208,13 @@ class _Round(NamedTuple):
     processes: dict[Process | None, _Growth]
     exporters: dict[str | None, _Growth]
 
+    def sorted(self, order: str) -> _Round:
+        """Return it with the largest in a column first; `order` is one of `_ORDERS`."""
+        return self._replace(
+            processes=_largest_first(self.processes, order),
+            exporters=_largest_first(self.exporters, order),
+        )
+
 
 _ORDERS: dict[str, Callable[[_Growth], int]] = {
     "size": lambda row: row.total.nbytes,
@@ -215,6 +223,8 @@ _ORDERS: dict[str, Callable[[_Growth], int]] = {
     "last": lambda row: row.last.nbytes,
     "first": lambda row: row.first.nbytes,
 }
+_KEYS = {"s": "size", "h": "share", "b": "buffers", "l": "last", "f": "first"}
+_HELP = "sort by: s size, h share, b buffers, l last look, f first look; q quits"
 
 
 def _top_arguments(parser: Parser) -> None:
@@ -228,22 +238,34 @@ def _top_arguments(parser: Parser) -> None:
 
 
 def _top(args: Namespace) -> int:
-    show = _Screen().show if sys.stdout is not None and sys.stdout.isatty() else _print
-    if args.json:
-        show = _print_json
+    terminal = sys.stdout is not None and sys.stdout.isatty() and not args.json
+    show = _print_json if args.json else _print
     first = last = None
     begun = time.monotonic()
     looks = 0
     try:
-        while True:
-            census = _look(args.process, args.exporter)
-            first, last = first or census, last or census
-            looks += 1
-            show(_compare(args, looks, time.monotonic() - begun, census, last, first))
-            if looks == args.count:
-                return 0
-            last = census
-            time.sleep(args.interval)
+        with _Screen() if terminal else nullcontext() as screen:
+            while True:
+                census = _look(args.process, args.exporter)
+                first, last = first or census, last or census
+                looks += 1
+                found = _compare(args, looks, time.monotonic() - begun, census, last, first)
+                if screen is None:
+                    show(found)
+                else:
+                    screen.show(found)
+                if looks == args.count:
+                    return 0
+                if screen is None:
+                    time.sleep(args.interval)
+                else:
+                    end = time.monotonic() + args.interval
+                    while (key := screen.key(end - time.monotonic())) is not None:
+                        if key == "q":
+                            return 0
+                        args.sort = _KEYS.get(key, args.sort)
+                        screen.show(found := found.sorted(args.sort))
+                last = census
     except Stopped as stopped:
         if stopped.number != signal.SIGINT:
             raise
@@ -254,8 +276,7 @@ def _compare(
     args: Namespace, looks: int, seconds: float, census: Census, last: Census, first: Census
 ) -> _Round:
     every = (census, last, first)
-    order = _ORDERS[args.sort]
-    processes = _grow(order, *(one.by_process() for one in every))
+    processes = _grow(*(one.by_process() for one in every))
     total = _Growth(census.total, census.total - last.total, census.total - first.total)
     return _Round(
         looks,
@@ -263,22 +284,22 @@ def _compare(
         census,
         total,
         {who: row for who, row in processes.items() if _is_meant(who, args.process)},
-        _grow(order, *(one.by_exporter() for one in every)),
-    )
+        _grow(*(one.by_exporter() for one in every)),
+    ).sorted(args.sort)
 
 
 def _grow(
-    order: Callable[[_Growth], int],
-    now: dict[_Key, Total],
-    last: dict[_Key, Total],
-    first: dict[_Key, Total],
+    now: dict[_Key, Total], last: dict[_Key, Total], first: dict[_Key, Total]
 ) -> dict[_Key, _Growth]:
     none = Total()
-    rows = {
+    return {
         key: _Growth(total, total - last.get(key, none), total - first.get(key, none))
         for key, total in now.items()
     }
-    return dict(sorted(rows.items(), key=lambda item: -order(item[1])))
+
+
+def _largest_first(rows: dict[_Key, _Growth], order: str) -> dict[_Key, _Growth]:
+    return dict(sorted(rows.items(), key=lambda item: -_ORDERS[order](item[1])))
 
 
 def _print_json(found: _Round) -> None:
@@ -314,10 +335,41 @@ def _print(found: _Round) -> None:
 
 
 class _Screen:
-    """Shows each look in place of the one before, and as many processes as there is room for."""
+    """Shows each look in place of the one before, as much as there is room for, and reads keys."""
 
     def __init__(self) -> None:
         self._lines = 0
+        self._fd = -1
+        self._before: list[Any] = []
+
+    def __enter__(self) -> _Screen:
+        import termios
+        import tty
+
+        with suppress(OSError, ValueError, AttributeError, termios.error):
+            fd = sys.stdin.fileno()
+            if os.tcgetpgrp(fd) == os.getpgrp():  # a job in the background may not set it
+                self._before = termios.tcgetattr(fd)
+                tty.setcbreak(fd)
+                self._fd = fd
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        import termios
+
+        if self._fd >= 0:
+            with suppress(termios.error):
+                termios.tcsetattr(self._fd, termios.TCSADRAIN, self._before)
+
+    def key(self, seconds: float) -> str | None:
+        """Wait for a key and return it; None if none came in time."""
+        if self._fd < 0:
+            time.sleep(max(seconds, 0))
+            return None
+        if not select.select([self._fd], [], [], max(seconds, 0))[0]:
+            return None
+        pressed = os.read(self._fd, 1)
+        return pressed.decode("ascii", "replace") if pressed else "q"  # the terminal is gone
 
     def show(self, found: _Round) -> None:
         """Draw a look."""
@@ -325,8 +377,10 @@ class _Screen:
         with suppress(OSError):
             size = os.get_terminal_size(sys.stdout.fileno())
         notes = [output.printable(f"note: {one}") for one in found.census.refusals]
+        if self._fd >= 0:
+            notes.append(_HELP)
         for most in range(min(len(found.processes), size.lines), -1, -1):
-            lines = _text(found, max(most, 1)).splitlines() + notes
+            lines = _text(found, max(most, 1), size.columns).splitlines() + notes
             rows = sum(max(1, -(-len(line) // max(size.columns, 1))) for line in lines)
             if rows < size.lines:
                 break
@@ -335,8 +389,11 @@ class _Screen:
         self._lines = rows
 
 
-def _text(found: _Round, most: int | None = None) -> str:
-    """Return a look: by process, `most` of them at most, and by exporter."""
+def _text(found: _Round, most: int | None = None, width: int | None = None) -> str:
+    """Return a look: by process, `most` of them at most, and by exporter.
+
+    Where a line has at most `width` characters, the least important columns are left out.
+    """
     census = found.census
     text = _headline(census)
     if found.number > 1:
@@ -358,16 +415,15 @@ def _text(found: _Round, most: int | None = None) -> str:
     if most is not None and len(rows) > most:
         rows[most - 1 :] = [(f"and {len(rows) - most + 1} more", *[""] * 5)]
     text += "\n\n"
-    text += output.table(("process", "buffers", "size", "share", *grown), rows, title="by process")
+    head = ("process", "buffers", "size", "share", *grown)
+    text += output.table(head, rows, title="by process", width=width, spare=(4, 3, 1, 5))
     rows = [
         (exporter or "?", *_figures(row.total, census), _grown(row.last), _grown(row.first))
         for exporter, row in found.exporters.items()
     ]
-    return (
-        text
-        + "\n"
-        + output.table(("exporter", "buffers", "size", *grown), rows, title="by exporter")
-    )
+    columns = ("exporter", "buffers", "size", *grown)
+    text += "\n"
+    return text + output.table(columns, rows, title="by exporter", width=width, spare=(3, 1, 4))
 
 
 def _grown(total: Total) -> str:
@@ -387,8 +443,10 @@ share of buffers that several hold, and the growth since the last look and since
 the same by exporter. "kernel" are buffers that no process holds. --sort first puts leaks first.
 
 Everything is read from /proc and debugfs; no buffer is touched. Notes name what this user may not
-see. On a terminal the lines stay in place; elsewhere each look is printed below the last, and with
---json as one line. The exit status is 0 after --count looks, and 130 after Ctrl-C.""",
+see. On a terminal the lines stay in place, columns that do not fit are left out, and keys sort: s
+by size, h by share, b by buffers, l by the last look, f by the first; q quits. Elsewhere each look
+is printed below the last, and with --json as one line. The exit status is 0 after --count looks or
+q, and 130 after Ctrl-C.""",
     _top_arguments,
     _top,
     """\

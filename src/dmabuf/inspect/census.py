@@ -233,7 +233,7 @@ class _Look:
             return kernel_text.entries(_read(path)), None
         except OSError as error:
             if error.errno == errno.EACCES:
-                why = f"{error.strerror}; run as root"
+                why = f"{error.strerror}; {_as_root()}"
             elif error.errno == errno.EPERM:
                 why = f"{error.strerror}: the kernel is locked down (kernel_lockdown(7))"
             elif error.errno != errno.ENOENT:
@@ -326,7 +326,7 @@ class _Look:
             return None
         return (
             f"{len(self._mapped)} mappings may be of dma-bufs or of files with such names and are "
-            "left out; run as root"
+            f"left out; {_as_root()}"
         )
 
     def _refused(self) -> str | None:
@@ -358,6 +358,11 @@ def _buffer(inode: int, found: _Found, entry: Entry | None) -> SystemBuffer:
         ),
         entry.devices if entry else None,
     )
+
+
+def _as_root() -> str:
+    """Return what to do where only root may read; root itself may be confined by a container."""
+    return "run as root" if os.geteuid() else "refused to root too: run outside this container"
 
 
 def _read(path: str) -> str:
