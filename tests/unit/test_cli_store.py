@@ -1,4 +1,4 @@
-"""`dmabuf serve`, and put, get, ls, stat and rm against it."""
+"""`dmabuf serve`, and the commands of its clients."""
 
 import grp
 import json
@@ -147,10 +147,60 @@ def test_what_there_is(store, path, capsys) -> None:
     with store.open("b"):
         assert "in use   yes" in command(capsys, "stat", "--socket", path, "b").out
         assert json.loads(command(capsys, "stat", "--socket", path, "--json", "b").out)["in_use"]
-    assert command(capsys, "rm", "--socket", path, "a", "b").status == 0
-    assert store.list() == []
-    ended = command(capsys, "rm", "--socket", path, "a")
-    assert (ended.status, ended.err) == (1, "error: a: there is no such buffer\n")
+
+
+NO_SUCH = "error: {}: there is no such buffer\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "left", "err"),
+    [
+        (["a1", "a1", "b"], ["a2", "a[1]"], ""),
+        (["missing", "b"], ["a1", "a2", "a[1]"], NO_SUCH.format("missing")),
+        (["a/b", "b"], ["a1", "a2", "a[1]"], "error: a/b: invalid name: use printable"),
+        (["a*", "x*"], ["b"], NO_SUCH.format("x*")),
+        (["a[1]"], ["a1", "a2", "b"], ""),  # a name that exists is not a pattern
+        (["a[12]", "?"], ["a[1]"], ""),
+    ],
+)
+def test_names_and_patterns_are_listed_changed_and_removed(
+    store, path, capsys, words, left, err
+) -> None:
+    for name in ("b", "a1", "a2", "a[1]"):
+        store.create(name, 10).close()
+    gone = sorted({"a1", "a2", "a[1]", "b"} - set(left))
+    ended = command(capsys, "ls", "--socket", path, "--", *words)
+    assert (ended.status, [line.split()[-1] for line in ended.out.splitlines()]) == (
+        bool(err),
+        gone,
+    )
+    assert ended.err.startswith(err) and bool(ended.err) == bool(err)
+    ended = command(capsys, "chmod", "--socket", path, "604", *words)
+    assert (ended.status, ended.err[: len(err)]) == (bool(err), err)
+    assert [one.name for one in store.list() if one.mode == 0o604] == gone
+    ended = command(capsys, "rm", "--socket", path, *words)
+    assert (ended.status, ended.err[: len(err)]) == (bool(err), err)
+    assert [one.name for one in store.list()] == left
+
+
+def test_a_rename_replaces_unless_told_not_to(store, path, capsys) -> None:
+    for name in ("a", "b"):
+        store.create(name, 10).close()
+    number = store.stat("a").number
+    ended = command(capsys, "mv", "--socket", path, "-n", "a", "b")
+    assert (ended.status, ended.err) == (1, "error: b: a buffer of that name exists\n")
+    assert command(capsys, "mv", "--socket", path, "a", "b").status == 0
+    assert [(one.name, one.number) for one in store.list()] == [("b", number)]
+    ended = command(capsys, "mv", "--socket", path, "a", "c")
+    assert (ended.status, ended.err) == (1, NO_SUCH.format("a"))
+
+
+def test_how_full_the_store_is(store, path, capsys) -> None:
+    store.create("a", "16MiB").close()
+    out = command(capsys, "df", "--socket", path).out
+    assert "16 MiB of 64 MiB (25%)" in out and "names    1 of " in out
+    told = json.loads(command(capsys, "df", "--socket", path, "--json").out)
+    assert (told["charged"], told["max_memory"], told["names"]) == (16 << 20, 64 << 20, 1)
 
 
 @pytest.mark.parametrize(

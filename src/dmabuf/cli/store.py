@@ -1,86 +1,23 @@
-"""The store's family: `dmabuf serve`, `put`, `get`, `ls`, `stat` and `rm`."""
+"""The clients of the store: `dmabuf put`, `get`, `ls`, `stat`, `rm`, `mv`, `chmod` and `df`."""
 
 from __future__ import annotations
 
 import errno
+import fnmatch
 import grp
 import pwd
-import resource
-import signal
 import time
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from stat import S_IFREG, filemode
 from typing import Any
 
 from dmabuf.cli import output
 from dmabuf.cli.ends import End, advance, find_source, find_target, move_bytes, naming
-from dmabuf.cli.parser import Command, Misuse, Parser, size
+from dmabuf.cli.parser import Command, Misuse, Parser
 from dmabuf.sizes import format_size
-from dmabuf.store import Status, connect
-
-# -- serve
-
-
-def _serve_arguments(parser: Parser) -> None:
-    parser.shared("socket")
-    text = "Who may connect besides this user. [default: nobody]"
-    parser.option("--group", "GROUP", text)
-    text = "The most memory to hold. [default: half of what it may use]"
-    parser.option("--max-memory", "SIZE", text, size)
-
-
-def _serve(args: Namespace) -> None:
-    from dmabuf import store
-
-    limit = store.default_limit() if args.max_memory is None else args.max_memory
-    if not limit:
-        raise Misuse("--max-memory is 0: the store could hold nothing")
-    _, descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)  # a buffer takes two or more
-    resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
-    with ExitStack() as stack:
-        listener = store.activated() if args.socket is None else None
-        if listener is None:
-            path = store.default_path() if args.socket is None else args.socket
-            try:
-                listener = stack.enter_context(store.listening(path, args.group))
-            except LookupError:
-                raise ValueError(f"unknown group {args.group!r}") from None
-        server = store.Server(listener, limit)
-        stack.enter_context(_stopping(server))
-        output.note(f"serving at {listener.getsockname()}, {format_size(limit)} at most")
-        store.notify_systemd("READY=1")
-        server.run()
-
-
-@contextmanager
-def _stopping(server: Any) -> Iterator[None]:
-    """Have SIGTERM and SIGINT stop the server."""
-    before = {}
-    try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            before[number] = signal.signal(number, lambda number, frame: server.stop())
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-SERVE = Command(
-    """\
-Hold named buffers, so that they outlive the programs that fill them, and hand them to others.
-
-The clients are `dmabuf put`, `get`, `ls`, `stat` and `rm`, and dmabuf.store.connect() in Python.
-SIGTERM and SIGINT end the server with status 0; buffers that clients have open stay theirs.""",
-    _serve_arguments,
-    _serve,
-    """\
-  dmabuf serve
-  dmabuf serve --max-memory 8GiB --socket /run/cameras.sock --group video""",
-)
-
+from dmabuf.store import Status, Store, check_name, connect
 
 # -- put
 
@@ -102,7 +39,6 @@ def _put_arguments(parser: Parser) -> None:
 def _put(args: Namespace) -> None:
     from dmabuf.cli import cp
     from dmabuf.copying import copy
-    from dmabuf.store import check_name
 
     check_name(args.name)
     source, target = find_source(args.file), End(args.name, args.name)
@@ -213,29 +149,66 @@ The route of the bytes, and the reason for it, is printed.""",
 )
 
 
+# -- names and patterns
+
+
+def _names_argument(parser: Parser, nargs: str = "+") -> None:
+    text = "Names in the store, or patterns such as 'frame-*', in quotes."
+    parser.add_argument("names", metavar="NAME", nargs=nargs, help=text)
+
+
+def _for_each(store: Store, words: Sequence[str], act: Callable[[Status], object]) -> int:
+    """Call `act` for each buffer that names and patterns match; return the exit status.
+
+    A name that exists is not a pattern. A failure is reported, and does not keep the others.
+    """
+    there = {one.name: one for one in store.list()}
+    done = set[str]()
+    failed = 0
+    for word in words:
+        matching = [word] if word in there else fnmatch.filter(there, word) or [word]
+        for name in matching:
+            if name in done:
+                continue
+            done.add(name)
+            try:
+                if check_name(name) not in there:
+                    raise FileNotFoundError(errno.ENOENT, "there is no such buffer", name)
+                act(there[name])
+            except ConnectionError:
+                raise
+            except OSError as problem:
+                output.error(output.explain(problem))
+                failed = output.FAILED
+    return failed
+
+
 # -- ls
 
 
 def _ls_arguments(parser: Parser) -> None:
+    _names_argument(parser, "*")
     parser.flag("--system", "List every dma-buf on the machine.")
     parser.shared("process", "of-exporter", "socket", "json")
 
 
-def _ls(args: Namespace) -> None:
+def _ls(args: Namespace) -> int:
     if args.system:
-        if args.socket is not None:
-            raise Misuse("--socket is the store's, which --system does not ask")
+        if args.socket is not None or args.names:
+            raise Misuse("NAME and --socket are of the store, which --system does not list")
         from dmabuf.cli.system import list_system
 
         list_system(args)
-        return
+        return 0
     if args.process is not None or args.exporter is not None:
         raise Misuse("--process and --exporter need --system")
     with connect(args.socket) as store:
-        found = store.list()
+        found = [] if args.names else store.list()
+        failed = _for_each(store, args.names, found.append) if args.names else 0
+    found.sort(key=lambda one: one.name)
     if args.json:
         output.say_json([_status_as_json(one) for one in found])
-        return
+        return failed
     rows = [
         (
             filemode(S_IFREG | one.mode),
@@ -252,11 +225,13 @@ def _ls(args: Namespace) -> None:
         head = ("mode", "owner", "group", "bytes", "exporter", "modified", "name")
         lines = output.table(head, rows, left=(0, 1, 2, 4, 5, 6)).splitlines(keepends=True)
         output.write("".join(lines[1:]))
+    return failed
 
 
 LS = Command(
     """\
-List the buffers of the store: mode, owner, group, bytes, exporter, time, name.
+List the buffers of the store, or those of names and patterns: mode, owner, group, bytes, exporter,
+time, name.
 
 With --system, list every dma-buf on the machine that this user may see: its inode, which is unique
 until the next boot, size, exporter, name, the processes that hold it with their descriptors and
@@ -270,13 +245,14 @@ exit status is still 0.""",
     _ls,
     """\
   dmabuf ls
+  dmabuf ls 'frame-*'
   sudo dmabuf ls --system
   dmabuf ls --system --process ffmpeg
   sudo dmabuf ls --system --json | jq '.buffers[] | select(.holders == [])'""",
 )
 
 
-# -- stat and rm
+# -- stat
 
 
 def _stat_arguments(parser: Parser) -> None:
@@ -314,21 +290,17 @@ STAT = Command(
 )
 
 
+# -- rm, mv and chmod
+
+
 def _rm_arguments(parser: Parser) -> None:
-    parser.add_argument("names", metavar="NAME", nargs="+", help="Names in the store.")
+    _names_argument(parser)
     parser.shared("socket")
 
 
 def _rm(args: Namespace) -> int:
-    failed = 0
     with connect(args.socket) as store:
-        for name in args.names:
-            try:
-                store.remove(name)
-            except (FileNotFoundError, PermissionError, ValueError) as problem:
-                output.error(output.explain(problem))
-                failed = output.FAILED
-    return failed
+        return _for_each(store, args.names, lambda one: store.remove(one.name, number=one.number))
 
 
 RM = Command(
@@ -337,7 +309,73 @@ Remove names from the store. Programs that have such a buffer open keep it, and 
 memory when the last of them closes it. A name that cannot be removed does not keep the others.""",
     _rm_arguments,
     _rm,
+    """\
+  dmabuf rm notes 'frame-*'""",
 )
+
+
+def _mv_arguments(parser: Parser) -> None:
+    parser.add_argument("old", metavar="OLD", help="The buffer's name in the store.")
+    parser.add_argument("new", metavar="NEW", help="The name that it gets.")
+    parser.flag("-n --no-clobber", "Fail if NEW exists.")
+    parser.shared("socket")
+
+
+def _mv(args: Namespace) -> None:
+    with connect(args.socket) as store:
+        store.rename(args.old, args.new, replace=not args.no_clobber)
+
+
+MV = Command(
+    "Rename the buffer OLD to NEW. A buffer NEW is replaced; programs that have it open keep it.",
+    _mv_arguments,
+    _mv,
+)
+
+
+def _chmod_arguments(parser: Parser) -> None:
+    parser.add_argument("mode", metavar="OCTAL", type=_mode, help="The new mode, such as 640.")
+    _names_argument(parser)
+    parser.shared("socket")
+
+
+def _chmod(args: Namespace) -> int:
+    with connect(args.socket) as store:
+        return _for_each(
+            store, args.names, lambda one: store.chmod(one.name, args.mode, number=one.number)
+        )
+
+
+CHMOD = Command(
+    "Change who may open the buffers of names and patterns. Buffers that are open stay open.",
+    _chmod_arguments,
+    _chmod,
+    """\
+  dmabuf chmod 640 model 'frame-*'""",
+)
+
+
+# -- df
+
+
+def _df_arguments(parser: Parser) -> None:
+    parser.shared("socket", "json")
+
+
+def _df(args: Namespace) -> None:
+    with connect(args.socket) as store:
+        usage, path = store.usage(), store.path
+    if args.json:
+        output.say_json({"format": 1, "socket": path} | asdict(usage))
+        return
+    percent = 100 * usage.charged // max(usage.max_memory, 1)
+    held, most = format_size(usage.charged), format_size(usage.max_memory)
+    output.say(f"socket   {path}")
+    output.say(f"memory   {held} of {most} ({percent}%)")
+    output.say(f"names    {usage.names} of {usage.max_names}")
+
+
+DF = Command("Show how much memory and how many names the store holds.", _df_arguments, _df)
 
 
 def _status_as_json(status: Status) -> dict[str, Any]:
