@@ -1,5 +1,7 @@
 """Build the C core; pyproject.toml has everything else."""
 
+import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,16 +15,17 @@ class BuildCore(build_ext):
     """A build_ext that names the package to install where the compiler or a header is missing."""
 
     def run(self) -> None:
-        compiler = (sysconfig.get_config_var("CC") or "cc").split()[0]
-        if shutil.which(compiler) is None:
+        compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
+        flags = shlex.split(os.environ.get("CFLAGS", ""))
+        if shutil.which(compiler[0]) is None:
             sys.exit(
-                f"dmabuf: no C compiler ({compiler}) found. On Debian or Ubuntu: "
+                f"dmabuf: no C compiler ({compiler[0]}) found. On Debian or Ubuntu: "
                 "apt install gcc libc6-dev python3-dev liburing-dev"
             )
         for header, package in (("liburing.h", "liburing-dev"), ("Python.h", "python3-dev")):
             include = sysconfig.get_path("include")
             probe = subprocess.run(
-                [compiler, "-E", "-x", "c", f"-I{include}", "-"],
+                [*compiler, *flags, "-E", "-x", "c", f"-I{include}", "-"],
                 input=f"#include <{header}>\n",
                 capture_output=True,
                 text=True,
@@ -35,4 +38,10 @@ class BuildCore(build_ext):
         super().run()
 
 
-setup(cffi_modules=["csrc/build_ffi.py:ffi"], cmdclass={"build_ext": BuildCore})
+# One wheel serves every CPython from 3.11 on, but for free-threaded ones: they have no stable ABI.
+abi3 = {} if sysconfig.get_config_var("Py_GIL_DISABLED") else {"py_limited_api": "cp311"}
+setup(
+    cffi_modules=["csrc/build_ffi.py:ffi"],
+    cmdclass={"build_ext": BuildCore},
+    options={"bdist_wheel": abi3},
+)

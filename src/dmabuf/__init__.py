@@ -20,6 +20,8 @@ from dmabuf.errors import (
     TransferError,
 )
 
+__version__ = "0.1.0"
+
 TYPE_CHECKING = False  # typing's own, without what importing typing costs
 if TYPE_CHECKING:
     from dmabuf.copying import Copy, CopySide, FileRange, copy, read_files, write_files

@@ -56,7 +56,9 @@ def imports(path):
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: imports are absolute"
             if node.module == "dmabuf":
-                yield from (f"dmabuf.{alias.name}" for alias in node.names)
+                yield from (
+                    f"dmabuf.{alias.name}" for alias in node.names if alias.name != "__version__"
+                )
             elif node.module and node.module.startswith("dmabuf."):
                 yield node.module
 

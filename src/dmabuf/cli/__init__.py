@@ -10,6 +10,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from dmabuf import __version__
+
 __all__ = ["main"]
 
 COMMANDS = {
@@ -64,9 +66,7 @@ def _run(words: list[str]) -> int:
         if first in ("-h", "--help"):
             output.write(_help())
         elif first == "--version":
-            from importlib.metadata import version
-
-            output.write(f"dmabuf {version('dmabuf')}\n")
+            output.write(f"dmabuf {__version__}\n")
         else:
             what = f"unknown command '{first}'" if words else "a command is missing"
             output.error(f"{what}; try 'dmabuf --help'")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from argparse import Namespace
 from dataclasses import asdict
-from importlib.metadata import version
 from typing import Any
 
+from dmabuf import __version__
 from dmabuf.cli import output
 from dmabuf.cli.parser import Command, Parser
 from dmabuf.inspect import Answer, Machine, PathReport, examine_machine, examine_path
@@ -25,7 +25,7 @@ def _run(args: Namespace) -> None:
         report = None if args.path is None else examine_path(args.path)
         output.say_json(_as_json(machine, report))
         return
-    output.say(f"dmabuf {version('dmabuf')} on Linux {machine.release}, {machine.architecture}")
+    output.say(f"dmabuf {__version__} on Linux {machine.release}, {machine.architecture}")
     for group in _GROUPS:
         output.write(f"\n{group}\n")
         for answer in getattr(machine, group):
@@ -44,7 +44,7 @@ def _as_json(machine: Machine, report: PathReport | None) -> dict[str, Any]:
     }
     return {
         "format": 1,
-        "version": version("dmabuf"),
+        "version": __version__,
         "release": machine.release,
         "architecture": machine.architecture,
         "page_size": machine.page_size,

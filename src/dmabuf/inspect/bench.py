@@ -19,8 +19,8 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
 
+from dmabuf import __version__
 from dmabuf.errors import IntegrityError, RouteUnavailable, os_error
 from dmabuf.inspect.bench_ways import TODAY, Place, Way, by_route, today
 from dmabuf.inspect.doctor import filesystem
@@ -399,7 +399,7 @@ def _machine() -> Facts:
         "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "kernel": platform.release(),
         "architecture": platform.machine(),
-        "dmabuf": version("dmabuf"),
+        "dmabuf": __version__,
         "python": platform.python_version(),
     }
 
