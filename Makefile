@@ -1,5 +1,5 @@
 # For users: `make demo` and `make test`. Most other targets are parts of `make test`.
-.PHONY: demo test test-stable soak check lint types c-tests unit unit-busy coverage lab-tests benchmarks clean
+.PHONY: demo test test-stable soak check lint types c-tests unit unit-busy coverage lab-tests benchmarks schemas clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -46,6 +46,10 @@ types: $(VENV)/ready
 	$(BIN)/mypy
 	$(BIN)/mypy --strict -p lab
 	$(BIN)/mypy benchmarks/*.py
+
+# The JSON Schemas of what --json prints, from the types of the records.
+schemas: $(VENV)/ready
+	$(BIN)/python tools/write-schemas docs/reference/schemas
 
 c-tests: $(VENV)/ready
 	$(MAKE) -C csrc test tsan

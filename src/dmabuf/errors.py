@@ -120,7 +120,7 @@ class IntegrityError(OSError):
     """Bytes read back differ from the bytes written; errno is EIO.
 
     ``offset`` is the file offset, in bytes, of the first difference, or None if it is not known;
-    ``counts`` the wrong bytes by kind ("unchanged poison", "stale", "zeros", "foreign", "shifted"),
+    ``counts`` the wrong bytes by kind ("unchanged", "stale", "zeros", "foreign", "shifted"),
     if they were counted; ``nbytes`` the number of right bytes before the first.
     """
 

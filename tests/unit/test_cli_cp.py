@@ -97,14 +97,6 @@ def test_names_in_messages_are_escaped(source: Path, tmp_path: Path, capsys: Cap
     assert ended.err == f"error: {tmp_path}/a\\x1b[2J\\nb\\u202e: No such file or directory\n"
 
 
-def test_errors_as_json(tmp_path: Path, capsys: Capture) -> None:
-    ended = dmabuf(capsys, "cp", "--json", tmp_path / "none", tmp_path / "t")
-    assert (ended.status, ended.out) == (1, "")
-    path = str(tmp_path / "none")
-    error = {"message": f"{path}: No such file or directory", "errno": "ENOENT", "path": path}
-    assert json.loads(ended.err) == {"format": 1, "error": error}
-
-
 def test_size(source: Path, tmp_path: Path, capsys: Capture) -> None:
     assert dmabuf(capsys, "cp", "--size", "100kB", source, tmp_path / "t").status == 0
     assert_same((tmp_path / "t").read_bytes(), DATA[:100_000], "the target")

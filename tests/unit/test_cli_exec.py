@@ -163,7 +163,7 @@ def test_what_is_told(buf):
     done = execute(buf, "--json", "echo", "out")
     assert done.stdout == b"out\n"
     assert json.loads(done.stderr) == {
-        "format": 1,
+        "format": "dmabuf-exec/1",
         "fd": buf.fileno(),
         "size": SIZE,
         "mode": "rb+",

@@ -141,7 +141,7 @@ def test_what_there_is(store, path, capsys) -> None:
     assert [line.split()[3] for line in lines] == ["12345", "10"]
     assert [line.split()[-1] for line in lines] == ["a", "b"]
     listed = json.loads(command(capsys, "ls", "--socket", path, "--json").out)
-    assert [one["name"] for one in listed] == ["a", "b"]
+    assert [(one["name"], one["mode"]) for one in listed["buffers"]] == [("a", "600"), ("b", "604")]
     told = command(capsys, "stat", "--socket", path, "b").out
     assert "content  10 bytes" in told and "in use   no" in told
     with store.open("b"):

@@ -322,7 +322,11 @@ def test_a_mount_ends_when_it_is_told_to(tmp_path: Path) -> None:
         for end in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             process = start(folder, socket, "--json")
             told = json.loads("".join(process.stdout.readline() for _ in range(5)))
-            assert told == {"format": 1, "mounted": str(folder), "store": str(socket)}
+            assert told == {
+                "format": "dmabuf-mount/1",
+                "directory": str(folder),
+                "store": str(socket),
+            }
             assert os.path.ismount(folder)
             with (folder / f"by {end.name}").open("xb", buffering=0) as file:
                 file.write(b"kept")

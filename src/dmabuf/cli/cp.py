@@ -6,8 +6,8 @@ import errno
 import os
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Literal
 
 from dmabuf.cli import output
 from dmabuf.cli.ends import End, advance, find_source, find_target, move_bytes
@@ -18,6 +18,57 @@ from dmabuf.memory import Buffer, allocate
 from dmabuf.transfer import ALLOWED, File, Route, first_difference
 
 _BLOCK = 8 << 20  # bytes that --verify compares at once
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """The record of a comparison in which every byte was the same."""
+
+    nbytes: int
+    uncached: bool
+    """Whether the target was read past the page cache, so from the device."""
+    reason: str
+    """How it was read, or why not past the page cache."""
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Copied(Copy):
+    """The result of `dmabuf cp`."""
+
+    source: str
+    target: str
+    verified: Verified | None
+    """None without --verify."""
+    synced: bool
+    """Whether the bytes are on the medium."""
+    in_place: str | None
+    """Why a regular file was written in place; null if it was replaced."""
+    format: Literal["dmabuf-cp/1"] = "dmabuf-cp/1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Put(Copy):
+    """The result of `dmabuf put`; `write` is null, because the target is memory."""
+
+    source: str
+    name: str
+    """The buffer's name in the store."""
+    buffer: str
+    """The exporter of the buffer."""
+    format: Literal["dmabuf-put/1"] = "dmabuf-put/1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Got(Copy):
+    """The result of `dmabuf get`; `read` is null, because the source is memory."""
+
+    name: str
+    """The buffer's name in the store."""
+    target: str
+    buffer: str
+    """The exporter of the buffer."""
+    format: Literal["dmabuf-get/1"] = "dmabuf-get/1"
 
 
 def _arguments(parser: Parser) -> None:
@@ -85,9 +136,14 @@ def _run(args: Namespace) -> None:
         )
     advance(source, target, record.nbytes)
     if args.json:
-        told: dict[str, Any] = {"source": source.name, "target": target.name}
-        told |= as_json(record) | {"verified": verified and asdict(verified), "synced": args.sync}
-        told |= {"in_place": in_place}
+        told = Copied(
+            **output.fields_of(record),
+            source=source.name,
+            target=target.name,
+            verified=verified,
+            synced=args.sync,
+            in_place=in_place,
+        )
         output.say_json(told, stream=target.report_stream)
     elif not args.quiet:
         output.say(sentence(record), stream=target.report_stream)
@@ -116,16 +172,7 @@ reason for it, is printed.""",
 )
 
 
-# -- the record of a copy, which put and get print too
-
-
-def as_json(record: Copy) -> dict[str, Any]:
-    """Return the record for programs; keys are only ever added."""
-    told = {"format": 1} | asdict(replace(record, read=None, write=None))
-    for name, side in (("read", record.read), ("write", record.write)):
-        plain = side and replace(side, rejected=dict(side.rejected), routes=dict(side.routes))
-        told[name] = plain and asdict(plain)
-    return told
+# -- the record of a copy as a sentence, which put and get print too
 
 
 def sentence(record: Copy, exporter: str | None = None) -> str:
@@ -148,18 +195,6 @@ def _way(side: CopySide) -> str:
 
 
 # -- --verify
-
-
-@dataclass(frozen=True, slots=True)
-class Verified:
-    """The record of a comparison in which every byte was the same."""
-
-    nbytes: int
-    uncached: bool
-    """Whether the target was read past the page cache, so from the device."""
-    reason: str
-    """How it was read, or why not past the page cache."""
-    seconds: float
 
 
 def _verify(

@@ -7,12 +7,29 @@ import os
 import signal
 import sys
 from argparse import Namespace
+from dataclasses import dataclass
+from typing import Literal
 
 from dmabuf.cli import output
 from dmabuf.cli.parser import Command, Misuse, Parser, number
 from dmabuf.memory import descriptor_as_file
 
 _NOT_FOUND, _NOT_RUN = 127, 126
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """What `dmabuf exec --json` reports on standard error before it becomes PROGRAM."""
+
+    fd: int
+    size: int
+    """Bytes of the buffer."""
+    mode: str
+    """What PROGRAM may do: "r", "w" or "r+"."""
+    way: str
+    """How the buffer became a file."""
+    reason: str
+    format: Literal["dmabuf-exec/1"] = "dmabuf-exec/1"
 
 
 def _arguments(parser: Parser) -> None:
@@ -33,8 +50,7 @@ def _run(args: Namespace) -> int:
     with descriptor_as_file(args.fd, read_only=args.read_only) as file:
         size = os.fstat(file.fileno()).st_size
         if args.json:
-            about = {"mode": file.mode, "way": file.way, "reason": file.reason}
-            told = {"format": 1, "fd": args.fd, "size": size} | about
+            told = Opened(args.fd, size, file.mode, file.way, file.reason)
             output.say_json(told, stream=sys.stderr)  # standard output is PROGRAM's
         elif args.verbose:
             output.note(

@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from dataclasses import dataclass
+from typing import Literal
 
 from dmabuf import mount
 from dmabuf.cli import output
 from dmabuf.cli.parser import Command, Parser
+
+
+@dataclass(frozen=True, slots=True)
+class Mounted:
+    """What `dmabuf mount --json` reports when the files are there."""
+
+    directory: str
+    store: str
+    """The socket of the store."""
+    format: Literal["dmabuf-mount/1"] = "dmabuf-mount/1"
 
 
 def _arguments(parser: Parser) -> None:
@@ -17,7 +29,7 @@ def _arguments(parser: Parser) -> None:
 def _run(args: Namespace) -> None:
     def ready(store: str) -> None:
         if args.json:
-            output.say_json({"format": 1, "mounted": args.directory, "store": store})
+            output.say_json(Mounted(args.directory, store))
         else:
             output.say(f"mounted at {args.directory}: the store of {store}")
 

@@ -10,9 +10,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import TextIO
+from typing import Any, TextIO
 
 FAILED, MISUSED = 1, 2
 CLOSED_PIPE = 128 + signal.SIGPIPE
@@ -44,11 +44,26 @@ def say(line: str, *, stream: TextIO | None = None) -> None:
     write(printable(line) + "\n", stream=stream)
 
 
-def say_json(value: object, *, stream: TextIO | None = None, indent: int | None = 2) -> None:
-    """Write a result for programs, in ASCII. A byte that is not UTF-8 is a lone surrogate."""
+def say_json(document: object, *, stream: TextIO | None = None, indent: int | None = 2) -> None:
+    """Write a record for programs, in ASCII. A byte that is not UTF-8 is a lone surrogate.
+
+    The record is a dataclass with `format: Literal["dmabuf-NAME/VERSION"]`; see CONTRIBUTING.md.
+    """
     import json
 
-    write(json.dumps(value, indent=indent) + "\n", stream=stream)
+    write(json.dumps(document, indent=indent, default=_plain) + "\n", stream=stream)
+
+
+def _plain(value: object) -> dict[str, object]:
+    return dict(value) if isinstance(value, Mapping) else fields_of(value)
+
+
+def fields_of(record: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass by name, `format` first."""
+    from dataclasses import fields
+
+    names = sorted((one.name for one in fields(record)), key=lambda name: name != "format")
+    return {name: getattr(record, name) for name in names}
 
 
 def note(text: str) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from dmabuf.cli import output
 from dmabuf.sizes import OFFSET_MAX, parse_size
@@ -27,6 +27,19 @@ class Command:
     run: Callable[[Namespace], int | None]
     """Returns the exit status; None is 0."""
     examples: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An error, as --json prints it: one line on standard error."""
+
+    message: str
+    """What was attempted, the cause, and the fix if there is one."""
+    errno: str | None
+    """The name of the kernel's error, such as ENOENT; null if it was none of the kernel's."""
+    path: str | None
+    """The file, device or name that the error is about."""
+    format: Literal["dmabuf-error/1"] = "dmabuf-error/1"
 
 
 class Misuse(Exception):
@@ -154,47 +167,52 @@ def run(command: Command, name: str, words: Sequence[str]) -> int:
         allow_abbrev=False,
     )  # fmt: skip
     command.arguments(parser)
-    as_json = False
+    as_json = "--json" in words[: words.index("--") if "--" in words else None]
     try:
         args = parser.parse_args(words)
         if getattr(args, "quiet", False) and args.progress is None:
             args.progress = False
-        as_json = getattr(args, "json", False)
         with _signals():
             return command.run(args) or 0
     except SystemExit:  # after --help
         return 0
     except Misuse as misuse:
-        output.error(str(misuse))
-        output.note(f"try '{prog} --help'")
+        report(misuse, as_json)
+        if not as_json:
+            output.note(f"try '{prog} --help'")
         return output.MISUSED
     except KeyboardInterrupt as stopped:
         number = signal.Signals(getattr(stopped, "number", signal.SIGINT))
-        _report(f"stopped by {number.name}", stopped, as_json)
+        report(KeyboardInterrupt(f"stopped by {number.name}"), as_json)
         return 128 + number
     except (OSError, ValueError, EOFError, BufferError, ImportError) as problem:
         if getattr(problem, "errno", None) == errno.EPIPE and (
             getattr(problem, "filename", None) in (None, output.STDOUT)
         ):
             return output.CLOSED_PIPE
-        _report(output.explain(problem), problem, as_json)
+        report(problem, as_json)
         return output.FAILED
 
 
-def _report(text: str, problem: BaseException, as_json: bool) -> None:
-    """Report an error; with --json as one line of JSON on standard error."""
+def report(problem: BaseException, as_json: bool) -> None:
+    """Report an error on standard error; as JSON it is one line, a `Failure`."""
+    text = output.explain(problem)
     if not as_json:
         output.error(text)
         return
-    number = getattr(problem, "errno", None)
-    name = getattr(problem, "filename", None)
-    about = {
-        "message": text,
-        "errno": errno.errorcode.get(number) if isinstance(number, int) else None,
-        "path": os.fsdecode(name) if isinstance(name, str | bytes) else None,
-    }
+    name, number = getattr(problem, "filename", None), getattr(problem, "errno", None)
+    failure = Failure(
+        message=text,
+        errno=_ERRNO_NAMES.get(number) if isinstance(number, int) else None,
+        path=os.fsdecode(name) if isinstance(name, str | bytes) else None,
+    )
     with suppress(OSError):  # the reader is gone
-        output.say_json({"format": 1, "error": about}, stream=sys.stderr, indent=None)
+        output.say_json(failure, stream=sys.stderr, indent=None)
+
+
+_PREFERRED = {errno.EOPNOTSUPP: "EOPNOTSUPP", errno.EDEADLK: "EDEADLK"}
+_ERRNO_NAMES = {**errno.errorcode, **_PREFERRED}
+"""The names of errnos; where Linux has two, the one that the manual pages use."""
 
 
 class Stopped(KeyboardInterrupt):

@@ -9,15 +9,15 @@ import pwd
 import time
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from stat import S_IFREG, filemode
-from typing import Any
+from typing import Any, Literal
 
 from dmabuf.cli import output
 from dmabuf.cli.ends import End, advance, find_source, find_target, move_bytes, naming
-from dmabuf.cli.parser import Command, Misuse, Parser
+from dmabuf.cli.parser import Command, Misuse, Parser, report
 from dmabuf.sizes import format_size
-from dmabuf.store import Status, Store, check_name, connect
+from dmabuf.store import Status, Store, Usage, check_name, connect
 
 # -- put
 
@@ -59,8 +59,8 @@ def _put(args: Namespace) -> None:
             exporter = buffer.exporter
     advance(source, target, record.nbytes)
     if args.json:
-        ends = {"source": source.name, "name": args.name, "buffer": exporter}
-        output.say_json(ends | cp.as_json(record) | {"verified": None})
+        fields = output.fields_of(record)
+        output.say_json(cp.Put(**fields, source=source.name, name=args.name, buffer=exporter))
     elif not args.quiet:
         output.say(cp.sentence(record, exporter))
 
@@ -128,8 +128,8 @@ def _get(args: Namespace) -> None:
             exporter = buffer.exporter
     advance(source, target, record.nbytes)
     if args.json:
-        ends = {"name": args.name, "target": target.name, "buffer": exporter}
-        told = ends | cp.as_json(record) | {"verified": None}
+        fields = output.fields_of(record)
+        told = cp.Got(**fields, name=args.name, target=target.name, buffer=exporter)
         output.say_json(told, stream=target.report_stream)
     elif not args.quiet:
         output.say(cp.sentence(record, exporter), stream=target.report_stream)
@@ -157,7 +157,9 @@ def _names_argument(parser: Parser, nargs: str = "+") -> None:
     parser.add_argument("names", metavar="NAME", nargs=nargs, help=text)
 
 
-def _for_each(store: Store, words: Sequence[str], act: Callable[[Status], object]) -> int:
+def _for_each(
+    store: Store, words: Sequence[str], act: Callable[[Status], object], *, as_json: bool = False
+) -> int:
     """Call `act` for each buffer that names and patterns match; return the exit status.
 
     A name that exists is not a pattern. A failure is reported, and does not keep the others.
@@ -178,12 +180,65 @@ def _for_each(store: Store, words: Sequence[str], act: Callable[[Status], object
             except ConnectionError:
                 raise
             except OSError as problem:
-                output.error(output.explain(problem))
+                report(problem, as_json)
                 failed = output.FAILED
     return failed
 
 
 # -- ls
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A buffer of the store. Sizes are in bytes, times in nanoseconds since 1970."""
+
+    name: str
+    size: int
+    """The memory: whole pages."""
+    length: int
+    """The content."""
+    mode: str
+    """The permission bits in octal, such as "640"."""
+    uid: int
+    gid: int
+    created_ns: int
+    """When the name was created."""
+    changed_ns: int
+    """When the name, mode or owner changed."""
+    modified_ns: int
+    """When the content was last opened for writing."""
+    accessed_ns: int
+    """When the content was last opened for reading."""
+    exporter: str
+    reason: str
+    """Why that exporter made it."""
+    slabs: int
+    """The number of dma-bufs."""
+    is_dmabuf: bool
+    number: int
+    """Identifies the buffer while the server runs."""
+    in_use: bool | None
+    """Whether anyone besides the server has it open; null if that is unknown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """The result of `dmabuf ls`."""
+
+    buffers: list[Entry]
+    format: Literal["dmabuf-ls/1"] = "dmabuf-ls/1"
+
+
+@dataclass(frozen=True, slots=True)
+class Stat(Entry):
+    """The result of `dmabuf stat`."""
+
+    format: Literal["dmabuf-stat/1"] = "dmabuf-stat/1"
+
+
+def _fields(status: Status) -> dict[str, Any]:
+    """Return the fields of an Entry."""
+    return output.fields_of(status) | {"mode": f"{status.mode:03o}"}
 
 
 def _ls_arguments(parser: Parser) -> None:
@@ -203,11 +258,12 @@ def _ls(args: Namespace) -> int:
     if args.process is not None or args.exporter is not None:
         raise Misuse("--process and --exporter need --system")
     with connect(args.socket) as store:
-        found = [] if args.names else store.list()
-        failed = _for_each(store, args.names, found.append) if args.names else 0
+        found, failed = ([] if args.names else store.list()), 0
+        if args.names:
+            failed = _for_each(store, args.names, found.append, as_json=args.json)
     found.sort(key=lambda one: one.name)
     if args.json:
-        output.say_json([_status_as_json(one) for one in found])
+        output.say_json(Listing([Entry(**_fields(one)) for one in found]))
         return failed
     rows = [
         (
@@ -264,7 +320,7 @@ def _stat(args: Namespace) -> None:
     with connect(args.socket) as store:
         status = store.stat(args.name)
     if args.json:
-        output.say_json({"format": 1} | _status_as_json(status))
+        output.say_json(Stat(**_fields(status)))
         return
     in_use = {True: "yes", False: "no", None: "unknown"}[status.in_use]
     count = f"{status.slabs} dma-buf{'s' * (status.slabs > 1)}"
@@ -358,6 +414,14 @@ CHMOD = Command(
 # -- df
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held(Usage):
+    """The result of `dmabuf df`."""
+
+    socket: str
+    format: Literal["dmabuf-df/1"] = "dmabuf-df/1"
+
+
 def _df_arguments(parser: Parser) -> None:
     parser.shared("socket", "json")
 
@@ -366,7 +430,7 @@ def _df(args: Namespace) -> None:
     with connect(args.socket) as store:
         usage, path = store.usage(), store.path
     if args.json:
-        output.say_json({"format": 1, "socket": path} | asdict(usage))
+        output.say_json(Held(**output.fields_of(usage), socket=path))
         return
     percent = 100 * usage.charged // max(usage.max_memory, 1)
     held, most = format_size(usage.charged), format_size(usage.max_memory)
@@ -376,11 +440,6 @@ def _df(args: Namespace) -> None:
 
 
 DF = Command("Show how much memory and how many names the store holds.", _df_arguments, _df)
-
-
-def _status_as_json(status: Status) -> dict[str, Any]:
-    """Return a name's status for programs; keys are only ever added."""
-    return asdict(status)
 
 
 def _user(uid: int) -> str:

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import random
 from argparse import ArgumentTypeError, Namespace
-from dataclasses import asdict
+from dataclasses import dataclass
+from typing import Literal
 
 from dmabuf.cli import output
 from dmabuf.cli.parser import Command, Parser, number, region
 from dmabuf.inspect import Report, verify_routes
 from dmabuf.transfer import Mismatch, Route
+
+
+@dataclass(slots=True, kw_only=True)
+class Verified(Report):
+    """The result of `dmabuf verify`."""
+
+    target: str
+    ok: bool
+    """Whether every byte was right."""
+    format: Literal["dmabuf-verify/1"] = "dmabuf-verify/1"
 
 
 def _routes(text: str) -> tuple[Route, ...]:
@@ -42,8 +53,8 @@ def _run(args: Namespace) -> int:
             progress=lambda done, total: progress.show("verifying", done, total),
         )
     if args.json:
-        told = {"format": 1, "target": args.target, "ok": not report.failed}
-        output.say_json(told | asdict(report))
+        fields = output.fields_of(report)
+        output.say_json(Verified(**fields, target=args.target, ok=not report.failed))
     else:
         _say(args.target, report)
     return output.FAILED if report.failed else 0

@@ -18,7 +18,7 @@ _DISTINCT = 16  # fewer bytes than this would match somewhere by chance
 class Mismatch(enum.StrEnum):
     """The kind of bytes that differ."""
 
-    POISON = "unchanged poison"
+    POISON = "unchanged"
     """Bytes that the audit wrote before the transfer, to detect that nothing arrived."""
     STALE = "stale"
     """Bytes that were there before."""
@@ -131,6 +131,6 @@ class Findings:
         return where >= 0
 
     def __str__(self) -> str:
-        """Return such as `4096 bytes unchanged poison, 512 bytes zeros`, most bytes first."""
+        """Return such as `4096 bytes unchanged, 512 bytes zeros`, most bytes first."""
         most = sorted(self.counts.items(), key=lambda item: -item[1])
         return ", ".join(f"{nbytes} bytes {kind}" for kind, nbytes in most)
