@@ -1,5 +1,5 @@
 # For users: `make demo` and `make test`. Most other targets are parts of `make test`.
-.PHONY: demo test test-stable soak check lint types c-tests unit unit-busy coverage lab-tests benchmarks schemas clean
+.PHONY: demo test test-stable soak check lint types docs c-tests unit unit-busy coverage lab-tests benchmarks schemas clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,10 +11,10 @@ demo test benchmarks: export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: $(VENV)/ready
 	examples/demo.sh
 
-test: lint types c-tests unit lab-tests
+test: lint types docs c-tests unit lab-tests
 	@echo "make test: all of it passed"
 
-check: lint types c-tests unit
+check: lint types docs c-tests unit
 
 # Not part of `make test`: the lab's tests on Debian stable's kernel, and the long soak.
 test-stable: $(VENV)/ready
@@ -33,7 +33,7 @@ $(VENV)/ready: pyproject.toml setup.py csrc/core.h $(wildcard csrc/*.c csrc/*.h 
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dmabuf needs Python 3.11 or later: make PYTHON=python3.12 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools setuptools_scm cffi cython
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[test,dev,fuse]'
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[test,dev,docs,fuse]'
 	touch $@
 
 lint: $(VENV)/ready
@@ -45,7 +45,11 @@ lint: $(VENV)/ready
 types: $(VENV)/ready
 	$(BIN)/mypy
 	$(BIN)/mypy --strict -p lab
-	$(BIN)/mypy benchmarks/*.py
+	$(BIN)/mypy benchmarks/*.py tools/*.py
+
+# The documentation site: build/site/index.html.
+docs: $(VENV)/ready
+	$(BIN)/python tools/build_site.py
 
 # The JSON Schemas of what --json prints, from the types of the records.
 schemas: $(VENV)/ready

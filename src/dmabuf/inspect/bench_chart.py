@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dmabuf.inspect.bench import Group, Result
 
 CHART_FORMATS = ("png", "svg")
+"""The endings of files that `draw_chart` writes, without the dot."""
 # Okabe and Ito's colours, which people with any colour vision tell apart; grey for today's ways.
 _COLOURS = {"native": "#009E73", "direct": "#0072B2", "staged": "#56B4E9", "buffered": "#E69F00"}
 _TODAY = "#8C8C8C"
