@@ -333,10 +333,11 @@ def test_top_finds_a_leak():
                 told = json.loads(looks.stdout.readline())
                 row = told["by_process"][0]
                 grown = row["since_first"]
-                assert row["pid"] == leaky.pid
-                assert (grown["size"], grown["buffers"]) == (number * SIZE, number)
-                assert told["total"]["since_first"] == grown
-            assert other.pid not in [row["pid"] for row in told["by_process"]]
+                assert row["process"]["pid"] == leaky.pid
+                assert (grown["nbytes"], grown["buffers"]) == (number * SIZE, number)
+                assert told["since_first"] == grown
+            processes = [row["process"] for row in told["by_process"]]
+            assert other.pid not in [one["pid"] for one in processes if one]
         finally:
             looks.terminate()
             assert finish(looks).status == 143

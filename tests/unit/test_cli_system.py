@@ -20,6 +20,7 @@ import pytest
 from dmabuf import inspect
 from tests.unit.command import PATIENCE, dmabuf, finish, start
 from tests.unit.fake_machine import FakeMachine, Made, statted
+from tests.unit.schemas import checked
 
 Capture = pytest.CaptureFixture[str]
 
@@ -75,9 +76,11 @@ def test_ls(busy: FakeMachine, capsys: Capture) -> None:
 def test_ls_as_json(busy: FakeMachine, capsys: Capture) -> None:
     ended = dmabuf(capsys, "ls", "--system", "--json")
     assert (ended.status, ended.err) == (0, "")
-    told = json.loads(ended.out)
+    told = checked(ended.out)
     camera = {"pid": 20, "started": 100, "command": "camera"}
     reader = {"pid": 21, "started": 100, "command": "reader"}
+    mapping = told["buffers"][1]["holders"][1]["mappings"][0]
+    assert (mapping["address"], mapping["nbytes"]) == (4096, MIB)
     assert told["buffers"][1] == {
         "inode": 7,
         "size": MIB,
@@ -85,23 +88,22 @@ def test_ls_as_json(busy: FakeMachine, capsys: Capture) -> None:
         "exporter": "system",
         "name": "frames",
         "references": 4,
-        "unseen": 0,
+        "unseen_references": 0,
         "holders": [
-            camera | {"fds": [3, 5], "mappings": []},
-            reader | {"fds": [4], "mappings": [{"address": 4096, "size": MIB}]},
+            {"process": camera, "fds": [3, 5], "mappings": []},
+            {"process": reader, "fds": [4], "mappings": [mapping]},
         ],
         "devices": [],
     }
     assert told["buffers"][0]["devices"] == ["0000:01:00.0", "vgem"]
-    assert told["by_process"] == [
-        {"pid": None, "started": None, "command": None, "size": 3 * MIB, "buffers": 1}
-        | {"share": 3 * MIB},
-        camera | {"size": MIB, "buffers": 1, "share": MIB // 2},
-        reader | {"size": MIB, "buffers": 1, "share": MIB // 2},
+    assert [(one["process"], one["total"]) for one in told["by_process"]] == [
+        (None, {"nbytes": 3 * MIB, "buffers": 1, "share": 3 * MIB}),
+        (camera, {"nbytes": MIB, "buffers": 1, "share": MIB // 2}),
+        (reader, {"nbytes": MIB, "buffers": 1, "share": MIB // 2}),
     ]
     assert [one["exporter"] for one in told["by_exporter"]] == ["drm", "system"]
-    assert told["total"]["size"] == 4 * MIB
-    assert (told["format"], told["processes"], told["hidden"]) == (1, 3, 0)
+    assert told["total"]["nbytes"] == 4 * MIB
+    assert (told["processes"], told["hidden"]) == (3, 0)
     assert (told["complete"], told["refusals"]) == (True, [])
 
 
@@ -221,22 +223,22 @@ def test_top_as_json(
     leak(machine, monkeypatch)
     ended = dmabuf(capsys, "top", "-n", 4, "--json", "--process", "leaky")
     assert (ended.status, ended.err) == (0, "")
-    rounds = [json.loads(line) for line in ended.out.splitlines()]
+    rounds = [checked(line) for line in ended.out.splitlines()]
     assert [one["look"] for one in rounds] == [1, 2, 3, 4]
     (row,) = rounds[2]["by_process"]
-    nothing = {"size": 0, "buffers": 0, "share": 0}
+
+    def grown(mib: int, buffers: int) -> dict[str, int]:
+        return {"nbytes": mib * MIB, "buffers": buffers, "share": mib * MIB}
+
     assert row == {
-        "pid": 30, "started": 100, "command": "leaky", "size": 3 * MIB, "buffers": 3,
-        "share": 3 * MIB, "since_last": {"size": MIB, "buffers": 1, "share": MIB},
-        "since_first": {"size": 2 * MIB, "buffers": 2, "share": 2 * MIB},
+        "process": {"pid": 30, "started": 100, "command": "leaky"}, "total": grown(3, 3),
+        "since_last": grown(1, 1), "since_first": grown(2, 2),
     }  # fmt: skip
-    assert rounds[0]["total"]["since_first"] == nothing
-    assert rounds[2]["total"]["since_first"]["buffers"] == 2
+    assert rounds[0]["since_first"] == grown(0, 0)
+    assert rounds[2]["since_first"]["buffers"] == 2
     (row,) = rounds[3]["by_process"]
-    assert (row["started"], row["since_first"]) == (999, {"size": MIB, "buffers": 1, "share": MIB})
-    assert rounds[3]["total"]["since_last"] == {
-        "size": -2 * MIB, "buffers": -2, "share": -2 * MIB
-    }  # fmt: skip
+    assert (row["process"]["started"], row["since_first"]) == (999, grown(1, 1))
+    assert rounds[3]["since_last"] == grown(-2, -2)
     assert rounds[3]["refusals"]
 
 
@@ -244,8 +246,10 @@ def test_top_of_one_process(busy: FakeMachine, capsys: Capture) -> None:
     """Without those that hold the same buffers."""
     ended = dmabuf(capsys, "top", "-n", 1, "--json", "--process", "reader")
     told = json.loads(ended.out)
-    assert [(row["pid"], row["share"]) for row in told["by_process"]] == [(21, MIB // 2)]
-    assert told["total"]["size"] == MIB
+    assert [(row["process"]["pid"], row["total"]["share"]) for row in told["by_process"]] == [
+        (21, MIB // 2)
+    ]
+    assert told["total"]["nbytes"] == MIB
 
 
 @pytest.mark.parametrize(
@@ -257,7 +261,7 @@ def test_top_sorts(
     leak(machine, monkeypatch)
     ended = dmabuf(capsys, "top", "-n", 2, "--json", "--sort", order)
     rows = json.loads(ended.out.splitlines()[1])["by_process"]
-    assert rows[0]["pid"] == first
+    assert rows[0]["process"]["pid"] == first
 
 
 def test_top_ends_by_ctrl_c() -> None:

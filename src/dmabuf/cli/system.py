@@ -10,7 +10,8 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Hashable
 from contextlib import nullcontext, suppress
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from dmabuf import inspect
 from dmabuf.cli import output
@@ -48,7 +49,16 @@ def list_system(args: Namespace) -> None:
     """Carry out `ls --system`."""
     found = _look(args.process, args.exporter)
     if args.json:
-        output.say_json(_census_as_json(found))
+        listed = [
+            ListedBuffer(**output.fields_of(one), unseen_references=one.unseen)
+            for one in found.buffers
+        ]
+        by_process = [ProcessTotal(*item) for item in found.by_process().items()]
+        by_exporter = [ExporterTotal(*item) for item in found.by_exporter().items()]
+        told = SystemListing(
+            **_seen(found), buffers=listed, by_process=by_process, by_exporter=by_exporter
+        )
+        output.say_json(told)
         return
     if found.buffers:
         rows: _Rows = [_buffer_row(buffer, found) for buffer in found.buffers]
@@ -128,62 +138,66 @@ def _size(nbytes: int, found: Census) -> str:
     return ("" if all(one.exact for one in found.buffers) else ">=") + format_size(nbytes)
 
 
-def _census_as_json(found: Census) -> dict[str, Any]:
-    return {
-        "format": 1,
-        "buffers": [_buffer_as_json(buffer) for buffer in found.buffers],
-        "total": _total_as_json(found.total),
-        "by_process": [
-            _process_as_json(process) | _total_as_json(total)
-            for process, total in found.by_process().items()
-        ],
-        "by_exporter": [
-            {"exporter": exporter} | _total_as_json(total)
-            for exporter, total in found.by_exporter().items()
-        ],
-        **_seen_as_json(found),
-    }
+@dataclass(frozen=True, slots=True)
+class ProcessTotal:
+    """What a process holds."""
+
+    process: Process | None
+    """Null stands for references of no visible process."""
+    total: Total
+    since_last: Total | None = None
+    """The growth since the last look of `top`."""
+    since_first: Total | None = None
+    """The growth since the first look of `top`."""
 
 
-def _buffer_as_json(buffer: SystemBuffer) -> dict[str, Any]:
-    return {
-        "inode": buffer.inode,
-        "size": buffer.size,
-        "exact": buffer.exact,
-        "exporter": buffer.exporter,
-        "name": buffer.name,
-        "references": buffer.references,
-        "unseen": buffer.unseen,
-        "holders": [
-            _process_as_json(by.process)
-            | {
-                "fds": by.fds,
-                "mappings": [{"address": one.address, "size": one.nbytes} for one in by.mappings],
-            }
-            for by in buffer.holders
-        ],
-        "devices": buffer.devices,
-    }
+@dataclass(frozen=True, slots=True)
+class ExporterTotal:
+    """What an exporter made."""
+
+    exporter: str | None
+    total: Total
+    since_last: Total | None = None
+    since_first: Total | None = None
 
 
-def _process_as_json(process: Process | None) -> dict[str, Any]:
-    """Return a process; its pid is null for references of no visible process."""
-    if process is None:
-        return {"pid": None, "started": None, "command": None}
-    return {"pid": process.pid, "started": process.started, "command": process.command}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListedBuffer(SystemBuffer):
+    """A dma-buf of any process or driver on the machine."""
+
+    unseen_references: int
+    """The number of references that belong to no visible process."""
 
 
-def _total_as_json(total: Total) -> dict[str, int]:
-    return {"size": total.nbytes, "buffers": total.buffers, "share": total.share}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Totals:
+    """What the documents of `ls --system` and `top` have in common."""
+
+    total: Total
+    by_process: list[ProcessTotal]
+    by_exporter: list[ExporterTotal]
+    processes: int
+    """The number of processes, kernel threads excluded."""
+    hidden: int
+    """The number of processes that could not be examined."""
+    complete: bool
+    """Whether every process was examined: then `unseen_references` are the kernel's."""
+    refusals: tuple[str, ...]
+    """What could not be seen: cause and fix."""
 
 
-def _seen_as_json(found: Census) -> dict[str, Any]:
-    return {
-        "processes": found.processes,
-        "hidden": found.hidden,
-        "complete": found.complete,
-        "refusals": found.refusals,
-    }
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SystemListing(Totals):
+    """The result of `dmabuf ls --system`."""
+
+    buffers: list[ListedBuffer]
+    format: Literal["dmabuf-ls-system/1"] = "dmabuf-ls-system/1"
+
+
+def _seen(found: Census) -> dict[str, Any]:
+    """Return the fields of Totals that a census has as they are."""
+    names = ("total", "processes", "hidden", "complete", "refusals")
+    return {name: getattr(found, name) for name in names}
 
 
 # -- top
@@ -302,30 +316,32 @@ def _largest_first(rows: dict[_Key, _Growth], order: str) -> dict[_Key, _Growth]
     return dict(sorted(rows.items(), key=lambda item: -_ORDERS[order](item[1])))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look(Totals):
+    """One look of `dmabuf top`, in one line."""
+
+    look: int
+    """The number of the look, from 1."""
+    seconds: float
+    """Time since the first look."""
+    since_last: Total
+    """The growth of the total since the last look."""
+    since_first: Total
+    """The growth of the total since the first look."""
+    format: Literal["dmabuf-top/1"] = "dmabuf-top/1"
+
+
 def _print_json(found: _Round) -> None:
-    told = {
-        "format": 1,
-        "look": found.number,
-        "seconds": found.seconds,
-        "total": _growth_as_json(found.total),
-        "by_process": [
-            _process_as_json(process) | _growth_as_json(row)
-            for process, row in found.processes.items()
-        ],
-        "by_exporter": [
-            {"exporter": exporter} | _growth_as_json(row)
-            for exporter, row in found.exporters.items()
-        ],
-        **_seen_as_json(found.census),
-    }
-    output.say_json(told, indent=None)
-
-
-def _growth_as_json(row: _Growth) -> dict[str, Any]:
-    return _total_as_json(row.total) | {
-        "since_last": _total_as_json(row.last),
-        "since_first": _total_as_json(row.first),
-    }
+    look = Look(
+        **_seen(found.census),
+        look=found.number,
+        seconds=found.seconds,
+        since_last=found.total.last,
+        since_first=found.total.first,
+        by_process=[ProcessTotal(process, *row) for process, row in found.processes.items()],
+        by_exporter=[ExporterTotal(exporter, *row) for exporter, row in found.exporters.items()],
+    )
+    output.say_json(look, indent=None)
 
 
 def _print(found: _Round) -> None:
@@ -452,5 +468,5 @@ q, and 130 after Ctrl-C.""",
     """\
   sudo dmabuf top
   sudo dmabuf top --sort first --interval 10
-  dmabuf top --process 4711 --count 2 --interval 60 --json | jq .total.since_last""",
+  dmabuf top --process 4711 --count 2 --interval 60 --json | jq .since_last""",
 )

@@ -6,6 +6,7 @@ starts from text of the kernel that a label cannot reach.
 
 import os
 import re
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from dmabuf.kernel import proc
@@ -23,7 +24,8 @@ class Entry(NamedTuple):
     """One name for each attachment."""
 
 
-class Mapping(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Mapping:
     """A mapping of a dma-buf in /proc/PID/maps."""
 
     address: int
