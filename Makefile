@@ -28,7 +28,7 @@ soak: $(VENV)/ready
 	lab/run --timeout 14400 -- python3 -m tests.soak --count $(TRANSFERS)
 
 # Install missing system packages, and make the virtual environment.
-$(VENV)/ready: pyproject.toml setup.py csrc/core.h $(wildcard csrc/*.c csrc/*.h csrc/build_ffi.py)
+$(VENV)/ready: pyproject.toml setup.py csrc/core.h $(wildcard csrc/*.c csrc/*.h csrc/build_ffi.py csrc/python/*.c)
 	tools/install-system-packages gcc libc6-dev libfuse3-dev liburing-dev pkg-config python3-dev python3-venv
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dmabuf needs Python 3.11 or later: make PYTHON=python3.12 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -40,7 +40,7 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
-	$(BIN)/clang-format --dry-run --Werror csrc/*.[ch] csrc/tests/*.[ch] benchmarks/*.c tests/unit/*.c
+	$(BIN)/clang-format --dry-run --Werror csrc/*.[ch] csrc/python/*.c csrc/tests/*.[ch] benchmarks/*.c tests/unit/*.c
 
 types: $(VENV)/ready
 	$(BIN)/mypy

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import sysconfig
 
-from setuptools import setup
+from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 
@@ -39,9 +39,11 @@ class BuildCore(build_ext):
 
 
 # One wheel serves every CPython from 3.11 on, but for free-threaded ones: they have no stable ABI.
-abi3 = {} if sysconfig.get_config_var("Py_GIL_DISABLED") else {"py_limited_api": "cp311"}
+abi3 = not sysconfig.get_config_var("Py_GIL_DISABLED")
+exporter = Extension("dmabuf._exporter", ["csrc/python/exporter.c"], py_limited_api=abi3)
 setup(
     cffi_modules=["csrc/build_ffi.py:ffi"],
+    ext_modules=[exporter],
     cmdclass={"build_ext": BuildCore},
-    options={"bdist_wheel": abi3},
+    options={"bdist_wheel": {"py_limited_api": "cp311"} if abi3 else {}},
 )

@@ -409,6 +409,59 @@ def test_a_dlpack_of_the_future_is_refused(buf):
     buf.close()
 
 
+# -- the buffer protocol
+
+VIEWS = {
+    "memoryview": memoryview,
+    "asarray": np.asarray,
+    "frombuffer": lambda buffer: np.frombuffer(buffer, "u1"),
+    "window": lambda buffer: memoryview(buffer.open()),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_the_buffer_protocol_shares_the_memory_and_holds_it_open(buf, view):
+    seen = view(buf)
+    assert bytes(seen) == pattern(SIZE, 1) and len(seen) == len(buf) == SIZE
+    seen[1] = seen[0] ^ 1
+    assert buf.pread(1, 1) == bytes(seen[1:2])
+    with pytest.raises(BufferError, match="exported pointers exist"):
+        buf.close()
+    del seen
+    buf.close()
+
+
+def test_the_buffer_protocol_of_a_window_and_of_a_read_only_buffer(buf):
+    assert bytes(buf.open(offset=7, size=9)) == pattern(SIZE, 1)[7:16]
+    assert bytes(buf.open(size=0)) == b""
+    with read_only(buf) as other:
+        assert memoryview(other).readonly and not np.asarray(other).flags.writeable
+        with pytest.raises(TypeError, match="not writable"):
+            (ctypes.c_char * SIZE).from_buffer(other)
+    assert not np.asarray(buf.open("r")).flags.writeable
+
+
+def test_copies_of_bytes_by_index_and_slice(buf):
+    expected = pattern(SIZE, 1)
+    assert bytes(buf) == expected and bytes(np.array(buf)) == expected
+    assert buf[5] == expected[5] and buf[np.int8(-1)] == expected[-1]
+    for part in (slice(8), slice(-3, None), slice(9, 3, -2), slice(SIZE, None), slice(np.int8(3))):
+        assert buf[part] == expected[part] and type(buf[part]) is bytes
+    with pytest.raises(IndexError):
+        buf[SIZE]
+
+
+@pytest.mark.parametrize("view", [*VIEWS.values(), bytes, np.array, lambda buffer: buffer[0]])
+def test_no_wrong_answer_where_there_is_no_memory(buf, view, monkeypatch):
+    buf.close()
+    with pytest.raises(dmabuf.ClosedError):
+        view(buf)
+    with allocate(PAGE, exporter="memfd") as other:
+        monkeypatch.setattr(other, "map_refusal", "only devices can")
+        with pytest.raises(io.UnsupportedOperation, match="only devices can"):
+            view(other)
+
+
 # -- the CPU access bracket
 
 
@@ -435,6 +488,17 @@ def test_an_array_is_one_access_as_long_as_it_lives(kernel, fake):
     assert brackets(kernel) == []
     del part
     assert brackets(kernel) == [("END", "RW")]
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_a_view_is_one_access_as_long_as_it_lives(kernel, fake, view):
+    seen = view(fake)
+    assert brackets(kernel) == [("START", "RW")]
+    assert bytes(seen[:1]) == b"\0"
+    del seen
+    assert brackets(kernel) == [("END", "RW")]
+    assert fake[:2] == b"\0\0"
+    assert brackets(kernel) == [("START", "R"), ("END", "R")]
 
 
 def test_each_that_is_made_has_its_own(kernel, fake):

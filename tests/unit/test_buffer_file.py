@@ -49,10 +49,6 @@ def test_what_it_is(buf):
     assert buf.fileno() == buf.slabs[0].fd
     with pytest.raises(AttributeError):
         buf.slabs[0].fd = 3
-    with pytest.raises(TypeError):
-        memoryview(buf)
-    with pytest.raises(TypeError):
-        len(buf)
 
 
 def test_sizes_round_up_to_a_page():

@@ -15,9 +15,9 @@ import importlib
 import math
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, suppress
 from typing import TYPE_CHECKING, Any, Protocol, SupportsIndex
 
+from dmabuf._exporter import Exporter
 from dmabuf.sizes import Size, as_int
 
 if TYPE_CHECKING:
@@ -33,18 +33,11 @@ Shape = SupportsIndex | Sequence[SupportsIndex] | None
 class Mapped(Protocol):
     """The part of Buffer that arrays are made of: see there."""
 
-    @property
-    def address(self) -> int | None: ...  # noqa: D102
     def readable(self) -> bool: ...  # noqa: D102
     def writable(self) -> bool: ...  # noqa: D102
     def check_mapped(self) -> None: ...  # noqa: D102
     def check_range(self, offset: Size, size: Size | None) -> tuple[int, int]: ...  # noqa: D102
-    def cpu_access(  # noqa: D102
-        self, read: bool, write: bool, offset: int, size: int
-    ) -> AbstractContextManager[None]: ...
-    def view(self, offset: int, size: int) -> memoryview: ...  # noqa: D102
-    def hold(self) -> None: ...  # noqa: D102
-    def release(self) -> None: ...  # noqa: D102
+    def open(self, mode: str | None, offset: Size, size: Size) -> Exporter: ...  # noqa: D102
 
 
 def import_optional(module: str, what: str, install: str) -> Any:
@@ -54,35 +47,6 @@ def import_optional(module: str, what: str, install: str) -> Any:
     except ImportError as error:
         text = f"{what} needs {module} ({error}): pip install {install}"
         raise ImportError(text, name=module) from error
-
-
-class _Memory:
-    """A part of a buffer while an array exists: NumPy keeps it, by the array interface."""
-
-    def __init__(self, buffer: Mapped, offset: int, size: int) -> None:
-        buffer.hold()
-        try:
-            writable = buffer.writable()
-            self._buffer = buffer
-            self._access = buffer.cpu_access(True, writable, offset, size)
-            self._access.__enter__()
-            self._view = buffer.view(offset, size)  # while it exists, close() raises BufferError
-            address = buffer.address
-            assert address is not None
-            self.__array_interface__ = {
-                "version": 3,
-                "typestr": "|u1",
-                "shape": (size,),
-                "data": (address + offset, not writable),
-            }
-        finally:
-            buffer.release()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_view"):
-            self._view.release()
-            with suppress(OSError):  # of END: a destructor cannot report it
-                self._access.__exit__(None, None, None)
 
 
 def asarray(
@@ -115,7 +79,7 @@ def asarray(
     if not item.itemsize:
         raise TypeError(f"dtype {item!r} has no size: pass one, such as 'S16'")
     offset, lengths = _place(self, item.itemsize, shape, offset)
-    memory = _Memory(self, offset, math.prod(lengths) * item.itemsize)
+    memory = memoryview(self.open(None, offset, math.prod(lengths) * item.itemsize))
     array: np.ndarray[Any, Any] = numpy.ndarray(lengths, item, buffer=numpy.asarray(memory))
     return array
 

@@ -15,7 +15,7 @@ import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from typing import NamedTuple, NoReturn, SupportsIndex
+from typing import NamedTuple, NoReturn, SupportsIndex, overload
 
 from dmabuf._core import address_of
 from dmabuf.errors import BusyError, ClosedError
@@ -50,10 +50,15 @@ class Buffer(
     As a file it is an :class:`io.RawIOBase`: a write that does not fit whole raises
     OSError(ENOSPC) and writes nothing, seeking past the end is allowed and reading there returns
     b"", and truncate() accepts the present size only. For many small reads, wrap a window made by
-    :meth:`open` in io.BufferedRandom. There is no buffer protocol, since each CPU access to a
-    dma-buf belongs between DMA_BUF_IOCTL_SYNC START and END. The file methods issue both,
-    :meth:`map` returns a memoryview between them, and each array of :meth:`asarray` and tensor of
-    :meth:`astensor` is one access.
+    :meth:`open` in io.BufferedRandom.
+
+    As memory it has the buffer protocol: memoryview(buffer) and numpy.asarray(buffer) share it,
+    len(buffer) is its size, buffer[0] an int and buffer[:8] a bytes object, a copy. It cannot be
+    closed while a view exists.
+
+    Each CPU access to a dma-buf belongs between DMA_BUF_IOCTL_SYNC START and END. The file methods
+    and buffer[:8] issue both, :meth:`map` returns a memoryview between them, and each memoryview,
+    array and tensor is one access, from its making to its end.
 
     Thread-safe, except for the position, which seek(), tell(), read(), readinto() and write()
     share. pread(), pwrite(), preadv(), pwritev() and map() do not use it, and each window has its
@@ -243,6 +248,27 @@ class Buffer(
         read, write = self.check_mode(mode)
         return Window(self, *self.check_range(offset, size), read, write)
 
+    def __len__(self) -> int:
+        return self._size
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> bytes: ...
+    def __getitem__(self, index: SupportsIndex | slice) -> int | bytes:
+        """Return a copy of one byte as an int, or of a slice as bytes."""
+        with self.map() as view:
+            found = view[index]
+            return found if isinstance(found, int) else found.tobytes()
+
+    def export(self) -> memoryview:
+        """Return the memory for the buffer protocol, after START."""
+        return self.begin_access(0, self._size, write=self._access[1])
+
+    def unexport(self) -> None:
+        """Issue END: the consumer has released the memory."""
+        self.end_access(0, self._size, write=self._access[1])
+
     asarray = arrays.asarray
     astensor = arrays.astensor
     __dlpack__ = arrays.dlpack
@@ -358,7 +384,25 @@ class Buffer(
         self, read: bool, write: bool, offset: int, size: int
     ) -> AbstractContextManager[None]:
         """Issue DMA_BUF_IOCTL_SYNC START and END around CPU access to a range, on each slab."""
-        return _bracket(self.dmabufs(offset, size), read, write)
+        return _bracket(self.dmabufs(offset, size), _flags(read, write))
+
+    def begin_access(self, offset: int, size: int, *, write: bool) -> memoryview:
+        """Issue START for a checked range and return its memory; :meth:`end_access` follows."""
+        begun: list[int] = []
+        with self._held():
+            self.check_mapped()
+            try:
+                _begin(self.dmabufs(offset, size), _flags(True, write), begun)
+                view = self.view(offset, size)
+            except BaseException:
+                _end(begun, _flags(True, write))
+                raise
+        return view if write else view.toreadonly()
+
+    def end_access(self, offset: int, size: int, *, write: bool) -> None:
+        """Issue END for a range of :meth:`begin_access`. Nobody is there to handle an error."""
+        if not self._closed:  # by the garbage collector, in a cycle with the view
+            _end(self.dmabufs(offset, size), _flags(True, write))
 
     def view(self, offset: int, size: int) -> memoryview:
         """Return a range of the mapping, without START and END; close() raises BufferError then."""
@@ -607,6 +651,15 @@ class Window(RawFile, instead="make another one with Buffer.open()"):
         """The memory of a checked range, ready for the CPU while the context lasts."""
         return self._buffer.span(self._start + offset, size, write=write)
 
+    def export(self) -> memoryview:
+        """Return the memory for the buffer protocol, after START."""
+        self._check_readable()
+        return self._buffer.begin_access(self._start, self._size, write=self._access[1])
+
+    def unexport(self) -> None:
+        """Issue END: the consumer has released the memory."""
+        self._buffer.end_access(self._start, self._size, write=self._access[1])
+
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"mode={self.mode!r}"
         return (
@@ -648,19 +701,16 @@ def _is_whole_pages(offset: int, size: int) -> bool:
     return (offset | size) % mmap.PAGESIZE == 0
 
 
+def _flags(read: bool, write: bool) -> int:
+    return uapi.DMA_BUF_SYNC_READ * read | uapi.DMA_BUF_SYNC_WRITE * write
+
+
 @contextmanager
-def _bracket(fds: Sequence[int], read: bool, write: bool) -> Iterator[None]:
+def _bracket(fds: Sequence[int], flags: int) -> Iterator[None]:
     """Issue START on each dma-buf, in order; then, whatever happens, END on each that started."""
-    flags = uapi.DMA_BUF_SYNC_READ * read | uapi.DMA_BUF_SYNC_WRITE * write
     begun: list[int] = []
     try:
-        for fd in fds:
-            begun.append(fd)  # before: an interrupt right after START must not lose the END
-            try:
-                uapi.sync(fd, uapi.DMA_BUF_SYNC_START | flags)
-            except OSError:
-                begun.pop()
-                raise
+        _begin(fds, flags, begun)
         yield
     except BaseException:
         _end(begun, flags)
@@ -668,6 +718,17 @@ def _bracket(fds: Sequence[int], read: bool, write: bool) -> Iterator[None]:
     error = _end(begun, flags)
     if error is not None:
         raise error
+
+
+def _begin(fds: Sequence[int], flags: int, begun: list[int]) -> None:
+    """Issue START on each dma-buf, in order, and append those that need END to `begun`."""
+    for fd in fds:
+        begun.append(fd)  # before: an interrupt right after START must not lose the END
+        try:
+            uapi.sync(fd, uapi.DMA_BUF_SYNC_START | flags)
+        except OSError:
+            begun.pop()
+            raise
 
 
 def _end(begun: Sequence[int], flags: int) -> OSError | None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, NoReturn, Self
 
+from dmabuf._exporter import Exporter
 from dmabuf.errors import ClosedError, Uncopyable
 from dmabuf.sizes import Size, as_int, parse_size
 
@@ -41,12 +42,13 @@ def _as_bytes(data: "ReadableBuffer", *, writable: bool = False) -> memoryview:
         return PickleBuffer(view).raw()
 
 
-class RawFile(Uncopyable, io.RawIOBase):
-    """The file interface of a fixed number of bytes of memory.
+class RawFile(Uncopyable, Exporter, io.RawIOBase):
+    """The file interface, and the buffer protocol, of a fixed number of bytes of memory.
 
-    A subclass defines ``size``, ``readable()``, ``writable()``, ``closed``, and :meth:`span`. The
-    position belongs to the object and is not thread-safe, as with any raw file. ``pread``,
-    ``pwrite``, ``preadv`` and ``pwritev`` neither use nor move it and are thread-safe.
+    A subclass defines ``size``, ``readable()``, ``writable()``, ``closed``, :meth:`span`, and
+    ``export()`` and ``unexport()`` for the buffer protocol. The position belongs to the object and
+    is not thread-safe, as with any raw file. ``pread``, ``pwrite``, ``preadv`` and ``pwritev``
+    neither use nor move it and are thread-safe.
     """
 
     _position = 0
@@ -150,6 +152,14 @@ class RawFile(Uncopyable, io.RawIOBase):
         offset, nbytes = parse_size(offset, "offset"), parse_size(size, "size")
         start = min(offset, self.size)
         return start, min(nbytes, self.size - start)
+
+    def __array__(self, dtype: object = None, copy: bool | None = None) -> object:
+        # NumPy ignores an error of the buffer protocol and comes here: raise it again, rather than
+        # have numpy.asarray() return an array of one Python object.
+        view = memoryview(self)
+        import numpy
+
+        return numpy.array(view, dtype, copy=copy)  # type: ignore[call-overload]
 
     # -- the file, at its position
 
