@@ -17,8 +17,16 @@ from dmabuf.kernel import uapi
 from dmabuf.memory import exporters
 from tests.unit.fake_kernel import FakeKernel
 
-FORMATS = ("YUYV", "GREY", "NM12")
+FORMATS = {
+    "YUYV": 2, "GREY": 1, "NM12": 1, "NV12": 1, "YU12": 1, "RGB3": 3, "XR24": 4, "Y16": 2,
+    "RGGB": 1, "pRAA": 5 / 4, "MJPG": 0,
+}  # fmt: skip
+"""The bytes of a pixel in the first plane."""
 SIZES = [(64, 32), (128, 64)]
+
+
+def _number(name: str) -> int:
+    return int.from_bytes(name.ljust(4).encode(), "little")
 
 
 def fail(number: int) -> None:
@@ -36,6 +44,8 @@ class FakeCamera(FakeKernel):
         self.fd = -1
         self.form = ("NM12" if multi else "YUYV", *SIZES[0])
         self.fps = (1, 30)
+        self.padding = 0  # bytes after each row of the first plane
+        self.color = (8, 0, 0, 0)  # V4L2_COLORSPACE_SRGB, and the defaults
         self.least = 2
         self.errors: dict[str, int] = {}
         self.fail_queue_of = -1
@@ -88,9 +98,15 @@ class FakeCamera(FakeKernel):
         os.eventfd_write(self.fd, 1)
 
     def sizes(self) -> list[int]:
-        name, width, height = self.form
-        pixels = width * height
-        return {"YUYV": [pixels * 2], "GREY": [pixels], "NM12": [pixels, pixels // 2]}[name]
+        name, _, height = self.form
+        first = self.stride() * height
+        if name == "NM12":
+            return [first, first // 2]
+        return [{"NV12": first * 3 // 2, "YU12": first * 3 // 2, "MJPG": 8192}.get(name, first)]
+
+    def stride(self) -> int:
+        name, width, _ = self.form
+        return int(width * FORMATS[name]) + self.padding * (name != "MJPG")
 
     # What the driver answers.
 
@@ -112,14 +128,14 @@ class FakeCamera(FakeKernel):
     def enum_fmt(self, item: raw.v4l2_fmtdesc) -> None:
         if item.index >= len(FORMATS):
             fail(errno.EINVAL)
-        item.pixelformat = int.from_bytes(FORMATS[item.index].encode(), "little")
+        item.pixelformat = _number(list(FORMATS)[item.index])
 
     def g_fmt(self, what: raw.v4l2_format) -> None:
         self._tell(what, self.form)
 
     def try_fmt(self, what: raw.v4l2_format) -> tuple[str, int, int]:
         pix = what.fmt.pix_mp if self.multi else what.fmt.pix
-        name = pix.pixelformat.to_bytes(4, "little").decode()
+        name = pix.pixelformat.to_bytes(4, "little").decode().rstrip()
         near = min(SIZES, key=lambda size: abs(size[0] - pix.width) + abs(size[1] - pix.height))
         self._tell(what, (name, *near))
         return (name, *near)
@@ -132,14 +148,15 @@ class FakeCamera(FakeKernel):
     def _tell(self, what: raw.v4l2_format, form: tuple[str, int, int]) -> None:
         pix = what.fmt.pix_mp if self.multi else what.fmt.pix
         before, self.form = self.form, form
-        sizes, self.form = self.sizes(), before
-        pix.pixelformat = int.from_bytes(form[0].encode(), "little")
+        sizes, stride, self.form = self.sizes(), self.stride(), before
+        pix.pixelformat = _number(form[0])
+        pix.colorspace, pix.ycbcr_enc, pix.quantization, pix.xfer_func = self.color
         pix.width, pix.height = form[1:]
         planes = pix.plane_fmt if self.multi else [pix]
         if self.multi:
             pix.num_planes = len(sizes)
         for plane, size in zip(planes, sizes, strict=False):
-            plane.sizeimage, plane.bytesperline = size, form[1]
+            plane.sizeimage, plane.bytesperline = size, stride
 
     def g_parm(self, what: raw.v4l2_streamparm) -> None:
         per_frame = what.parm.capture.timeperframe

@@ -487,6 +487,6 @@ def test_a_module_loads_no_library_of_its_world(module):
         "print([name for name in loaded if name in ('linuxpy', 'anyio', 'cuda', 'vulkan')],"
         "sorted(name for name in loaded if name.startswith('dmabuf.devices.')))"
     )
-    ours = {"cuda": ["staging"], "staging": [], "vulkan": []}.get(module, ["node"])
-    names = sorted({"lifetime", module, *ours})
+    ours = {"cuda": ["staging"], "staging": [], "vulkan": [], "vfio": ["node"]}
+    names = sorted({"lifetime", module, *ours.get(module, ["frames", "node"])})
     assert in_child(source) == f"[] {[f'dmabuf.devices.{name}' for name in names]}\n"

@@ -12,6 +12,7 @@ that ``import dmabuf`` stays light. Each module loads the library of its world w
 it, and raises ImportError with the ``pip install`` command where the library is missing.
 
 What may enter: code that turns the memory of one kind of device into a Buffer, or lets such a
-device use a Buffer. A world is one file. What several worlds need is in ``lifetime`` and ``node``.
+device use a Buffer. A world is one file. What several worlds need is in ``lifetime``,
+``node`` and ``frames`` (pixel formats, and the pictures of cameras).
 The bytes themselves move by a File; nothing here submits I/O to storage.
 """

@@ -22,9 +22,10 @@ import threading
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 from dmabuf._core import address_of
+from dmabuf.devices.frames import DRM_FORMATS, Frame, PlaneRule, Rules, drm_name, lay_out
 from dmabuf.devices.lifetime import DeviceHandle, check_buffer
 from dmabuf.devices.node import Fixes, call, failure, open_node
 from dmabuf.errors import Uncopyable, os_error
@@ -48,48 +49,11 @@ _CONNECTORS = (
 # -- pictures: pixel formats and where their planes lie
 
 
-class _PlaneRule(NamedTuple):
-    """One plane of a format: a unit of ``nbytes`` for ``across`` x ``down`` pixels."""
-
-    nbytes: int
-    across: int = 1
-    down: int = 1
-
-    def least_pitch(self, width: int) -> int:
-        return -(-width // self.across) * self.nbytes
-
-    def rows(self, height: int) -> int:
-        return -(-height // self.down)
-
-
-def _packed(nbytes: int, names: str) -> dict[str, tuple[_PlaneRule, ...]]:
-    return dict.fromkeys(names.split(), (_PlaneRule(nbytes),))
-
-
-_FORMATS: dict[str, tuple[_PlaneRule, ...]] = {
-    **_packed(1, "C8 R8"),
-    **_packed(2, "RG16 BG16 XR15 XB15 RX15 BX15 AR15 AB15 RA15 BA15 XR12 AR12 R16 GR88 RG88"),
-    **_packed(3, "RG24 BG24"),
-    **_packed(4, "XR24 XB24 RX24 BX24 AR24 AB24 RA24 BA24 XR30 XB30 RX30 BX30 AR30 AB30 RA30 BA30"),
-    **_packed(4, "GR32 RG32 AYUV XYUV"),
-    **_packed(8, "XR48 XB48 AR48 AB48 XR4H XB4H AR4H AB4H"),
-    **dict.fromkeys(("YUYV", "YVYU", "UYVY", "VYUY"), (_PlaneRule(4, 2),)),
-    **dict.fromkeys(("NV12", "NV21"), (_PlaneRule(1), _PlaneRule(2, 2, 2))),
-    **dict.fromkeys(("NV16", "NV61"), (_PlaneRule(1), _PlaneRule(2, 2, 1))),
-    **dict.fromkeys(("NV24", "NV42"), (_PlaneRule(1), _PlaneRule(2))),
-    **dict.fromkeys(("P010", "P012", "P016"), (_PlaneRule(2), _PlaneRule(4, 2, 2))),
-    **dict.fromkeys(("YU12", "YV12"), (_PlaneRule(1), *2 * [_PlaneRule(1, 2, 2)])),
-    **dict.fromkeys(("YU16", "YV16"), (_PlaneRule(1), *2 * [_PlaneRule(1, 2, 1)])),
-    **dict.fromkeys(("YU24", "YV24"), 3 * (_PlaneRule(1),)),
-}
-"""The planes of every known format, in the linear layout (<drm/drm_fourcc.h>)."""
-
-
-def _rules_of(name: str) -> tuple[_PlaneRule, ...]:
-    if name not in _FORMATS:
-        text = f"unknown pixel format {name!r}: known are {', '.join(sorted(_FORMATS))}"
+def _rules_of(name: str) -> Rules:
+    if name not in DRM_FORMATS:
+        text = f"unknown pixel format {name!r}: known are {', '.join(sorted(DRM_FORMATS))}"
         raise os_error(errno.EINVAL, text)
-    return _FORMATS[name]
+    return DRM_FORMATS[name]
 
 
 def _fourcc_number(name: str) -> int:
@@ -135,13 +99,13 @@ class Image(Uncopyable, instead="make another one of the same planes"):
         for index, (plane, rule) in enumerate(zip(self.planes, rules, strict=True)):
             self._check(index, plane, rule)
 
-    def _check(self, index: int, plane: Plane, rule: _PlaneRule) -> None:
+    def _check(self, index: int, plane: Plane, rule: PlaneRule) -> None:
         buffer = check_buffer(plane.buffer)
         if not 0 <= plane.offset <= _MOST or not 0 < plane.pitch <= _MOST:
             raise ValueError(f"plane {index}: offset={plane.offset}, pitch={plane.pitch}")
         if self.modifier not in (None, 0):
             return  # the driver checks the size of other layouts
-        least, rows = rule.least_pitch(self.width), rule.rows(self.height)
+        least, rows = rule.row_bytes(self.width), rule.rows(self.height)
         end = plane.offset + plane.pitch * (rows - 1) + least
         what = f"{self}, plane {index}"
         if plane.pitch < least:
@@ -182,20 +146,34 @@ def _check_sides(width: int, height: int) -> None:
             raise ValueError(f"{side}={value!r}: 1 or more pixels are needed")
 
 
+@overload
+def image(frame: Frame, /) -> Image: ...
+@overload
 def image(
     buffer: Buffer,
     width: int,
     height: int,
-    format: str = "XR24",  # noqa: A002 - the usual name
+    format: str = "XR24",
+    *,
+    pitch: int | None = None,
+    offset: int = 0,
+    modifier: int | None = None,
+) -> Image: ...
+def image(
+    buffer: Buffer | Frame,
+    width: int | None = None,
+    height: int | None = None,
+    format: str = "XR24",  # noqa: A002
     *,
     pitch: int | None = None,
     offset: int = 0,
     modifier: int | None = None,
 ) -> Image:
-    """Describe a picture in a Buffer, its planes one after the other.
+    """Describe a frame of a camera, or a picture in a Buffer, its planes one after the other.
 
     Args:
-        buffer: the memory; :func:`size` returns how much a picture takes.
+        buffer: a ``v4l2.Frame``, which needs no other argument and whose buffers stay the camera's;
+            or the memory, and :func:`size` returns how much a picture takes.
         width: pixels.
         height: rows.
         format: four characters as in <drm/drm_fourcc.h>.
@@ -209,11 +187,16 @@ def image(
         OSError: EINVAL, an unknown format, or a buffer too small for the picture.
         ValueError: a number out of range.
     """
-    planes, end = [], offset
+    if isinstance(buffer, Frame):
+        planes = tuple(Plane(one.buffer, one.offset, one.stride) for one in buffer.planes)
+        return Image(buffer.width, buffer.height, drm_name(buffer), planes)
+    if width is None or height is None:
+        raise TypeError("image: width= and height= are needed with a Buffer")
+    made, end = [], offset
     for each, rows in _lay_out(width, height, format, pitch):
-        planes.append(Plane(buffer, end, each))
+        made.append(Plane(buffer, end, each))
         end += each * rows
-    return Image(width, height, format, tuple(planes), modifier)
+    return Image(width, height, format, tuple(made), modifier)
 
 
 def size(
@@ -229,14 +212,10 @@ def size(
 
 def _lay_out(width: int, height: int, name: str, pitch: int | None) -> list[tuple[int, int]]:
     """Return the pitch and the rows of each plane."""
-    (first, *others) = _rules_of(name)
+    rules = _rules_of(name)
     _check_sides(width, height)
-    pitch = first.least_pitch(width) if pitch is None else as_int(pitch, "pitch")
-    found = [(pitch, first.rows(height))]
-    for rule in others:  # as many pixels in a row as the first plane has room for
-        room = -(-pitch * rule.nbytes // (first.nbytes * rule.across))
-        found.append((max(room, rule.least_pitch(width)), rule.rows(height)))
-    return found
+    pitch = rules[0].row_bytes(width) if pitch is None else as_int(pitch, "pitch")
+    return lay_out(rules, width, height, pitch)
 
 
 # -- cards and what they make

@@ -26,19 +26,27 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any
 
 from dmabuf.devices import lifetime
+from dmabuf.devices.frames import (
+    Color,
+    Filled,
+    Format,
+    Frame,
+    Plane,
+    PlaneFormat,
+    resolve_color,
+)
 from dmabuf.devices.lifetime import DeviceHandle
 from dmabuf.devices.node import Fixes, call, open_node
-from dmabuf.errors import BusyError, ClosedError, Uncopyable, os_error
+from dmabuf.errors import BusyError, ClosedError, os_error
 from dmabuf.kernel import fence
 from dmabuf.memory import Buffer, allocate, from_fd
 from dmabuf.sizes import as_int, format_size
 
-__all__ = ["Camera", "Format", "Frame", "Plane", "PlaneFormat", "capture"]
+__all__ = ["Camera", "Color", "Format", "Frame", "Plane", "PlaneFormat", "capture"]
 
 _MAJOR = 81  # of every V4L2 node (Documentation/admin-guide/devices.txt)
 _BIG_ENDIAN = 1 << 31
@@ -49,39 +57,6 @@ _SLICE = 0.1  # seconds of one wait: a signal just before a wait is delayed by n
 _PAUSE = 0.002  # seconds before poll(2) is called again after an error
 _HALF = 1 << 31  # a sequence number that appears to advance by more has restarted
 _NODES = "/dev/video0 or similar (v4l2-ctl --list-devices)"
-
-
-class Plane(NamedTuple):
-    """One plane of a frame: ``nbytes`` bytes of ``buffer`` from ``offset``."""
-
-    buffer: Buffer
-    offset: int
-    nbytes: int
-
-
-class PlaneFormat(NamedTuple):
-    """One plane of a format: its bytes at most, and the bytes from one line to the next."""
-
-    size: int
-    bytes_per_line: int
-
-
-@dataclass(frozen=True, slots=True)
-class Format:
-    """What a camera delivers."""
-
-    fourcc: str
-    """The pixel format as V4L2 names it, such as "YUYV", "NV12" or "Y16 -BE"."""
-    width: int
-    height: int
-    planes: tuple[PlaneFormat, ...]
-    """One plane, or one for each buffer of a multi-planar format."""
-    fps: Fraction | None
-    """Frames a second, None where the driver does not report a rate."""
-
-    def __str__(self) -> str:
-        rate = "" if self.fps is None else f" at {float(self.fps):.6g} fps"
-        return f"{self.width}x{self.height} {self.fourcc}{rate}"
 
 
 def capture(
@@ -152,79 +127,6 @@ def capture(
 
 def _row(one: Buffer | Sequence[Buffer]) -> tuple[Buffer, ...]:
     return (one,) if isinstance(one, Buffer) else tuple(one)
-
-
-class Frame(Uncopyable, instead="copy its bytes, or write them to a file"):
-    """A frame, held until :meth:`release`, which the ``with`` statement calls.
-
-    After that the driver writes another frame into the buffer. A frame that nothing refers to is
-    released automatically.
-    """
-
-    released = True  # until __init__ has finished
-
-    def __init__(
-        self,
-        path: str,
-        planes: tuple[Plane, ...],
-        filled: _Filled,
-        lost: int,
-        give_back: Callable[[int], None],
-        drop: Callable[[int], None],
-    ) -> None:
-        self._path, self._number = path, filled.number
-        self._give_back, self._drop = give_back, drop
-        self.planes = planes
-        """Where the bytes are: one plane, or several for multi-planar formats."""
-        self.sequence = filled.sequence
-        """The driver's frame number, modulo 2**32; a missing number is a lost frame."""
-        self.timestamp_ns = filled.timestamp_ns
-        """When the frame was taken, in nanoseconds of ``clock``."""
-        self.clock = filled.clock
-        """"monotonic" (the clock of time.monotonic_ns), "copied" or "unknown"."""
-        self.error = filled.error
-        """Whether the driver reports that some bytes may be wrong."""
-        self.lost = lost
-        """The number of frames lost just before this one."""
-        self.released = False
-        """Whether the buffer was returned to the driver."""
-
-    @property
-    def buffer(self) -> Buffer:
-        """The buffer of the first plane; nearly every driver puts the picture at its start."""
-        return self.planes[0].buffer
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes of the picture, all planes together."""
-        return sum(plane.nbytes for plane in self.planes)
-
-    def release(self) -> None:
-        """Return the buffer to the driver; releasing again does nothing.
-
-        Waits for the fences of devices that use the buffer, at most the camera's ``timeout``.
-
-        Raises:
-            BusyError: the buffer is mapped or in a transfer; the frame stays held.
-            TimeoutError: a device still uses the buffer; the frame stays held.
-            OSError: the driver refuses the buffer.
-        """
-        if not self.released:
-            self._give_back(self._number)
-            self.released = True
-
-    def __enter__(self) -> Frame:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.release()
-
-    def __del__(self) -> None:
-        if not self.released:
-            self._drop(self._number)
-
-    def __repr__(self) -> str:
-        return f"<dmabuf.Frame {self.sequence} of {self._path}, {self.nbytes} bytes>"
 
 
 class Camera(DeviceHandle):
@@ -404,11 +306,8 @@ class Camera(DeviceHandle):
             lost = gap if gap < _HALF else 0
             self._last = filled.sequence
             self.lost += lost
-            planes = tuple(
-                Plane(buffer, offset, max(0, used - offset))
-                for buffer, (used, offset) in zip(row, filled.planes, strict=True)
-            )
-            return Frame(self.path, planes, filled, lost, self._give_back, self._dropped.add)
+            ends = self._give_back, self._dropped.add
+            return Frame(self.path, self.format, row, filled, lost, *ends)
 
     @contextmanager
     def _waiter(self) -> Iterator[None]:
@@ -507,17 +406,6 @@ def _problem_with(buffer: Buffer, size: int, form: Format) -> str | None:
 # -- the device node
 
 
-class _Filled(NamedTuple):
-    """A frame as VIDIOC_DQBUF reports it; ``planes`` has (bytes used, offset of the first)."""
-
-    number: int
-    sequence: int
-    timestamp_ns: int
-    clock: str
-    error: bool
-    planes: tuple[tuple[int, int], ...]
-
-
 class _Node:
     """An open, non-blocking capture node. Each method issues one ioctl or a few.
 
@@ -592,13 +480,25 @@ class _Node:
     def format(self) -> Format:
         pix, rate = self._pix(self._get_format()), self._get_rate()
         planes = pix.plane_fmt[: pix.num_planes] if self._multi else [pix]
+        fourcc = _fourcc_text(pix.pixelformat)
         return Format(
-            _fourcc_text(pix.pixelformat),
+            fourcc,
             pix.width,
             pix.height,
             tuple(PlaneFormat(plane.sizeimage, plane.bytesperline) for plane in planes),
             None if rate is None else _fps(rate.parm.capture.timeperframe),
+            resolve_color(self._color(pix), fourcc),
         )
+
+    def _color(self, pix: Any) -> Color:
+        raw = self._raw
+        numbers = (pix.colorspace, pix.ycbcr_enc, pix.quantization, pix.xfer_func)
+        kinds = (raw.Colorspace, raw.YcbcrEncoding, raw.Quantization, raw.XferFunc)
+        names = []
+        for number, kind in zip(numbers, kinds, strict=True):
+            known = number in [one.value for one in kind]
+            names.append(kind(number).name.lower().strip("_") if known else str(number))
+        return Color(*names)
 
     def _formats(self) -> list[str]:
         item = self._raw.v4l2_fmtdesc(type=self._type)
@@ -685,7 +585,7 @@ class _Node:
         }
         self._call("QBUF", item, what, fixes)
 
-    def take(self, memory: str) -> _Filled | None:
+    def take(self, memory: str) -> Filled | None:
         """Return the next frame that is ready; None if there is none."""
         item, planes = self._item(memory)
         try:
@@ -693,16 +593,20 @@ class _Node:
         except BlockingIOError:
             return None
         flags = self._raw.BufferFlag
-        return _Filled(
+        clock = _CLOCKS.get(item.flags & flags.TIMESTAMP_MASK, "unknown")
+        taken = item.timestamp.secs * 1_000_000_000 + item.timestamp.usecs * 1000
+        spans = []
+        for one in planes[: item.length] if self._multi else planes:
+            offset = one.data_offset if self._multi else 0
+            spans.append((offset, max(0, one.bytesused - offset)))
+        return Filled(
             item.index,
             item.sequence,
-            item.timestamp.secs * 1_000_000_000 + item.timestamp.usecs * 1000,
-            _CLOCKS.get(item.flags & flags.TIMESTAMP_MASK, "unknown"),
+            taken,
+            clock,
+            time.time_ns() - time.monotonic_ns() + taken if clock == "monotonic" else None,
             bool(item.flags & flags.ERROR),
-            tuple(
-                (one.bytesused, one.data_offset if self._multi else 0)
-                for one in (planes[: item.length] if self._multi else planes)
-            ),
+            tuple(spans),
         )
 
     def _item(self, memory: str) -> tuple[Any, Any]:
