@@ -1,17 +1,21 @@
 """`dmabuf record` on a fake driver: the bytes, the file beside them, and whole or not at all."""
 
 import errno
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import pytest
 
 from tests.resources import held
-from tests.support import PAGE, assert_same
+from tests.support import PAGE, assert_same, pattern
 from tests.unit.command import dmabuf
 from tests.unit.fake_camera import FakeCamera
 
@@ -73,6 +77,149 @@ def test_a_file_and_the_one_beside_it(monkeypatch, multi, tmp_path: Path, capsys
     assert end == len(data)
     assert told["nbytes"] == 5 * sum(fake.sizes())
     assert sorted(os.listdir(tmp_path)) == ["out.raw", "out.raw.json"]
+
+
+@pytest.mark.parametrize("padding", [0, 16])
+@pytest.mark.parametrize("packed", [False, True])
+def test_planes_in_one_buffer(
+    packed: bool, padding: int, camera, tmp_path: Path, capsys: Capture
+) -> None:
+    """A frame is one range of the file; packed, nothing lies between its rows or behind it."""
+    camera.form, camera.padding = ("NV12", 64, 32), padding
+    content = pattern(camera.sizes()[0], 3)
+    expose, camera.expose = camera.expose, lambda: expose(content)
+    out = tmp_path / "out.raw"
+    assert record(capsys, out, "-n", 3, *["--packed"] * packed).status == 0
+    beside = json.loads((tmp_path / "out.raw.json").read_text())
+    stride = 64 if packed else 64 + padding
+    step = 64 * 48 if packed else PAGE
+    assert (beside["pix_fmt"], beside["frame_step"]) == ("nv12", step)
+    assert beside["container"] == ("packed" if packed else "raw")
+    assert beside["color"] == {
+        "space": "srgb", "encoding": "601", "quantization": "lim_range", "transfer": "srgb",
+    }  # fmt: skip
+    for number, frame in enumerate(beside["frames"]):
+        assert [(p["offset"] - number * step, p["stride"]) for p in frame["planes"]] == [
+            (0, stride),
+            (32 * stride, stride),
+        ]
+        assert abs(frame["time_ns"] - frame["timestamp_ns"] - time_of_boot()) < 60 * 10**9
+    rows = [content[at:][:stride] for at in range(0, len(content), 64 + padding)]
+    expected = b"".join(rows)
+    data = out.read_bytes()
+    assert len(data) == 2 * step + len(expected)
+    for number in range(3):
+        assert_same(data[number * step :][: len(expected)], expected, f"frame {number}")
+
+
+def time_of_boot() -> int:
+    return time.time_ns() - time.monotonic_ns()
+
+
+def rows_of(content: bytes, at: int, row: int, stride: int, rows: int) -> np.ndarray:
+    """Rows without their padding, cut by a loop."""
+    parts = [content[at + y * stride :][:row] for y in range(rows)]
+    return np.frombuffer(b"".join(parts), np.uint8).reshape(rows, row)
+
+
+def planar(name: str, content: bytes, stride: int) -> list[np.ndarray]:
+    """Y, U and V of a picture of 64 by 32."""
+    if name == "YUYV":
+        both = rows_of(content, 0, 128, stride, 32)
+        return [both[:, 0::2], both[:, 1::4], both[:, 3::4]]
+    luma = rows_of(content, 0, 64, stride, 32)
+    if name == "NV12":
+        both = rows_of(content, stride * 32, 64, stride, 16)
+        return [luma, both[:, 0::2], both[:, 1::2]]
+    half = [stride * 32, stride * 32 + stride * 8]
+    return [luma, *(rows_of(content, at, 32, stride // 2, 16) for at in half if name == "YU12")]
+
+
+@pytest.mark.parametrize("padding", [0, 16])
+@pytest.mark.parametrize(
+    ("name", "space"),
+    [("GREY", "mono"), ("YUYV", "422"), ("NV12", "420jpeg"), ("YU12", "420jpeg")],
+)
+def test_y4m(name: str, space: str, padding: int, camera, tmp_path: Path, capsys: Capture) -> None:
+    camera.form, camera.padding = (name, 64, 32), padding
+    contents = [pattern(camera.sizes()[0], seed) for seed in range(3)]
+    expose, camera.expose = camera.expose, lambda: expose(contents[camera.sequence])
+    ended = record(capsys, tmp_path / "out.Y4M", "-n", 3, "--json")
+    assert (ended.status, ended.err) == (0, "")
+    told, data = json.loads(ended.out), (tmp_path / "out.Y4M").read_bytes()
+    head, _, rest = data.partition(b"\n")
+    assert head == f"YUV4MPEG2 W64 H32 F30:1 I? A1:1 C{space} XCOLORRANGE=LIMITED".encode()
+    frames = []
+    for content in contents:
+        planes = [plane.tobytes() for plane in planar(name, content, camera.stride())]
+        frames.append(b"FRAME\n" + b"".join(planes))
+    assert_same(rest, b"".join(frames), "the frames")
+    assert told["copied"] >= len(data) == told["nbytes"] and "the CPU packed" in told["reason"]
+    for frame, content in zip(told["frames"], contents, strict=True):
+        for plane, expected in zip(
+            frame["planes"], planar(name, content, camera.stride()), strict=True
+        ):
+            at, size = plane["offset"], plane["nbytes"]
+            assert_same(data[at : at + size], expected.tobytes(), "a plane")
+            assert plane["stride"] == expected.shape[1]
+
+
+JPEG = io.BytesIO()
+PIL.Image.new("RGB", (64, 32), (200, 100, 50)).save(JPEG, "JPEG")
+
+
+@pytest.mark.parametrize(
+    ("name", "pixels", "color", "expected"),
+    [
+        ("RGB3", bytes([1, 2, 3]) * 64 * 32, 8, (1, 2, 3)),
+        ("XR24", bytes([1, 2, 3, 0]) * 64 * 32, 8, (3, 2, 1)),
+        ("GREY", bytes([7]) * 64 * 32, 8, 7),
+        ("MJPG", JPEG.getvalue(), 7, (200, 100, 50)),
+        # 100 % bars of SMPTE 170M and BT.709 with 16 to 235, and JPEG's of all 256 levels.
+        ("YUYV", bytes([235, 128]) * 64 * 32, 1, (255, 255, 255)),
+        ("YUYV", bytes([81, 90, 81, 240]) * 32 * 32, 1, (255, 0, 0)),
+        ("NV12", bytes([63]) * 64 * 32 + bytes([102, 240]) * 32 * 16, 3, (255, 0, 0)),
+        ("YU12", bytes([29]) * 2048 + bytes([255]) * 512 + bytes([107]) * 512, 7, (0, 0, 255)),
+    ],
+)
+def test_png(name, pixels, color, expected, camera, tmp_path: Path, capsys: Capture) -> None:
+    """The third frame; the others are other pictures."""
+    camera.form, camera.color = (name, 64, 32), (color, 0, 0, 0)
+    expose = camera.expose
+    camera.expose = lambda: expose(pixels if camera.sequence == 2 else bytes(len(pixels)))
+    ended = record(capsys, tmp_path / "out.png", "-n", 3)
+    assert (ended.status, ended.err) == (0, "")
+    with PIL.Image.open(tmp_path / "out.png") as picture:
+        assert picture.size == (64, 32)
+        found = np.asarray(picture)
+    assert np.abs(found.astype(int) - np.array(expected)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "status", "match"),
+    [
+        ("x.mp4", "YUYV", 2, "x.mp4: cannot write mp4; name it .y4m, or pipe to ffmpeg (--help)"),
+        ("x.MKV", "YUYV", 2, "cannot write mkv; name it .y4m"),
+        ("x.jpg", "YUYV", 2, "x.jpg: cannot write jpg; name it .png"),
+        ("x.y4m", "RGB3", 1, "record: cannot make y4m of RGB3; try --format YUYV or NV12, or a"),
+        ("x.png", "RGGB", 1, "record: cannot make png of RGGB; try --format YUYV or NV12, or a"),
+    ],
+)
+def test_files_that_are_not_made(
+    name: str, form: str, status: int, match: str, camera, tmp_path: Path, capsys: Capture
+) -> None:
+    camera.form = (form, 64, 32)
+    ended = record(capsys, tmp_path / name, "-n", 1)
+    assert (ended.status, ended.out) == (status, "") and match in ended.err
+    assert os.listdir(tmp_path) == []
+
+
+def test_png_without_pillow(camera, tmp_path: Path, capsys: Capture, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    ended = record(capsys, tmp_path / "x.png")
+    assert ended.status == 1 and "needs PIL.Image" in ended.err
+    assert ended.err.endswith("pip install dmabuf[png]\n")
+    assert os.listdir(tmp_path) == []
 
 
 def test_what_people_are_told(camera, tmp_path: Path, capsys: Capture) -> None:

@@ -10,17 +10,24 @@ import time
 from argparse import ArgumentTypeError, Namespace
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from dmabuf.cli import output
 from dmabuf.cli.ends import End, advance, find_target, naming
-from dmabuf.cli.parser import Command, Parser, number
+from dmabuf.cli.packing import Packer
+from dmabuf.cli.parser import Command, Misuse, Parser, number
 from dmabuf.copying import Replacement
 from dmabuf.devices import v4l2
 from dmabuf.sizes import round_up
 from dmabuf.transfer import ALLOWED, File, growth
 
 _PAGE = os.sysconf("SC_PAGESIZE")
+_VIDEOS = (
+    *(".mp4", ".m4v", ".mkv", ".webm", ".avi", ".mov", ".ts", ".mts", ".mpg", ".mpeg", ".ogv"),
+    *(".ogg", ".flv", ".wmv", ".asf", ".3gp", ".mxf", ".nut", ".gif", ".apng"),
+)
+_PICTURES = (".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".ppm", ".pgm", ".dng", ".exr")
 
 
 def _pixels(text: str) -> tuple[int, int]:
@@ -39,6 +46,7 @@ def _arguments(parser: Parser) -> None:
     parser.option("--format", "FOURCC", f"As YUYV or NV12. {unset}")
     parser.option("--size", "WxH", f"Pixels. {unset}", _pixels)
     parser.option("--fps", "N", f"Frames a second. {unset}", float)
+    parser.flag("--packed", "Leave no gaps between frames, planes and rows of a raw file.")
     text = "Frames to hold while the disk is busy. [default: 8]"
     parser.option("--buffers", "N", text, number(1, 10**6), 8)
     text = "What makes the buffers: udmabuf, a heap, driver. [default: udmabuf]"
@@ -72,6 +80,7 @@ def _run(args: Namespace) -> None:
     target = find_target(args.out, args.device)
     if target.status and stat.S_ISBLK(target.status.st_mode):
         raise OSError(errno.EINVAL, "is a block device: name a file on it", target.name)
+    container = _container(args, target)
     width, height = args.size or (None, None)
     with (
         output.Progress(args.progress) as progress,
@@ -86,19 +95,42 @@ def _run(args: Namespace) -> None:
             fps=args.fps,
             timeout=args.timeout,
         ) as camera,
+        Packer(container, camera.format) as packer,
     ):
+        if container == "png":
+            args.frames = args.frames or 1
         if target.replaced:
-            recording = _replace(args, camera, source, target, progress)
+            recording = _replace(args, camera, packer, source, target, progress)
         else:
             with naming(source, target, None), File(target.what, "w") as file:
-                recording = _record(args, camera, file, target.offset, 1, progress)
+                recording = _record(args, camera, packer, file, target.offset, progress)
             advance(source, target, recording.end - target.offset)
-        about = _about(camera, recording)
+        about = _about(camera, container, recording)
     _report(args, target, about, recording)
 
 
+def _container(args: Namespace, target: End) -> str:
+    """Return what to write. The file's ending decides, and --packed where that means nothing."""
+    ending = os.path.splitext(target.name)[1].lower()
+    if ending in (".y4m", ".png"):
+        if args.packed:
+            raise Misuse(f"--packed: {ending} has its own layout; leave the option out")
+        return ending[1:]
+    if ending in _VIDEOS:
+        text = f"{target.name}: cannot write {ending[1:]}; name it .y4m, or pipe to ffmpeg (--help)"
+        raise Misuse(text)
+    if ending in _PICTURES:
+        raise Misuse(f"{target.name}: cannot write {ending[1:]}; name it .png")
+    return "packed" if args.packed or not target.replaced else "raw"
+
+
 def _replace(
-    args: Namespace, camera: v4l2.Camera, source: End, target: End, progress: output.Progress
+    args: Namespace,
+    camera: v4l2.Camera,
+    packer: Packer,
+    source: End,
+    target: End,
+    progress: output.Progress,
 ) -> _Recording:
     """Record to a regular file, and write the file beside it; both appear whole or not at all."""
     assert isinstance(target.what, str)
@@ -109,17 +141,18 @@ def _replace(
     ):
         with File(place.temporary, "w") as file:
             planes = camera.format.planes
-            if args.frames is not None and all(plane.bytes_per_line for plane in planes):
+            known = packer.container != "png" and all(plane.bytes_per_line for plane in planes)
+            if args.frames is not None and known:
                 # So that a full disk is known before the first frame.
                 total = args.frames * sum(round_up(plane.size, _PAGE) for plane in planes)
                 growth.allocate(file.fileno(), place.temporary, [(0, total)])
-            recording = _record(args, camera, file, 0, _PAGE, progress)
+            recording = _record(args, camera, packer, file, 0, progress)
             os.ftruncate(file.fileno(), recording.end)
             if args.sync:
                 os.fdatasync(file.fileno())
         try:
             with open(beside.temporary, "w", encoding="ascii") as text:
-                json.dump(_about(camera, recording), text, indent=1)
+                json.dump(_about(camera, packer.container, recording), text, indent=1)
                 text.write("\n")
                 text.flush()
                 if args.sync:
@@ -138,9 +171,9 @@ def _replace(
 def _record(
     args: Namespace,
     camera: v4l2.Camera,
+    packer: Packer,
     file: File,
     start: int,
-    alignment: int,
     progress: output.Progress,
 ) -> _Recording:
     """Write frames until there are enough; without a number, until Ctrl-C."""
@@ -150,14 +183,15 @@ def _record(
     if args.frames is not None:
         total = args.frames * sum(plane.size for plane in camera.format.planes)
     try:
-        for frame in camera:
+        for number, frame in enumerate(camera, 1):
             with frame:
-                _write(args, frame, file, alignment, recording)
+                if packer.container != "png" or number == args.frames:
+                    _write(args, frame, packer, file, recording)
             progress.show("recording", recording.nbytes, total)
-            if len(recording.frames) == args.frames:
+            if number == args.frames:
                 break
     except OSError as error:
-        if hasattr(error, "nbytes"):  # counts one plane: now all frames
+        if hasattr(error, "nbytes"):  # counts one piece: now all frames
             error.nbytes += recording.nbytes
         raise
     except KeyboardInterrupt:
@@ -168,56 +202,69 @@ def _record(
 
 
 def _write(
-    args: Namespace, frame: v4l2.Frame, file: File, alignment: int, recording: _Recording
+    args: Namespace, frame: v4l2.Frame, packer: Packer, file: File, recording: _Recording
 ) -> None:
     """Write one frame; a frame that is not written completely is not in the recording."""
-    planes = []
-    end, copied = recording.end, 0
-    for plane in frame.planes:
+    alignment = _PAGE if packer.container == "raw" else 1
+    pieces, copied = packer.pieces(frame, not recording.frames)
+    planes, end, nbytes = [], recording.end, 0
+    reason = "; the CPU packed the planes" if copied else ""
+    for piece in pieces:
         at = round_up(end, alignment)
         done = file.write_from(
-            plane.buffer,
-            min(round_up(plane.nbytes, alignment), plane.buffer.size - plane.offset),
+            piece.buffer,
+            min(round_up(piece.nbytes, alignment), piece.buffer.size - piece.offset),
             file_offset=None if file.size is None else at,
-            buffer_offset=plane.offset,
+            buffer_offset=piece.offset,
             require=args.require,
         )
-        end = at + plane.nbytes
+        end = at + piece.nbytes
+        nbytes += piece.nbytes
         copied += done.copied
-        recording.routes[done.route.value] += plane.nbytes
-        recording.reason = done.reason
-        planes.append({"offset": at, "nbytes": plane.nbytes})
+        recording.routes[done.route.value] += piece.nbytes
+        recording.reason = done.reason + reason
+        planes += [
+            {"offset": at + offset, "nbytes": size, "stride": stride}
+            for offset, size, stride in piece.planes
+        ]
     recording.frames.append(
         {
             "sequence": frame.sequence,
             "timestamp_ns": frame.timestamp_ns,
+            "time_ns": frame.time_ns,
             "lost_before": frame.lost,
             "error": frame.error,
             "planes": planes,
         }
     )
     recording.end = end
-    recording.nbytes += frame.nbytes
+    recording.nbytes += nbytes
     recording.copied += copied
     recording.lost += frame.lost
     recording.clock = frame.clock
 
 
-def _about(camera: v4l2.Camera, recording: _Recording) -> dict[str, Any]:
+def _about(camera: v4l2.Camera, container: str, recording: _Recording) -> dict[str, Any]:
     """Return the content of the file beside the recording; keys are only ever added."""
     form = camera.format
+    starts = [frame["planes"][0]["offset"] for frame in recording.frames if frame["planes"]]
+    steps = {after - before for before, after in pairwise(starts)}
     return {
         "format": 1,
         "device": camera.path,
         "card": camera.card,
         "driver": camera.driver,
+        "container": container,
         "fourcc": form.fourcc,
+        "pix_fmt": form.pix_fmt,
+        "color": form.color._asdict(),
         "width": form.width,
         "height": form.height,
         "planes": [plane._asdict() for plane in form.planes],
         "fps": None if form.fps is None else str(form.fps),
         "clock": recording.clock,
         "size": recording.end,
+        "frame_step": steps.pop() if len(steps) == 1 else None,
         "lost": recording.lost,
         "frames": recording.frames,
     }
@@ -251,16 +298,20 @@ RECORD = Command(
 Record frames of the camera DEVICE to OUT, a raw file; - is standard output.
 
 The camera writes into buffers, and the disk reads from the same memory: if OUT takes O_DIRECT, no
-CPU copies a frame. Each plane begins at a multiple of the page size (4096 bytes). OUT.json has its
-offset, and the frame's number and time. Both files appear whole, or not at all. Without --frames,
-recording goes on until Ctrl-C, which is then its regular end.
+CPU copies a frame. Each frame begins at a multiple of the page size (4096 bytes). OUT.json has the
+offset and stride of its planes, its number and its time. Both files appear whole, or not at all.
+Without --frames, recording goes on until Ctrl-C, which is then its regular end.
 
-A pipe gets the planes one behind the other, and no other file is made.""",
+Players expect frames without gaps: --packed leaves none. OUT.y4m is video for players and encoders,
+of YUV and grey formats. OUT.png is a picture of one frame, the Nth with --frames N. The CPU packs
+these two, and rows that have padding. For other containers use a pipe to ffmpeg; a pipe gets packed
+frames, and no other file is made.""",
     _arguments,
     _run,
     """\
   dmabuf record /dev/video0 out.raw --frames 300
   dmabuf record /dev/video0 out.raw --format NV12 --size 1920x1080 --fps 60 --require zero-copy
+  dmabuf record /dev/video0 out.y4m --format YUYV --size 640x480
   dmabuf record /dev/video0 - --format YUYV --size 640x480 |
       ffmpeg -f rawvideo -pix_fmt yuyv422 -s 640x480 -i - out.mkv""",
 )
