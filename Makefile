@@ -1,5 +1,5 @@
 # For users: `make demo` and `make test`. Most other targets are parts of `make test`.
-.PHONY: demo test test-stable soak check lint types docs c-tests unit unit-busy coverage lab-tests benchmarks schemas clean
+.PHONY: demo test test-stable soak check lint types docs c-tests unit packages-tests unit-busy coverage lab-tests benchmarks schemas clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +11,7 @@ demo test benchmarks: export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: $(VENV)/ready
 	examples/demo.sh
 
-test: lint types docs c-tests unit lab-tests
+test: lint types docs c-tests unit packages-tests lab-tests
 	@echo "make test: all of it passed"
 
 check: lint types docs c-tests unit
@@ -62,6 +62,10 @@ TESTS := tests/unit
 unit: $(VENV)/ready
 	tools/install-system-packages fio fuse3 rsync xxd
 	$(BIN)/python -m pytest $(TESTS)
+
+# The source distribution and the wheel, each in an empty virtual environment.
+packages-tests: $(VENV)/ready
+	$(BIN)/python -m pytest tests/packages
 
 # The unit tests beside eight busy loops and a busy disk.
 unit-busy: $(VENV)/ready
