@@ -1,11 +1,13 @@
 """`dmabuf doctor`: what the machine and every kind of path support, and nothing of it changed."""
 
 import dataclasses
+import glob
 import json
 import os
 import platform
 import resource
 import socket
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from tests.support import assert_same, in_child, mounted, pattern, zram
 from tests.unit.command import dmabuf
 
 Capture = pytest.CaptureFixture[str]
+GROUPS = ["kernel", "io_uring", "exporters", "limits", "devices", "extras", "confinement"]
 
 
 def report(capsys: Capture, path: object) -> dict:
@@ -32,22 +35,21 @@ def test_the_machine(capsys: Capture) -> None:
     assert (ended.status, ended.err) == (0, "")
     lines = ended.out.splitlines()
     assert lines[0].startswith("dmabuf 0.")
-    for group in ("kernel", "io_uring", "exporters", "limits"):
+    for group in (*GROUPS[:-2], "optional packages", "confinement"):
         assert group in lines
     for line in lines[1:]:
-        assert not line or line.isidentifier() or line.startswith(("  yes ", "  no  ", "      "))
+        assert not line or line[0].isalpha() or line.startswith(("  yes ", "  no  ", "      "))
 
 
 def test_json(capsys: Capture) -> None:
     ended = dmabuf(capsys, "doctor", "--json")
     told = json.loads(ended.out)
     assert set(told) == {
-        "format", "version", "release", "architecture", "page_size", "kernel", "io_uring",
-        "exporters", "limits", "path",
+        "format", "version", "release", "architecture", "page_size", *GROUPS, "path",
     }  # fmt: skip
     assert told["format"] == 1
     assert told["path"] is None
-    for group in ("kernel", "io_uring", "exporters", "limits"):
+    for group in GROUPS:
         assert told[group]
         for answer in told[group].values():
             assert set(answer) == {"ok", "detail", "fix"}
@@ -171,7 +173,7 @@ def test_the_examination_is_frozen_and_leaves_nothing_behind(capsys: Capture) ->
     with pytest.raises(dataclasses.FrozenInstanceError):
         found.release = "x"
     assert found.release == os.uname().release
-    for group in (found.kernel, found.io_uring, found.exporters, found.limits):
+    for group in (getattr(found, name) for name in GROUPS):
         assert len(answers(group)) == len(group), "each name once"
         assert all(answer.detail for answer in group)
 
@@ -199,7 +201,7 @@ header = struct.pack("=H6xQ", len(steps), ctypes.addressof(memory))
 libc = ctypes.CDLL(None, use_errno=True)
 assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, header, 0, 0) == 0
 found = examine_machine()
-groups = (found.kernel, found.io_uring, found.exporters)
+groups = (found.kernel, found.io_uring, found.exporters, found.confinement)
 print(json.dumps({one.name: [one.ok, one.detail, one.fix] for group in groups for one in group}))
 """
 
@@ -213,6 +215,7 @@ def test_refused_system_calls() -> None:
     assert "seccomp" in fix or "sysctl" in fix
     assert found["memfd"][:2] == [False, "Operation not permitted"]
     assert not found["cachestat"][0]
+    assert int(found["seccomp"][1].split()[0]) >= 1
 
 
 def test_exporters_that_are_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -263,3 +266,40 @@ def test_limits_of_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
     monkeypatch.setattr(resource, "getrlimit", lambda _: unlimited)
     assert "unlimited" in answers(examine_machine().limits)["pinned memory"].detail
+
+
+@pytest.mark.parametrize(
+    ("number", "fix"),
+    [(13, "join its group, often fuse"), (1, "--device /dev/fuse"), (6, "load its driver")],
+)
+def test_a_node_that_may_not_be_opened(
+    monkeypatch: pytest.MonkeyPatch, number: int, fix: str
+) -> None:
+    opened = os.open
+
+    def refuse(path, *more, **how):
+        if path == "/dev/fuse":
+            raise OSError(number, os.strerror(number), path)
+        return opened(path, *more, **how)
+
+    monkeypatch.setattr(glob, "glob", lambda pattern: [pattern] if "fuse" in pattern else [])
+    monkeypatch.setattr(os, "stat", lambda path, **_: os.lstat("/dev/null"))
+    monkeypatch.setattr(os, "open", refuse)
+    found = answers(examine_machine().devices)
+    answer = found["FUSE /dev/fuse"]
+    assert (answer.ok, answer.detail) == (False, os.strerror(number)) and fix in answer.fix
+    assert found["camera"].detail == "there is no /dev/video*"
+
+
+def test_extras_are_those_of_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = [
+        "cffi>=1",
+        'pytest>=8; extra == "one"',
+        "no_such>=2; extra == 'two'",
+        "x; extra == 'dev'",
+    ]
+    monkeypatch.setattr(metadata, "requires", lambda _: needed)
+    found = answers(examine_machine().extras)
+    assert list(found) == ["one", "two"]
+    assert found["one"] == Answer("one", True, f"pytest {pytest.__version__}")
+    assert found["two"] == Answer("two", False, "missing: no_such", "pip install 'dmabuf[two]'")

@@ -11,7 +11,16 @@ from dmabuf.cli import output
 from dmabuf.cli.parser import Command, Parser
 from dmabuf.inspect import Answer, Machine, PathReport, examine_machine, examine_path
 
-_GROUPS = ("kernel", "io_uring", "exporters", "limits")
+_GROUPS = {
+    "kernel": "kernel",
+    "io_uring": "io_uring",
+    "exporters": "exporters",
+    "limits": "limits",
+    "devices": "devices",
+    "extras": "optional packages",
+    "confinement": "confinement",
+}
+"""The title of each field of Machine."""
 
 
 def _arguments(parser: Parser) -> None:
@@ -26,8 +35,8 @@ def _run(args: Namespace) -> None:
         output.say_json(_as_json(machine, report))
         return
     output.say(f"dmabuf {__version__} on Linux {machine.release}, {machine.architecture}")
-    for group in _GROUPS:
-        output.write(f"\n{group}\n")
+    for group, title in _GROUPS.items():
+        output.write(f"\n{title}\n")
         for answer in getattr(machine, group):
             _say(answer)
     if args.path is not None:

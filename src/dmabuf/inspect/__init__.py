@@ -13,6 +13,7 @@ belongs to cli/.
 
 TYPE_CHECKING = False  # typing's own, without what importing typing costs
 if TYPE_CHECKING:
+    from dmabuf.inspect.answer import Answer
     from dmabuf.inspect.bench import PERCENTILES, Group, Ratio, Result, Row, Sample, measure_routes
     from dmabuf.inspect.bench_chart import CHART_FORMATS, draw_chart, load_matplotlib
     from dmabuf.inspect.bench_ways import TODAY
@@ -25,14 +26,7 @@ if TYPE_CHECKING:
         Total,
         take_census,
     )
-    from dmabuf.inspect.doctor import (
-        Answer,
-        Machine,
-        Outlook,
-        PathReport,
-        examine_machine,
-        examine_path,
-    )
+    from dmabuf.inspect.doctor import Machine, Outlook, PathReport, examine_machine, examine_path
     from dmabuf.inspect.verify import Case, Failure, Report, Tally, verify_routes
 
 __all__ = [
@@ -44,11 +38,12 @@ __all__ = [
 
 if not TYPE_CHECKING:
     _HOMES = {
+        "answer": "Answer",
         "bench": "PERCENTILES Group Ratio Result Row Sample measure_routes",
         "bench_chart": "CHART_FORMATS draw_chart load_matplotlib",
         "bench_ways": "TODAY",
         "census": "Census Holder Mapping Process SystemBuffer Total take_census",
-        "doctor": "Answer Machine Outlook PathReport examine_machine examine_path",
+        "doctor": "Machine Outlook PathReport examine_machine examine_path",
         "verify": "Case Failure Report Tally verify_routes",
     }
 

@@ -21,6 +21,8 @@ from typing import Any
 
 from dmabuf._core import address_of, ffi, lib
 from dmabuf.errors import RouteUnavailable
+from dmabuf.inspect.answer import Answer
+from dmabuf.inspect.doctor_devices import examine_confinement, examine_devices, examine_extras
 from dmabuf.kernel import files, nvme, proc
 from dmabuf.memory import Buffer, allocate, capacity, exporters
 from dmabuf.sizes import format_size
@@ -46,18 +48,6 @@ _PLANNED = 8 << 20  # bytes of the transfers that are planned for a path
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """One thing that a machine or file supports or not."""
-
-    name: str
-    ok: bool
-    detail: str
-    """What was found, or why it is not available."""
-    fix: str | None = None
-    """What would make it available, if anything would."""
-
-
-@dataclass(frozen=True, slots=True)
 class Machine:
     """What this machine supports for this process."""
 
@@ -70,6 +60,12 @@ class Machine:
     io_uring: tuple[Answer, ...]
     exporters: tuple[Answer, ...]
     limits: tuple[Answer, ...]
+    devices: tuple[Answer, ...]
+    """Nodes of devices that dmabuf supports, FUSE, and the libraries of GPUs."""
+    extras: tuple[Answer, ...]
+    """The optional packages of each extra, with their versions."""
+    confinement: tuple[Answer, ...]
+    """The container, seccomp filter and user namespace of this process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +102,10 @@ class PathReport:
 
 
 def examine_machine() -> Machine:
-    """Return what this machine supports. Takes a few milliseconds and changes nothing."""
+    """Return what this machine supports. Changes nothing.
+
+    It opens device nodes and GPUs, and closes them again.
+    """
     return Machine(
         release=platform.release(),
         architecture=platform.machine(),
@@ -115,6 +114,9 @@ def examine_machine() -> Machine:
         io_uring=tuple(_io_uring()),
         exporters=tuple(_exporters()),
         limits=(_memlock(), _nofile(), _available_memory()),
+        devices=tuple(examine_devices()),
+        extras=tuple(examine_extras()),
+        confinement=tuple(examine_confinement()),
     )
 
 
@@ -335,7 +337,7 @@ def _has_capability(number: int) -> bool:
 
 def _nofile() -> Answer:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    text = f"RLIMIT_NOFILE is {soft}: a buffer takes a descriptor for each slab, a file two"
+    text = f"RLIMIT_NOFILE is {soft}: a buffer takes one for each slab, a file up to two"
     enough = soft >= 256
     return Answer("descriptors", enough, text, None if enough else f"ulimit -n {min(hard, 4096)}")
 
