@@ -206,6 +206,12 @@ def test_owner_of_the_old_file_is_kept(source: Path, tmp_path: Path, capsys: Cap
     assert (status.st_uid, status.st_gid) == (1234, 2345)
 
 
+def exporters_that_work(capsys: Capture) -> set[str]:
+    """The exporters that the doctor finds."""
+    machine = json.loads(dmabuf(capsys, "doctor", "--json").out)["machine"]
+    return {answer["name"] for answer in machine["exporters"] if answer["ok"]}
+
+
 @needs("udmabuf")
 @pytest.mark.parametrize("exporter", ["udmabuf", "auto"])
 def test_by_way_of_a_udmabuf(exporter: str, source: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -213,8 +219,7 @@ def test_by_way_of_a_udmabuf(exporter: str, source: Path, tmp_path: Path, capsys
     assert (ended.status, ended.err) == (0, "")
     assert json.loads(ended.out)["exporter"] == "udmabuf"
     assert_same((tmp_path / "t").read_bytes(), DATA, "the target")
-    told = json.loads(dmabuf(capsys, "doctor", "--json").out)
-    assert told["exporters"]["udmabuf"]["ok"]
+    assert exporters_that_work(capsys) >= {"udmabuf", "memfd"}
 
 
 @needs("dma_heap")
@@ -225,8 +230,7 @@ def test_by_way_of_a_dma_heap(source: Path, tmp_path: Path, capsys: Capture) -> 
     assert told["exporter"] == "system"
     assert told["read"]["route"] in ("staged", "buffered")
     assert_same((tmp_path / "t").read_bytes(), DATA, "the target")
-    told = json.loads(dmabuf(capsys, "doctor", "--json").out)
-    assert told["exporters"]["dma-heap system"]["ok"]
+    assert "dma-heap system" in exporters_that_work(capsys)
 
 
 @needs("udmabuf")

@@ -25,6 +25,9 @@ def source(tmp_path: Path) -> Path:
         ["cp", "--verify", "{source}", "{tmp}/t"],
         ["cp", "/dev/null", "{tmp}/t"],
         ["verify", "--rounds", "1", "{source}"],
+        ["doctor", "{source}"],
+        ["bench", "--rounds", "1", "--seconds", "1", "--block", "64KiB", "{source}"],
+        ["top", "--count", "1"],
     ],
     ids=" ".join,
 )
@@ -33,6 +36,11 @@ def test_results(arguments: list[str], source: Path, tmp_path: Path, capsys: Cap
     ended = dmabuf(capsys, words[0], "--json", *words[1:])
     assert (ended.status, ended.err) == (0, "")
     assert checked(ended.out)["format"] == f"dmabuf-{words[0]}/1"
+
+
+def test_a_list_of_the_machine(capsys: Capture) -> None:
+    ended = dmabuf(capsys, "ls", "--system", "--json")
+    assert checked(ended.out)["format"] == "dmabuf-ls-system/1"
 
 
 def test_results_of_the_store(source: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -7,8 +7,8 @@ import os
 import random
 from argparse import ArgumentTypeError, Namespace
 from contextlib import ExitStack
-from dataclasses import asdict
-from typing import Any
+from dataclasses import dataclass
+from typing import Literal
 
 from dmabuf.cli import output
 from dmabuf.cli.parser import Command, Misuse, Parser, number, region, size
@@ -17,7 +17,9 @@ from dmabuf.inspect import (
     CHART_FORMATS,
     PERCENTILES,
     TODAY,
+    Facts,
     Group,
+    Ratio,
     Result,
     Row,
     draw_chart,
@@ -25,6 +27,7 @@ from dmabuf.inspect import (
     measure_routes,
 )
 from dmabuf.sizes import format_size
+from dmabuf.transfer import Direction
 
 _LEAST_BLOCK = 4096
 _MOST_BLOCK = 1 << 30
@@ -106,7 +109,7 @@ def _run(args: Namespace) -> None:
                 _draw(result, place, image, args.plot)
         finally:  # print what took minutes to measure, even without room for its chart
             if args.json:
-                output.say_json(_as_json(result, args, seed))
+                output.say_json(_document(result, args, seed))
             else:
                 _say(result, args, seed)
 
@@ -227,57 +230,122 @@ def _duration(seconds: float | None) -> str:
 # -- for programs
 
 
-def _as_json(result: Result, args: Namespace, seed: int) -> dict[str, Any]:
-    lines = result.headlines
-    return {
-        "format": 2,
-        "headline": lines[0] if lines else None,
-        "headlines": lines,
-        "machine": result.machine,
-        "target": result.target,
-        "buffer": result.buffer,
-        "rounds": result.rounds,
-        "seed": seed,
-        "random": args.random,
-        "seconds": result.seconds,
-        "cold": result.warm is None,
-        "why_not_cold": result.warm,
-        "page_cache_visible": result.unseen is None,
-        "why_not_visible": result.unseen,
-        "groups": [_group_as_json(result, group) for group in result.groups],
-    }
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """How fast one way was, with one queue depth."""
+
+    way: str
+    today: bool
+    """Whether people use this way today; false for a route."""
+    depth: int
+    """Requests in flight."""
+    registered: bool
+    """Whether the pages of the buffer were registered with io_uring."""
+    bytes_per_second: float
+    """The median run."""
+    iops: float
+    cpu_seconds_per_gib: float
+    times_as_fast: dict[str, Ratio]
+    """t_other / t of runs in the same round, by the other way."""
+    seconds: list[float]
+    """The time of each run."""
+    cached_pages_before: int | None
+    """Pages of the file in the page cache before a run, at most; null if unknown."""
+    cached_pages_after: int | None
 
 
-def _group_as_json(result: Result, group: Group) -> dict[str, Any]:
-    return {
-        "direction": group.direction,
-        "block": group.block,
-        "nbytes": group.nbytes,
-        "ways": [_row_as_json(result, group, row) for row in group.rows],
-        "latencies": [
-            {"way": way, "depth": 1, "count": len(calls), **group.percentiles(way)}
-            for way, calls in group.latencies.items()
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """The time of single calls of one way, one block each."""
+
+    way: str
+    calls: int
+    seconds: dict[str, float | None]
+    """By percentile; null where there are too few calls to tell it from the slowest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """What is compared with each other: one direction, one block size, the same bytes."""
+
+    direction: Direction
+    block: int
+    """Bytes."""
+    nbytes: int
+    """Bytes of a run."""
+    ways: list[Speed]
+    latencies: list[Latency]
+    refused: dict[str, str]
+    """Why a way is missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """The result of `dmabuf bench`."""
+
+    headlines: list[str]
+    """A sentence for each direction and block size, the largest blocks first."""
+    machine: Facts
+    target: Facts
+    buffer: Facts
+    rounds: int
+    seed: int
+    random: bool
+    """Whether the blocks were visited in random order."""
+    seconds: float
+    why_not_cold: str | None
+    """Why no run was cold; null if all were."""
+    why_not_visible: str | None
+    """Why the page cache could not be examined; null if it was."""
+    groups: list[Compared]
+    format: Literal["dmabuf-bench/1"] = "dmabuf-bench/1"
+
+
+def _document(result: Result, args: Namespace, seed: int) -> Benchmark:
+    return Benchmark(
+        result.headlines,
+        result.machine,
+        result.target,
+        result.buffer,
+        result.rounds,
+        seed,
+        args.random,
+        result.seconds,
+        result.warm,
+        result.unseen,
+        [
+            Compared(
+                group.direction,
+                group.block,
+                group.nbytes,
+                [_speed(result, group, row) for row in group.rows],
+                [
+                    Latency(way, len(calls), group.percentiles(way))
+                    for way, calls in group.latencies.items()
+                ],
+                group.refused,
+            )
+            for group in result.groups
         ],
-        "refused": group.refused,
-    }
+    )
 
 
-def _row_as_json(result: Result, group: Group, row: Row) -> dict[str, Any]:
+def _speed(result: Result, group: Group, row: Row) -> Speed:
     ratios = {way: group.ratio(row, way) for way in TODAY}
     seen = not result.unseen
-    return {
-        "way": row.way,
-        "today": row.today,
-        "depth": row.depth,
-        "registered": row.registered,
-        "bytes_per_second": group.speed(row),
-        "iops": group.speed(row) / group.block,
-        "cpu_seconds_per_gib": group.cpu(row),
-        "times_as_fast": {way: asdict(figure) for way, figure in ratios.items() if figure},
-        "seconds": [sample.seconds for sample in row.samples],
-        "cached_pages_before": max(one.before for one in row.samples) if seen else None,
-        "cached_pages_after": max(one.after for one in row.samples) if seen else None,
-    }
+    return Speed(
+        row.way,
+        row.today,
+        row.depth,
+        row.registered,
+        group.speed(row),
+        group.speed(row) / group.block,
+        group.cpu(row),
+        {way: figure for way, figure in ratios.items() if figure},
+        [sample.seconds for sample in row.samples],
+        max(one.before for one in row.samples) if seen else None,
+        max(one.after for one in row.samples) if seen else None,
+    )
 
 
 BENCH = Command(
@@ -304,5 +372,5 @@ that moves one block, of a write without the flush. See docs/guides/testing-kern
   dmabuf bench --quick --dir /mnt/nvme
   dmabuf bench --block 4KiB,128KiB,1MiB --depth 1,8,64 --plot bench.svg /dev/nvme0n1
   dmabuf bench --region 0+1GiB --destroy --exporter udmabuf /dev/nvme0n1
-  dmabuf bench --json model.safetensors | jq -r .headline""",
+  dmabuf bench --json model.safetensors | jq -r '.headlines[0]'""",
 )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from dataclasses import asdict
-from typing import Any
+from dataclasses import dataclass
+from typing import Literal
 
 from dmabuf import __version__
 from dmabuf.cli import output
@@ -23,6 +23,18 @@ _GROUPS = {
 """The title of each field of Machine."""
 
 
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """The result of `dmabuf doctor`."""
+
+    machine: Machine
+    path: PathReport | None
+    """What PATH supports; None without one."""
+    version: str = __version__
+    """The version of dmabuf."""
+    format: Literal["dmabuf-doctor/1"] = "dmabuf-doctor/1"
+
+
 def _arguments(parser: Parser) -> None:
     parser.add_argument("path", metavar="PATH", nargs="?", help="A file, device or directory.")
     parser.shared("json")
@@ -32,7 +44,7 @@ def _run(args: Namespace) -> None:
     machine = examine_machine()
     if args.json:
         report = None if args.path is None else examine_path(args.path)
-        output.say_json(_as_json(machine, report))
+        output.say_json(Examined(machine, report))
         return
     output.say(f"dmabuf {__version__} on Linux {machine.release}, {machine.architecture}")
     for group, title in _GROUPS.items():
@@ -41,32 +53,6 @@ def _run(args: Namespace) -> None:
             _say(answer)
     if args.path is not None:
         _say_path(examine_path(args.path))
-
-
-def _as_json(machine: Machine, report: PathReport | None) -> dict[str, Any]:
-    groups = {
-        group: {
-            answer.name: {"ok": answer.ok, "detail": answer.detail, "fix": answer.fix}
-            for answer in getattr(machine, group)
-        }
-        for group in _GROUPS
-    }
-    return {
-        "format": 1,
-        "version": __version__,
-        "release": machine.release,
-        "architecture": machine.architecture,
-        "page_size": machine.page_size,
-        **groups,
-        "path": report and _path_as_json(report),
-    }
-
-
-def _path_as_json(report: PathReport) -> dict[str, Any]:
-    told = asdict(report)
-    direct = {"ok": report.direct.ok, "detail": report.direct.detail}
-    alignments = {key: told.pop(key) for key in ("memory_alignment", "offset_alignment")}
-    return told | {"direct": direct | alignments}
 
 
 def _say(answer: Answer) -> None:

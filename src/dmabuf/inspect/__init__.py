@@ -14,7 +14,16 @@ belongs to cli/.
 TYPE_CHECKING = False  # typing's own, without what importing typing costs
 if TYPE_CHECKING:
     from dmabuf.inspect.answer import Answer
-    from dmabuf.inspect.bench import PERCENTILES, Group, Ratio, Result, Row, Sample, measure_routes
+    from dmabuf.inspect.bench import (
+        PERCENTILES,
+        Facts,
+        Group,
+        Ratio,
+        Result,
+        Row,
+        Sample,
+        measure_routes,
+    )
     from dmabuf.inspect.bench_chart import CHART_FORMATS, draw_chart, load_matplotlib
     from dmabuf.inspect.bench_ways import TODAY
     from dmabuf.inspect.census import (
@@ -30,8 +39,8 @@ if TYPE_CHECKING:
     from dmabuf.inspect.verify import Case, Failure, Report, Tally, verify_routes
 
 __all__ = [
-    "CHART_FORMATS", "PERCENTILES", "TODAY", "Answer", "Case", "Census", "Failure", "Group",
-    "Holder", "Machine", "Mapping", "Outlook", "PathReport", "Process", "Ratio", "Report",
+    "CHART_FORMATS", "PERCENTILES", "TODAY", "Answer", "Case", "Census", "Facts", "Failure",
+    "Group", "Holder", "Machine", "Mapping", "Outlook", "PathReport", "Process", "Ratio", "Report",
     "Result", "Row", "Sample", "SystemBuffer", "Tally", "Total", "draw_chart", "examine_machine",
     "examine_path", "load_matplotlib", "measure_routes", "take_census", "verify_routes",
 ]  # fmt: skip
@@ -39,7 +48,7 @@ __all__ = [
 if not TYPE_CHECKING:
     _HOMES = {
         "answer": "Answer",
-        "bench": "PERCENTILES Group Ratio Result Row Sample measure_routes",
+        "bench": "PERCENTILES Facts Group Ratio Result Row Sample measure_routes",
         "bench_chart": "CHART_FORMATS draw_chart load_matplotlib",
         "bench_ways": "TODAY",
         "census": "Census Holder Mapping Process SystemBuffer Total take_census",
