@@ -170,6 +170,15 @@ int dmb_job_run_small(const struct dmb_job *job, uint64_t offset, uint64_t start
 		      int fence);
 
 /*
+ * Open a regular file, read a range of it as dmb_job_run_small does, and close it: one of many
+ * files for which a caller need not find out what it knows of job->fd. Returns 1 if all bytes were
+ * moved; 0 if the caller must open the file itself, also where it lies on another mount than
+ * job->fd, takes O_DIRECT with another alignment, or the kernel numbers no mounts (before 6.8).
+ */
+int dmb_job_read_file(const struct dmb_job *job, const char *path, uint64_t offset, uint64_t start,
+		      uint64_t size, int fence);
+
+/*
  * Run a job for at most timeout_ms. The first call creates *batch; the call that ends the job
  * destroys it. Returns 1: call again; 0: done, and *ret is filled in; or -errno, also done. Between
  * two calls dmb_batch_drain(*batch) ends the job early. Keep the slots and the segments valid until

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /* Running a job: one system call for a small range, otherwise a batch on a ring. */
+#include <fcntl.h>
 #include <poll.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -60,6 +61,31 @@ int dmb_job_run_small(const struct dmb_job *job, uint64_t offset, uint64_t start
 		return 0;
 	return dmb_read_write(job->direction, job->fd, job->base + start, size, offset) ==
 	       (int64_t)size;
+}
+
+/* Return whether what is known of one file and O_DIRECT holds for another one. */
+static bool alike(int fd, int other)
+{
+	struct dmb_stat one, two;
+
+	return !dmb_stat(fd, &one) && !dmb_stat(other, &two) && S_ISREG(two.mode) && one.mount &&
+	       one.mount == two.mount && one.memory_align == two.memory_align &&
+	       one.offset_align == two.offset_align;
+}
+
+int dmb_job_read_file(const struct dmb_job *job, const char *path, uint64_t offset, uint64_t start,
+		      uint64_t size, int fence)
+{
+	struct dmb_job one = *job;
+	int rc;
+
+	/* O_NONBLOCK: do not wait for the writer of a FIFO */
+	one.fd = open(path, O_RDONLY | O_DIRECT | O_NONBLOCK | O_NOCTTY | O_CLOEXEC);
+	if (one.fd < 0)
+		return 0;
+	rc = alike(job->fd, one.fd) && dmb_job_run_small(&one, offset, start, size, fence);
+	close(one.fd);
+	return rc;
 }
 
 int dmb_job_run(struct dmb_ring *ring, const struct dmb_job *job, const uint64_t *segments,

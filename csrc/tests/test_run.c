@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /* Running a job: what goes by one system call, every byte, and what is left to a batch. */
+#include <fcntl.h>
 #include <poll.h>
+#include <stdio.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
 
@@ -93,6 +95,33 @@ static void small_writes(struct file *file, struct memory *memory)
 	CHECK_EQUAL(dmb_job_run_small(&job, PAGES * PAGE, 0, PAGE, 1), 0); /* past the end */
 	CHECK_EQUAL(dmb_job_run_small(&job, 100, 0, PAGE, 1), 0);
 	file_check(file);
+}
+
+/* Files that are opened, read and closed in one call, by what is known of another one. */
+static void other_files(const struct file *file, const struct memory *memory)
+{
+	const char *const others[] = {"/nowhere", "/dev/zero", "/proc/self/status", "/"};
+	struct dmb_job job = small_job(file, memory, DMB_READ);
+	struct dmb_stat stat;
+	char path[32];
+
+	context("other files", 0);
+	snprintf(path, sizeof(path), "/proc/self/fd/%d", file->plain);
+	CHECK_EQUAL(dmb_stat(file->direct, &stat), 0);
+	memset(memory->bytes, POISON, memory->size);
+	for (size_t i = 0; i < sizeof(others) / sizeof(others[0]); i++)
+		CHECK_EQUAL(dmb_job_read_file(&job, others[i], 0, 0, PAGE, 1), 0);
+	CHECK_EQUAL(dmb_job_read_file(&job, path, PAGES * PAGE, 0, PAGE, 1), 0); /* the end */
+	CHECK_EQUAL(dmb_job_read_file(&job, path, 1, 0, PAGE, 1), 0);
+	for (uint64_t i = 0; i < memory->size; i++)
+		CHECK_EQUAL(memory->bytes[i], POISON);
+	if (!stat.mount)
+		return; /* before Linux 6.8 */
+	CHECK_EQUAL(dmb_job_read_file(&job, path, PAGE, 2 * PAGE, PAGE, 1), 1);
+	CHECK(!memcmp(memory->bytes + 2 * PAGE, file->bytes + PAGE, PAGE));
+	job.fd = open("/proc/self/status", O_RDONLY | O_CLOEXEC); /* another mount */
+	CHECK_EQUAL(dmb_job_read_file(&job, path, 0, 0, PAGE, 1), 0);
+	close(job.fd);
 }
 
 /* An eventfd is readable when it was written to, and writable: a dma-buf's fences in one number. */
@@ -191,6 +220,7 @@ int main(void)
 	if (!file_open(&file, PAGES * PAGE + 100))
 		return finish();
 	small_writes(&file, &memory);
+	other_files(&file, &memory);
 	fences(&file, &memory);
 	file_close(&file);
 	memory_unmap(&memory);

@@ -1,8 +1,12 @@
 """read_files and write_files, in the calling thread and in event loops: many files in one call."""
 
+import _thread
 import contextlib
+import errno
 import os
+import signal
 import stat
+import time
 
 import pytest
 
@@ -12,7 +16,7 @@ from dmabuf.transfer import Terms
 from tests.guards import needs
 from tests.support import assert_same, let_go, pattern, poison, run
 
-SIZE = 256 << 10
+SIZE = 64 << 10
 
 
 @pytest.fixture(params=["blocking", "asyncio", "trio"])
@@ -65,6 +69,13 @@ def small_disk(folder):
         let_go(lambda: run("umount", folder))
 
 
+def open_files():
+    """The files that are open, without the rings of the default engine."""
+    links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+    names = [os.readlink(link) for link in links if os.path.exists(link)]
+    return sorted(name for name in names if name.startswith("/"))
+
+
 def content(buffer, start=0, size=None):
     with buffer.map("r", start, size) as view:
         return bytes(view)
@@ -75,12 +86,11 @@ def content(buffer, start=0, size=None):
 def test_every_byte_is_read_to_its_place(many, files, buffer, queue_depth, terms):
     records = [(path, 0, SIZE, index * SIZE) for index, path in enumerate(files)]
     done = many.read_files(records, buffer, queue_depth=queue_depth, terms=terms)
-    expected = poison(buffer.size)
+    expected = bytearray(poison(buffer.size))
     for index, (record, data) in enumerate(zip(done, files.values(), strict=True)):
         assert record.nbytes == len(data)
-        at = index * SIZE
-        expected = expected[:at] + data + expected[at + len(data) :]
-    assert_same(content(buffer), expected, "the buffer")
+        expected[index * SIZE : index * SIZE + len(data)] = data
+    assert_same(content(buffer), bytes(expected), "the buffer")
 
 
 def test_offsets_and_sizes_of_any_kind(many, files, buffer):
@@ -158,9 +168,9 @@ def test_a_file_that_cannot_be_whole_stays_as_it_was(many, buffer, tmp_path):
     with small_disk(tmp_path):
         (tmp_path / "old").write_bytes(b"old")
         records = [
-            (tmp_path / "old", 0, 8 * SIZE, 0),
+            (tmp_path / "old", 0, 32 * SIZE, 0),
             (tmp_path / "new", 0, SIZE, 0),
-            (tmp_path / "large", 0, 9 * SIZE, 0),
+            (tmp_path / "large", 0, 33 * SIZE, 0),
         ]
         old, new, large = many.write_files(records, buffer, queue_depth=1)
         assert old.errno == large.errno == 28 and old.filename == str(tmp_path / "old")
@@ -183,20 +193,49 @@ def test_an_interrupt_ends_it_when_the_memory_is_free(buffer, files, tmp_path, v
 
     def interrupted(path, *arguments, **keywords):
         opened.append(str(path))
-        if len(opened) == 21:
-            raise KeyboardInterrupt
+        if len(opened) == 11:
+            _thread.interrupt_main()
         return real(path, *arguments, **keywords)
 
     out = tmp_path / "out"
     out.mkdir()
-    names = [out / name.name for name in files] if verb == "write_files" else list(files)
-    records = [(path, 0, SIZE, index * SIZE) for index, path in enumerate(names)]
-    before = sorted(os.listdir("/proc/self/fd"))
+    names = [out / f"{index}" for index in range(2000)]
+    names = names if verb == "write_files" else list(files) * 50
+    records = [(path, 0, SIZE - 1, index % 40 * SIZE) for index, path in enumerate(names)]
+    before = open_files()
     monkeypatch.setattr(os, "open", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        getattr(dmabuf, verb)(records, buffer)
+        getattr(dmabuf, verb)(records, buffer, queue_depth=4)
     monkeypatch.undo()
-    assert len(opened) == 21 and sorted(os.listdir("/proc/self/fd")) == before
+    assert len(opened) < len(records) and open_files() == before
     for path in out.iterdir():
-        assert path.stat().st_size == SIZE
+        assert path.stat().st_size == SIZE - 1
     buffer.close()
+
+
+def test_a_fifo_is_refused_and_not_waited_for(many, buffer, files, tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    first = next(iter(files))
+    done = many.read_files([(first, 0, 1, 0), (tmp_path / "fifo", 0, 1, 0)] * 2, buffer)
+    assert [getattr(one, "errno", None) for one in done] == [None, errno.ESPIPE] * 2
+
+
+def test_a_read_inside_a_transfer(buffer, files):
+    """A signal handler reads files while its thread transfers, whose locks it holds."""
+    path, data = next(iter(files.items()))
+    done = []
+
+    def handler(_number, _frame):
+        done.extend(dmabuf.read_files([(path, 0, SIZE, 0)] * 3, buffer))
+
+    with dmabuf.allocate(SIZE) as other, dmabuf.open(path) as file:
+        before = signal.signal(signal.SIGALRM, handler)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.001)
+            deadline = time.monotonic() + 30
+            while not done and time.monotonic() < deadline:
+                file.read_into(other, route="staged")
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+    assert [one.nbytes for one in done] == [len(data)] * 3

@@ -5,8 +5,8 @@ this room is how a transfer waits in an event loop, and nothing about what a tra
 
 Each event loop has an engine of its own: one io_uring ring, whose completions wake the loop through
 an eventfd. Any number of transfers can be in flight, and none has a thread. Calls on which the
-kernel cannot be polled (allocating a file's blocks, flushing to the medium, a whole `copy`) run in
-threads.
+kernel cannot be polled (allocating a file's blocks, flushing to the medium) run in threads, and so
+do a whole `copy`, `read_files` and `write_files`.
 
 Cancelling a transfer, closing its File and throwing its coroutine away cancel its requests. The
 transfer ends when the device has finished with the buffer's memory, and the buffer stays open until
@@ -20,9 +20,8 @@ try:
 except ImportError as error:
     raise ImportError(f"dmabuf.aio needs anyio ({error}): pip install dmabuf[aio]") from error
 
-from dmabuf.aio.copying import copy
 from dmabuf.aio.file import File, open, wait  # noqa: A004 - as dmabuf.open
-from dmabuf.aio.many import read_files, write_files
+from dmabuf.aio.threads import copy, read_files, write_files
 from dmabuf.aio.waiter import ready
 
 __all__ = ["File", "copy", "open", "read_files", "ready", "wait", "write_files"]

@@ -14,16 +14,11 @@ from dmabuf.copying.blocks import (
     sizes_to_plan,
 )
 from dmabuf.copying.many import (
+    DEPTH,
     AnyFileRange,
     FileRange,
     Outcome,
-    Range,
-    check_paths_differ,
-    check_ranges,
-    check_replaceable,
-    named,
     read_files,
-    replacement,
     write_files,
 )
 from dmabuf.copying.opening import SourceEnd, TargetEnd, same_file
@@ -34,6 +29,7 @@ from dmabuf.copying.sources import Source, file_source
 from dmabuf.copying.targets import FileTarget, Target
 
 __all__ = [
+    "DEPTH",
     "AnyFileRange",
     "Copy",
     "CopySide",
@@ -42,7 +38,6 @@ __all__ = [
     "Filled",
     "Outcome",
     "Progress",
-    "Range",
     "Reader",
     "Replacement",
     "Source",
@@ -52,15 +47,10 @@ __all__ = [
     "Writer",
     "check_block_count",
     "check_block_size",
-    "check_paths_differ",
-    "check_ranges",
-    "check_replaceable",
     "copy",
     "file_source",
-    "named",
     "next_size",
     "read_files",
-    "replacement",
     "same_file",
     "sizes_to_plan",
     "write_files",

@@ -1,37 +1,33 @@
-"""Many files into one buffer, or out of it, with a queue depth across them.
+"""Many files into one buffer, or out of it, by threads that each open, move and close one file.
 
-Each file is a File, and each transfer the coroutine of its Link, as for one file alone. What is
-different is the waiting: a transfer that has started its requests is suspended, the next file is
-opened meanwhile, and one loop resumes each transfer when the ring reports that it is done.
+Each transfer is that of a File. Threads, because open(2) cannot run beside other calls in any other
+way. What is known of the first file serves the others on its mount: of those, one call of the core
+opens, reads and closes each.
 """
 
 from __future__ import annotations
 
 import errno
-import itertools
 import os
-import select
 import stat
+import threading
 import time
-from collections.abc import Callable, Coroutine, Generator, Iterable, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
 
-from dmabuf._core import failure, ffi, lib
+from dmabuf._core import lib
 from dmabuf.copying.replace import Replacement
 from dmabuf.errors import os_error
-from dmabuf.kernel import fence
 from dmabuf.memory import Buffer
 from dmabuf.sizes import OFFSET_MAX, Size, parse_size
-from dmabuf.transfer import BLOCKING, SMALL, Direction, Engine, File, Job, Link, Terms, Transfer
-
-T = TypeVar("T")
+from dmabuf.transfer import SMALL, File, Link, Terms, Transfer, in_transfer, stopping
 
 DEPTH = 32
-"""Files in flight, unless the caller asks for another number."""
-_COMPLETIONS = 256
-"""Transfers that one call of the core reports as done at most."""
-_SLICE_MS = 100
-"""Milliseconds of one wait. A signal that comes just before a system call does not interrupt it."""
+"""Files that are open at once, unless the caller asks for another number."""
+_MOST = 256
+_SLICE = 0.1
+"""Seconds of one wait: a signal just before a system call does not interrupt the call."""
 
 
 class FileRange(NamedTuple):
@@ -75,7 +71,7 @@ def read_files(
             of either file.
         buffer: the destination.
         terms: what is asked of each transfer; by default any route.
-        queue_depth: files that are open and in flight at once, from 1 to 4096.
+        queue_depth: files that are open at once, each in a thread, from 1 to 256.
 
     Returns:
         For each file, in the order of `files`, its Transfer, or the OSError of its failure. The
@@ -90,7 +86,23 @@ def read_files(
     On KeyboardInterrupt no further file is opened, and the call raises it when the devices have
     finished with the buffer's memory.
     """
-    return _run(check_ranges(files, buffer), buffer, "read", terms or Terms(), queue_depth)
+    terms, ranges = terms or Terms(), _check_ranges(files, buffer)
+    with _first_link(ranges, buffer, terms) as link:
+
+        def read(one: Range) -> Transfer:
+            begun = time.perf_counter()
+            path, offset, size, start = one
+            if link is not None and size <= SMALL and (job := link.small_job()) is not None:
+                name = os.fsencode(path)
+                if lib.dmb_job_read_file(job, name, offset, start, size, terms.fence):
+                    return link.small_record(size, terms, begun)
+            _refuse_fifo(path)
+            with File(path) as file:
+                return file.read_into(
+                    buffer, size, file_offset=offset, buffer_offset=start, terms=terms
+                )
+
+        return _in_threads(read, ranges, buffer, queue_depth)
 
 
 def write_files(
@@ -111,7 +123,7 @@ def write_files(
         buffer: the source.
         terms: what is asked of each transfer; by default any route. `sync=True` has each file and
             its name on the medium when the call returns.
-        queue_depth: files that are open and in flight at once, from 1 to 4096.
+        queue_depth: files that are open at once, each in a thread, from 1 to 256.
 
     Returns:
         For each file, in the order of `files`, its Transfer, or the OSError of its failure: those
@@ -126,12 +138,26 @@ def write_files(
     On KeyboardInterrupt no further file is begun. The call raises it when the devices have finished
     with the buffer's memory; a file that was not complete by then is as it was before.
     """
-    ranges = check_ranges(files, buffer)
-    check_paths_differ(ranges)
-    return _run(ranges, buffer, "write", terms or Terms(), queue_depth)
+    terms, ranges = terms or Terms(), _check_ranges(files, buffer)
+    _check_paths_differ(ranges)
+
+    def write(one: Range) -> Transfer:
+        path, offset, size, start = one
+        with _replacement(path) as place:
+            if place.in_place is not None:
+                text = f"the file cannot be replaced: {place.in_place}; use File.write_from"
+                raise os_error(errno.EBUSY, text, path)
+            with File(place.temporary, "w") as file:
+                transfer = file.write_from(
+                    buffer, size, file_offset=offset, buffer_offset=start, terms=terms
+                )
+            place.commit(None, sync=terms.sync)
+            return transfer
+
+    return _in_threads(write, ranges, buffer, queue_depth)
 
 
-def check_ranges(files: Iterable[AnyFileRange], buffer: Buffer) -> list[Range]:
+def _check_ranges(files: Iterable[AnyFileRange], buffer: Buffer) -> list[Range]:
     """Return the records with plain paths and sizes.
 
     Raises:
@@ -165,7 +191,7 @@ def check_ranges(files: Iterable[AnyFileRange], buffer: Buffer) -> list[Range]:
     return checked
 
 
-def check_paths_differ(ranges: Sequence[Range]) -> None:
+def _check_paths_differ(ranges: Sequence[Range]) -> None:
     """Raise ValueError for two records of one path: each would replace the other's file."""
     known: dict[str, int] = {}
     for index, one in enumerate(ranges):
@@ -174,7 +200,7 @@ def check_paths_differ(ranges: Sequence[Range]) -> None:
             raise ValueError(f"records {first} and {index} write the same file, {one.path!r}")
 
 
-def replacement(path: str) -> Replacement:
+def _replacement(path: str) -> Replacement:
     """Return the replacement of a file that `write_files` writes.
 
     Raises:
@@ -192,275 +218,96 @@ def replacement(path: str) -> Replacement:
     return Replacement(path, force=False, note=lambda _: None)
 
 
-def check_replaceable(place: Replacement, path: str) -> None:
-    """Raise EBUSY for a file that would be written in place, and so could be left incomplete."""
-    if place.in_place is not None:
-        text = f"the file cannot be replaced: {place.in_place}; write it with File.write_from"
-        raise os_error(errno.EBUSY, text, path)
+def _refuse_fifo(path: str) -> None:
+    """Raise OSError(ESPIPE) for a FIFO, whose open(2) would wait for a writer."""
+    if stat.S_ISFIFO(os.stat(path).st_mode):
+        raise os_error(errno.ESPIPE, "a pipe has no offsets; use File.read_into", path)
 
 
-def named(error: OSError, path: str) -> OSError:
-    """Return the error of one file, with the path that the caller gave."""
-    error.filename = path
-    return error
+@contextmanager
+def _first_link(ranges: Sequence[Range], buffer: Buffer, terms: Terms) -> Iterator[Link | None]:
+    """Yield the link of the first file, if what it knows may serve other files; otherwise None."""
+    link = None
+    if not terms.plain or len(ranges) < 2:
+        yield None
+        return
+    try:
+        _refuse_fifo(ranges[0].path)
+        file = File(ranges[0].path)
+    except OSError:
+        yield None
+        return
+    with file:
+        link = file.links.get(buffer, "read")
+        known = link.small_job() is not None and file.target.direct().proven
+        yield link if known else None
 
 
-class _Batch:
-    """A batch of the core in flight. Awaiting it suspends the transfer until it is done."""
-
-    __slots__ = ("core", "job", "nbytes")
-
-    def __init__(self, job: Job | None = None) -> None:
-        self.core: Any = ffi.new("struct dmb_batch **")
-        self.job = job
-        """What the core reads until the batch is destroyed."""
-        self.nbytes = 0
-        """Bytes that it has moved without a gap, once it is done."""
-
-    def __await__(self) -> Generator[_Batch, None, None]:
-        yield self
-
-    def destroy(self) -> None:
-        """Return when no device uses its memory, and free it."""
-        core, self.core[0] = self.core[0], ffi.NULL
-        lib.dmb_batch_destroy(core)
+class _Stopped(BaseException):
+    """Raised in a thread that waits for a device, because the call ends."""
 
 
-class _ManyEngine(Engine):
-    """A ring of the calling thread, on which the transfers of many files run at once."""
-
-    def __init__(self, queue_depth: int) -> None:
-        super().__init__(queue_depth=queue_depth)
-        self._eventfd = os.eventfd(0, os.EFD_CLOEXEC)
-        self._poll = select.poll()
-        self._poll.register(self._eventfd, select.POLLIN)
-        self._done = ffi.new("struct dmb_done[]", _COMPLETIONS)
-        self._count = ffi.new("uint32_t *")
-        self._new_tag = itertools.count(1).__next__
-        self.in_flight: dict[int, _Batch] = {}
-        """Batches that are not done, by their tags."""
-        try:
-            self._connect()
-        except BaseException:
-            self.close()
-            raise
-
-    def _connect(self) -> None:
-        ring = self._rings[0]
-        ring.refused = ring.refused or "the files that are in flight at once share the ring"
-        rc = lib.dmb_ring_set_eventfd(ring.handle, self._eventfd)
-        if rc:
-            raise failure(-rc, "registering an eventfd with io_uring")
-
-    def stop(self) -> None:
-        """Submit nothing more, and cancel what can be cancelled."""
-        for batch in self.in_flight.values():
-            if batch.core[0]:
-                lib.dmb_batch_stop(batch.core[0])
-
-    def close(self) -> None:
-        """Wait for what is in flight, and tear the ring down."""
-        for batch in list(self.in_flight.values()):
-            batch.destroy()
-        super().close()
-        eventfd, self._eventfd = self._eventfd, -1
-        if eventfd >= 0:
-            os.close(eventfd)
-
-    # -- what the transfers wait for
-
-    async def move_small(
-        self, link: Link, one: Range, terms: Terms, begun: float
-    ) -> Transfer | None:
-        """Move a small aligned range by one request; None where it has to go by `Link.move`."""
-        batch = _Batch()
-        link.users.add(batch)
-        try:
-            job = link.small_job()
-            if job is None:
-                return None
-            tag = self._new_tag()
-            self.in_flight[tag] = batch
-            try:
-                _, offset, size, start = one
-                handle = self._rings[0].handle
-                if lib.dmb_job_start_small(
-                    handle, job, offset, start, size, terms.fence, tag, batch.core
-                ):
-                    return None
-                await batch
-            finally:
-                batch.destroy()
-                self.in_flight.pop(tag, None)
-        finally:
-            link.users.discard(batch)
-        if batch.nbytes != size:
-            return None
-        return link.small_record(size, terms, begun, "one small request gains nothing from it")
-
-    async def run_job(self, job: Job) -> Job:
-        """Run a job to its end beside others, and return it."""
-        batch, tag = _Batch(job), self._new_tag()
-        self.in_flight[tag] = batch
-        try:
-            self.start(job, batch.core, tag)
-            await batch
-            job.result = ffi.new("struct dmb_result *")
-            lib.dmb_batch_get_result(batch.core[0], job.result)
-        finally:
-            batch.destroy()
-            self.in_flight.pop(tag, None)
-        return job
-
-    # -- driving the ring
-
-    def finished(self, *, wait: bool) -> list[_Batch]:
-        """Submit what was started, and return the batches that are done.
-
-        Args:
-            wait: wait until there is one, for 100 ms at most.
-        """
-        ring = self._rings[0].handle
-        rc = lib.dmb_ring_poll(ring, self._done, _COMPLETIONS, self._count)
-        if not rc and not self._count[0] and wait and self._poll.poll(_SLICE_MS):
-            os.eventfd_read(self._eventfd)
-            rc = lib.dmb_ring_poll(ring, self._done, _COMPLETIONS, self._count)
-        if rc:
-            raise failure(-rc, "driving io_uring")
-        done = []
-        for index in range(self._count[0]):
-            batch = self.in_flight[self._done[index].tag]
-            batch.nbytes = self._done[index].nbytes
-            done.append(batch)
-        self._count[0] = 0
-        return done
-
-
-class _Waiter:
-    """How the transfers of many files wait; a transfer.run.Waiter.
-
-    Only requests of the ring suspend a transfer. Fences and calls block the thread, while the
-    devices go on with what is in flight.
-    """
-
-    blocking = True
-
-    def __init__(self, engine: _ManyEngine) -> None:
-        self._engine = engine
-
-    async def run(self, engine: Engine, job: Job) -> Job:
-        """Run a job to its end."""
-        return await self._engine.run_job(job)
-
-    async def fences(
-        self,
-        fds: Sequence[int],
-        access: fence.Access,
-        timeout: float | None,
-        spent: float,
-        path: str,
-    ) -> None:
-        """Wait until the dma-bufs may be accessed."""
-        await BLOCKING.fences(fds, access, timeout, spent, path)
-
-    async def ready(
-        self, fd: int, access: Literal["read", "write"], deadline: float | None, path: str
-    ) -> None:
-        """Wait until a stream can be read or written."""
-        await BLOCKING.ready(fd, access, deadline, path)
-
-    async def call(self, function: Callable[[], T]) -> T:
-        """Make the call."""
-        return function()
-
-
-def _run(
-    ranges: Sequence[Range], buffer: Buffer, direction: Direction, terms: Terms, queue_depth: int
+def _in_threads(
+    move: Callable[[Range], Transfer], ranges: Sequence[Range], buffer: Buffer, queue_depth: int
 ) -> list[Outcome]:
-    """Move every range, `queue_depth` files at once, and return what became of each."""
-    engine = _ManyEngine(queue_depth)
-    with engine:
-        waiter, move = _Waiter(engine), _read if direction == "read" else _write
-        outcomes: list[Outcome | None] = [None] * len(ranges)
-        suspended: dict[_Batch, tuple[int, Coroutine[_Batch, None, Transfer]]] = {}
-        left = iter(enumerate(ranges))
-        buffer.hold()
+    """Move every range, `queue_depth` at once, and return what became of each.
+
+    After an exception other than an OSError, in this thread or another, no thread begins a file.
+    It is raised when all threads have ended.
+    """
+    if not 1 <= queue_depth <= _MOST:
+        raise ValueError(f"invalid queue_depth={queue_depth}: use a number from 1 to {_MOST}")
+    outcomes: list[Outcome | None] = [None] * len(ranges)
+    left = iter(enumerate(ranges))
+    raised: list[BaseException] = []
+
+    def check() -> None:
+        if raised:
+            raise _Stopped
+
+    def work() -> None:
         try:
-            more = True
-            while more or suspended:
-                while more and len(suspended) < queue_depth:
-                    index, one = next(left, (-1, None))
-                    if one is None:
-                        more = False
-                        break
-                    coroutine = move(one, buffer, engine, waiter, terms)
-                    _step(index, coroutine, suspended, outcomes)
-                for batch in engine.finished(wait=bool(suspended)):
-                    _step(*suspended.pop(batch), suspended, outcomes)
-        finally:
-            try:
-                engine.stop()
-                for _, coroutine in suspended.values():
-                    coroutine.close()
-                engine.close()
-            finally:
-                buffer.release()
+            for index, one in left:
+                check()
+                try:
+                    outcomes[index] = move(one)
+                except OSError as error:
+                    error.filename = one.path
+                    outcomes[index] = error
+        except BaseException as error:
+            raised.append(error)
+
+    def thread() -> None:
+        stopping.check = check
+        work()
+
+    buffer.hold()
+    try:
+        # Inside another transfer, whose locks this thread may hold, no other thread can help.
+        if queue_depth > 1 and len(ranges) > 1 and not in_transfer():
+            _join([threading.Thread(target=thread) for _ in ranges[:queue_depth]], raised)
+        work()  # what is left
+    finally:
+        buffer.release()
+    if raised:
+        raise raised[0]
     return outcomes  # type: ignore[return-value] # each was set
 
 
-def _step(
-    index: int,
-    coroutine: Coroutine[_Batch, None, Transfer],
-    suspended: dict[_Batch, tuple[int, Coroutine[_Batch, None, Transfer]]],
-    outcomes: list[Outcome | None],
-) -> None:
-    """Run a transfer until it is suspended or ends."""
+def _join(threads: Sequence[threading.Thread], raised: list[BaseException]) -> None:
+    """Run threads to their end; add to `raised`, which they check, what interrupts this one."""
     try:
-        suspended[coroutine.send(None)] = index, coroutine
-    except StopIteration as stop:
-        outcomes[index] = stop.value
-    except OSError as error:
-        outcomes[index] = error
-
-
-async def _read(
-    one: Range, buffer: Buffer, engine: _ManyEngine, waiter: _Waiter, terms: Terms
-) -> Transfer:
-    try:
-        with File(one.path, "r", engine=engine) as file:
-            return await _move(file, "read", one, buffer, engine, waiter, terms)
-    except OSError as error:
-        raise named(error, one.path) from None
-
-
-async def _write(
-    one: Range, buffer: Buffer, engine: _ManyEngine, waiter: _Waiter, terms: Terms
-) -> Transfer:
-    try:
-        with replacement(one.path) as place:
-            check_replaceable(place, one.path)
-            with File(place.temporary, "w", engine=engine) as file:
-                transfer = await _move(file, "write", one, buffer, engine, waiter, terms)
-            place.commit(None, sync=terms.sync)
-            return transfer
-    except OSError as error:
-        raise named(error, one.path) from None
-
-
-async def _move(
-    file: File,
-    direction: Direction,
-    one: Range,
-    buffer: Buffer,
-    engine: _ManyEngine,
-    waiter: _Waiter,
-    terms: Terms,
-) -> Transfer:
-    begun = time.perf_counter()
-    link = file.links.get(buffer, direction)
-    if terms.plain and direction == "read" and one.size <= SMALL:
-        done = await engine.move_small(link, one, terms, begun)
-        if done is not None:
-            return done
-    segments = file.segment(buffer, direction, one.size, one.file_offset, one.buffer_offset)
-    return await link.move(segments, terms, waiter, begun)
+        for one in threads:
+            one.start()
+    except RuntimeError:
+        pass  # the system has no more threads: those that run do the work
+    except BaseException as error:
+        raised.append(error)
+    for one in threads:
+        while one.is_alive():
+            try:
+                if stopping.check is not None and not raised:
+                    stopping.check()
+                one.join(_SLICE)
+            except BaseException as error:
+                raised.append(error)

@@ -75,7 +75,7 @@ import operator
 import os
 import select
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, SupportsIndex
 
 from dmabuf.errors import os_error
@@ -87,6 +87,7 @@ _EVENTS: dict[str, int] = {"read": select.POLLIN, "write": select.POLLOUT}
 _FLAGS: dict[str, int] = {"read": uapi.DMA_BUF_SYNC_READ, "write": uapi.DMA_BUF_SYNC_WRITE}
 _LONGEST = 1 << 30
 """Milliseconds of one poll at most: it takes a C int, and this is twelve days."""
+_TICK_MS = 100
 
 
 def check_direction(direction: object) -> None:
@@ -115,6 +116,7 @@ def wait(
     *,
     spent: float = 0.0,
     path: str | None = None,
+    tick: Callable[[], object] | None = None,
 ) -> None:
     """Wait until all of the dma-bufs may be read (or written).
 
@@ -124,6 +126,7 @@ def wait(
         timeout: seconds for all of them together; None waits without limit.
         spent: seconds of the timeout that have passed.
         path: the file's name in the error.
+        tick: called ten times a second while it waits; an exception from it ends the wait.
 
     Raises:
         TimeoutError: devices still use one of them.
@@ -139,6 +142,9 @@ def wait(
         if seconds <= 0:
             raise os_error(errno.ETIMEDOUT, _still(direction, timeout, len(left), len(fds)), path)
         ms = None if seconds == math.inf else min(seconds * 1000, _LONGEST)
+        if tick is not None:
+            tick()
+            ms = _TICK_MS if ms is None else min(ms, _TICK_MS)
         left = _remaining(poll.poll(ms), poll, left, event)
 
 

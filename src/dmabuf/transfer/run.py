@@ -181,7 +181,7 @@ class Blocking:
         path: str,
     ) -> None:
         """Wait until the dma-bufs may be accessed."""
-        fence.wait(fds, access, timeout, spent=spent, path=path)
+        fence.wait(fds, access, timeout, spent=spent, path=path, tick=stopping.check)
 
     async def ready(
         self, fd: int, access: Literal["read", "write"], deadline: float | None, path: str
@@ -217,6 +217,11 @@ def complete(transfer: Coroutine[Any, Any, T]) -> T:
     finally:
         this_thread.transfers -= 1
     raise RuntimeError("a transfer with a Blocking waiter suspended")
+
+
+def in_transfer() -> bool:
+    """Return whether this thread runs a transfer: a signal handler or destructor called this."""
+    return this_thread.transfers > 0
 
 
 def late(path: str) -> OSError:
