@@ -18,6 +18,7 @@ from tests.resources import held
 from tests.support import PAGE, assert_same, pattern
 from tests.unit.command import dmabuf
 from tests.unit.fake_camera import FakeCamera
+from tests.unit.test_cli_json import checked
 
 Capture = pytest.CaptureFixture[str]
 
@@ -60,7 +61,9 @@ def test_a_file_and_the_one_beside_it(monkeypatch, multi, tmp_path: Path, capsys
     ended = record(capsys, out, "-n", 5, "--format", name, "--size", "128x64", "--json")
     assert (ended.status, ended.err) == (0, "")
     told, beside = json.loads(ended.out), json.loads((tmp_path / "out.raw.json").read_text())
-    assert {key: told[key] for key in beside} == beside
+    assert told | {"format": beside["format"]} == told | beside
+    assert checked(ended.out)["format"] == "dmabuf-record/1"
+    assert checked(json.dumps(beside))["format"] == "dmabuf-recording/1"
     assert (beside["fourcc"], beside["width"], beside["height"]) == (name, 128, 64)
     assert (beside["lost"], beside["clock"], beside["fps"]) == (0, "monotonic", "30")
     assert [frame["sequence"] for frame in beside["frames"]] == [0, 1, 2, 3, 4]

@@ -138,7 +138,7 @@ def test_a_frame_as_a_picture_of_drm(name, drm_name, fake):
 def test_colours(name, color, expected, fake):
     fake.form, fake.color = (name, WIDTH, HEIGHT), color
     with v4l2.capture(NODE) as camera:
-        assert camera.format.color == expected
+        assert camera.format.color == v4l2.Color(*expected)
 
 
 def test_the_time_of_day_of_a_frame(fake):

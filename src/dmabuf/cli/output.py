@@ -45,13 +45,18 @@ def say(line: str, *, stream: TextIO | None = None) -> None:
 
 
 def say_json(document: object, *, stream: TextIO | None = None, indent: int | None = 2) -> None:
-    """Write a record for programs, in ASCII. A byte that is not UTF-8 is a lone surrogate.
+    """Write a record for programs; see :func:`to_json`."""
+    write(to_json(document, indent) + "\n", stream=stream)
+
+
+def to_json(document: object, indent: int | None = 2) -> str:
+    """Return a record for programs, in ASCII. A byte that is not UTF-8 is a lone surrogate.
 
     The record is a dataclass with `format: Literal["dmabuf-NAME/VERSION"]`; see CONTRIBUTING.md.
     """
     import json
 
-    write(json.dumps(document, indent=indent, default=_plain) + "\n", stream=stream)
+    return json.dumps(document, indent=indent, default=_plain)
 
 
 def _plain(value: object) -> dict[str, object]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import stat
 import time
@@ -11,7 +10,7 @@ from argparse import ArgumentTypeError, Namespace
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Literal
 
 from dmabuf.cli import output
 from dmabuf.cli.ends import End, advance, find_target, naming
@@ -59,11 +58,102 @@ def _arguments(parser: Parser) -> None:
     parser.shared("sync", "force", "json", "progress", "quiet")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlaneInFile:
+    """One plane of a frame in the file."""
+
+    offset: int
+    """Its first byte in the file."""
+    nbytes: int
+    stride: int
+    """Bytes from one row to the next."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrameInFile:
+    """One frame in the file."""
+
+    sequence: int
+    """The driver's number of the frame, modulo 2**32."""
+    timestamp_ns: int
+    """When it was taken, by the `clock` of the recording."""
+    time_ns: int | None
+    """The same in nanoseconds since 1970; null unless `clock` is "monotonic"."""
+    lost_before: int
+    """The number of frames lost just before this one."""
+    error: bool
+    """Whether the driver reports that some bytes may be wrong."""
+    planes: list[PlaneInFile]
+    """None for .png."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BufferFormat:
+    """What the driver writes into one buffer."""
+
+    size: int
+    bytes_per_line: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Described:
+    device: str
+    card: str
+    """The name that the device reports."""
+    driver: str
+    container: str
+    """"raw" (frames at multiples of the page size), "packed" (no gaps), "y4m" or "png"."""
+    fourcc: str
+    """The camera's pixel format, by V4L2's name."""
+    pix_fmt: str | None
+    """The same by FFmpeg's name."""
+    color: v4l2.Color
+    width: int
+    height: int
+    planes: list[BufferFormat]
+    """One, or one for each buffer of a multi-planar format."""
+    fps: str | None
+    """Frames a second, as "30" or "30000/1001"; null where the driver has no rate."""
+    clock: str
+    """"monotonic", "copied" or "unknown"."""
+    size: int
+    """The bytes of the file."""
+    frame_step: int | None
+    """Bytes from one frame to the next; null where they differ, or for one frame."""
+    lost: int
+    frames: list[FrameInFile]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recording(_Described):
+    """What is in the file beside it, OUT.json."""
+
+    format: Literal["dmabuf-recording/1"] = "dmabuf-recording/1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recorded(_Described):
+    """The result of `dmabuf record`."""
+
+    target: str
+    nbytes: int
+    """The bytes of the frames."""
+    seconds: float
+    routes: dict[str, int]
+    """How many bytes took each route."""
+    reason: str
+    copied: int
+    """The bytes that the CPU copied."""
+    synced: bool
+    """Whether the bytes are on the medium."""
+    format: Literal["dmabuf-record/1"] = "dmabuf-record/1"
+
+
 @dataclass
-class _Recording:
+class _Written:
     """What has been written completely."""
 
-    frames: list[dict[str, Any]] = field(default_factory=list)
+    frames: list[FrameInFile] = field(default_factory=list)
     end: int = 0
     """Where the last plane ends in the file."""
     nbytes: int = 0
@@ -131,7 +221,7 @@ def _replace(
     source: End,
     target: End,
     progress: output.Progress,
-) -> _Recording:
+) -> _Written:
     """Record to a regular file, and write the file beside it; both appear whole or not at all."""
     assert isinstance(target.what, str)
     with (
@@ -152,8 +242,8 @@ def _replace(
                 os.fdatasync(file.fileno())
         try:
             with open(beside.temporary, "w", encoding="ascii") as text:
-                json.dump(_about(camera, packer.container, recording), text, indent=1)
-                text.write("\n")
+                about = _about(camera, packer.container, recording)
+                text.write(output.to_json(about, indent=1) + "\n")
                 text.flush()
                 if args.sync:
                     os.fdatasync(text.fileno())
@@ -175,9 +265,9 @@ def _record(
     file: File,
     start: int,
     progress: output.Progress,
-) -> _Recording:
+) -> _Written:
     """Write frames until there are enough; without a number, until Ctrl-C."""
-    recording = _Recording(end=start)
+    recording = _Written(end=start)
     begun = time.perf_counter()
     total = None
     if args.frames is not None:
@@ -202,7 +292,7 @@ def _record(
 
 
 def _write(
-    args: Namespace, frame: v4l2.Frame, packer: Packer, file: File, recording: _Recording
+    args: Namespace, frame: v4l2.Frame, packer: Packer, file: File, recording: _Written
 ) -> None:
     """Write one frame; a frame that is not written completely is not in the recording."""
     alignment = _PAGE if packer.container == "raw" else 1
@@ -224,18 +314,18 @@ def _write(
         recording.routes[done.route.value] += piece.nbytes
         recording.reason = done.reason + reason
         planes += [
-            {"offset": at + offset, "nbytes": size, "stride": stride}
+            PlaneInFile(offset=at + offset, nbytes=size, stride=stride)
             for offset, size, stride in piece.planes
         ]
     recording.frames.append(
-        {
-            "sequence": frame.sequence,
-            "timestamp_ns": frame.timestamp_ns,
-            "time_ns": frame.time_ns,
-            "lost_before": frame.lost,
-            "error": frame.error,
-            "planes": planes,
-        }
+        FrameInFile(
+            sequence=frame.sequence,
+            timestamp_ns=frame.timestamp_ns,
+            time_ns=frame.time_ns,
+            lost_before=frame.lost,
+            error=frame.error,
+            planes=planes,
+        )
     )
     recording.end = end
     recording.nbytes += nbytes
@@ -244,50 +334,51 @@ def _write(
     recording.clock = frame.clock
 
 
-def _about(camera: v4l2.Camera, container: str, recording: _Recording) -> dict[str, Any]:
-    """Return the content of the file beside the recording; keys are only ever added."""
+def _about(camera: v4l2.Camera, container: str, recording: _Written) -> Recording:
     form = camera.format
-    starts = [frame["planes"][0]["offset"] for frame in recording.frames if frame["planes"]]
+    starts = [frame.planes[0].offset for frame in recording.frames if frame.planes]
     steps = {after - before for before, after in pairwise(starts)}
-    return {
-        "format": 1,
-        "device": camera.path,
-        "card": camera.card,
-        "driver": camera.driver,
-        "container": container,
-        "fourcc": form.fourcc,
-        "pix_fmt": form.pix_fmt,
-        "color": form.color._asdict(),
-        "width": form.width,
-        "height": form.height,
-        "planes": [plane._asdict() for plane in form.planes],
-        "fps": None if form.fps is None else str(form.fps),
-        "clock": recording.clock,
-        "size": recording.end,
-        "frame_step": steps.pop() if len(steps) == 1 else None,
-        "lost": recording.lost,
-        "frames": recording.frames,
-    }
+    return Recording(
+        device=camera.path,
+        card=camera.card,
+        driver=camera.driver,
+        container=container,
+        fourcc=form.fourcc,
+        pix_fmt=form.pix_fmt,
+        color=form.color,
+        width=form.width,
+        height=form.height,
+        planes=[BufferFormat(**plane._asdict()) for plane in form.planes],
+        fps=None if form.fps is None else str(form.fps),
+        clock=recording.clock,
+        size=recording.end,
+        frame_step=steps.pop() if len(steps) == 1 else None,
+        lost=recording.lost,
+        frames=recording.frames,
+    )
 
 
-def _report(args: Namespace, target: End, about: dict[str, Any], recording: _Recording) -> None:
+def _report(args: Namespace, target: End, about: Recording, recording: _Written) -> None:
     if args.json:
-        record = {
-            "target": target.name,
-            "nbytes": recording.nbytes,
-            "seconds": recording.seconds,
-            "routes": dict(recording.routes),
-            "reason": recording.reason,
-            "copied": recording.copied,
-            "synced": args.sync,
-        }
-        output.say_json(record | about, stream=target.report_stream)
+        fields = output.fields_of(about)
+        fields.pop("format")
+        record = Recorded(
+            **fields,
+            target=target.name,
+            nbytes=recording.nbytes,
+            seconds=recording.seconds,
+            routes=dict(recording.routes),
+            reason=recording.reason,
+            copied=recording.copied,
+            synced=args.sync,
+        )
+        output.say_json(record, stream=target.report_stream)
     elif not args.quiet:
         lost = f"{recording.lost} lost" if recording.lost else "none lost"
         output.say(
             f"{len(recording.frames)} frames, {output.decimal(recording.nbytes)} in "
-            f"{recording.seconds:.2f} s, {lost}: {about['width']}x{about['height']} "
-            f"{about['fourcc']}, written {' and '.join(recording.routes)} ({recording.reason}), "
+            f"{recording.seconds:.2f} s, {lost}: {about.width}x{about.height} "
+            f"{about.fourcc}, written {' and '.join(recording.routes)} ({recording.reason}), "
             f"{output.decimal(recording.copied)} copied by the CPU",
             stream=target.report_stream,
         )

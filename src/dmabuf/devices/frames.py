@@ -133,7 +133,8 @@ class PlaneFormat(NamedTuple):
     bytes_per_line: int
 
 
-class Color(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Color:
     """How the numbers of a picture mean colours, by the names of V4L2 in lower case."""
 
     space: str
@@ -388,7 +389,8 @@ _TRANSFERS = {
 
 def resolve_color(color: Color, fourcc: str) -> Color:
     """Replace "default" by what it means (V4L2_MAP_..._DEFAULT of <linux/videodev2.h>)."""
-    space, encoding, quantization, transfer = color
+    space, encoding = color.space, color.encoding
+    quantization, transfer = color.quantization, color.transfer
     if encoding == "default":
         encoding = _ENCODINGS.get(space, "601")
     if quantization == "default":
