@@ -251,3 +251,24 @@ def test_a_users_store_is_for_that_user(path: Path) -> None:
         finally:
             server.terminate()
         assert server.wait(timeout=30) == 0
+
+
+def test_a_server_is_replaced_by_its_own_user_only(store: Store, path: Path) -> None:
+    store.create("kept", SIZE, mode=0o666).close()
+    said = become(
+        """
+import json, socket
+def replace():
+    with dmabuf.store.started(sys.argv[1], None, 1 << 20, replace=True):
+        pass
+print(refused(errno.EPERM, replace).strerror)
+with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as raw:
+    raw.connect(sys.argv[1])
+    raw.send(b'{"op": "hand_over"}')
+    print(json.loads(raw.recv(4096))["error"][0] == errno.EPERM)
+""",
+        path,
+        "4001,4001",
+    )
+    assert said == "replace: the server is another user's\nTrue\n"
+    assert [one.name for one in store.list()] == ["kept"]

@@ -9,6 +9,7 @@ from typing import Literal
 from dmabuf import mount
 from dmabuf.cli import output
 from dmabuf.cli.parser import Command, Parser
+from dmabuf.store import notify_systemd
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ def _run(args: Namespace) -> None:
             output.say_json(Mounted(args.directory, store))
         else:
             output.say(f"mounted at {args.directory}: the store of {store}")
+        notify_systemd("READY=1")
 
     mount.mount(args.directory, args.socket, ready=ready, tell=output.note)
 

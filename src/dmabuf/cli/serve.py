@@ -20,6 +20,7 @@ def _serve_arguments(parser: Parser) -> None:
     parser.option("--group", "GROUP", text)
     text = "The most memory to hold. [default: half of what it may use]"
     parser.option("--max-memory", "SIZE", text, size)
+    parser.flag("--replace", "Take over all buffers and clients of the server that runs there.")
 
 
 def _serve(args: Namespace) -> None:
@@ -29,16 +30,13 @@ def _serve(args: Namespace) -> None:
     _, descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)  # a buffer takes two or more
     resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
     with ExitStack() as stack:
-        listener = store.activated() if args.socket is None else None
-        if listener is None:
-            path = store.default_path() if args.socket is None else args.socket
-            try:
-                listener = stack.enter_context(store.listening(path, args.group))
-            except LookupError:
-                raise ValueError(f"unknown group {args.group!r}") from None
-        server = store.Server(listener, limit)
+        try:
+            started = store.started(args.socket, args.group, limit, replace=args.replace)
+            server = stack.enter_context(started)
+        except LookupError:
+            raise ValueError(f"unknown group {args.group!r}") from None
         stack.enter_context(_stopping(server))
-        output.note(f"serving at {listener.getsockname()}, {format_size(limit)} at most")
+        output.note(f"serving at {server.path}, {format_size(limit)} at most")
         store.notify_systemd("READY=1")
         server.run()
 

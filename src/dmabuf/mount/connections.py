@@ -21,7 +21,7 @@ class Connections:
     def __init__(self, path: str, lost: Callable[[], None]) -> None:
         self._path, self._lost = path, lost
         self._lock = threading.Lock()
-        self._open = {"names": connect(path)}
+        self._open = {"names": connect(path, again=False)}
 
     @contextmanager
     def use(self, which: str = "names") -> Iterator[Store]:
@@ -30,7 +30,7 @@ class Connections:
             store = self._open.get(which)
             if store is None:
                 try:
-                    store = self._open[which] = connect(self._path)
+                    store = self._open[which] = connect(self._path, again=False)
                 except OSError as error:
                     raise self._ended(error) from None
         try:

@@ -21,13 +21,14 @@ from dmabuf.store.protocol import UNCHANGED, Grant, Status, Usage
 __all__ = ["Store", "check_name", "connect"]
 
 
-def connect(path: str | os.PathLike[str] | None = None) -> Store:
+def connect(path: str | os.PathLike[str] | None = None, *, again: bool = True) -> Store:
     """Return a connection to the store whose socket is at ``path``.
 
-    None is ``$XDG_RUNTIME_DIR/dmabuf.sock``, or ``/run/dmabuf.sock`` for root. Raises OSError:
-    ENOENT or ECONNREFUSED if no store is running, EACCES if this user may not connect.
+    None is ``$XDG_RUNTIME_DIR/dmabuf.sock``, or ``/run/dmabuf.sock`` for root. ``again`` is whether
+    the Store connects again if the server was restarted. Raises OSError: ENOENT or ECONNREFUSED if
+    no store is running, EACCES if this user may not connect.
     """
-    return Store(place.default_path() if path is None else os.fspath(path))
+    return Store(place.default_path() if path is None else os.fspath(path), again=again)
 
 
 def check_name(name: str) -> str:
@@ -53,11 +54,16 @@ class Store:
     PermissionError, ENOSPC above ``--max-memory``, ConnectionError if the server has ended. After
     :meth:`close`, and in the child of a fork, it raises ClosedError.
 
+    An orderly restart of the server keeps the connection. If the server was killed and another one
+    listens, the Store connects to it and makes the request once more. A ``create``, ``link``,
+    ``discard``, ``remove`` or ``rename`` raises ConnectionError then, because the killed server may
+    have carried it out. Buffers without a name are lost with the killed server.
+
     Thread-safe: one request at a time.
     """
 
-    def __init__(self, path: str) -> None:
-        self._connection = Connection(path)
+    def __init__(self, path: str, *, again: bool = True) -> None:
+        self._connection = Connection(path, again)
         self._unnamed: weakref.WeakKeyDictionary[Buffer, int] = weakref.WeakKeyDictionary()
 
     @property

@@ -27,17 +27,26 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 
 class Connection:
-    """A connection to a server. Thread-safe; an interrupt between request and reply closes it."""
+    """A connection to a server. Thread-safe; an interrupt between request and reply closes it.
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    If the server ends and another listens there, it connects to that one, unless ``again`` is
+    False.
+    """
+
+    def __init__(self, path: str, again: bool) -> None:
+        self.path, self._again = path, again
         self._lock = threading.Lock()
         place.check_path(path)
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        self._socket = self._connected()
+        _open.add(self)
+
+    def _connected(self) -> socket.socket:
+        path = self.path
+        made = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         try:
-            self._socket.connect(path)
+            made.connect(path)
         except OSError as error:
-            self._socket.close()
+            made.close()
             fixes = {
                 errno.ENOENT: "no store is running here; start one: dmabuf serve",
                 errno.ECONNREFUSED: "the store has stopped; start it: dmabuf serve",
@@ -45,7 +54,7 @@ class Connection:
             }
             text = fixes.get(error.errno or 0, error.strerror)
             raise OSError(error.errno, text, path) from None
-        _open.add(self)
+        return made
 
     @property
     def closed(self) -> bool:
@@ -73,7 +82,12 @@ class Connection:
         with self._lock:
             if self.closed:
                 raise ClosedError("this Store is closed, or belongs to the parent of a fork")
-            data, descriptors = self._exchange(request)
+            try:
+                data, descriptors = self._exchange(request)
+            except ConnectionError:
+                if not self._reconnect() or op not in protocol.REPEATABLE:
+                    raise
+                data, descriptors = self._exchange(request)
         try:
             with reporting(name):
                 return protocol.parse_reply(data), descriptors
@@ -81,6 +95,12 @@ class Connection:
             for fd in descriptors or ():
                 os.close(fd)
             raise
+
+    def _reconnect(self) -> bool:
+        if self._again:
+            with suppress(OSError):
+                self._socket = self._connected()
+        return not self.closed
 
     def _exchange(self, request: bytes) -> tuple[bytes, list[int] | None]:
         try:

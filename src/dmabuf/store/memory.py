@@ -21,25 +21,41 @@ _LABEL_BYTES = 31
 class Memory:
     """One buffer of the store: a descriptor for each dma-buf, and one for the memfd behind them.
 
-    ``slabs`` is empty for a memfd alone; ``memfd`` is None where the exporter has none.
+    ``slabs`` is empty for a memfd alone; ``memfd`` is None where the exporter has none. ``granted``
+    is whether a client may have the memfd already.
     """
 
     def __init__(
-        self, exporter: str, reason: str, size: int, slabs: Sequence[int], memfd: int | None
+        self,
+        exporter: str,
+        reason: str,
+        size: int,
+        slabs: Sequence[int],
+        memfd: int | None,
+        *,
+        granted: bool = False,
     ) -> None:
         self.exporter, self.reason, self.size = exporter, reason, size
         self.slabs = tuple(slabs)
         self.memfd = memfd
-        self._memfd_was_granted = False
+        self._memfd_was_granted = granted
 
     @property
     def is_dmabuf(self) -> bool:
         """Whether it has dma-bufs."""
         return bool(self.slabs)
 
-    def in_use(self) -> bool | None:
-        """Return whether anyone else has the memory; None if the kernel cannot tell."""
-        told = [_has_other_references(fd) for fd in self.slabs]
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """The slabs, and the memfd if there is one."""
+        return self.slabs if self.memfd is None else (*self.slabs, self.memfd)
+
+    def in_use(self, own_references: int = 1) -> bool | None:
+        """Return whether a client has the memory; None if the kernel cannot tell.
+
+        ``own_references`` is the number of references to each dma-buf that are not of clients.
+        """
+        told = [_has_more_references(fd, own_references) for fd in self.slabs]
         if self.memfd is not None and self._memfd_was_granted:
             told.append(_is_open_elsewhere(self.memfd))
         return True if True in told else None if None in told else False
@@ -76,7 +92,7 @@ class Memory:
 
     def close(self) -> None:
         """Close the descriptors. The kernel then frees the memory if no other process has it."""
-        own = self.slabs if self.memfd is None else (*self.slabs, self.memfd)
+        own = self.descriptors
         self.slabs, self.memfd = (), None
         for fd in own:
             os.close(fd)
@@ -147,12 +163,12 @@ def _private(fd: int) -> int:
         os.close(fd)
 
 
-def _has_other_references(fd: int) -> bool | None:
-    """Return whether a dma-buf has more references than this descriptor, from its fdinfo."""
+def _has_more_references(fd: int, own: int) -> bool | None:
+    """Return whether a dma-buf has more references than ``own``, from its fdinfo."""
     described = proc.parse_fdinfo(proc.read(foreign.FDINFO, str(fd)))
     if described is None or described.references is None:
         return None
-    return described.references != 1
+    return described.references > own
 
 
 def _is_open_elsewhere(fd: int) -> bool | None:

@@ -12,11 +12,12 @@ import time
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dmabuf.sizes import format_size
 from dmabuf.store.memory import Memory
 from dmabuf.store.protocol import UNCHANGED, Refusal, Status
+from dmabuf.store.restart import Item
 
 READ, WRITE = 4, 2
 
@@ -27,6 +28,14 @@ class Peer(NamedTuple):
     uid: int
     gid: int
     groups: frozenset[int] = frozenset()
+
+
+_KEPT = (
+    "name", "number", "uid", "gid", "mode", "length", "charge",
+    "created_ns", "changed_ns", "modified_ns", "accessed_ns",
+)  # fmt: skip
+"""Attributes of an Entry that a restart keeps."""
+_REASON_LENGTH = 512
 
 
 @dataclass(slots=True, eq=False)
@@ -48,6 +57,32 @@ class Entry:
     modified_ns: int
     accessed_ns: int
     memory: Memory | None = None
+
+    @property
+    def key(self) -> str:
+        """The key of its :meth:`item`."""
+        return f"b{self.number}"
+
+    def item(self) -> Item:
+        """Return what the next server needs to hold this buffer."""
+        assert self.memory is not None
+        record = {name: getattr(self, name) for name in _KEPT}
+        record["exporter"], record["size"] = self.memory.exporter, self.memory.size
+        record["reason"] = self.memory.reason[:_REASON_LENGTH]
+        record["slabs"] = len(self.memory.slabs)
+        return Item(self.key, record, self.memory.descriptors)
+
+    @classmethod
+    def of(cls, item: Item) -> Entry:
+        """Return the buffer of an item. Raises KeyError for one of another version."""
+        record, own = item.record, item.descriptors
+        attributes: dict[str, Any] = {name: record[name] for name in _KEPT}
+        count = record["slabs"]
+        memory = Memory(
+            record["exporter"], record["reason"], record["size"], own[:count],
+            own[count] if count < len(own) else None, granted=True,
+        )  # fmt: skip
+        return cls(**attributes, memory=memory)
 
     def allows(self, peer: Peer, wanted: int) -> bool:
         """Return whether a peer may open it for READ or READ | WRITE: inode(7)."""
@@ -87,11 +122,11 @@ class Names:
     """The buffers that the store holds, and the sum of their memory.
 
     ``max_memory`` is in bytes. Memory counts from before it is made until the store gives it up;
-    then ``released`` is called with it. Not thread-safe: it belongs to the server's loop.
+    then ``released`` is called with the entry. Not thread-safe: it belongs to the server's loop.
     """
 
     def __init__(
-        self, max_memory: int, max_names: int, released: Callable[[Memory], object]
+        self, max_memory: int, max_names: int, released: Callable[[Entry], object]
     ) -> None:
         self.max_memory, self.max_names = max_memory, max_names
         self.charged = 0
@@ -99,10 +134,25 @@ class Names:
         self._entries: dict[str, Entry] = {}
         self._order: list[str] = []  # sorted, of the entries that have memory
         self._unnamed: set[Entry] = set()
-        self._numbers = itertools.count(1)
+        # Microseconds, so that no number comes back after a restart, and all fit a double.
+        self._numbers = itertools.count(time.time_ns() // 1000)
 
     def __len__(self) -> int:
         return len(self._entries) + len(self._unnamed)
+
+    def __iter__(self) -> Iterator[Entry]:
+        yield from self._entries.values()
+        yield from self._unnamed
+
+    def adopt(self, entry: Entry) -> None:
+        """Take a buffer of the last server, whatever the limits are now."""
+        self.charged += entry.charge
+        self._numbers = itertools.count(max(next(self._numbers), entry.number + 1))
+        if entry.name is None:
+            self._unnamed.add(entry)
+        else:
+            self._entries[entry.name] = entry
+            insort(self._order, entry.name)
 
     def begin(self, name: str | None, peer: Peer, mode: int, length: int, size: int) -> Entry:
         """Reserve a name (None for none) and ``size`` bytes before the memory is made."""
@@ -111,7 +161,7 @@ class Names:
         if len(self) >= self.max_names:
             text = f"the store is full: it holds {self.max_names} names; remove some"
             raise Refusal(errno.ENOSPC, text, name)
-        left = self.max_memory - self.charged
+        left = max(self.max_memory - self.charged, 0)
         if size > left:
             text = (
                 f"the store is full: {format_size(size)} wanted, {format_size(left)} of "
@@ -140,12 +190,7 @@ class Names:
         entry.name = None
         self.charged -= entry.charge
         if entry.memory is not None:
-            self._released(entry.memory)
-
-    def clear(self) -> None:
-        """Forget every entry."""
-        for entry in [*self._entries.values(), *self._unnamed]:
-            self.drop(entry)
+            self._released(entry)
 
     def find(self, name: str, number: int | None = None) -> Entry:
         """Return the entry of a name, and of a number unless that is None."""
@@ -173,11 +218,12 @@ class Names:
         """Remove a name and give up its memory."""
         self.drop(self._owned(name, peer, "removed"))
 
-    def rename(self, name: str, to: str, replace: bool | int, peer: Peer) -> None:
-        """Rename a buffer; ``replace`` is that of :meth:`link`."""
+    def rename(self, name: str, to: str, replace: bool | int, peer: Peer) -> Entry:
+        """Rename a buffer and return it; ``replace`` is that of :meth:`link`."""
         entry = self._owned(name, peer, "renamed")
         if name != to or not replace:
             self.link(entry, to, replace, None, peer)
+        return entry
 
     def link(
         self, entry: Entry, name: str, replace: bool | int, length: int | None, peer: Peer
@@ -204,15 +250,19 @@ class Names:
         self._entries[name] = entry
         insort(self._order, name)
 
-    def truncate(self, name: str, length: int, peer: Peer) -> None:
-        """Set the length of the content; the memory keeps its size."""
+    def truncate(self, name: str, length: int, peer: Peer) -> Entry:
+        """Set the length of the content; the memory keeps its size. Returns the buffer."""
         entry = self.open(name, peer, "r+")
         self._check_length(length, entry, name)
         entry.length = length
         entry.changed_ns = entry.modified_ns = time.time_ns()
+        return entry
 
-    def utime(self, name: str, accessed_ns: int, modified_ns: int, peer: Peer) -> None:
-        """Set the times of the content: for its owner, and for users who may write it."""
+    def utime(self, name: str, accessed_ns: int, modified_ns: int, peer: Peer) -> Entry:
+        """Set the times of the content: for its owner, and for users who may write it.
+
+        Returns the buffer.
+        """
         entry = self.find(name)
         if peer.uid != entry.uid:
             self.open(name, peer, "r+")
@@ -221,14 +271,19 @@ class Names:
         if modified_ns != UNCHANGED:
             entry.modified_ns = modified_ns
         entry.changed_ns = time.time_ns()
+        return entry
 
-    def chmod(self, name: str, mode: int, peer: Peer) -> None:
-        """Change the mode, for users who open it from now on."""
+    def chmod(self, name: str, mode: int, peer: Peer) -> Entry:
+        """Change the mode, for users who open it from now on. Returns the buffer."""
         entry = self._owned(name, peer, "changed")
         entry.mode, entry.changed_ns = mode, time.time_ns()
+        return entry
 
-    def chown(self, name: str, uid: int, gid: int, peer: Peer) -> None:
-        """Change the owner (root only) or the group (to one of the owner's), as chown(2)."""
+    def chown(self, name: str, uid: int, gid: int, peer: Peer) -> Entry:
+        """Change the owner (root only) or the group (to one of the owner's), as chown(2).
+
+        Returns the buffer.
+        """
         entry = self._owned(name, peer, "changed")
         uid = entry.uid if uid == UNCHANGED else uid
         gid = entry.gid if gid == UNCHANGED else gid
@@ -236,6 +291,7 @@ class Names:
             text = "permission denied: only root may give it to that user or group"
             raise Refusal(errno.EPERM, text, name)
         entry.uid, entry.gid, entry.changed_ns = uid, gid, time.time_ns()
+        return entry
 
     def _owned(self, name: str, peer: Peer, verb: str) -> Entry:
         entry = self.find(name)

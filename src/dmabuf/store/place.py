@@ -5,13 +5,15 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import shutil
 import socket
 import stat
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-__all__ = ["activated", "default_path", "listening", "notify_systemd"]
+__all__ = ["default_path", "listening", "notify_systemd"]
 
 _PATH_BYTES = 107  # sun_path has 108 with the final zero: unix(7)
 _BACKLOG = 128
@@ -40,55 +42,79 @@ def check_path(path: str) -> None:
 
 
 @contextmanager
-def listening(path: str, group: str | None = None) -> Iterator[socket.socket]:
-    """Give a socket that listens at a path, and remove it at the end.
+def listening(
+    path: str, group: str | None = None, taken: socket.socket | None = None
+) -> Iterator[socket.socket]:
+    """Give a socket that listens at a path; at the end remove it, unless the user has closed it.
 
-    The socket has mode 0600; with ``group``, mode 0660 and that group. A socket that a killed
-    server left behind is replaced. While this call looks, it holds a lock on ``path`` + ".lock".
+    The socket has mode 0600; with ``group``, mode 0660 and that group. ``taken`` is one that
+    listens there already. A socket that a killed server left behind is replaced. While this call
+    looks, it holds a lock on ``path`` + ".lock".
 
     Raises OSError: EADDRINUSE if a server listens there, EEXIST for a file that is not a socket,
     EPERM if the lock is not a private file of this user; LookupError for an unknown group.
     """
     check_path(path)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    kind = socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC
+    listener = taken or socket.socket(socket.AF_UNIX, kind)
     try:
-        with _locked(f"{path}.lock"):
-            _remove_stale(path)
-            try:
-                listener.bind(path)
-            except OSError as error:
-                raise OSError(error.errno, error.strerror, path) from None
+        if taken is not None:
+            _give_to(group, path)
             ours = os.stat(path)
-            try:
-                os.chmod(path, 0o600)
-                if group is not None:
-                    shutil.chown(path, group=group)
-                    os.chmod(path, 0o660)
-                listener.listen(_BACKLOG)  # no client can connect before this
-            except BaseException:
-                os.unlink(path)
-                raise
+        else:
+            with _locked(f"{path}.lock"):
+                _remove_stale(path)
+                try:
+                    listener.bind(path)
+                except OSError as error:
+                    raise OSError(error.errno, error.strerror, path) from None
+                ours = os.stat(path)
+                try:
+                    _give_to(group, path)
+                    listener.listen(_BACKLOG)  # no client can connect before this
+                except BaseException:
+                    os.unlink(path)
+                    raise
         try:
             yield listener
         finally:
             with suppress(OSError):
-                if os.path.samestat(os.lstat(path), ours):
+                if listener.fileno() >= 0 and os.path.samestat(os.lstat(path), ours):
                     os.unlink(path)
     finally:
         listener.close()
 
 
-def activated() -> socket.socket | None:
-    """Return the socket that systemd passed (sd_listen_fds(3)), or None.
+def _give_to(group: str | None, path: str) -> None:
+    if group is not None:
+        shutil.chown(path, group=group)
+    os.chmod(path, 0o600 if group is None else 0o660)
+
+
+def activated() -> tuple[socket.socket | None, dict[str, int]]:
+    """Return the socket that systemd passed (sd_listen_fds(3)), and what its store held, by name.
 
     Raises OSError(EINVAL) for any other descriptor.
     """
-    if os.environ.get("LISTEN_PID") != str(os.getpid()) or "LISTEN_FDS" not in os.environ:
-        return None
-    del os.environ["LISTEN_PID"], os.environ["LISTEN_FDS"]
+    count = 0
+    if os.environ.get("LISTEN_PID") == str(os.getpid()):
+        count = int(os.environ.get("LISTEN_FDS") or 0)
+    names = os.environ.get("LISTEN_FDNAMES", "").split(":") + [""] * count
+    for variable in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
+        os.environ.pop(variable, None)
+    listener, stored = None, dict[str, int]()
+    for fd, name in enumerate(names[:count], _FIRST_OF_SYSTEMD):
+        os.set_inheritable(fd, False)
+        if re.fullmatch(r"[bc][0-9]+\.[0-9]+", name):
+            stored[name] = fd
+        else:
+            listener = listener or _listener(fd)
+    return listener, stored
+
+
+def _listener(fd: int) -> socket.socket:
     with suppress(OSError):
-        listener = socket.socket(fileno=_FIRST_OF_SYSTEMD)
-        listener.set_inheritable(False)
+        listener = socket.socket(fileno=fd)
         if (
             listener.family == socket.AF_UNIX
             and listener.type == socket.SOCK_SEQPACKET
@@ -100,12 +126,20 @@ def activated() -> socket.socket | None:
     raise OSError(errno.EINVAL, text)
 
 
-def notify_systemd(state: str) -> None:
+def notify_systemd(state: str, *descriptors: int) -> None:
     """Send a state such as READY=1 to systemd, if it waits for one (sd_notify(3))."""
     path = os.environ.get("NOTIFY_SOCKET", "")
     if path[:1] in ("/", "@"):
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as manager:
-            manager.sendto(state.encode(), "\0" + path[1:] if path[0] == "@" else path)
+            manager.connect("\0" + path[1:] if path[0] == "@" else path)
+            socket.send_fds(manager, [state.encode()], descriptors)
+
+
+def user_of(connection: socket.socket) -> tuple[int, int]:
+    """Return the user and group at the other end of a connection: SO_PEERCRED, unix(7)."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    _, uid, gid = struct.unpack("=iII", credentials)
+    return uid, gid
 
 
 @contextmanager

@@ -57,8 +57,8 @@ class Status:
     """The record of one name in the store.
 
     ``size`` is the memory in bytes, whole pages; ``length`` is the number of bytes of content.
-    ``mode`` holds the nine permission bits. ``number`` identifies the buffer: no other buffer gets
-    it while the server runs. The times are in nanoseconds since 1970: ``created_ns`` and
+    ``mode`` holds the nine permission bits. ``number`` identifies the buffer: no other buffer ever
+    gets it, and a restart keeps it. The times are in nanoseconds since 1970: ``created_ns`` and
     ``changed_ns`` of the name, ``modified_ns`` and ``accessed_ns`` of the content; the server does
     not see writes to the memory itself. ``slabs`` counts the dma-bufs. ``in_use`` is True if anyone
     besides the server has a descriptor, a mapping or an attachment of the memory; None if the
@@ -194,8 +194,11 @@ OPERATIONS: dict[str, dict[str, Callable[[object], bool]]] = {
     "chown": {"name": _name, "number": _MAYBE_NUMBER, "uid": _ID, "gid": _ID},
     "utime": {"name": _name, "number": _MAYBE_NUMBER, "accessed_ns": _NS, "modified_ns": _NS},
     "usage": {},
+    "hand_over": {},
 }
 """Each operation with its fields, and the check of each field's value."""
+REPEATABLE = {"open", "stat", "list", "truncate", "chmod", "chown", "utime", "usage"}
+"""Operations that may be carried out twice."""
 
 
 def parse_request(data: bytes) -> Request:

@@ -18,24 +18,25 @@ import struct
 import termios
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
 
 from dmabuf.kernel import proc
-from dmabuf.store import protocol
+from dmabuf.store import place, protocol
 from dmabuf.store.memory import Memory, make, rounded
 from dmabuf.store.names import READ, WRITE, Entry, Names, Peer
 from dmabuf.store.protocol import Refusal, Usage
+from dmabuf.store.restart import Item, Shelf, Takeover, hand_over, take_over
 
-__all__ = ["Server", "default_limit"]
+__all__ = ["Server", "default_limit", "started"]
 
-log = logging.getLogger("dmabuf")
+log = logging.getLogger("dmabuf.store")
 
 _MOST_NAMES = 1 << 16
 _ON_NAMES = ("remove", "rename", "truncate", "chmod", "chown", "utime")
-"""Operations that are methods of Names and return nothing."""
+"""Operations that are methods of Names, and return the buffer that they change."""
 _LISTED = 256  # records in one reply, at most
 _MEMORY_THREADS = 4
 _RETRY_SECONDS = 1.0
@@ -73,7 +74,6 @@ class _Client:
         self.alive = True
         self.watched = False
         self.unnamed: dict[int, Entry] = {}
-        self.created = 0
 
     def receive(self) -> bytes:
         """Return a message, or b"" at the end of the connection.
@@ -102,23 +102,67 @@ class _Client:
 class Server:
     """A server of the store on a listening socket, from :meth:`run` until :meth:`stop`.
 
-    ``listener`` is an AF_UNIX SOCK_SEQPACKET socket, which the server takes over; ``max_memory`` is
-    the limit in bytes of what it holds. Every method but :meth:`stop` belongs to one thread.
+    ``listener`` is an AF_UNIX SOCK_SEQPACKET socket; ``max_memory`` is the limit in bytes of what
+    the server holds; ``inherited`` is what the last server left. Every method but :meth:`stop`
+    belongs to one thread.
     """
 
-    def __init__(self, listener: socket.socket, max_memory: int) -> None:
+    def __init__(
+        self,
+        listener: socket.socket,
+        max_memory: int,
+        inherited: Shelf | Takeover | None = None,
+    ) -> None:
         descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._listener = listener
         listener.setblocking(False)
         self._names = Names(max_memory, min(_MOST_NAMES, descriptors // 4), self._free)
         self._clients: set[_Client] = set()
-        self._pool = ThreadPoolExecutor(_MEMORY_THREADS, "dmabuf store")
+        self._pool = _pool()
         self._stopping = threading.Event()
         self._calls: deque[Callable[[], None]] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._wake, selectors.EVENT_READ)
         self._listening = False
+        self._left = False  # to another server
+        self._shelf = inherited if isinstance(inherited, Shelf) else None
+        self._takeover = inherited if isinstance(inherited, Takeover) else None
+        if inherited is not None:
+            self._adopt(inherited)
+
+    def _adopt(self, inherited: Shelf | Takeover) -> None:
+        """Take what the last server left: first the buffers, then the clients."""
+        entries: dict[int, Entry] = {}
+        held: set[int] = set()
+        for item in sorted(inherited.items):
+            try:
+                if item.key.startswith("b"):
+                    entry = Entry.of(item)
+                    entries[entry.number] = entry
+                    self._names.adopt(entry)
+                    continue
+                client = _Client(socket.socket(fileno=item.descriptors[0]))
+                client.unnamed = {number: entries[number] for number in item.record["unnamed"]}
+                held.update(client.unnamed)
+                self._clients.add(client)
+            except (LookupError, TypeError, ValueError):
+                if self._shelf is None:
+                    text = "replace: the server is one of another version"
+                    raise OSError(errno.EPROTO, text, self.path) from None
+                log.error("%s: an item of another version is dropped", item.key)
+            if self._shelf is not None:
+                self._shelf.remove(item.key)
+        inherited.items.clear()
+        for number, entry in entries.items():
+            if entry.name is None and number not in held:  # its client was lost with the server
+                self._names.drop(entry)
+        log.info("took over %d names and %d clients", len(self._names), len(self._clients))
+
+    @property
+    def path(self) -> str:
+        """The path of its socket."""
+        return str(self._listener.getsockname())
 
     def stop(self) -> None:
         """Make :meth:`run` return soon; from any thread, and from a signal handler."""
@@ -130,22 +174,64 @@ class Server:
             os.eventfd_write(self._wake, 1)
 
     def run(self) -> None:
-        """Serve until :meth:`stop`, then close every connection and descriptor."""
+        """Serve until :meth:`stop`, or until another server has taken over.
+
+        Then close every connection and descriptor, and the listening socket if it was taken over.
+        """
         try:
+            if self._takeover is not None:
+                self._left = True  # all is the other server's until it agrees
+                self._takeover.finish()
+                self._left = False
+            for client in [*self._clients]:
+                self._resume(client)
             while not self._stopping.is_set():
                 self._turn()
+            if self._shelf is not None and self._shelf.room:
+                self._settle()
+                self._leave_clients(self._shelf)
         finally:
             self._stopping.set()
-            self._listener.close()
-            for client in [*self._clients]:
+            self._close()
+
+    def _close(self) -> None:
+        for client in [*self._clients]:
+            if self._left:
+                client.connection.close()
+            else:
                 self._drop(client)
-            self._pool.shutdown()
-            while self._calls:
-                self._calls.popleft()()
-            self._names.clear()
-            self._selector.close()
-            wake, self._wake = self._wake, -1
-            os.close(wake)
+        self._settle()
+        for entry in self._names:
+            if entry.memory is not None:
+                entry.memory.close()
+        if self._left and self._shelf is None:
+            self._listener.close()
+        if self._shelf is not None:
+            self._shelf.close()
+        self._selector.close()
+        wake, self._wake = self._wake, -1
+        os.close(wake)
+
+    def _settle(self) -> None:
+        """Finish the requests that wait for memory."""
+        self._pool.shutdown()
+        self._call_back()
+
+    def _call_back(self) -> None:
+        while self._calls:
+            self._calls.popleft()()
+
+    def _leave_clients(self, shelf: Shelf) -> None:
+        for item in self._client_items():
+            try:
+                shelf.put(item)
+            except Refusal as refusal:
+                log.error("a client is not kept: %s", refusal.text)
+        self._left = True
+
+    def _client_items(self) -> Iterator[Item]:
+        for index, client in enumerate(self._clients):
+            yield Item(f"c{index}", {"unnamed": [*client.unnamed]}, [client.connection.fileno()])
 
     def _turn(self) -> None:
         if not self._listening:
@@ -157,14 +243,21 @@ class Server:
                 os.eventfd_read(self._wake)
             elif key.data.alive:
                 self._serve(key.data)
-        while self._calls:
-            self._calls.popleft()()
+        self._call_back()
 
-    def _free(self, memory: Memory) -> None:
+    def _free(self, entry: Entry) -> None:
+        assert entry.memory is not None
+        if self._shelf is not None:
+            self._shelf.remove(entry.key)
         if self._stopping.is_set():
-            memory.close()
+            entry.memory.close()
         else:
-            self._pool.submit(memory.close)
+            self._pool.submit(entry.memory.close)
+
+    def _keep(self, entry: Entry) -> None:
+        """Leave a new or changed buffer to the next server."""
+        if self._shelf is not None:
+            self._shelf.put(entry.item())
 
     # Connections.
 
@@ -229,7 +322,9 @@ class Server:
         if number is not None:
             self._names.find(fields["name"], number)
         if op in _ON_NAMES:
-            getattr(self._names, op)(**fields, peer=client.peer)
+            changed = getattr(self._names, op)(**fields, peer=client.peer)
+            if changed is not None:
+                self._keep(changed)
             self._send(client, protocol.pack_result())
         else:
             getattr(self, f"_do_{op}")(client, **fields)
@@ -286,6 +381,7 @@ class Server:
         try:
             try:
                 self._names.finish(entry, made.result())
+                self._keep(entry)
             except OSError as error:
                 text = str(error.strerror or error)
                 text = f"{error.filename}: {text}" if error.filename else text
@@ -293,7 +389,7 @@ class Server:
             except (ValueError, TypeError) as error:
                 raise Refusal(errno.EINVAL, str(error), entry.name) from None
             self._resume(client)
-            unnamed = client.created + 1 if entry.name is None else None
+            unnamed = entry.number if entry.name is None else None
             self._grant(client, entry, "r+", may_write=True, trusted=trusted, unnamed=unnamed)
         except BaseException:
             self._names.drop(entry)
@@ -303,7 +399,6 @@ class Server:
         if not client.alive:
             self._names.drop(entry)
         elif unnamed is not None:
-            client.created = unnamed
             client.unnamed[unnamed] = entry
 
     def _do_link(
@@ -312,6 +407,7 @@ class Server:
         entry = self._unnamed(client, unnamed)
         self._names.link(entry, name, replace, length, client.peer)
         del client.unnamed[unnamed]
+        self._keep(entry)
         self._send(client, protocol.pack_result(status=entry.status()))
 
     def _do_discard(self, client: _Client, unnamed: int) -> None:
@@ -363,7 +459,8 @@ class Server:
     def _do_stat(self, client: _Client, name: str) -> None:
         entry = self._names.find(name)
         assert entry.memory is not None
-        status = entry.status(entry.memory.in_use())
+        kept = self._shelf is not None and self._shelf.room > 0
+        status = entry.status(entry.memory.in_use(2 if kept else 1))
         self._send(client, protocol.pack_result(status=status))
 
     def _do_list(self, client: _Client, after: str) -> None:
@@ -375,11 +472,61 @@ class Server:
         usage = Usage(names.charged, names.max_memory, len(names), names.max_names)
         self._send(client, protocol.pack_result(usage=usage))
 
+    def _do_hand_over(self, client: _Client) -> None:
+        if client.peer.uid != os.geteuid():
+            raise Refusal(errno.EPERM, "the server is another user's")
+        if self._shelf is not None:
+            raise Refusal(errno.EBUSY, "systemd runs the server; use systemctl restart")
+        self._settle()
+        self._clients.discard(client)
+        listener = Item("listener", {}, [self._listener.fileno()])
+        buffers = (entry.item() for entry in self._names)
+        try:
+            hand_over(client.connection, [listener, *buffers, *self._client_items()])
+        except OSError as error:
+            log.error("hand-over to another server: %s; this one goes on", error)
+            self._pool = _pool()
+        else:
+            self._left = True
+            self._stopping.set()
+        self._clients.add(client)
+        self._drop(client)
+
+
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_MEMORY_THREADS, "dmabuf store")
+
+
+@contextmanager
+def started(
+    path: str | None, group: str | None, max_memory: int, *, replace: bool = False
+) -> Iterator[Server]:
+    """Give a server that is ready to run.
+
+    It listens at ``path``; None is the socket that systemd passed, or else :func:`default_path`.
+    With ``replace`` it takes over everything from a server that runs there. ``group`` is that of
+    :func:`listening`, ``max_memory`` that of Server. Raises OSError, and LookupError for an unknown
+    group; the other server then goes on.
+    """
+    listener, found = place.activated() if path is None else (None, {})
+    with ExitStack() as stack:
+        inherited: Shelf | Takeover | None = None
+        if listener is not None or found:
+            inherited = Shelf(int(os.environ.get("FDSTORE") or 0), found)
+        if listener is None:
+            where = place.default_path() if path is None else path
+            if replace and inherited is None:
+                inherited = take_over(where)
+            taken = inherited.listener if isinstance(inherited, Takeover) else None
+            listener = stack.enter_context(place.listening(where, group, taken))
+            if isinstance(inherited, Takeover):
+                stack.callback(inherited.close)
+        yield Server(listener, max_memory, inherited)
+
 
 def _peer(connection: socket.socket) -> Peer:
-    """Return the user who connected: SO_PEERCRED and SO_PEERGROUPS, unix(7)."""
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    _, uid, gid = struct.unpack("=iII", credentials)
+    """Return the user who connected, with SO_PEERGROUPS: unix(7)."""
+    uid, gid = place.user_of(connection)
     try:
         data = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_BYTES)
         groups = frozenset(struct.unpack(f"={len(data) // 4}I", data))
