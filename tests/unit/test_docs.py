@@ -3,21 +3,16 @@
 import ast
 import functools
 import importlib
-import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from dmabuf import errors, safetensors
-from tests.pages import blocks_to_run
+from tests.pages import PAGES, header_of_model
 from tests.unit.command import dmabuf as command
 
 ROOT = Path(__file__).parents[2]
-PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("lab/*.md")]
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
@@ -98,39 +93,6 @@ def test_every_name_of_the_package_in_python_code_exists(page):
             names = chain(node) if isinstance(node, ast.Attribute) else None
             if names and names[0] in known:
                 find((*known[names[0]], *names[1:]))
-
-
-def header_of_model(whole):
-    """The header of a safetensors file of so many bytes, with one tensor."""
-    for size in range(whole - 200, whole):
-        tensor = {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}
-        raw = json.dumps({"__metadata__": {"format": "pt"}, "t": tensor}).encode()
-        if 8 + len(raw) + size == whole:
-            return len(raw).to_bytes(8, "little") + raw
-    raise ValueError(whole)
-
-
-def isolated():
-    """The words that give a command of root a runtime directory of its own."""
-    words = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /run && exec "$@"', "sh"]
-    return words if subprocess.run([*words, "true"], capture_output=True).returncode == 0 else []
-
-
-@pages
-def test_the_code_runs_and_prints_what_the_page_shows(page, tmp_path):
-    if not any(blocks_to_run(page.read_text())):
-        return  # without code, or with a comment that it is not run
-    for path in (tmp_path / "model.safetensors", tmp_path / "demo/model.safetensors"):
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(header_of_model(90_868_376))  # bytes of the model that `make demo` fetches
-        os.truncate(path, 90_868_376)
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    run = subprocess.run(
-        [*isolated(), sys.executable, ROOT / "tests/pages.py", page], cwd=tmp_path,
-        env=os.environ | {"PATH": path, "XDG_RUNTIME_DIR": str(tmp_path)},
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
 
 
 @pages
