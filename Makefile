@@ -53,7 +53,7 @@ docs: $(VENV)/ready
 
 # The JSON Schemas of what --json prints, from the types of the records.
 schemas: $(VENV)/ready
-	$(BIN)/python tools/write-schemas docs/reference/schemas
+	$(BIN)/python tools/write_schemas.py docs/reference/schemas
 
 c-tests: $(VENV)/ready
 	$(MAKE) -C csrc test tsan

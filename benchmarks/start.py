@@ -1,4 +1,4 @@
-"""Measure the cost of `import dmabuf` and of its first use.
+"""Measure the cost of `import dmabuf`, of its first use, and of starting the command.
 
 Each measure is a process; they run in turn with a bare interpreter. Printed are medians of wall and
 processor time, less those of the bare interpreter.
@@ -23,13 +23,16 @@ MEASURES = {
         "with dmabuf.allocate(4096) as buffer, dmabuf.open(sys.argv[1]) as file:\n"
         "    file.read_into(buffer)"
     ),
+    "dmabuf --version": "from dmabuf.cli import main; main(['--version'])",
+    "dmabuf --help": "from dmabuf.cli import main; main(['--help'])",
+    "dmabuf cp --help": "from dmabuf.cli import main; main(['cp', '--help'])",
 }
 
 
 def measure(python: str, source: str, path: str) -> tuple[float, float]:
     """Return milliseconds of wall time and of processor time of one process."""
     begun = time.perf_counter()
-    child = subprocess.Popen([python, "-I", "-c", source, path])
+    child = subprocess.Popen([python, "-I", "-c", source, path], stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(child.pid, 0)
     clock = time.perf_counter() - begun
     child.returncode = os.waitstatus_to_exitcode(status)

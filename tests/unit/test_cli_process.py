@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from dmabuf import allocate
+from dmabuf.cli import COMMANDS, output
 from tests.support import assert_same, in_child, pattern
 from tests.unit.command import PATIENCE, PROGRAM, dmabuf, finish, room_for, start
 
@@ -113,13 +114,68 @@ def test_a_status_is_the_commands_where_nothing_can_be_said(
         assert done.stderr == b"error: standard output: No space left on device\n"
 
 
-def test_closed_standard_files(source: Path) -> None:
+def test_closed_standard_files(source: Path, tmp_path: Path) -> None:
     for arguments, closed, name in (
         (["cp", "-", "x"], 0, "input"),
         (["cp", source, "-"], 1, "output"),
+        (["--version"], 1, "output"),
     ):
         ended = finish(start(*arguments, preexec_fn=lambda fd=closed: os.close(fd)))
         assert (ended.status, ended.err) == (1, f"error: standard {name}: is closed\n")
+    ended = finish(start("cp", tmp_path / "none", "x", preexec_fn=lambda: os.close(2)))
+    assert (ended.status, ended.out) == (1, ""), "errors are not results"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["top"], ["cp", "{0}", "{1}"]])
+def test_a_terminal_that_has_gone(arguments: list[str], source: Path, tmp_path: Path) -> None:
+    ours, theirs = os.openpty()
+    os.close(ours)
+    words = [word.format(source, tmp_path / "t") for word in arguments]
+    how = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+    done = subprocess.run([*PROGRAM, *words], timeout=PATIENCE, check=False, **how)
+    os.close(theirs)
+    assert done.returncode == 1
+
+
+HOSTILE = "\x1b[2J\x07\n\u202e\x9bgrüß\udcff"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_error_is_one_line_whatever_the_name(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / HOSTILE
+    for words in ([target], [target, target], ["--fd", HOSTILE], [f"--{HOSTILE}"]):
+        ended = dmabuf(capsys, name, *words)
+        assert ended.status in (1, 2)
+        lines = ended.err.splitlines()
+        assert lines[0].startswith("error: ")
+        assert lines[1:] in ([], [f"try 'dmabuf {name} --help'"])
+        assert all(map(str.isprintable, lines))
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        {"LC_ALL": "tr_TR.UTF-8"},
+        {"TERM": "dumb", "COLUMNS": "40"},
+    ],
+    ids=str,
+)
+def test_locales_and_terminals(environment: dict[str, str], tmp_path: Path) -> None:
+    name = tmp_path / HOSTILE
+    name.write_bytes(b"x")
+    env = os.environ | environment
+    ended = finish(start("doctor", name, env=env))
+    assert (ended.status, ended.err) == (0, "")
+    (line,) = (line for line in ended.out.splitlines() if str(tmp_path) in line)
+    assert r"\x1b[2J\x07\n" in line and r"\xff (" in line and line.isprintable()
+    ended = finish(start("cp", tmp_path / "İ", tmp_path / "t", env=env))
+    assert ended.status == 1
+    assert ended.err.endswith(": No such file or directory\n")
+    ended = finish(start("cp", "--help", env=env))
+    assert max(map(len, ended.out.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -253,19 +309,33 @@ def test_progress_on_a_terminal(tmp_path: Path) -> None:
     assert b"".join(shown).endswith(b"\r\x1b[K"), "the line is gone"
 
 
+def test_no_progress_on_a_dumb_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = os.openpty()
+    with os.fdopen(ours, "rb", buffering=0), os.fdopen(theirs, "w") as terminal:
+        assert output.is_terminal(terminal)
+        monkeypatch.setenv("TERM", "dumb")
+        assert not output.is_terminal(terminal)
+
+
 LIGHT = """
 import sys
+before = set(sys.modules)
 from dmabuf.cli import main
 main(sys.argv[1:])
-print("loaded:", *sys.modules)
+print("loaded:", *set(sys.modules) - before)
 """
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["no-such-command"]])
-def test_what_needs_no_command_loads_none(arguments: list[str]) -> None:
-    loaded = set(in_child(LIGHT, *arguments).partition("loaded:")[2].split())
-    heavy = {"argparse", "importlib.metadata", "dmabuf.transfer", "dmabuf.memory", "dmabuf.cli.cp"}
-    assert not loaded & heavy
+@pytest.mark.parametrize(
+    ("arguments", "most"),
+    [("--help", 50), ("--version", 50), ("no-such-command", 50), ("cp --help", 135)],
+)
+def test_help_and_version_load_few_modules(arguments: str, most: int) -> None:
+    """Because each costs about a millisecond."""
+    loaded = set(in_child(LIGHT, *arguments.split()).partition("loaded:")[2].split())
+    assert not loaded & {"importlib.metadata", "logging", "asyncio", "numpy", "ctypes"}
+    assert "cp" in arguments or not loaded & {"argparse", "dataclasses", "dmabuf.memory"}
+    assert len(loaded) <= most
 
 
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -274,12 +344,14 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert (ended.status, ended.err) == (0, "")
     commands = [line.split()[0] for line in ended.out.splitlines() if line.startswith("  ")]
     assert max(map(len, ended.out.splitlines())) <= 80
+    assert "..." not in ended.out.replace("[ARGUMENT ...]", "")
+    without = dmabuf(capsys)
+    assert (without.status, without.out, without.err) == (2, "", ended.out)
     for name in commands[:-2]:  # but the two options
         of_it = dmabuf(capsys, name, "--help")
         assert (of_it.status, of_it.err) == (0, ""), name
         assert of_it.out.startswith(f"usage: dmabuf {name} ")
         assert max(map(len, of_it.out.splitlines())) <= 100
-    assert len(commands) == 14 + 2
-    for arguments, what in (([], "a command is missing"), (["cq"], "unknown command 'cq'")):
-        ended = dmabuf(capsys, *arguments)
-        assert (ended.status, ended.err) == (2, f"error: {what}; try 'dmabuf --help'\n")
+    assert commands[:-2] == list(COMMANDS)
+    ended = dmabuf(capsys, "cq")
+    assert (ended.status, ended.err) == (2, "error: unknown command 'cq'; try 'dmabuf --help'\n")

@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (by default sys.argv); return the exit status.
 
     0 is success; 1 a failure, reported on standard error as `error: what: why; fix`; 2 an invalid
-    command line; 128 + n the end by signal n, so 130 is Ctrl-C and 141 a closed pipe.
+    command line, or none, for which the help is printed on standard error; 128 + n the end by
+    signal n, so 130 is Ctrl-C and 141 a closed pipe.
     """
     from dmabuf.cli import output
 
@@ -67,9 +68,11 @@ def _run(words: list[str]) -> int:
             output.write(_help())
         elif first == "--version":
             output.write(f"dmabuf {__version__}\n")
+        elif words:
+            output.error(f"unknown command '{first}'; try 'dmabuf --help'")
+            return output.MISUSED
         else:
-            what = f"unknown command '{first}'" if words else "a command is missing"
-            output.error(f"{what}; try 'dmabuf --help'")
+            output.write(_help(), stream=sys.stderr)
             return output.MISUSED
     except BrokenPipeError:
         return output.CLOSED_PIPE

@@ -1,5 +1,6 @@
 """The console script `dmabuf`, also `python -m dmabuf.cli`."""
 
+import os
 import signal
 import sys
 
@@ -12,6 +13,8 @@ def run() -> int:
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if sys.stderr is None:  # it was closed, and the next file to be opened must not take its place
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the end
     from dmabuf.cli import main
 
     return main()

@@ -6,6 +6,7 @@ name is escaped, because anyone may choose a name: it stays one line and moves n
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -22,17 +23,17 @@ Row = Sequence[str]
 
 
 def write(text: str, *, stream: TextIO | None = None) -> None:
-    """Write text as it is to a stream, by default standard output."""
+    """Write text as it is to a stream, by default standard output. Raises OSError if that fails."""
     stream = stream or sys.stdout
-    if stream is None:  # the parent process closed it
-        return
+    if stream is None:
+        raise OSError(errno.EBADF, "is closed", STDOUT)
     try:
         binary = getattr(stream, "buffer", None)
         if binary is None:
             stream.write(text)
         else:
             stream.flush()
-            binary.write(os.fsencode(text))
+            binary.write(text.encode(stream.encoding, "backslashreplace"))  # ASCII in locale C
         stream.flush()
     except OSError as error:
         error.filename = error.filename or ("standard error" if stream is sys.stderr else STDOUT)
@@ -163,11 +164,16 @@ def table(
     return "\n".join(lines) + "\n"
 
 
+def is_terminal(stream: TextIO | None) -> bool:
+    """Return whether a stream is a terminal that moves its cursor."""
+    return stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
 class Progress:
     """A line of progress on standard error, from one second after the start."""
 
     def __init__(self, wanted: bool | None) -> None:
-        self._terminal = sys.stderr is not None and sys.stderr.isatty()
+        self._terminal = is_terminal(sys.stderr)
         self._shown = self._terminal if wanted is None else wanted
         self._begun = time.monotonic()
         self._next = self._begun + 1
@@ -188,7 +194,8 @@ class Progress:
             return
         self._drawn = True
         with suppress(OSError):
-            write(f"\r{printable(text)}\x1b[K", stream=sys.stderr)
+            width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+            write(f"\r{printable(text)[: width - 1]}\x1b[K", stream=sys.stderr)
 
     def __enter__(self) -> Progress:
         return self

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import shutil
 import signal
 import sys
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from textwrap import fill
 from types import FrameType
 from typing import Any, Literal, NoReturn
 
@@ -47,15 +49,34 @@ class Misuse(Exception):
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Fills paragraphs to the width of the terminal, but for those with indented lines."""
+
     def __init__(self, prog: str) -> None:
-        width = 80
-        with suppress(OSError):
-            width = max(width, min(os.get_terminal_size().columns, 100))
+        width = max(40, min(shutil.get_terminal_size().columns, 100))
         super().__init__(prog, max_help_position=28, width=width)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        parts = (
+            one if "\n  " in one else fill(one, width, break_on_hyphens=False)
+            for one in text.split("\n\n")
+        )
+        return "\n\n".join(parts)
 
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises Misuse, with the options that several commands share."""
+
+    def __init__(self, prog: str, command: Command) -> None:
+        super().__init__(
+            prog,
+            description=command.help,
+            epilog=f"examples:\n{command.examples}" if command.examples else None,
+            formatter_class=_Formatter,
+            allow_abbrev=False,
+            add_help=False,
+        )
+        self.add_argument("-h", "--help", action="help", help="Show this text.")
+        command.arguments(self)
 
     def error(self, message: str) -> NoReturn:
         """Raise Misuse."""
@@ -161,12 +182,7 @@ def region(args: Namespace) -> tuple[int, int] | None:
 def run(command: Command, name: str, words: Sequence[str]) -> int:
     """Parse the words after the command's name, carry it out, and return the exit status."""
     prog = f"dmabuf {name}"
-    epilog = f"examples:\n{command.examples}" if command.examples else None
-    parser = Parser(
-        prog, description=command.help, epilog=epilog, formatter_class=_Formatter,
-        allow_abbrev=False,
-    )  # fmt: skip
-    command.arguments(parser)
+    parser = Parser(prog, command)
     as_json = "--json" in words[: words.index("--") if "--" in words else None]
     try:
         args = parser.parse_args(words)

@@ -252,7 +252,7 @@ def _top_arguments(parser: Parser) -> None:
 
 
 def _top(args: Namespace) -> int:
-    terminal = sys.stdout is not None and sys.stdout.isatty() and not args.json
+    terminal = output.is_terminal(sys.stdout) and not args.json
     show = _print_json if args.json else _print
     first = last = None
     begun = time.monotonic()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 from contextlib import ExitStack, suppress
@@ -14,8 +13,6 @@ from dmabuf.errors import ShortReadError
 from dmabuf.memory import Buffer, allocate
 from dmabuf.sizes import as_int, parse_size, round_up
 from dmabuf.transfer import stopping
-
-_log = logging.getLogger("dmabuf")
 
 _PAGE = 4096
 _SMALLEST_LAST = 1 << 20
@@ -189,7 +186,10 @@ class Reader:
         if self._thread is not None and self._thread.ident is not None:
             self._thread.join(_PATIENCE)
             if self._thread.is_alive():
-                _log.warning("%s: waiting for the device to finish a read", self._source.name)
+                import logging
+
+                text = "%s: waiting for the device to finish a read"
+                logging.getLogger("dmabuf").warning(text, self._source.name)
                 self._thread.join()
         self._stop = None
         os.close(stop)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write a JSON Schema of each record that `dmabuf ... --json` prints; `make schemas` runs this.
 
-usage: tools/write-schemas FOLDER
+usage: tools/write_schemas.py FOLDER
 """
 
 import inspect
@@ -19,7 +19,7 @@ from pydantic.json_schema import GenerateJsonSchema
 from dmabuf import cli
 
 
-def documents() -> dict[str, type]:
+def documents() -> dict[str, Any]:
     """Return the records by their `format`."""
     found = {}
     for module in pkgutil.iter_modules(cli.__path__, "dmabuf.cli."):
