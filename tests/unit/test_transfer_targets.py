@@ -320,7 +320,6 @@ def test_ext4_that_journals_data_is_not_called_direct(tmp_path, buf):
             assert first.route is Route.BUFFERED
             assert "O_DIRECT" in first.rejected.get(Route.DIRECT, first.reason)
             assert "O_DIRECT" in file.plan(buf).rejected[Route.DIRECT]
-            assert file.target.direct_if_proven() is None
         assert_same(buf.pread(LIMIT, 0), pattern(LIMIT, 1), "the buffer")
 
 

@@ -11,6 +11,7 @@ from dmabuf.aio.engine import loop_engine
 from dmabuf.aio.waiter import Loop, signalled
 from dmabuf.errors import Uncopyable
 from dmabuf.kernel import fence as fences
+from dmabuf.kernel import process
 from dmabuf.memory import Buffer
 from dmabuf.sizes import Size
 from dmabuf.transfer import (
@@ -113,7 +114,7 @@ class File(Uncopyable, instead="open its path again in the event loop that needs
             RuntimeError: the running event loop is not the File's.
         """
         file, engine = self._file, self._loop.engine
-        if file.target.usable and not engine.closed:
+        if file.target.owner == process.pid and not engine.closed:
             engine.check_usable()
         file.close()  # nothing new begins; a transfer that runs keeps the descriptors
         self._loop.cancel()

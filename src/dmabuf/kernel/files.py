@@ -162,7 +162,8 @@ def set_o_direct(fd: int, status: Any) -> Direct | None:
     memory, offset = status.memory_align, status.offset_align
     if not memory or not 0 < offset < PAGE:  # not stated, or it may be zram
         return None
-    if filesystem_of(fd, status.mount) not in uapi.HONEST_ABOUT_DIRECT_IO:
+    filesystem = _filesystems.get(status.mount) or filesystem_of(fd, status.mount)
+    if filesystem not in uapi.HONEST_ABOUT_DIRECT_IO:
         return None
     try:
         fcntl.fcntl(fd, fcntl.F_SETFL, os.O_DIRECT)

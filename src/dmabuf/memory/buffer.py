@@ -441,14 +441,18 @@ class Buffer(
         A user adds an entry to the set, and only then looks at `closing`.
         """
         with self._lock:
-            self.check_open()
+            if self._closed:
+                self.check_open()
             self._users_of.append(users)
             self._on_close.append(on_close)
 
     def detach(self, users: set[object], on_close: Callable[[], object]) -> None:
         """Take back what `attach` was given."""
         with self._lock:
-            self._users_of = [one for one in self._users_of if one is not users]
+            for index, one in enumerate(self._users_of):
+                if one is users:
+                    del self._users_of[index]
+                    break
             if on_close in self._on_close:
                 self._on_close.remove(on_close)
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import Any, Literal, Self
 
 from dmabuf._core import failure, ffi, lib
@@ -278,11 +278,11 @@ class Engine(Uncopyable, instead="make another where it is needed"):
                 return self._rings[-1]
         return self._rings[threading.get_ident() % len(self._rings)]
 
-    def forget_files(self, fds: Sequence[int]) -> None:
+    def forget_files(self, fds: Collection[int]) -> None:
         """Drop descriptors from every ring's tables, before their File closes them."""
         if self.closed or self._pid != process.pid:
             return
-        for ring in self._all_rings():
+        for ring in self._all_rings() if self._passthrough or self._copying else self._rings:
             # No transfer of the file runs, so nothing enters the tables of it now.
             if ring.files or ring.has_natives:
                 for fd in fds:

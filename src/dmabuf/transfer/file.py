@@ -9,9 +9,10 @@ from typing import Literal
 
 from dmabuf._core import ffi
 from dmabuf.errors import Uncopyable, os_error
+from dmabuf.kernel import process
 from dmabuf.memory import Buffer
 from dmabuf.sizes import Size, parse_size
-from dmabuf.transfer.engine import Engine
+from dmabuf.transfer.engine import Engine, default_engine
 from dmabuf.transfer.links import Links
 from dmabuf.transfer.plan import (
     Audit,
@@ -25,7 +26,7 @@ from dmabuf.transfer.plan import (
     terms_of,
 )
 from dmabuf.transfer.run import BLOCKING, Segments, complete, segments_of
-from dmabuf.transfer.target import Target, open_target
+from dmabuf.transfer.target import Target
 
 Mode = Literal["r", "w", "r+", "x"]
 
@@ -77,7 +78,7 @@ class File(Uncopyable, instead="open its path again where it is needed"):
         force: bool = False,
         engine: Engine | None = None,
     ) -> None:
-        self.target: Target = open_target(path, mode, force, engine)
+        self.target = Target(path, mode, force, engine or default_engine())
         """The open file behind it, for the other rooms of the package."""
         self.links = Links(self.target)
         """What is known about moving bytes between it and each buffer, for the other rooms."""
@@ -131,7 +132,8 @@ class File(Uncopyable, instead="open its path again where it is needed"):
         return f"<dmabuf.File {self.target.path!r} {state}>"
 
     def __enter__(self) -> File:
-        self.target.check_open()
+        if self.target.owner != process.pid:
+            self.target.check_open()
         return self
 
     def __exit__(self, *exc: object) -> None:

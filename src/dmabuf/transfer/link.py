@@ -82,6 +82,19 @@ _ALONE = "no ring was used: one small request"
 class Link:
     """One open file, one buffer, one direction. Safe to use from several threads."""
 
+    on_close: Callable[[], object] = bool
+    """What the buffer calls when it closes."""
+    _refusals: dict[Route, str | None] | None = None
+    """The reason against each route, whatever the range; None until they are computed."""
+    _core: Any = None
+    """The core's struct dmb_job of the link, which each transfer copies."""
+    _slabs: Any = None
+    _small: Any = None
+    """`_core` where small requests may skip planning; else None."""
+    _has_plain = False
+    """Whether `_core` has the descriptor without O_DIRECT."""
+    _direct: files.Direct | None = None
+
     def __init__(
         self,
         target: Target,
@@ -104,31 +117,18 @@ class Link:
         self.direction: Direction = direction
         self.users: set[object] = set()
         """One entry for each transfer that runs. Neither side closes while there is one."""
-        self.on_close: Callable[[], object] = bool
-        """What the buffer calls when it closes."""
-        self._buffer = weakref.ref(buffer)  # the file must not keep the buffer's memory alive
-        self._check(buffer)
-        self._write = direction == "write"
-        self._refusals: dict[Route, str | None] | None = None
-        self._core: Any = None
-        self._slabs: Any = None
-        self._small: Any = None
-        self._has_plain = False
-        """Whether the core's job has the descriptor without O_DIRECT."""
-        self._direct: files.Direct | None = None
         self._plans: dict[Route, Plan] = {}
-
-    def _check(self, buffer: Buffer) -> None:
-        target = self.target
+        self._buffer = weakref.ref(buffer)  # the file must not keep the buffer's memory alive
+        self._write = direction == "write"
         if buffer.closed:
             raise ClosedError("the buffer is closed")
-        if self.direction == "read" and not target.readable:
-            text = "the file is not open for reading; open it with mode 'r' or 'r+'"
+        if not (target.writable if self._write else target.readable):
+            doing, modes = (
+                ("writing", "'w', 'r+' or 'x'") if self._write else ("reading", "'r' or 'r+'")
+            )
+            text = f"the file is not open for {doing}; open it with mode {modes}"
             raise os_error(errno.EBADF, text, target.path)
-        if self.direction == "write" and not target.writable:
-            text = "the file is not open for writing; open it with mode 'w', 'r+' or 'x'"
-            raise os_error(errno.EBADF, text, target.path)
-        if self.direction == "read" and not buffer.descriptor_writable:
+        if not (self._write or buffer.descriptor_writable):
             text = "the buffer is read-only; its dma-buf was passed without write access"
             raise os_error(errno.EACCES, text, target.path)
 
@@ -165,27 +165,27 @@ class Link:
             return refusals
         direct = target.direct()
         no_direct = direct.refusal or (direct.no_writes if self._write else None)
-        no_cache = None
-        if target.namespace is not None:
-            no_cache = "NVMe passthrough goes past the page cache; a passthrough device has none"
+        passthrough = target.namespace is not None
+        no_cache = "NVMe passthrough goes past the page cache; a passthrough device has none"
         refusals = {
             Route.NATIVE: no_direct or target.no_native(buffer),
             Route.DIRECT: no_mapping or no_direct or buffer.pin_refusal,
             Route.STAGED: no_mapping or no_direct,
-            Route.BUFFERED: no_cache or no_mapping,
+            Route.BUFFERED: no_cache if passthrough else no_mapping,
         }
         self._core, self._direct = self._make_core(buffer, address, direct), direct
         self._plans = {}
         self._has_plain = False
         self._small = None
-        if refusals[Route.NATIVE] and not refusals[Route.DIRECT] and target.direct_if_proven():
+        # NVMe passthrough supports neither pread nor pwrite.
+        proven = (direct.proven or target.cache_watched) and not passthrough
+        if proven and refusals[Route.NATIVE] and not refusals[Route.DIRECT]:
             self._small = self._core
         self._refusals = refusals
         return refusals
 
     def _make_core(self, buffer: Buffer, address: int | None, direct: files.Direct) -> Any:
         target, namespace = self.target, self.target.namespace
-        slabs = buffer.slabs
         core = ffi.new("struct dmb_job *")
         core.fd = direct.fd
         core.plain_fd = target.fd  # for small requests; before any other `_measure` sets it
@@ -196,10 +196,11 @@ class Link:
         if namespace is not None:
             core.nsid, core.lba_shift = namespace.nsid, namespace.lba_shift
         core.base = address or 0
-        core.size = buffer.size
+        core.size = core.slab_size = buffer.size
         if buffer.is_dmabuf:
+            slabs = buffer.slabs
             core.slabs = self._slabs = ffi.new("int32_t[]", [slab.fd for slab in slabs])
-        core.slab_size = slabs[0].size
+            core.slab_size = slabs[0].size
         core.direction = lib.DMB_WRITE if self._write else lib.DMB_READ
         core.route = lib.DMB_DIRECT
         core.file_size = 0 if target.kind == "file" else target.size()

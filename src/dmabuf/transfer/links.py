@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from functools import partial
 
+from dmabuf.kernel import process
 from dmabuf.memory import Buffer
 from dmabuf.transfer.link import Link
 from dmabuf.transfer.plan import Direction
@@ -32,7 +33,8 @@ class Links:
         found = self.known.get(key)
         if found is not None:
             return found
-        self.target.check_open()
+        if self.target.owner != process.pid:
+            self.target.check_open()
         link = Link(self.target, buffer, direction, self.refresh, self.close_if_idle)
         # The buffer may outlive the file, and does not keep it.
         link.on_close = partial(_forget, weakref.ref(self), key)

@@ -21,7 +21,7 @@ from dmabuf.kernel import files, log, nvme, process
 from dmabuf.memory import Buffer
 from dmabuf.sizes import OFFSET_MAX
 from dmabuf.transfer import audit
-from dmabuf.transfer.engine import Engine, default_engine
+from dmabuf.transfer.engine import Engine
 from dmabuf.transfer.reference import NamespaceReference, Reference, open_reference
 from dmabuf.transfer.ring import why_not_native
 
@@ -38,51 +38,61 @@ GONE = "the device was pulled, or its driver was unbound: open it again when it 
 class Target:
     """An open file. Any thread may update its facts: each is replaced as a whole."""
 
+    fd = -1
+    closed = False
+    """Whether the File was closed. The descriptors stay until the last transfer has ended."""
+    kind: files.Kind = "file"
+    namespace: nvme.Namespace | None = None
+    stream: str | None = None
+    """What it is where it can only be read or written in order, such as "a pipe"."""
+    had_bytes = False
+    """Whether it is a block device, which had a size when it was opened."""
+    direct_refusal: str | None = None
+    """Why O_DIRECT is impossible, as far as that is known."""
+    cache_watched = False
+    """Whether O_DIRECT was seen to pass by the page cache."""
+    no_slots: str | None = None
+    """Why memory that is less aligned than the file's blocks must not be registered."""
+    _direct: files.Direct | None = None
+    _plain = -1
+    """Another descriptor without O_DIRECT, once one was needed beside `fd`."""
+    _no_native: weakref.WeakKeyDictionary[Buffer, str] | None = None
+    _device: str | None = None
+
     def __init__(
         self, path: str | bytes | os.PathLike[str] | int, mode: str, force: bool, engine: Engine
     ) -> None:
-        self.fd = -1
         if mode not in FLAGS:
             raise ValueError(f"invalid mode={mode!r}: use one of 'r', 'w', 'r+', 'x'")
-        self.path = f"descriptor {path}" if isinstance(path, int) else os.fsdecode(path)
+        if isinstance(path, bool):
+            raise TypeError("a path or a descriptor is needed, not bool")
         self.readable = mode in ("r", "r+")
         self.writable = mode != "r"
         self.engine = engine
-        self.pid = process.pid
-        self.closed = False
-        """Whether the File was closed. The descriptors stay until the last transfer has ended."""
-        self.owner = process.pid
-        """The process whose transfers may begin; 0 once it is closed."""
+        self.pid = self.owner = process.pid
+        """The process whose transfers may begin: process.pid, or it was forked; 0 once closed."""
         self._lock = threading.RLock()  # the collector may close a File at any allocation
-        self._direct: files.Direct | None = None
-        self._plain = -1
-        """Another descriptor without O_DIRECT, once one was needed beside `fd`."""
-        self._private = not isinstance(path, int)
-        """Whether nobody else has the descriptor `fd`."""
-        self.direct_refusal: str | None = None
-        """Why O_DIRECT is impossible, as far as that is known."""
-        self._no_native: weakref.WeakKeyDictionary[Buffer, str] | None = None
-        self.cache_watched = False
-        self.no_slots: str | None = None
-        """Why memory that is less aligned than the file's blocks must not be registered."""
-        self._device: str | None = None
-        self.had_bytes = False
-        if isinstance(path, bool):
-            raise TypeError("a path or a descriptor is needed, not bool")
         if isinstance(path, int):
+            self.path = f"descriptor {path}"
             self.fd = _duplicate(path, mode)
         else:
-            self.fd = _open(self.path, FLAGS[mode] | os.O_CLOEXEC | os.O_NOCTTY)
+            self.path = path if type(path) is str else os.fsdecode(path)
+            try:
+                self.fd = os.open(self.path, FLAGS[mode] | os.O_CLOEXEC | os.O_NOCTTY, 0o666)
+            except PermissionError as error:
+                raise nvme.explained(error, self.path) from None
         try:
             self._status = status = files.status_of(self.fd)
-            self.kind, self.namespace = self._identify(status.mode)
-            self._private = self._private and self.kind == "file"
-            self.stream = files.STREAMS.get(self.kind)
-            """What it is where it can only be read or written in order, such as "a pipe"."""
+            regular = stat.S_ISREG(status.mode)
+            self._private = regular and not isinstance(path, int)
+            """Whether nobody else has the descriptor `fd`."""
+            if not regular:
+                self.kind, self.namespace = self._identify(status.mode)
+                self.stream = files.STREAMS.get(self.kind)
             if not self._private:
                 self._check_flags()
                 self._without_o_direct()
-            if self.kind != "file":
+            if not regular:
                 self._check_claim(force)
                 self.had_bytes = self.kind == "block device" and self.size() > 0
             elif mode == "w" and self._private and status.allocated:
@@ -93,8 +103,6 @@ class Target:
             raise
 
     def _identify(self, mode: int) -> tuple[files.Kind, nvme.Namespace | None]:
-        if stat.S_ISREG(mode):
-            return "file", None
         if stat.S_ISDIR(mode):
             text = "a directory has no bytes to move: name a file"
             raise os_error(errno.EISDIR, text, self.path)
@@ -256,11 +264,6 @@ class Target:
             failed.nbytes = 0  # type: ignore[attr-defined] # the kernel does not report how many
             raise failed
 
-    @property
-    def usable(self) -> bool:
-        """Whether a transfer may begin: neither closed nor inherited by a fork."""
-        return self.owner == process.pid
-
     def check_open(self) -> None:
         """Raise ClosedError if the file is closed, or was opened before a fork."""
         if self.closed:
@@ -278,7 +281,8 @@ class Target:
         self.closed, self.owner = True, 0
         with self._lock:
             direct = self._direct.fd if self._direct else -1
-            fds = [fd for fd in {self.fd, direct, self._plain} if fd >= 0]
+            fds = {self.fd, direct, self._plain}
+            fds.discard(-1)
             if self.pid == process.pid:
                 self.engine.forget_files(fds)
             closing = map(os.close, fds)
@@ -314,15 +318,6 @@ class Target:
         if self._direct is not direct and direct.fd not in (-1, self.fd):  # another thread's
             os.close(direct.fd)
         return self._direct
-
-    def direct_if_proven(self) -> files.Direct | None:
-        """Return O_DIRECT if it is known to pass by the page cache; else None."""
-        direct = self._direct
-        if direct is None or direct.refusal or not (direct.proven or self.cache_watched):
-            return None
-        if self.namespace is not None:
-            return None  # supports neither pread nor pwrite
-        return direct
 
     def no_native(self, buffer: Buffer) -> str | None:
         """Return why no range of a buffer can take the native route; None if one may."""
@@ -424,13 +419,6 @@ class Target:
         return False
 
 
-def _open(path: str, flags: int) -> int:
-    try:
-        return os.open(path, flags, 0o666)
-    except PermissionError as error:
-        raise nvme.explained(error, path) from None
-
-
 def _duplicate(fd: int, mode: str) -> int:
     try:
         access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
@@ -442,10 +430,3 @@ def _duplicate(fd: int, mode: str) -> int:
         text = f"the descriptor is open for {has} only, and mode={mode!r} needs more"
         raise os_error(errno.EBADF, text, f"descriptor {fd}")
     return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
-
-
-def open_target(
-    path: str | bytes | os.PathLike[str] | int, mode: str, force: bool, engine: Engine | None
-) -> Target:
-    """Open a path, or duplicate a descriptor, for transfers by an engine."""
-    return Target(path, mode, force, engine or default_engine())
