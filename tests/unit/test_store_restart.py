@@ -2,6 +2,8 @@
 
 import errno
 import os
+import signal
+import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import closing
@@ -11,6 +13,7 @@ import pytest
 
 import dmabuf.store
 from tests.restarting import KINDS, Replacing, Systemd, at_work, busy
+from tests.serving import as_a_program
 from tests.support import assert_same, has_program, pattern
 from tests.unit.command import finish, start
 
@@ -87,6 +90,30 @@ def test_a_request_that_may_have_been_carried_out_is_not_repeated(path: Path) ->
             with pytest.raises(ConnectionError):
                 once.list()
             assert once.closed
+
+
+def test_a_request_during_a_hand_over_is_the_next_servers(path: Path) -> None:
+    taking, asking = (socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2))
+    with as_a_program(path) as server, taking, asking:
+        for one in (asking, taking):  # epoll reports the last one first if both are ready
+            one.connect(str(path))
+            one.send(b'{"op": "usage"}')
+            one.recv(4096)
+        server.send_signal(signal.SIGSTOP)
+        os.waitpid(server.pid, os.WUNTRACED)
+        taking.send(b'{"op": "hand_over"}')
+        asking.send(b'{"op": "stat", "name": "x"}')
+        server.send_signal(signal.SIGCONT)
+        kept: list[int] = []
+        while descriptors := socket.recv_fds(taking, 4096, 253)[1]:
+            kept += descriptors
+            taking.send(b"done")
+        taking.send(b"done")
+        assert taking.recv(4096) == b"done"
+        assert server.wait(timeout=100) == 0
+        listener, connection = (socket.socket(fileno=fd) for fd in kept)
+        with listener, connection:
+            assert connection.recv(4096) == b'{"op": "stat", "name": "x"}'
 
 
 def test_a_server_goes_on_if_the_next_one_cannot_start(path: Path) -> None:

@@ -237,6 +237,8 @@ class Server:
         if not self._listening:
             self._listening = self._watch(self._listener, None)
         for key, _ in self._selector.select(None if self._listening else _RETRY_SECONDS):
+            if self._left:  # the other requests are the next server's
+                break
             if key.fileobj is self._listener:
                 self._accept()
             elif key.data is None:
