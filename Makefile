@@ -67,6 +67,13 @@ unit: $(VENV)/ready
 packages-tests: $(VENV)/ready
 	$(BIN)/python -m pytest tests/packages
 
+# For a release: the source distribution, and wheels for x86-64 and aarch64, in dist/. On Debian 12.
+.PHONY: wheels
+wheels: $(VENV)/ready
+	tools/install-system-packages binutils dpkg
+	$(BIN)/python -m pip install --quiet --group wheels
+	tools/build-wheels $(BIN)/python
+
 # The unit tests beside eight busy loops and a busy disk.
 unit-busy: $(VENV)/ready
 	tools/install-system-packages fio fuse3 rsync xxd

@@ -4,6 +4,8 @@ liburing is linked statically where its archive is installed (Debian's and Ubunt
 bring it), so the extension needs nothing but libc when it runs.
 """
 
+import os
+import shlex
 import subprocess
 import sysconfig
 from pathlib import Path
@@ -26,10 +28,10 @@ def declarations(header: str) -> str:
 
 def archive() -> str | None:
     """Return the path of liburing.a, where the compiler knows one."""
-    compiler = sysconfig.get_config_var("CC").split()[0]
+    compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC"))
     try:
         found = subprocess.run(
-            [compiler, "-print-file-name=liburing.a"], capture_output=True, text=True, check=True
+            [*compiler, "-print-file-name=liburing.a"], capture_output=True, text=True, check=True
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
