@@ -1,5 +1,5 @@
 # For users: `make demo` and `make test`. Most other targets are parts of `make test`.
-.PHONY: demo test test-stable soak check lint types docs c-tests unit packages-tests unit-busy coverage lab-tests benchmarks schemas clean
+.PHONY: demo test test-stable soak check lint types docs c-tests unit packages-tests unit-busy coverage lab-tests benchmarks man schemas clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -50,6 +50,10 @@ types: $(VENV)/ready
 # The documentation site: build/site/index.html.
 docs: $(VENV)/ready
 	$(BIN)/python tools/build_site.py
+
+# The manual pages, from the parsers of the commands.
+man: $(VENV)/ready
+	$(BIN)/python tools/write_man_pages.py contrib/man
 
 # The JSON Schemas of what --json prints, from the types of the records.
 schemas: $(VENV)/ready

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dmabuf import errors, safetensors
+from dmabuf.cli import COMMANDS
 from tests.pages import PAGES, header_of_model
 from tests.unit.command import dmabuf as command
 
@@ -117,6 +118,17 @@ def test_the_reference_names_every_command_and_option(capsys):
         assert f"`dmabuf {name}" in text, name
         for option in re.findall(r"(?<!\S)--[a-z-]+", command(capsys, name, "--help").out):
             assert option == "--help" or re.search(rf"{option}\b", text), f"{name} {option}"
+
+
+def test_the_manual_pages_name_every_command_and_option(capsys):
+    """`make man` writes them."""
+    pages = {path.stem: path.read_text().replace("\\", "") for path in ROOT.glob("contrib/man/*.1")}
+    assert set(pages) == {"dmabuf", *(f"dmabuf-{name}" for name in COMMANDS)}
+    for name, (_, summary) in COMMANDS.items():
+        assert summary in pages["dmabuf"]
+        told = command(capsys, name, "--help").out
+        for option in set(re.findall(r"(?<!\S)--[a-z-]+", told)) - {"--help"}:
+            assert option in pages[f"dmabuf-{name}"], f"{name} {option}: run `make man`"
 
 
 def test_the_reference_names_every_exception():

@@ -9,11 +9,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from dmabuf import __version__
 
+TYPE_CHECKING = False  # typing's own, without what importing typing costs
+if TYPE_CHECKING:
+    from dmabuf.cli.parser import Command
+
 __all__ = ["main"]
 
+ABOUT = "Move bytes between files and dma-bufs, and see by which route."
 COMMANDS = {
     "cp": ("cp", "Copy a file, device or stream; report the route."),
     "record": ("record", "Record frames of a camera to a raw file."),
@@ -36,6 +42,13 @@ COMMANDS = {
 """The module and the summary of each command."""
 
 
+def load(name: str) -> Command:
+    """Return a command, importing its module. Raises ImportError if the module needs another."""
+    module = import_module(f"dmabuf.cli.{COMMANDS[name][0]}")
+    command: Command = getattr(module, name.upper())
+    return command
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (by default sys.argv); return the exit status.
 
@@ -53,12 +66,10 @@ def _run(words: list[str]) -> int:
 
     first = words[0] if words else ""
     if first in COMMANDS:
-        from importlib import import_module
-
         from dmabuf.cli import parser
 
         try:
-            command = getattr(import_module(f"dmabuf.cli.{COMMANDS[first][0]}"), first.upper())
+            command = load(first)
         except ImportError as problem:
             output.error(str(problem))
             return output.FAILED
@@ -85,8 +96,7 @@ def _run(words: list[str]) -> int:
 def _help() -> str:
     lines = [f"  {name:<8}{summary}" for name, (_, summary) in COMMANDS.items()]
     return (
-        "usage: dmabuf COMMAND [ARGUMENT ...]\n\n"
-        "Move bytes between files and dma-bufs, and see by which route.\n\ncommands:\n"
+        f"usage: dmabuf COMMAND [ARGUMENT ...]\n\n{ABOUT}\n\ncommands:\n"
         + "\n".join(lines)
         + "\n\noptions:\n  -h, --help  Show this text, or that of a command: dmabuf cp --help\n"
         "  --version   Show the version.\n"

@@ -1,8 +1,10 @@
+# PYTHON_ARGCOMPLETE_OK
 """The console script `dmabuf`, also `python -m dmabuf.cli`."""
 
 import os
 import signal
 import sys
+from contextlib import suppress
 
 
 def run() -> int:
@@ -15,6 +17,11 @@ def run() -> int:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     if sys.stderr is None:  # it was closed, and the next file to be opened must not take its place
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the end
+    if "_ARGCOMPLETE" in os.environ:  # a shell wants to complete a command line
+        with suppress(ImportError):
+            from dmabuf.cli.complete import complete
+
+            complete()
     from dmabuf.cli import main
 
     return main()

@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from textwrap import fill
@@ -94,10 +94,10 @@ class Parser(argparse.ArgumentParser):
         parse: Callable[[str], Any] = str,
         default: object = None,
         choices: Sequence[str] | None = None,
-    ) -> None:
+    ) -> argparse.Action:
         """Add an option with a value; `names` are separated by a space."""
         shown = "|".join(choices) if choices else metavar
-        self.add_argument(
+        return self.add_argument(
             *names.split(), metavar=shown, help=help, type=parse, default=default, choices=choices
         )
 
@@ -115,7 +115,28 @@ class Parser(argparse.ArgumentParser):
                 text = "Show progress after a second. [default: on a terminal]"
                 self.add_argument("--progress", action=action, default=None, help=text)
             else:
-                self.option(*_SHARED_OPTIONS[name])
+                option = self.option(*_SHARED_OPTIONS[name])
+                if name == "exporter":
+                    complete_by(option, _exporters)
+
+
+def complete_by(action: argparse.Action, values: Callable[[Namespace], Iterable[str]]) -> None:
+    """Have shells complete an argument; `values` gets the arguments before it.
+
+    argcomplete completes `choices` without this. No OSError of `values` reaches the terminal.
+    """
+
+    def complete(parsed_args: Namespace, **rest: object) -> list[str]:
+        with suppress(OSError):
+            return list(values(parsed_args))
+        return []
+
+    setattr(action, "completer", complete)  # noqa: B010 - the attribute is argcomplete's
+
+
+def _exporters(args: Namespace) -> list[str]:
+    heaps = os.listdir("/dev/dma_heap") if os.path.isdir("/dev/dma_heap") else []
+    return ["auto", "udmabuf", "memfd", *heaps]
 
 
 def size(text: str) -> int:

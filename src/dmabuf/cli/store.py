@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from dmabuf.cli import output
 from dmabuf.cli.ends import End, advance, find_source, find_target, move_bytes, naming
-from dmabuf.cli.parser import Command, Misuse, Parser, report
+from dmabuf.cli.parser import Command, Misuse, Parser, complete_by, report
 from dmabuf.sizes import format_size
 from dmabuf.store import Status, Store, Usage, check_name, connect
 
@@ -30,7 +30,7 @@ def _mode(text: str) -> int:
 
 def _put_arguments(parser: Parser) -> None:
     parser.add_argument("file", metavar="FILE", help="The source; - is standard input.")
-    parser.add_argument("name", metavar="NAME", help="The buffer's name in the store.")
+    _name_argument(parser, "name")
     parser.shared("size")
     parser.option("--mode", "OCTAL", "The mode, as for chmod. [default: 600]", _mode, 0o600)
     parser.shared("exporter", "socket", "json", "progress", "quiet")
@@ -98,7 +98,7 @@ programs that have it open keep it. The route of the bytes, and the reason for i
 
 
 def _get_arguments(parser: Parser) -> None:
-    parser.add_argument("name", metavar="NAME", help="The buffer's name in the store.")
+    _name_argument(parser, "name")
     parser.add_argument("file", metavar="FILE", help="The target; - is standard output.")
     parser.shared("size", "sync", "force", "socket", "json", "progress", "quiet")
 
@@ -152,9 +152,20 @@ The route of the bytes, and the reason for it, is printed.""",
 # -- names and patterns
 
 
+def _name_argument(
+    parser: Parser,
+    name: str,
+    help: str = "The buffer's name in the store.",  # noqa: A002 - the name that argparse uses
+    nargs: str | None = None,
+) -> None:
+    metavar = name.removesuffix("s").upper()
+    action = parser.add_argument(name, metavar=metavar, help=help, nargs=nargs)
+    complete_by(action, lambda args: [one.name for one in connect(args.socket).list()])
+
+
 def _names_argument(parser: Parser, nargs: str = "+") -> None:
     text = "Names in the store, or patterns such as 'frame-*', in quotes."
-    parser.add_argument("names", metavar="NAME", nargs=nargs, help=text)
+    _name_argument(parser, "names", text, nargs)
 
 
 def _for_each(
@@ -312,7 +323,7 @@ exit status is still 0.""",
 
 
 def _stat_arguments(parser: Parser) -> None:
-    parser.add_argument("name", metavar="NAME", help="The buffer's name in the store.")
+    _name_argument(parser, "name")
     parser.shared("socket", "json")
 
 
@@ -371,8 +382,8 @@ memory when the last of them closes it. A name that cannot be removed does not k
 
 
 def _mv_arguments(parser: Parser) -> None:
-    parser.add_argument("old", metavar="OLD", help="The buffer's name in the store.")
-    parser.add_argument("new", metavar="NEW", help="The name that it gets.")
+    _name_argument(parser, "old")
+    _name_argument(parser, "new", "The name that it gets.")
     parser.flag("-n --no-clobber", "Fail if NEW exists.")
     parser.shared("socket")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dmabuf.cli import output
-from dmabuf.cli.parser import Command, Parser, number, region
+from dmabuf.cli.parser import Command, Parser, complete_by, number, region
 from dmabuf.inspect import Report, verify_routes
 from dmabuf.transfer import Mismatch, Route
 
@@ -34,7 +34,8 @@ def _arguments(parser: Parser) -> None:
     parser.add_argument("target", metavar="TARGET", help="A file, block device or NVMe namespace.")
     parser.shared("region", "destroy", "exporter")
     text = f"Of {', '.join(Route)}. [default: all]"
-    parser.option("--routes", "ROUTE,...", text, _routes, tuple(Route))
+    option = parser.option("--routes", "ROUTE,...", text, _routes, tuple(Route))
+    complete_by(option, lambda args: Route)
     parser.option("--seed", "N", "Repeat a run. [default: random]", number(0, 1 << 62))
     text = "Ranges for each queue depth. [default: 16]"
     parser.option("--rounds", "N", text, number(1, 100_000), 16)
