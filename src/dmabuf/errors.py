@@ -22,11 +22,12 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 
 TYPE_CHECKING = False  # typing's own: `import dmabuf` loads this module, and must stay fast
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from typing import Any, NoReturn
+    from collections.abc import Callable, Mapping
+    from typing import Any
 
 __all__ = [
     "BusyError",
@@ -44,6 +45,7 @@ class Uncopyable:
     """A base of classes that own a descriptor or memory: a copy would close the original's.
 
     So copy.copy(), copy.deepcopy() and pickle raise TypeError, which states what to do instead.
+    multiprocessing sends objects of the classes in `SENDERS` to another process.
     """
 
     __slots__ = ()
@@ -54,9 +56,29 @@ class Uncopyable:
         if instead is not None:
             cls._instead = instead
 
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
+    def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
+        context = sys.modules.get("multiprocessing.context")
+        send = SENDERS.get(type(self))
+        if send is not None and context is not None and context.get_spawning_popen() is not None:
+            return send(self)  # an argument of a process that is being started
         name = type(self).__name__
         raise TypeError(f"a {name} cannot be copied or pickled: {self._instead}")
+
+
+SENDERS: dict[type, Callable[[Any], tuple[object, ...]]] = {}
+"""How multiprocessing sends objects of a class: functions that return what __reduce__ does."""
+
+
+def enable_sending() -> None:
+    """Have the queues and pipes of multiprocessing use `SENDERS`, if that is imported by now.
+
+    Constructors call this: only who has multiprocessing pays for it.
+    """
+    reduction = sys.modules.get("multiprocessing.reduction")
+    pickler = getattr(reduction, "ForkingPickler", None)  # none while another thread imports it
+    if pickler is not None:
+        for sent, send in SENDERS.items():
+            pickler.register(sent, send)
 
 
 class RouteUnavailable(OSError):

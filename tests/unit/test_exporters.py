@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+import dmabuf
 from dmabuf.kernel import uapi
 from dmabuf.memory import Slab, allocate, capacity, exporters, foreign, from_fd
 from tests.resources import held
-from tests.support import in_child
+from tests.support import in_child, pattern
 from tests.unit.fake_kernel import FakeKernel
 
 PAGE = mmap.PAGESIZE
@@ -636,12 +637,11 @@ def test_what_is_no_dma_buf_is_told_what_it_is(tmp_path):
     (tmp_path / "file").touch()
     ends = os.pipe()
     sock = socket.socket()
-    with (tmp_path / "file").open() as file, sock, allocate(1, exporter="memfd") as memory:
+    with (tmp_path / "file").open() as file, sock:
         for fd, text in [
             (file, "a regular file"),
             (ends[0], "a pipe"),
             (sock, "a socket"),
-            (memory, "a memfd .* make a buffer with dmabuf.allocate"),
         ]:
             with pytest.raises(OSError, match=f"is not a dma-buf but {text}") as error:
                 from_fd(fd)
@@ -673,8 +673,37 @@ def test_without_proc_a_dma_buf_is_known_by_what_it_does(dmabufs, kernel, monkey
         assert buf.exporter == "unknown"
     assert kernel.calls == []
     kernel.undirected_sync_error = errno.ENOTTY
-    with pytest.raises(OSError, match="is not a dma-buf but a memfd"):
+    with from_fd(fd) as buf:
+        assert buf.exporter == "memfd" and not buf.is_dmabuf
+
+
+def test_from_fd_of_a_memfd():
+    with allocate(8192, exporter="memfd", name="ours") as buffer:
+        with from_fd(buffer) as again:
+            again.pwrite(b"shared", 0)
+            assert (again.name, again.exporter, again.is_dmabuf) == ("ours", "memfd", False)
+        assert buffer.pread(6, 0) == b"shared"
+        fd = os.open(f"/proc/self/fd/{buffer.fileno()}", os.O_RDONLY)
+        with from_fd(fd, name="label") as again:
+            assert again.mode == "rb" and again.name == "label"
+        os.close(fd)
+
+
+@pytest.mark.parametrize("seals", [0, uapi.F_SEAL_WRITE, uapi.F_SEAL_FUTURE_WRITE])
+def test_from_fd_of_a_memfd_of_another_program(tmp_path, seals):
+    (tmp_path / "file").write_bytes(pattern(5000, 1))
+    fd = os.memfd_create("gst-shm", os.MFD_ALLOW_SEALING)
+    with pytest.raises(OSError, match="it is empty"):
         from_fd(fd)
+    os.truncate(fd, 5000)
+    fcntl.fcntl(fd, uapi.F_ADD_SEALS, seals)
+    with from_fd(fd) as buffer, dmabuf.open(tmp_path / "file") as file:
+        assert buffer.size == 5000 and "nobody may shrink it" in buffer.reason
+        assert buffer.writable() == (not seals)
+        if not seals:
+            assert file.read_into(buffer).nbytes == 5000
+            assert buffer[:] == pattern(5000, 1)
+    os.close(fd)
 
 
 def test_a_device_node_is_asked_nothing(kernel, monkeypatch, tmp_path):

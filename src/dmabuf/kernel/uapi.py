@@ -52,6 +52,7 @@ F_SEAL_SEAL = 1
 F_SEAL_SHRINK = 2
 F_SEAL_GROW = 4
 F_SEAL_WRITE = 8
+F_SEAL_FUTURE_WRITE = 16
 
 # <linux/fs.h>
 BLKGETSIZE64 = _ioc(2, chr(0x12), 114, 8)

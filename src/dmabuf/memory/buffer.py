@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import NamedTuple, NoReturn, SupportsIndex, overload
 
 from dmabuf._core import address_of
-from dmabuf.errors import BusyError, ClosedError
+from dmabuf.errors import BusyError, ClosedError, enable_sending
 from dmabuf.kernel import fence, uapi
 from dmabuf.memory import arrays
 from dmabuf.memory.rawfile import RawFile, parse_mode
@@ -39,7 +39,7 @@ class Slab(NamedTuple):
 
 class Buffer(
     RawFile,
-    instead="send its descriptors (socket.send_fds), and use dmabuf.from_fd() on the other side",
+    instead="only multiprocessing sends it, if imported first; else send its descriptors (.slabs)",
 ):
     """Memory that devices can share: a file object of fixed size, and one or more dma-bufs.
 
@@ -82,6 +82,7 @@ class Buffer(
         writable: bool = True,
         pin_refusal: str | None = None,
         map_refusal: str | None = None,
+        memfd: int | None = None,
     ) -> None:
         """Take over the slabs' descriptors and ``memory``, their mapping; for exporters.
 
@@ -95,6 +96,7 @@ class Buffer(
             writable: whether the descriptors are.
             pin_refusal: why the mapping's pages cannot be pinned; None if they can.
             map_refusal: why there is no ``memory``.
+            memfd: a descriptor of what ``memory`` maps, where that is not the slabs.
         """
         self._slabs = tuple(slabs)
         self._starts = [slab.offset for slab in self._slabs]
@@ -109,9 +111,12 @@ class Buffer(
         self.pin_refusal = map_refusal if memory is None else pin_refusal
         self.map_refusal = map_refusal
         self._cached_address: int | None = None
+        self._users_of = []
         self.forget_other_threads()
         _alive.add(self)
-        self._descriptors = [slab.fd for slab in self._slabs]
+        self.memfd = memfd
+        self._descriptors = [slab.fd for slab in self._slabs] + ([] if memfd is None else [memfd])
+        enable_sending()
         self._closed = False
 
     # -- properties
@@ -344,6 +349,8 @@ class Buffer(
     pin_refusal: str | None
     """Why the mapping's pages cannot be pinned for O_DIRECT; None if they can, as far as known. A
     transfer that finds out otherwise sets it."""
+    memfd: int | None
+    """The memfd behind the slabs and the mapping, for another process of the same program."""
     map_refusal: str | None
     """Why the CPU cannot map the memory; None if it can."""
 
@@ -430,7 +437,7 @@ class Buffer(
 
     # -- for the other rooms of this package: its lifetime
 
-    _users_of: list[set[object]]
+    _users_of: list[tuple[set[object], Callable[[], object]]]
     _lent_to: object  # the device of `lend`, or None
     closing: bool
     """Whether close() runs or has run. A transfer then calls `hold` to learn the outcome."""
@@ -438,19 +445,21 @@ class Buffer(
     def attach(self, users: set[object], on_close: Callable[[], object]) -> None:
         """Have close() raise BusyError while `users` is not empty, and call back when it closes.
 
+        The child of a fork calls back too: the users are its parent's.
+
         A user adds an entry to the set, and only then looks at `closing`.
         """
         with self._lock:
             if self._closed:
                 self.check_open()
-            self._users_of.append(users)
+            self._users_of.append((users, on_close))
             self._on_close.append(on_close)
 
     def detach(self, users: set[object], on_close: Callable[[], object]) -> None:
         """Take back what `attach` was given."""
         with self._lock:
             for index, one in enumerate(self._users_of):
-                if one is users:
+                if one[0] is users:
                     del self._users_of[index]
                     break
             if on_close in self._on_close:
@@ -482,7 +491,12 @@ class Buffer(
         """
         with self._lock:
             self.check_open()
-            if self._users or any(self._users_of) or self._lent_to or self._maps:
+            if (
+                self._users
+                or any(users for users, _ in self._users_of)
+                or self._lent_to
+                or self._maps
+            ):
                 raise BusyError(f"{self!r} is mapped, or a transfer of it runs")
             self._lent_to = device
 
@@ -517,6 +531,8 @@ class Buffer(
         No other thread will release a lock there, and pages that the parent's rings pin are not
         the child's.
         """
+        for _, forget in self._users_of:
+            forget()
         self._lock = threading.RLock()
         self._users = 0
         self._users_of = []
@@ -545,7 +561,7 @@ class Buffer(
                 return
             self.closing = True
             try:
-                if self._users or any(self._users_of) or self._lent_to:
+                if self._users or any(users for users, _ in self._users_of) or self._lent_to:
                     text = f"cannot close {self!r}: a transfer is running, or a device has it"
                     raise BusyError(text)
                 try:

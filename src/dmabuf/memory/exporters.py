@@ -349,13 +349,13 @@ def _allocate_udmabuf(
     reason: str = 'exporter="udmabuf" was requested',
 ) -> Buffer:
     made = make_udmabufs(size, name=name, huge_pages=huge_pages, numa_node=numa_node)
-    os.close(made.memfd)  # the mapping keeps the memfd, as do the udmabufs
     return Buffer(
         made.slabs,
         made.memory,
         exporter="udmabuf",
         reason="; ".join(filter(None, (reason, made.why))),
         name=name,
+        memfd=made.memfd,
     )
 
 

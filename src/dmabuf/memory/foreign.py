@@ -1,4 +1,4 @@
-"""Memory made elsewhere: a Buffer of a dma-buf's descriptor, and the part of one in a tensor.
+"""Memory made elsewhere: a Buffer of a descriptor or of another process, and the part in a tensor.
 
 A DLPack capsule is only examined, never consumed: its owner's destructor releases it. The structs
 are those of dlpack.h: DLManagedTensorVersioned of DLPack 1.0, and DLManagedTensor before it.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import functools
+import itertools
 import math
 import mmap
 import os
@@ -18,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol
 
 from dmabuf._core import address_of, check, lib
+from dmabuf.errors import SENDERS
 from dmabuf.kernel import proc, uapi
 from dmabuf.memory.buffer import Buffer, Slab, Window, find_buffer
 from dmabuf.sizes import as_int, format_size
@@ -40,17 +42,20 @@ class HasFileno(Protocol):
 
 
 def from_fd(fd: int | HasFileno, *, name: str | None = None) -> Buffer:
-    """Return a Buffer of a dma-buf that was made elsewhere.
+    """Return a Buffer of a dma-buf or memfd that was made elsewhere.
 
     Args:
         fd: a descriptor, or an object with ``fileno()``; it is duplicated and stays the caller's.
-        name: a new label of the dma-buf, for everyone; at most 31 bytes.
+        name: a new label of the dma-buf, for everyone, or of the Buffer of a memfd; at most 31
+            bytes.
 
-    The Buffer is read-only if the descriptor is. If the CPU cannot map the memory, the Buffer is
-    neither ``readable()`` nor ``writable()``, and only devices can use it.
+    The Buffer is read-only if the descriptor is, or the memfd is sealed against writing. If the CPU
+    cannot map the memory, the Buffer is neither ``readable()`` nor ``writable()``, and only devices
+    can use it. The size of a memfd must not change; those of :func:`allocate` are sealed.
 
     Raises:
-        OSError: EBADF, a closed descriptor; EINVAL, not a dma-buf (the error says what it is).
+        OSError: EBADF, a closed descriptor; EINVAL, neither a dma-buf nor a memfd (the error says
+            what it is), or an empty one.
         ValueError: a name that does not fit.
     """
     check_name(name)
@@ -63,6 +68,8 @@ def from_fd(fd: int | HasFileno, *, name: str | None = None) -> Buffer:
         raise OSError(errno.EBADF, f"descriptor {number}: {os.strerror(errno.EBADF)}") from None
     try:
         identity = identify(own)
+        if identity is None and is_memfd(own):
+            return _of_memfd(own, f"made from descriptor {number}, a memfd", name)
         if identity is None:
             raise OSError(
                 errno.EINVAL, f"descriptor {number} is not a dma-buf but {_describe(own)}"
@@ -88,6 +95,35 @@ def from_fd(fd: int | HasFileno, *, name: str | None = None) -> Buffer:
     except BaseException:
         os.close(own)
         raise
+
+
+def _of_memfd(fd: int, reason: str, name: str | None) -> Buffer:
+    """Return a Buffer that takes over the descriptor of a memfd."""
+    seals = fcntl.fcntl(fd, uapi.F_GET_SEALS)
+    sealed = seals & (uapi.F_SEAL_WRITE | uapi.F_SEAL_FUTURE_WRITE)
+    writable = not sealed and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
+    size = os.fstat(fd).st_size
+    try:
+        memory = mmap.mmap(fd, size, mmap.MAP_SHARED, _protection(writable))
+    except (OSError, ValueError) as error:
+        number = getattr(error, "errno", None) or errno.EINVAL
+        why = "it is empty" if not size else os.strerror(number)
+        raise OSError(number, f"map a memfd of {size} bytes: {why}") from None
+    if not seals & uapi.F_SEAL_SHRINK:
+        reason += ", which is not sealed: nobody may shrink it, as access to what is gone is SIGBUS"
+    return Buffer(
+        [Slab(fd, 0, size)],
+        memory,
+        exporter="memfd",
+        reason=reason,
+        name=_target(fd)[len("/memfd:") :].removesuffix(" (deleted)") if name is None else name,
+        is_dmabuf=False,
+        writable=writable,
+    )
+
+
+def _protection(writable: bool) -> int:
+    return mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
 
 
 def check_name(name: str | None) -> None:
@@ -146,11 +182,6 @@ def _describe(fd: int) -> str:
     target = _target(fd)
     if not target:
         return "something else"
-    if is_memfd(fd):
-        return (
-            f'a memfd ("{target}"): make a buffer with dmabuf.allocate() and copy, or make a '
-            "udmabuf of it and hand that in"
-        )
     kind = stat.S_IFMT(os.fstat(fd).st_mode)
     kinds = {
         stat.S_IFREG: "a regular file",
@@ -170,9 +201,8 @@ def map_dmabuf(
 
     An exporter need not implement mmap, and those of device memory often do not.
     """
-    protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
     try:
-        return mmap.mmap(fd, size, mmap.MAP_SHARED, protection), None
+        return mmap.mmap(fd, size, mmap.MAP_SHARED, _protection(writable)), None
     except OSError as error:
         if error.errno in (errno.ENOMEM, errno.EMFILE, errno.ENFILE):
             raise
@@ -194,8 +224,7 @@ def map_slabs(
             return None, refusal
         memory.close()
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-    whole = mmap.mmap(-1, sum(slab.size for slab in slabs), flags, protection)
+    whole = mmap.mmap(-1, sum(slab.size for slab in slabs), flags, _protection(writable))
     try:
         address = address_of(whole)
         for slab in slabs:
@@ -213,6 +242,63 @@ def pin_refusal(exporter: str) -> str:
         f"the mapping of a dma-buf from {exporter} has no pages to pin (O_DIRECT there is EFAULT): "
         'allocate with exporter="udmabuf" for zero-copy'
     )
+
+
+# -- to another process, by multiprocessing
+
+
+def _send(buffer: Buffer) -> tuple[object, ...]:
+    """Return what another process makes the Buffer of: descriptors of the same memory."""
+    from multiprocessing.reduction import DupFd
+
+    fds = [DupFd(slab.fd) for slab in buffer.slabs]
+    memfd = None if buffer.memfd is None else DupFd(buffer.memfd)
+    sizes = [slab.size for slab in buffer.slabs]
+    about = buffer.exporter, buffer.name, buffer.is_dmabuf, buffer.descriptor_writable
+    return _receive, (fds, sizes, memfd, os.getpid(), *about)
+
+
+def _receive(
+    handles: Sequence[Any],
+    sizes: Sequence[int],
+    handle: Any,
+    sender: int,
+    exporter: str,
+    name: str | None,
+    is_dmabuf: bool,
+    writable: bool,
+) -> Buffer:
+    fds = [one.detach() for one in handles]
+    memfd = None if handle is None else handle.detach()
+    owned = fds if memfd is None else [*fds, memfd]
+    reason, refusal = f"sent by process {sender}", None
+    try:
+        if not is_dmabuf:
+            return _of_memfd(fds[0], reason, name)
+        offsets = itertools.accumulate(sizes, initial=0)
+        slabs = [Slab(*place) for place in zip(fds, offsets, sizes, strict=False)]
+        if memfd is None:
+            memory, refusal = map_slabs(slabs, exporter, writable=writable)
+        else:
+            memory = mmap.mmap(memfd, sum(sizes), mmap.MAP_SHARED, _protection(writable))
+        return Buffer(
+            slabs,
+            memory,
+            exporter=exporter,
+            reason=reason,
+            name=name,
+            writable=writable,
+            pin_refusal=pin_refusal(exporter) if memfd is None else None,
+            map_refusal=refusal,
+            memfd=memfd,
+        )
+    except BaseException:
+        for fd in owned:
+            os.close(fd)
+        raise
+
+
+SENDERS[Buffer] = _send
 
 
 # -- arrays and tensors of this process

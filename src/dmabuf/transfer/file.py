@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 import time
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from dmabuf._core import ffi
-from dmabuf.errors import Uncopyable, os_error
+from dmabuf.errors import SENDERS, Uncopyable, enable_sending, os_error
 from dmabuf.kernel import process
 from dmabuf.memory import Buffer
 from dmabuf.sizes import Size, parse_size
@@ -26,9 +27,11 @@ from dmabuf.transfer.plan import (
     terms_of,
 )
 from dmabuf.transfer.run import BLOCKING, Segments, complete, segments_of
-from dmabuf.transfer.target import Target
+from dmabuf.transfer.target import Target, check_identity
 
 Mode = Literal["r", "w", "r+", "x"]
+
+_OF_FILES = {"read", "readall", "readinto", "readline", "write", "seek", "tell", "truncate"}
 
 SMALL = 1 << 20
 """Bytes of a request that may go by one system call without a ring."""
@@ -62,12 +65,19 @@ def open(  # noqa: A001 - the verb of the trade, used as dmabuf.open
     return File(path, mode, force=force, engine=engine)
 
 
-class File(Uncopyable, instead="open its path again where it is needed"):
+class File(
+    Uncopyable,
+    instead="only multiprocessing sends it, if imported first; else open its path again",
+):
     """A file, device or stream that is read into a Buffer or written from one.
 
     Make it with `dmabuf.open`. It is safe to use from several threads: every offset is explicit,
-    and the file has no position of its own. (A pipe or socket has one; two threads share it.) After
-    fork, the child's copy raises ClosedError.
+    and the file has no position of its own. (A pipe or socket has one; two threads share it.)
+
+    The child of a fork, and a process that multiprocessing sends it to, open its path again, with
+    their default engine, and raise OSError(ESTALE) if another file has the path. Modes "w" and "x"
+    become "r+" there, so nothing is emptied. A File of a stream, of a handed-in descriptor or with
+    an own engine is not sent, and raises ClosedError after a fork.
     """
 
     def __init__(
@@ -78,14 +88,20 @@ class File(Uncopyable, instead="open its path again where it is needed"):
         force: bool = False,
         engine: Engine | None = None,
     ) -> None:
-        self.target = Target(path, mode, force, engine or default_engine())
-        """The open file behind it, for the other rooms of the package."""
-        self.links = Links(self.target)
+        target = Target(path, mode, force, engine or default_engine(), travels=engine is None)
+        self.links = Links(target)
         """What is known about moving bytes between it and each buffer, for the other rooms."""
         self.mode: str = mode
         """The mode it was opened with: "r", "w", "r+" or "x"."""
         self.name = path if isinstance(path, int) else self.target.path
         """The path, or the descriptor that was handed in."""
+        if "multiprocessing" in sys.modules:
+            enable_sending()
+
+    @property
+    def target(self) -> Target:
+        """The open file behind it, for the other rooms of the package."""
+        return self.links.current()
 
     def readable(self) -> bool:
         """Return whether bytes can be read from it into a buffer."""
@@ -118,7 +134,7 @@ class File(Uncopyable, instead="open its path again where it is needed"):
     @property
     def closed(self) -> bool:
         """Whether `close` was called."""
-        return self.target.closed
+        return self.links.target.closed
 
     def close(self) -> None:
         """Close it, and drop what the engine has registered of it. Can be called again.
@@ -129,10 +145,16 @@ class File(Uncopyable, instead="open its path again where it is needed"):
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"mode={self.mode!r}"
-        return f"<dmabuf.File {self.target.path!r} {state}>"
+        return f"<dmabuf.File {self.links.target.path!r} {state}>"
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> object:
+            why = "; use read_into() and write_from() with a Buffer" if name in _OF_FILES else ""
+            raise AttributeError(f"a File has no {name!r}{why}", name=name, obj=self)
 
     def __enter__(self) -> File:
-        if self.target.owner != process.pid:
+        if self.links.target.owner != process.pid:
             self.target.check_open()
         return self
 
@@ -140,7 +162,7 @@ class File(Uncopyable, instead="open its path again where it is needed"):
         self.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "links") and self.target.fd >= 0:
+        if "links" in self.__dict__ and self.links.target.fd >= 0:
             self.close()
 
     # -- transfers
@@ -410,3 +432,12 @@ class File(Uncopyable, instead="open its path again where it is needed"):
         if self.target.stream:
             text = f"{self.target.stream} has no offsets; use read_into and write_from without"
             raise os_error(errno.ESPIPE, text, self.target.path)
+
+
+def _receive(path: str, mode: Mode, force: bool, identity: tuple[int, int]) -> File:
+    file = File(path, mode, force=force)
+    check_identity(file.target, identity)
+    return file
+
+
+SENDERS[File] = lambda file: (_receive, file.target.reopening())

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import threading
 import weakref
 from functools import partial
 
 from dmabuf.kernel import process
 from dmabuf.memory import Buffer
+from dmabuf.transfer.engine import default_engine
 from dmabuf.transfer.link import Link
 from dmabuf.transfer.plan import Direction
-from dmabuf.transfer.target import Target
+from dmabuf.transfer.target import Target, check_identity
+
+_reopening = threading.Lock()
 
 
 class Links:
@@ -33,9 +38,10 @@ class Links:
         found = self.known.get(key)
         if found is not None:
             return found
-        if self.target.owner != process.pid:
-            self.target.check_open()
-        link = Link(self.target, buffer, direction, self.refresh, self.close_if_idle)
+        target = self.current()
+        if target.owner != process.pid:
+            target.check_open()
+        link = Link(target, buffer, direction, self.refresh, self.close_if_idle)
         # The buffer may outlive the file, and does not keep it.
         link.on_close = partial(_forget, weakref.ref(self), key)
         buffer.attach(link.users, link.on_close)
@@ -43,6 +49,23 @@ class Links:
         if found is not link:  # another thread made one meanwhile
             link.detach()
         return found
+
+    def current(self) -> Target:
+        """Return the open file, which the child of a fork opens again by its path.
+
+        Raises:
+            OSError: its path cannot be opened; ESTALE: another file has the path now.
+        """
+        if self.target.pid != process.pid and self.target.travels:
+            with _reopening:
+                old = self.target
+                if old.pid != process.pid and not old.closed:
+                    path, mode, force, identity = old.reopening()
+                    target = Target(path, mode, force, default_engine(), travels=True)
+                    check_identity(target, identity)
+                    self.target = target
+                    old.abandon()
+        return self.target
 
     def forget(self, key: tuple[int, Direction]) -> None:
         """Drop a link whose buffer is closed."""
@@ -87,3 +110,11 @@ def _forget(links: weakref.ref[Links], key: tuple[int, Direction]) -> None:
     found = links()
     if found is not None:
         found.forget(key)
+
+
+def _after_fork() -> None:
+    global _reopening
+    _reopening = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -60,8 +60,17 @@ class Target:
     _device: str | None = None
 
     def __init__(
-        self, path: str | bytes | os.PathLike[str] | int, mode: str, force: bool, engine: Engine
+        self,
+        path: str | bytes | os.PathLike[str] | int,
+        mode: str,
+        force: bool,
+        engine: Engine,
+        *,
+        travels: bool = False,
     ) -> None:
+        self.travels = travels and not isinstance(path, int)
+        """Whether another process may open the path again."""
+        self._reopening = "r" if mode == "r" else "r+", force
         if mode not in FLAGS:
             raise ValueError(f"invalid mode={mode!r}: use one of 'r', 'w', 'r+', 'x'")
         if isinstance(path, bool):
@@ -89,6 +98,7 @@ class Target:
             if not regular:
                 self.kind, self.namespace = self._identify(status.mode)
                 self.stream = files.STREAMS.get(self.kind)
+                self.travels = self.travels and self.stream is None
             if not self._private:
                 self._check_flags()
                 self._without_o_direct()
@@ -273,6 +283,26 @@ class Target:
                 f"{self.path} was opened by process {self.pid}, which forked: open it again here"
             )
 
+    def reopening(self) -> tuple[str, str, bool, tuple[int, int]]:
+        """Return the path, mode, force and identity by which another process opens the file again.
+
+        Raises:
+            TypeError: it has no path, or an engine that the other process has not.
+            ClosedError: it is closed.
+        """
+        if self.closed:
+            self.check_open()
+        if not self.travels:
+            what = self.stream or "a handed-in descriptor or own engine"
+            raise TypeError(f"send a File to another process: it has {what}; open it there")
+        status = os.fstat(self.fd)
+        return os.path.abspath(self.path), *self._reopening, (status.st_dev, status.st_ino)
+
+    def abandon(self) -> None:
+        """Close the descriptors in the child of a fork, where no thread releases a lock."""
+        self._lock = threading.RLock()
+        self.close()
+
     def close(self) -> None:
         """Close the descriptors, and remove them from the engine's tables.
 
@@ -430,3 +460,12 @@ def _duplicate(fd: int, mode: str) -> int:
         text = f"the descriptor is open for {has} only, and mode={mode!r} needs more"
         raise os_error(errno.EBADF, text, f"descriptor {fd}")
     return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
+
+
+def check_identity(target: Target, identity: tuple[int, int]) -> None:
+    """Close a target and raise OSError(ESTALE) unless it is the file with a device and inode."""
+    status = os.fstat(target.fd)
+    if (status.st_dev, status.st_ino) != identity:
+        target.close()
+        text = "open the file again in another process: the path is another file's now"
+        raise os_error(errno.ESTALE, text, target.path)
