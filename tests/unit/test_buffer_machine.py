@@ -53,6 +53,7 @@ class BufferMachine(RuleBasedStateMachine):
     @initialize(target=files)
     def begin(self):
         self.buffer = allocate(SIZE, exporter=self.exporter)
+        assert self.buffer.slabs  # others may write from now on: windows end with the memory
         self.memory = bytearray(SIZE)
         self.held = []
         return self.buffer, Model(self.memory, 0, SIZE)

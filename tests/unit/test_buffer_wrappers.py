@@ -7,10 +7,13 @@ import shutil
 import tarfile
 import zipfile
 
+import numpy as np
 import pytest
 
+import dmabuf
 from dmabuf.errors import ClosedError
-from dmabuf.memory import allocate
+from dmabuf.memory import Window, allocate
+from tests.forking import in_child
 
 SIZE = 1 << 20
 
@@ -110,6 +113,73 @@ def test_zipfile(buf, compression):
         assert archive.testzip() is None
         assert archive.read("one") == noise(50_000)
         assert archive.read("two") == b"two" * 1000
+
+
+def test_what_windows_wrote_has_an_end(buf):
+    """As in a file: zipfile looks for its directory from there."""
+    for content in (noise(50_000), noise(100)):
+        with buf.open() as window, zipfile.ZipFile(window, "w") as archive:
+            archive.writestr("one", content)
+            window.truncate()
+        with zipfile.ZipFile(buf.open(), "a") as archive:
+            assert archive.read("one") == content
+            archive.writestr("two", noise(10))
+        with buf.open() as window, zipfile.ZipFile(window) as archive:
+            assert archive.testzip() is None and archive.namelist() == ["one", "two"]
+            assert window.seek(0, os.SEEK_END) == window.end < window.size == SIZE
+    buf.open().write(b"PK")  # in place, and not the end
+    assert buf.open().end == window.end and buf.open(size=SIZE).end == SIZE
+    assert buf.open(offset=window.end).end == SIZE - window.end
+    with pytest.raises(OSError, match="cannot truncate"):
+        buf.open().truncate(SIZE + 1)
+
+
+def read_a_file(buffer, path):
+    with dmabuf.open(path) as file:
+        file.read_into(buffer)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda buffer, path: buffer.pwrite(b"x", 100),
+        lambda buffer, path: buffer.map("w").__enter__(),
+        lambda buffer, path: memoryview(buffer).release(),
+        lambda buffer, path: buffer.fileno(),
+        lambda buffer, path: buffer.slabs,
+        lambda buffer, path: (buffer.lend(path), buffer.take_back(path)),
+        lambda buffer, path: buffer.asarray(),
+        lambda buffer, path: in_child(lambda: None),
+        read_a_file,
+    ],
+)
+def test_a_window_ends_with_the_memory_where_others_may_have_written(buf, tmp_path, write):
+    (tmp_path / "file").write_bytes(noise(SIZE))
+    buf.open().write(b"ten bytes.")
+    assert buf.open().read() == b"ten bytes."
+    write(buf, tmp_path / "file")
+    assert buf.open().end == SIZE
+    buf.open().write(b"x")
+    assert len(buf.open().read()) == SIZE
+
+
+def test_numpy_and_lines(buf):
+    with buf.open() as window:
+        np.save(window, np.arange(10))
+        start = window.tell()
+        window.write(b"a\nbc\n\nlast")
+    window = buf.open()
+    assert np.load(window).tolist() == list(range(10)) and window.tell() == start
+    assert window.peek() == b"a\nbc\n\nlast" and window.tell() == start
+    assert list(window) == [b"a\n", b"bc\n", b"\n", b"last"] and window.peek() == b""
+
+
+def test_a_line_takes_few_reads(buf, monkeypatch):
+    buf.pwrite(noise(10_000).replace(b"\n", b" ") + b"\n", 0)
+    reads, plain = [], Window.pread
+    monkeypatch.setattr(Window, "pread", lambda *a: reads.append(a) or plain(*a))
+    assert len(buf.open().readline()) == 10_001
+    assert len(reads) <= 6
 
 
 def test_a_buffer_closed_under_a_wrapper_loses_nothing_in_silence(buf):

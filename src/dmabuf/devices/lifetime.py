@@ -117,6 +117,7 @@ def on_close(buffer: Buffer, callback: Callable[[], object]) -> None:
 
 def host_address(buffer: Buffer) -> int | None:
     """Return the address of the buffer's mapping, None where the CPU cannot map it."""
+    buffer.written_by_others()
     return buffer.address
 
 

@@ -22,7 +22,7 @@ from dmabuf.errors import BusyError, ClosedError, enable_sending
 from dmabuf.kernel import fence, uapi
 from dmabuf.memory import arrays
 from dmabuf.memory.rawfile import RawFile, parse_mode
-from dmabuf.sizes import Size, format_size
+from dmabuf.sizes import Size, as_int, format_size
 
 
 class Slab(NamedTuple):
@@ -67,7 +67,6 @@ class Buffer(
 
     closes_unasked = False
     """Whether it may be dropped without close(): the last array made over it closes it."""
-    _closed = True  # until __init__ has ended: a half-made Buffer has nothing to close
     _descriptors: Sequence[int] = ()
 
     def __init__(
@@ -112,6 +111,7 @@ class Buffer(
         self.map_refusal = map_refusal
         self._cached_address: int | None = None
         self._users_of = []
+        self._written: int | None = None
         self.forget_other_threads()
         _alive.add(self)
         self.memfd = memfd
@@ -120,11 +120,6 @@ class Buffer(
         self._closed = False
 
     # -- properties
-
-    @property
-    def size(self) -> int:
-        """The size in bytes, a multiple of the page size (or huge page size); never changes."""
-        return self._size
 
     @property
     def name(self) -> str | None:
@@ -150,12 +145,8 @@ class Buffer(
     def slabs(self) -> tuple[Slab, ...]:
         """The descriptors, in order and without gaps. Raises ClosedError after close."""
         self.check_open()
+        self.written_by_others()
         return self._slabs
-
-    @property
-    def mode(self) -> str:
-        """ "rb+" or "rb", as files have it; "" for memory that the CPU cannot map."""
-        return {(True, True): "rb+", (True, False): "rb"}.get(self._access, "")
 
     def fileno(self) -> int:
         """Return the dma-buf's descriptor (the memfd's, from that exporter); the Buffer owns it.
@@ -163,22 +154,13 @@ class Buffer(
         Raises io.UnsupportedOperation if there are several slabs, ClosedError after close.
         """
         self.check_open()
+        self.written_by_others()
         if len(self._slabs) > 1:
             raise io.UnsupportedOperation(
                 f"this buffer is {len(self._slabs)} dma-bufs with a descriptor each: use .slabs, "
                 f"or allocate it in one piece ({self._reason})"
             )
         return self._slabs[0].fd
-
-    def readable(self) -> bool:
-        """Return whether the CPU can read it: False only for memory that cannot be mapped."""
-        self.check_open()
-        return self._access[0]
-
-    def writable(self) -> bool:
-        """Return whether the CPU can write it: it is mapped and its descriptor is not read-only."""
-        self.check_open()
-        return self._access[1]
 
     def __repr__(self) -> str:
         if not hasattr(self, "_lock"):
@@ -221,6 +203,7 @@ class Buffer(
         with self._lock:
             self.check_open()
             self._maps += 1
+            self._written = None if write else self._written
         try:
             with self.cpu_access(read or not _is_whole_pages(offset, size), write, offset, size):
                 view = self.view(offset, size)
@@ -247,11 +230,19 @@ class Buffer(
 
         The window has its own position. Closing it leaves the buffer open.
 
+        Reading ends at the end of the memory, with one exception. In a buffer of :func:`allocate`
+        that only windows have written so far, a window without a size ends where they wrote last,
+        so that zipfile and torch.load find the end of what is there. It can still be written
+        beyond. Pass the size once a transfer, a map, an array or a device may have written.
+
         Raises what :meth:`map` raises.
         """
         mode = ("rw" if self._access[1] else "r") if mode is None else mode
         read, write = self.check_mode(mode)
-        return Window(self, *self.check_range(offset, size), read, write)
+        start, length = self.check_range(offset, size)
+        written = (self._written or 0) - start
+        end = length if size is not None or written <= 0 else min(written, length)
+        return Window(self, start, length, end, read, write)
 
     def __len__(self) -> int:
         return self._size
@@ -265,14 +256,6 @@ class Buffer(
         with self.map() as view:
             found = view[index]
             return found if isinstance(found, int) else found.tobytes()
-
-    def export(self) -> memoryview:
-        """Return the memory for the buffer protocol, after START."""
-        return self.begin_access(0, self._size, write=self._access[1])
-
-    def unexport(self) -> None:
-        """Issue END: the consumer has released the memory."""
-        self.end_access(0, self._size, write=self._access[1])
 
     asarray = arrays.asarray
     astensor = arrays.astensor
@@ -397,6 +380,7 @@ class Buffer(
         """Issue START for a checked range and return its memory; :meth:`end_access` follows."""
         begun: list[int] = []
         with self._held():
+            self._written = None if write else self._written
             self.check_mapped()
             try:
                 _begin(self.dmabufs(offset, size), _flags(True, write), begun)
@@ -419,13 +403,33 @@ class Buffer(
             with memoryview(self._memory) as whole:
                 return whole[offset : offset + size]
 
+    def span(self, offset: int, size: int, *, write: bool) -> AbstractContextManager[memoryview]:
+        """The memory of a checked range, ready for the CPU while the context lasts."""
+        if write:
+            self.written_by_others()
+        return self.access(offset, size, write=write)
+
     @contextmanager
-    def span(self, offset: int, size: int, *, write: bool) -> Iterator[memoryview]:
+    def access(self, offset: int, size: int, *, write: bool) -> Iterator[memoryview]:
         """The memory of a checked range, between START and END, while the buffer is held open."""
         with self._held():
             read = not write or not _is_whole_pages(offset, size)
             with self.cpu_access(read, write, offset, size), self.view(offset, size) as view:
                 yield view
+
+    def begin_empty(self) -> None:
+        """Have windows note from now on where they write, for :meth:`open`: nothing is written."""
+        self._written = 0
+
+    def written_by_window(self, end: int, *, cut: bool = False) -> None:
+        """Note that a window has written up to `end`, or cut off what is beyond."""
+        with self._lock:
+            if self._written is not None:
+                self._written = end if cut else max(self._written, end)
+
+    def written_by_others(self) -> None:
+        """Note that others may write from now on: a transfer, a device, another process."""
+        self._written = None
 
     def dmabufs(self, offset: int, size: int) -> list[int]:
         """Return the descriptors of the dma-bufs that a range touches; none for a memfd."""
@@ -491,20 +495,19 @@ class Buffer(
         """
         with self._lock:
             self.check_open()
-            if (
-                self._users
-                or any(users for users, _ in self._users_of)
-                or self._lent_to
-                or self._maps
-            ):
+            if self._maps or self._is_used():
                 raise BusyError(f"{self!r} is mapped, or a transfer of it runs")
             self._lent_to = device
+            self._written = None
 
     def take_back(self, device: object) -> None:
         """End a :meth:`lend`, if the buffer is lent to this device; so it can be called twice."""
         with self._lock:
             if self._lent_to is device:
                 self._lent_to = None
+
+    def _is_used(self) -> bool:
+        return bool(self._users or self._lent_to or any(users for users, _ in self._users_of))
 
     @contextmanager
     def _held(self) -> Iterator[None]:
@@ -539,14 +542,10 @@ class Buffer(
         self._lent_to = None
         self.closing = False
         self._maps = 0
+        self._written = None
         self._on_close: list[Callable[[], object]] = []
 
     # -- the end
-
-    @property
-    def closed(self) -> bool:
-        """Whether it was closed."""
-        return self._closed
 
     def close(self) -> None:
         """Unmap the memory and close the descriptors; does nothing if that was done before.
@@ -561,7 +560,7 @@ class Buffer(
                 return
             self.closing = True
             try:
-                if self._users or any(users for users, _ in self._users_of) or self._lent_to:
+                if self._is_used():
                     text = f"cannot close {self!r}: a transfer is running, or a device has it"
                     raise BusyError(text)
                 try:
@@ -605,17 +604,20 @@ class Window(RawFile, instead="make another one with Buffer.open()"):
     the window raises ClosedError. It keeps the buffer alive.
     """
 
-    def __init__(self, buffer: Buffer, offset: int, size: int, read: bool, write: bool) -> None:
+    def __init__(
+        self, buffer: Buffer, offset: int, size: int, end: int, read: bool, write: bool
+    ) -> None:
         self._buffer = buffer
         self._start = offset
         self._size = size
+        self._end = end
         self._access = (read, write)
         self._closed = False
 
     @property
-    def size(self) -> int:
-        """The size in bytes; never changes."""
-        return self._size
+    def end(self) -> int:
+        """Where reading ends and SEEK_END is, in bytes: see :meth:`Buffer.open`."""
+        return self._end
 
     @property
     def offset(self) -> int:
@@ -632,30 +634,10 @@ class Window(RawFile, instead="make another one with Buffer.open()"):
         """The buffer's name."""
         return self._buffer.name
 
-    @property
-    def mode(self) -> str:
-        """ "rb+", "rb" or "wb"."""
-        return {(True, True): "rb+", (True, False): "rb", (False, True): "wb"}[self._access]
-
-    def readable(self) -> bool:
-        """Return whether it was opened for reading."""
-        self.check_open()
-        return self._access[0]
-
-    def writable(self) -> bool:
-        """Return whether it was opened for writing."""
-        self.check_open()
-        return self._access[1]
-
     def fileno(self) -> NoReturn:
         """Raise io.UnsupportedOperation: a window has no descriptor."""
         self.check_open()
         raise io.UnsupportedOperation("a window has no descriptor: its buffer's slabs have")
-
-    @property
-    def closed(self) -> bool:
-        """Whether this window was closed; it does not change when the buffer is closed."""
-        return self._closed
 
     def close(self) -> None:
         """Close the window, not the buffer."""
@@ -669,16 +651,32 @@ class Window(RawFile, instead="make another one with Buffer.open()"):
 
     def span(self, offset: int, size: int, *, write: bool) -> AbstractContextManager[memoryview]:
         """The memory of a checked range, ready for the CPU while the context lasts."""
-        return self._buffer.span(self._start + offset, size, write=write)
+        if write:
+            self._end = max(self._end, offset + size)
+            self._buffer.written_by_window(self._start + offset + size)
+        return self._buffer.access(self._start + offset, size, write=write)
 
-    def export(self) -> memoryview:
-        """Return the memory for the buffer protocol, after START."""
-        self._check_readable()
-        return self._buffer.begin_access(self._start, self._size, write=self._access[1])
+    def truncate(self, size: int | None = None, /) -> int:
+        """Have reading end at ``size`` bytes, or at the position; bytes beyond keep their content.
 
-    def unexport(self) -> None:
-        """Issue END: the consumer has released the memory."""
-        self._buffer.end_access(self._start, self._size, write=self._access[1])
+        Raises OSError(EINVAL) for a size that is larger than the window's.
+        """
+        self._check_writable()
+        nbytes = self._position if size is None else as_int(size, "size")
+        if not 0 <= nbytes <= self._size:
+            return super().truncate(nbytes)
+        self._end = nbytes
+        self._buffer.written_by_window(self._start + nbytes, cut=True)
+        return nbytes
+
+    def begin_access(self, offset: int, size: int, *, write: bool) -> memoryview:
+        """Issue START for a checked range and return its memory; :meth:`end_access` follows."""
+        self.check_open()
+        return self._buffer.begin_access(self._start + offset, size, write=write)
+
+    def end_access(self, offset: int, size: int, *, write: bool) -> None:
+        """Issue END for a range of :meth:`begin_access`."""
+        self._buffer.end_access(self._start + offset, size, write=write)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"mode={self.mode!r}"
@@ -712,7 +710,12 @@ def _after_fork() -> None:
         buffer.forget_other_threads()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+def _before_fork() -> None:
+    for buffer in _living():
+        buffer.written_by_others()
+
+
+os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
 
 
 def _is_whole_pages(offset: int, size: int) -> bool:

@@ -93,6 +93,14 @@ def allocate(
         raise ValueError("size is 0: a buffer has at least one byte")
     foreign.check_name(name)
     node = None if numa_node is None else as_int(numa_node, "numa_node")
+    buffer = _allocate(exporter, nbytes, name, huge_pages, node)
+    buffer.begin_empty()
+    return buffer
+
+
+def _allocate(
+    exporter: str, nbytes: int, name: str | None, huge_pages: HugePages, node: int | None
+) -> Buffer:
     if exporter == "udmabuf":
         return _allocate_udmabuf(nbytes, name=name, huge_pages=huge_pages, numa_node=node)
     if exporter == "memfd":

@@ -14,6 +14,8 @@ from dmabuf.sizes import Size, as_int, parse_size
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 
+_PEEK = 8192
+
 _DIRECTIONS = {"r": (True, False), "w": (False, True), "rw": (True, True)}
 
 
@@ -45,22 +47,69 @@ def _as_bytes(data: "ReadableBuffer", *, writable: bool = False) -> memoryview:
 class RawFile(Uncopyable, Exporter, io.RawIOBase):
     """The file interface, and the buffer protocol, of a fixed number of bytes of memory.
 
-    A subclass defines ``size``, ``readable()``, ``writable()``, ``closed``, :meth:`span`, and
-    ``export()`` and ``unexport()`` for the buffer protocol. The position belongs to the object and
-    is not thread-safe, as with any raw file. ``pread``, ``pwrite``, ``preadv`` and ``pwritev``
-    neither use nor move it and are thread-safe.
+    A subclass sets ``_size``, ``_access`` and ``_closed``, and defines :meth:`span`,
+    :meth:`begin_access` and :meth:`end_access`. The position belongs to the object and is not
+    thread-safe, as with any raw file. ``pread``, ``pwrite``, ``preadv`` and ``pwritev`` neither use
+    nor move it and are thread-safe.
     """
 
+    _size: int
+    _access: tuple[bool, bool]
+    """Whether the CPU may read and write."""
+    _closed = True  # until __init__ has ended: one that is half-made has nothing to close
     _position = 0
 
     @property
     def size(self) -> int:
-        """The size in bytes; never changes."""
-        raise NotImplementedError
+        """The size in bytes, up to which it can be written; never changes."""
+        return self._size
+
+    @property
+    def mode(self) -> str:
+        """ "rb+", "rb" or "wb", as files have it; "" for memory that the CPU cannot map."""
+        return "rb+" if all(self._access) else "rb" * self._access[0] or "wb" * self._access[1]
+
+    def readable(self) -> bool:
+        """Return whether it can be read: not in mode "w", nor where the CPU cannot map it."""
+        self.check_open()
+        return self._access[0]
+
+    def writable(self) -> bool:
+        """Return whether it can be written: it is mapped, and not read-only."""
+        self.check_open()
+        return self._access[1]
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed. A window is not when its buffer is."""
+        return self._closed
+
+    @property
+    def end(self) -> int:
+        """Where reading ends and SEEK_END is, in bytes: the size, but in some windows."""
+        return self.size
 
     def span(self, offset: int, size: int, *, write: bool) -> AbstractContextManager[memoryview]:
         """The memory of a checked range, ready for the CPU while the context lasts."""
         raise NotImplementedError
+
+    def begin_access(self, offset: int, size: int, *, write: bool) -> memoryview:
+        """Issue START for a checked range and return its memory; :meth:`end_access` follows."""
+        raise NotImplementedError
+
+    def end_access(self, offset: int, size: int, *, write: bool) -> None:
+        """Issue END for a range of :meth:`begin_access`."""
+        raise NotImplementedError
+
+    def export(self) -> memoryview:
+        """Return the memory for the buffer protocol, after START."""
+        if self._access == (False, True):
+            self._refuse("readable")
+        return self.begin_access(0, self._size, write=self._access[1])
+
+    def unexport(self) -> None:
+        """Issue END: the consumer has released the memory."""
+        self.end_access(0, self._size, write=self._access[1])
 
     def check_open(self) -> None:
         """Raise ClosedError if it is closed."""
@@ -150,8 +199,8 @@ class RawFile(Uncopyable, Exporter, io.RawIOBase):
 
     def _clip(self, size: Size, offset: Size) -> tuple[int, int]:
         offset, nbytes = parse_size(offset, "offset"), parse_size(size, "size")
-        start = min(offset, self.size)
-        return start, min(nbytes, self.size - start)
+        start = min(offset, self.end)
+        return start, min(nbytes, self.end - start)
 
     def __array__(self, dtype: object = None, copy: bool | None = None) -> object:
         # NumPy ignores an error of the buffer protocol and comes here: raise it again, rather than
@@ -170,7 +219,14 @@ class RawFile(Uncopyable, Exporter, io.RawIOBase):
 
     def readall(self) -> bytes:
         """Return everything from the position to the end."""
-        return self._advance(max(self.size - self._position, 0))
+        return self._advance(max(self.end - self._position, 0))
+
+    def peek(self, size: int = 0, /) -> bytes:
+        """Return up to 8 KiB from the position on, whatever ``size`` is, and leave the position.
+
+        b"" is the end. readline() and iteration use it, so they do not read byte by byte.
+        """
+        return self.pread(_PEEK, self._position)
 
     def _advance(self, count: int) -> bytes:
         data = self.pread(count, self._position)
@@ -195,7 +251,7 @@ class RawFile(Uncopyable, Exporter, io.RawIOBase):
         Raises ValueError for an invalid position or an unknown whence.
         """
         self.check_open()
-        origins = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}
+        origins = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.end}
         if whence not in origins:
             raise ValueError(f"whence must be 0, 1 or 2, not {whence!r}")
         self._position = parse_size(origins[whence] + as_int(offset, "offset"), "position")
@@ -222,11 +278,6 @@ class RawFile(Uncopyable, Exporter, io.RawIOBase):
         """Return True."""
         self.check_open()
         return True
-
-    @property
-    def mode(self) -> str:
-        """ "rb+", "rb" or "wb", as files have it; "" for memory that the CPU cannot map."""
-        raise NotImplementedError
 
     # -- methods for which IOBase raises a plain ValueError once closed
 

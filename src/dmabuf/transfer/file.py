@@ -93,7 +93,7 @@ class File(
         """What is known about moving bytes between it and each buffer, for the other rooms."""
         self.mode: str = mode
         """The mode it was opened with: "r", "w", "r+" or "x"."""
-        self.name = path if isinstance(path, int) else self.target.path
+        self.name = path if isinstance(path, int) else target.path
         """The path, or the descriptor that was handed in."""
         if "multiprocessing" in sys.modules:
             enable_sending()

@@ -42,6 +42,8 @@ class Links:
         if target.owner != process.pid:
             target.check_open()
         link = Link(target, buffer, direction, self.refresh, self.close_if_idle)
+        if direction == "read":
+            buffer.written_by_others()
         # The buffer may outlive the file, and does not keep it.
         link.on_close = partial(_forget, weakref.ref(self), key)
         buffer.attach(link.users, link.on_close)
