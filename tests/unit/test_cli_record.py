@@ -157,6 +157,7 @@ def test_y4m(name: str, space: str, padding: int, camera, tmp_path: Path, capsys
         planes = [plane.tobytes() for plane in planar(name, content, camera.stride())]
         frames.append(b"FRAME\n" + b"".join(planes))
     assert_same(rest, b"".join(frames), "the frames")
+    assert told["routes"] == {"buffered": len(data)}
     assert told["copied"] >= len(data) == told["nbytes"] and "the CPU packed" in told["reason"]
     for frame, content in zip(told["frames"], contents, strict=True):
         for plane, expected in zip(

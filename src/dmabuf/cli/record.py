@@ -19,7 +19,7 @@ from dmabuf.cli.parser import Command, Misuse, Parser, number
 from dmabuf.copying import Replacement
 from dmabuf.devices import v4l2
 from dmabuf.sizes import round_up
-from dmabuf.transfer import ALLOWED, File, growth
+from dmabuf.transfer import ALLOWED, File, Route, growth
 
 _PAGE = os.sysconf("SC_PAGESIZE")
 _VIDEOS = (
@@ -298,7 +298,11 @@ def _write(
     alignment = _PAGE if packer.container == "raw" else 1
     pieces, copied = packer.pieces(frame, not recording.frames)
     planes, end, nbytes = [], recording.end, 0
-    reason = "; the CPU packed the planes" if copied else ""
+    reason, route = "", None
+    if copied:
+        reason = "; the CPU packed the planes"
+        if args.require == "any":  # else each end of a frame within a block would wait for the disk
+            route = Route.BUFFERED
     for piece in pieces:
         at = round_up(end, alignment)
         done = file.write_from(
@@ -307,6 +311,7 @@ def _write(
             file_offset=None if file.size is None else at,
             buffer_offset=piece.offset,
             require=args.require,
+            route=route,
         )
         end = at + piece.nbytes
         nbytes += piece.nbytes
