@@ -212,10 +212,12 @@ def test_png(name, pixels, color, expected, camera, tmp_path: Path, capsys: Capt
 def test_files_that_are_not_made(
     name: str, form: str, status: int, match: str, camera, tmp_path: Path, capsys: Capture
 ) -> None:
-    camera.form = (form, 64, 32)
-    ended = record(capsys, tmp_path / name, "-n", 1)
-    assert (ended.status, ended.out) == (status, "") and match in ended.err
-    assert os.listdir(tmp_path) == []
+    for words in ([], ["--format", form]):
+        camera.form = ("MJPG" if words else form, 64, 32)
+        before = camera.form
+        ended = record(capsys, tmp_path / name, "-n", 1, *words)
+        assert (ended.status, ended.out) == (status, "") and match in ended.err
+        assert os.listdir(tmp_path) == [] and camera.form == before
 
 
 def test_png_without_pillow(camera, tmp_path: Path, capsys: Capture, monkeypatch) -> None:

@@ -43,16 +43,23 @@ class Packer:
     padding. Else the CPU gathers the bytes in a Buffer of the packer.
     """
 
-    def __init__(self, container: str, form: Format) -> None:
-        """Raise OSError (EINVAL) if the container cannot hold the camera's format."""
+    def __init__(self, container: str) -> None:
+        """Raise ImportError if a library for the container is missing."""
         self.container = container
         self._gathered: Buffer | None = None
-        name = DRM_NAMES.get(form.fourcc)
-        known = name in _SUBSAMPLING
         if container == "png":
-            known = known or name in _RGB or form.fourcc in ("MJPG", "JPEG")
-        if container in ("y4m", "png") and not known:
-            text = f"record: cannot make {container} of {form.fourcc}; "
+            import_optional("PIL.Image", "record of .png", "dmabuf[png]")
+        if container in ("png", "y4m"):
+            import_optional("numpy", f"record of .{container}", "dmabuf[arrays]")
+
+    def check(self, fourcc: str) -> None:
+        """Raise OSError (EINVAL) if the container cannot hold a format."""
+        name = DRM_NAMES.get(fourcc)
+        known = self.container in ("raw", "packed") or name in _SUBSAMPLING
+        if self.container == "png":
+            known = known or name in _RGB or fourcc in ("MJPG", "JPEG")
+        if not known:
+            text = f"record: cannot make {self.container} of {fourcc}; "
             raise os_error(errno.EINVAL, f"{text}try --format YUYV or NV12, or a raw file")
 
     def __enter__(self) -> Packer:
@@ -126,17 +133,18 @@ def _header(form: Format) -> bytes:
 
 
 def _png(frame: Frame) -> bytes:
-    image = import_optional("PIL.Image", "record of .png", "dmabuf[png]")
+    from PIL import Image
+
     name = DRM_NAMES.get(frame.format.fourcc)
     if name is None:
-        picture = image.open(io.BytesIO(frame.asarray().tobytes())).convert("RGB")
+        picture = Image.open(io.BytesIO(frame.asarray().tobytes())).convert("RGB")
     elif name == "R8":
-        picture = image.fromarray(frame.asarray())
+        picture = Image.fromarray(frame.asarray())
     elif name in _RGB:
         array = frame.asarray()[..., :3]
-        picture = image.fromarray((array if _RGB[name] == "RGB" else array[..., ::-1]).copy())
+        picture = Image.fromarray((array if _RGB[name] == "RGB" else array[..., ::-1]).copy())
     else:
-        picture = image.fromarray(_rgb(planar(frame), frame.format.color))
+        picture = Image.fromarray(_rgb(planar(frame), frame.format.color))
     out = io.BytesIO()
     picture.save(out, "PNG")
     return out.getvalue()

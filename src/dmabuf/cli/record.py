@@ -171,6 +171,9 @@ def _run(args: Namespace) -> None:
     if target.status and stat.S_ISBLK(target.status.st_mode):
         raise OSError(errno.EINVAL, "is a block device: name a file on it", target.name)
     container = _container(args, target)
+    packer = Packer(container)
+    if args.format is not None:
+        packer.check(args.format)  # before the camera's settings change
     width, height = args.size or (None, None)
     with (
         output.Progress(args.progress) as progress,
@@ -185,8 +188,9 @@ def _run(args: Namespace) -> None:
             fps=args.fps,
             timeout=args.timeout,
         ) as camera,
-        Packer(container, camera.format) as packer,
+        packer,
     ):
+        packer.check(camera.format.fourcc)
         if container == "png":
             args.frames = args.frames or 1
         if target.replaced:
