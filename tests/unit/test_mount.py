@@ -1,7 +1,6 @@
 """`dmabuf mount`: a store's buffers as files, as the system calls see them."""
 
 import errno
-import json
 import os
 import signal
 import stat
@@ -17,6 +16,7 @@ from tests.guards import demand, needs
 from tests.mounting import Mounted, attributes, mount, mounted, start
 from tests.serving import as_a_program
 from tests.support import assert_same, pattern, together
+from tests.unit.schemas import checked
 
 SIZE = 3 << 20
 
@@ -321,7 +321,7 @@ def test_a_mount_ends_when_it_is_told_to(tmp_path: Path) -> None:
     with as_a_program(socket):
         for end in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             process = start(folder, socket, "--json")
-            told = json.loads("".join(process.stdout.readline() for _ in range(5)))
+            told = checked("".join(process.stdout.readline() for _ in range(5)))
             assert told == {
                 "format": "dmabuf-mount/1",
                 "directory": str(folder),

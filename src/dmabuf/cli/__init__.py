@@ -71,7 +71,7 @@ def _run(words: list[str]) -> int:
         try:
             command = load(first)
         except ImportError as problem:
-            output.error(str(problem))
+            parser.report(problem, "--json" in words)
             return output.FAILED
         return parser.run(command, first, words[1:])
     try:
