@@ -1,11 +1,13 @@
 """Build the C core; pyproject.toml has everything else."""
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -38,10 +40,19 @@ class BuildCore(build_ext):
         super().run()
 
 
+def readme() -> str:
+    """Return README.md with names of files in place of links, which would lead nowhere on PyPI."""
+    text = Path(__file__).with_name("README.md").read_text()
+    text = re.sub(r"\[([^]]+)\]\(\1\)", r"`\1`", text)
+    return re.sub(r"\[([^]]+)\]\((?!\w+:)([^)]+)\)", r"\1 (`\2`)", text)
+
+
 # One wheel serves every CPython from 3.11 on, but for free-threaded ones: they have no stable ABI.
 abi3 = not sysconfig.get_config_var("Py_GIL_DISABLED")
 exporter = Extension("dmabuf._exporter", ["csrc/python/exporter.c"], py_limited_api=abi3)
 setup(
+    long_description=readme(),
+    long_description_content_type="text/markdown",
     cffi_modules=["csrc/build_ffi.py:ffi"],
     ext_modules=[exporter],
     cmdclass={"build_ext": BuildCore},

@@ -3,6 +3,7 @@
 import ast
 import functools
 import importlib
+import importlib.metadata
 import re
 from pathlib import Path
 
@@ -45,6 +46,12 @@ def test_every_link_within_the_project_leads_somewhere(page):
         target = page.parent / path if path else page
         assert target.exists(), link
         assert not anchor or target.suffix != ".md" or anchor in anchors(target), link
+
+
+def test_the_description_of_the_package_has_no_links_into_the_source():
+    text = importlib.metadata.metadata("dmabuf").get_payload()
+    assert "docs/getting-started.md" in text
+    assert not re.search(r"\]\((?!https?:)", text)
 
 
 def source(block):
@@ -148,3 +155,22 @@ def test_a_malformed_file_is_refused_as_models_md_shows(tmp_path):
     with pytest.raises(ValueError) as error:
         safetensors.load(path, framework="np")
     assert f"ValueError: {error.value}".replace(f"{tmp_path}/", "") == line
+
+
+def test_every_message_of_the_troubleshooting_page_is_one_of_the_code():
+    texts = []
+    for path in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [
+                    part.value if isinstance(part, ast.Constant) else "..." for part in node.values
+                ]
+                texts.append("".join(parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    page = (ROOT / "docs/reference/troubleshooting.md").read_text()
+    messages = re.findall(r"^\| `(.*?)` \|", page, re.M)
+    assert len(messages) > 40
+    for message in messages:
+        words = re.compile(".*".join(re.escape(part) for part in message.split("...")), re.S)
+        assert any(words.search(text) for text in texts), message

@@ -59,6 +59,7 @@ _OF_THE_MEDIUM = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Progress = Callable[[str, int, int | None], object]
 Facts = dict[str, str | int | None]
+"""What is stated by name: text, numbers, or None where it is unknown."""
 
 
 @dataclass(frozen=True, slots=True)
