@@ -199,7 +199,7 @@ def test_writes_to_btrfs_with_checksums(file, monkeypatch, filesystem, release, 
             raise OSError(errno.ENOTTY, "")
         answer[:4] = flags.to_bytes(4, sys.byteorder)
 
-    monkeypatch.setattr(files, "lib", Fake(dmb_statfs_type=lambda _: filesystem))
+    monkeypatch.setattr(files, "filesystem_of", lambda _: filesystem)
     monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(release=release))
     monkeypatch.setattr(uapi, "ioctl", ioctl)
     direct = open_direct(file)
@@ -225,7 +225,7 @@ def test_writes_to_btrfs_that_keeps_copies(file, monkeypatch, spaces, refused):
         told += b"".join(struct.pack("=QQQ", flags, 1 << 30, 0) for flags in spaces)
         answer[: len(told)] = told
 
-    monkeypatch.setattr(files, "lib", Fake(dmb_statfs_type=lambda _: uapi.BTRFS))
+    monkeypatch.setattr(files, "filesystem_of", lambda _: uapi.BTRFS)
     monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(release="7.3.4"))
     monkeypatch.setattr(uapi, "ioctl", ioctl)
     direct = open_direct(file)

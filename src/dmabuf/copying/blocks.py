@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from contextlib import ExitStack, suppress
 from queue import Empty, SimpleQueue
@@ -85,12 +84,16 @@ class Filled(NamedTuple):
     """The error that came after these bytes."""
 
 
+class _Stopped(BaseException):
+    """Raised in the thread of a Reader that waits for a peer, because the copy has ended."""
+
+
 class Reader:
     """Fills buffers of the pool from the source. A context manager.
 
     With `ahead` a thread fills them as long as there are empty ones. Leaving the context stops the
-    thread: a wait for a stream is woken, a transfer that a device works on ends by itself, and then
-    the thread is joined.
+    thread: a wait for a stream or a fence ends within 100 ms, and a transfer that a device works on
+    by itself.
     """
 
     def __init__(
@@ -106,7 +109,7 @@ class Reader:
         self._pool = pool
         self._left = most
         self._whole = whole
-        self._stop: int | None = None
+        self._stopped = False
         self._thread: threading.Thread | None = None
         self._empty: SimpleQueue[Buffer | None] = SimpleQueue()
         self._full: SimpleQueue[Filled] = SimpleQueue()
@@ -135,7 +138,7 @@ class Reader:
             return Filled(buffer, 0, True, None)
         source, more = self._source, self._left is None or self._left > wanted
         try:
-            got = source.read(buffer, 0, wanted, whole=self._whole, more=more, stop=self._stop)
+            got = source.read(buffer, 0, wanted, whole=self._whole, more=more)
         except OSError as error:
             return Filled(buffer, getattr(error, "nbytes", 0), True, error)
         if self._left is not None:
@@ -148,7 +151,12 @@ class Reader:
                 return Filled(buffer, got, True, error)
         return Filled(buffer, got, ended or self._left == 0, None)
 
+    def _check(self) -> None:
+        if self._stopped:
+            raise _Stopped
+
     def _run(self) -> None:
+        stopping.check = self._check
         while (buffer := self._empty.get()) is not None:
             try:
                 filled = self.fill(buffer)
@@ -162,7 +170,6 @@ class Reader:
         if self._thread is not None:
             for buffer in self._pool:
                 self._empty.put(buffer)
-            self._stop = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             try:
                 self._thread.start()
             except BaseException:
@@ -171,25 +178,23 @@ class Reader:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        interruption = None
-        while self._stop is not None:
+        interruption, self._stopped = None, True
+        while self._thread is not None:
             try:
-                self._end_thread(self._stop)
+                self._end_thread(self._thread)
             except KeyboardInterrupt as error:  # a second one: still wait for the thread
                 interruption = error
         if interruption is not None and exc[:1] == (None,):
             raise interruption
 
-    def _end_thread(self, stop: int) -> None:
-        os.eventfd_write(stop, 1)
+    def _end_thread(self, thread: threading.Thread) -> None:
         self._empty.put(None)
-        if self._thread is not None and self._thread.ident is not None:
-            self._thread.join(_PATIENCE)
-            if self._thread.is_alive():
+        if thread.ident is not None:
+            thread.join(_PATIENCE)
+            if thread.is_alive():
                 import logging
 
                 text = "%s: waiting for the device to finish a read"
                 logging.getLogger("dmabuf").warning(text, self._source.name)
-                self._thread.join()
-        self._stop = None
-        os.close(stop)
+                thread.join()
+        self._thread = None

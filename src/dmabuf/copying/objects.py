@@ -81,9 +81,7 @@ class ObjectSource(Source):
         refuse_offset(offset, what, what)
         self.endless = is_endless(self.status)
 
-    def read(
-        self, buffer: Buffer, at: int, size: int, *, whole: bool, more: bool, stop: int | None
-    ) -> int:
+    def read(self, buffer: Buffer, at: int, size: int, *, whole: bool, more: bool) -> int:
         """Read the next bytes into the buffer, and return how many."""
         plan, begun = self.plan(buffer, size), time.perf_counter()
         done = requests = 0

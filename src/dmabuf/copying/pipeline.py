@@ -4,8 +4,8 @@
 
 A thread fills buffers from the source, and the calling thread empties them into the target, in
 order. So signals are handled where Python handles them, and every wait for a peer is either in the
-calling thread, which Ctrl-C interrupts, or a poll that the end of the copy wakes. No pool is needed
-where one end is memory.
+calling thread, which Ctrl-C interrupts, or a poll in slices, which the end of the copy ends. No
+pool is needed where one end is memory.
 """
 
 from __future__ import annotations
@@ -295,7 +295,7 @@ def _into_memory(source: Source, target: Memory, most: int, meter: _Meter) -> in
         with _counting(done):
             got = source.read(
                 target.buffer, target.start + done, wanted,
-                whole=True, more=done + wanted < most, stop=None,
+                whole=True, more=done + wanted < most,
             )  # fmt: skip
         done += got
         if got < wanted:

@@ -9,16 +9,14 @@ import stat
 import time
 from typing import NamedTuple
 
-from dmabuf._core import lib
 from dmabuf.copying.record import Tally
 from dmabuf.errors import ShortReadError, TransferError, os_error
+from dmabuf.kernel import files
 from dmabuf.memory import Buffer
-from dmabuf.transfer import File, Plan, Terms, plan_in_order, stopping, stream
+from dmabuf.transfer import BLOCKING, Direction, File, Plan, Terms, complete, plan_in_order, stream
 
 _ENDLESS = frozenset(os.makedev(1, minor) for minor in (5, 7, 8, 9))
 """The devices zero, full, random and urandom (Documentation/admin-guide/devices.txt)."""
-_SLICE_MS = 100
-"""Milliseconds of one wait: a signal just before a system call does not interrupt it."""
 _PACKET = 4096
 """The largest packet of a pipe in packet mode: a read with less room drops the rest (pipe(2))."""
 _PSEUDO_FILESYSTEMS = frozenset(
@@ -40,16 +38,12 @@ class Memory(NamedTuple):
     size: int
 
 
-class Source:
-    """What a copy reads; the base of the three kinds."""
+class End:
+    """One end of a copy that is not memory."""
 
-    total: int | None = None
-    """Bytes that will come; None if unknown."""
+    direction: Direction
     in_order: str | None = None
-    """A description such as "a pipe" of a source that can only be read in order."""
-    endless = False
-    any_thread = True
-    """Whether another thread than the caller's may read it."""
+    """A description such as "a pipe" of an end that can only be read or written in order."""
 
     def __init__(self, name: str, terms: Terms, status: os.stat_result | None) -> None:
         self.name = name
@@ -61,11 +55,20 @@ class Source:
     def plan(self, buffer: Buffer, size: int) -> Plan:
         """Return the route of the next `size` bytes; raises RouteUnavailable."""
         assert self.in_order is not None
-        return plan_in_order("read", self.in_order, self.terms, self.name)
+        return plan_in_order(self.direction, self.in_order, self.terms, self.name)
 
-    def read(
-        self, buffer: Buffer, at: int, size: int, *, whole: bool, more: bool, stop: int | None
-    ) -> int:
+
+class Source(End):
+    """What a copy reads; the base of the three kinds."""
+
+    direction = "read"
+    total: int | None = None
+    """Bytes that will come; None if unknown."""
+    endless = False
+    any_thread = True
+    """Whether another thread than the caller's may read it."""
+
+    def read(self, buffer: Buffer, at: int, size: int, *, whole: bool, more: bool) -> int:
         """Read the next bytes into the buffer, and return how many; fewer than `size` at the end.
 
         Args:
@@ -74,7 +77,6 @@ class Source:
             size: bytes at most.
             whole: wait until a stream has given `size` bytes, instead of returning what is there.
             more: the copy goes on after these bytes.
-            stop: an eventfd that ends a wait early.
         """
         raise NotImplementedError
 
@@ -98,9 +100,7 @@ class FileSource(Source):
             buffer, "read", size=size, file_offset=self._offset, terms=self.terms
         )
 
-    def read(
-        self, buffer: Buffer, at: int, size: int, *, whole: bool, more: bool, stop: int | None
-    ) -> int:
+    def read(self, buffer: Buffer, at: int, size: int, *, whole: bool, more: bool) -> int:
         """Read the next bytes into the buffer, and return how many."""
         transfer = self._file.read_into(
             buffer, size, file_offset=self._offset, buffer_offset=at, terms=self.terms
@@ -115,7 +115,7 @@ class FileSource(Source):
         if end < promised:
             text = f"it ends at {end} now, and had bytes up to {promised} before"
             raise ShortReadError(f"{self.name} shrank while it was copied: {text}")
-        pseudo = self._file.kind == "file" and lib.dmb_statfs_type(fd) in _PSEUDO_FILESYSTEMS
+        pseudo = self._file.kind == "file" and files.filesystem_of(fd) in _PSEUDO_FILESYSTEMS
         if not pseudo or os.pread(fd, 1, self._offset):
             text = f"it was truncated to {self._offset} bytes and has {end} again"
             raise ShortReadError(f"{self.name} changed while it was copied: {text}")
@@ -138,13 +138,11 @@ class StreamSource(Source):
         check_socket(file, self.name)
         self.endless = is_endless(self.status)
 
-    def read(
-        self, buffer: Buffer, at: int, size: int, *, whole: bool, more: bool, stop: int | None
-    ) -> int:
+    def read(self, buffer: Buffer, at: int, size: int, *, whole: bool, more: bool) -> int:
         """Read the next bytes into the buffer, and return how many."""
         plan, begun = self.plan(buffer, size), time.perf_counter()
         fd, done, requests = self._file.fileno(), 0, 0
-        while done < size and (self._rest or _readable(fd, stop, wait=whole or not done)):
+        while done < size and (self._rest or _readable(fd, self.name, wait=whole or not done)):
             here, most = at + done, min(size - done, stream.CHUNK)
             with buffer.map("w", here, most) as view:
                 try:
@@ -219,10 +217,7 @@ def check_socket(file: File, path: str) -> None:
         return
     import socket  # not needed to start `dmabuf cp`
 
-    blocking = os.get_blocking(file.fileno())
-    with socket.socket(fileno=os.dup(file.fileno())) as found:
-        if os.get_blocking(file.fileno()) != blocking:  # socket.setdefaulttimeout() changed it
-            os.set_blocking(file.fileno(), blocking)
+    with stream.socket_at(file.fileno()) as found:
         if found.type != socket.SOCK_STREAM:
             text = "a copy would cut the messages of this socket: use one of SOCK_STREAM"
             raise os_error(errno.EPROTOTYPE, text, path)
@@ -231,15 +226,11 @@ def check_socket(file: File, path: str) -> None:
             raise os_error(errno.ENOTCONN, text, path)
 
 
-def _readable(fd: int, stop: int | None, *, wait: bool) -> bool:
-    """Wait until there are bytes or the end, and return whether; False after `stop`."""
+def _readable(fd: int, path: str, *, wait: bool) -> bool:
+    """Return whether there are bytes or the end; with `wait`, when there are."""
+    if wait:
+        complete(BLOCKING.ready(fd, "read", None, path))
+        return True
     poll = select.poll()
     poll.register(fd, select.POLLIN)
-    if stop is not None:
-        poll.register(stop, select.POLLIN)
-    ready = dict(poll.poll(_SLICE_MS if wait else 0))
-    while wait and not ready:
-        if stopping.check is not None:
-            stopping.check()
-        ready = dict(poll.poll(_SLICE_MS))
-    return fd in ready and stop not in ready
+    return bool(poll.poll(0))

@@ -9,32 +9,18 @@ import errno
 import os
 import time
 
-from dmabuf.copying.record import Tally
-from dmabuf.copying.sources import check_socket, file_name, refuse_offset
+from dmabuf.copying.sources import End, check_socket, file_name, refuse_offset
 from dmabuf.errors import TransferError, os_error
 from dmabuf.memory import Buffer
-from dmabuf.transfer import BLOCKING, File, Growth, Plan, Terms, complete, plan_in_order, stream
+from dmabuf.transfer import BLOCKING, File, Growth, Plan, Terms, complete, stream
 
 
-class Target:
+class Target(End):
     """What a copy writes; the base of the three kinds."""
 
-    in_order: str | None = None
-    """A description such as "a pipe" of a target that can only be written in order."""
+    direction = "write"
     begun = False
     """Whether anything of the target may have changed."""
-
-    def __init__(self, name: str, terms: Terms, status: os.stat_result | None) -> None:
-        self.name = name
-        self.terms = terms
-        self.status = status
-        """The status of the file below; None if there is no descriptor."""
-        self.tally = Tally()
-
-    def plan(self, buffer: Buffer, size: int) -> Plan:
-        """Return the route of the next `size` bytes; raises RouteUnavailable."""
-        assert self.in_order is not None
-        return plan_in_order("write", self.in_order, self.terms, self.name)
 
     def prepare(self, total: int | None) -> None:
         """Get ready for `total` bytes (None if unknown); raises OSError if they do not fit."""

@@ -98,11 +98,13 @@ def status_of(fd: int) -> Any:
     return status
 
 
-def filesystem_of(fd: int, mount: int) -> int:
+def filesystem_of(fd: int, mount: int | None = None) -> int:
     """Return the type of the filesystem of a file, as statfs(2) reports it.
 
     It is remembered by mount: statfs(2) counts free blocks, and a mount keeps its filesystem.
+    `mount` is that of `status_of`, if the caller knows it.
     """
+    mount = status_of(fd).mount if mount is None else mount
     known = _filesystems.get(mount)
     if known is None:
         known = int(lib.dmb_statfs_type(fd))
@@ -115,8 +117,7 @@ def filesystem_of(fd: int, mount: int) -> int:
 
 def kept_in_memory(fd: int) -> str | None:
     """Return the name of the filesystem if its files exist in the page cache only, else None."""
-    filesystem = lib.dmb_statfs_type(fd)
-    return uapi.MEMORY_FILESYSTEMS.get(filesystem)
+    return uapi.MEMORY_FILESYSTEMS.get(filesystem_of(fd))
 
 
 def open_direct(fd: int, kind: Kind, writable: bool, readable: bool) -> Direct:
@@ -126,7 +127,7 @@ def open_direct(fd: int, kind: Kind, writable: bool, readable: bool) -> Direct:
     (STATX_DIOALIGN, Linux 6.1), or found by trying if statx does not report it.
     """
     none = _NO_ALIGNMENT
-    filesystem = lib.dmb_statfs_type(fd) if kind == "file" else 0
+    filesystem = filesystem_of(fd) if kind == "file" else 0
     memory = uapi.MEMORY_FILESYSTEMS.get(filesystem)
     if memory:
         text = f"{memory} keeps its files in the page cache: O_DIRECT is accepted and ignored there"
@@ -331,7 +332,7 @@ def cached_pages(fd: int, offset: int, size: int) -> int | None:
     """
     if size == 0:
         return None
-    if lib.dmb_statfs_type(fd) == uapi.OVERLAYFS:
+    if filesystem_of(fd) == uapi.OVERLAYFS:
         return _mapped_pages(fd, offset, size)
     answer = ffi.new("uint64_t *")
     return None if lib.dmb_cachestat(fd, offset, size, answer) else int(answer[0])

@@ -27,7 +27,7 @@ from contextlib import contextmanager, suppress
 
 from dmabuf._core import failure, lib
 from dmabuf.errors import TransferError
-from dmabuf.kernel import uapi
+from dmabuf.kernel import files, uapi
 from dmabuf.transfer.run import Segments
 
 Range = tuple[int, int]
@@ -194,7 +194,7 @@ def _joined(ranges: Iterable[Range]) -> list[Range]:
 
 
 def _is_ext4(fd: int) -> bool:
-    return bool(lib.dmb_statfs_type(fd) == uapi.EXT4)
+    return files.filesystem_of(fd) == uapi.EXT4
 
 
 def _short_of_room(fd: int, status: os.stat_result, nbytes: int) -> bool:

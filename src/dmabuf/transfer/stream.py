@@ -264,6 +264,18 @@ def _write_now(fd: int, views: list[memoryview]) -> int:
 
 
 @contextmanager
+def socket_at(fd: int) -> Iterator[socket.socket]:
+    """Yield the socket behind a descriptor, which keeps its flags."""
+    import socket
+
+    blocking = os.get_blocking(fd)
+    with socket.socket(fileno=os.dup(fd)) as found:
+        if os.get_blocking(fd) != blocking:  # socket.setdefaulttimeout() applies to every socket
+            os.set_blocking(fd, blocking)
+        yield found
+
+
+@contextmanager
 def _message_socket(fd: int) -> Iterator[socket.socket | None]:
     """Yield the socket if it keeps the borders of messages; otherwise None."""
     if not stat.S_ISSOCK(os.fstat(fd).st_mode):
@@ -271,10 +283,7 @@ def _message_socket(fd: int) -> Iterator[socket.socket | None]:
         return
     import socket
 
-    blocking = os.get_blocking(fd)
-    with socket.socket(fileno=os.dup(fd)) as found:
-        if os.get_blocking(fd) != blocking:  # socket.setdefaulttimeout() applies to every socket
-            os.set_blocking(fd, blocking)
+    with socket_at(fd) as found:
         yield None if found.type == socket.SOCK_STREAM else found
 
 
