@@ -3,34 +3,28 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Coroutine
 from time import perf_counter
 
 import anyio
 
 from dmabuf.aio.engine import loop_engine
 from dmabuf.aio.waiter import Loop, signalled
-from dmabuf.errors import Uncopyable
 from dmabuf.kernel import fence as fences
 from dmabuf.kernel import process
 from dmabuf.memory import Buffer
 from dmabuf.sizes import Size
 from dmabuf.transfer import (
     SMALL,
-    Audit,
+    BaseFile,
     Direction,
     Link,
     Mode,
-    Plan,
-    Prefer,
-    Require,
-    Route,
     Segments,
     Terms,
     Transfer,
     segments_of,
-    terms_of,
 )
-from dmabuf.transfer import file as sync
 
 
 async def open(  # noqa: A001 - as dmabuf.open
@@ -41,11 +35,13 @@ async def open(  # noqa: A001 - as dmabuf.open
     The arguments and errors are those of `dmabuf.open`. Opening blocks the loop for the duration of
     open(2). Close the File with `aclose`, which `async with` calls.
     """
-    engine = await loop_engine()
-    return File(sync.File(path, mode, force=force, engine=engine), Loop(engine))
+    return File(path, mode, force=force, loop=Loop(await loop_engine()))
 
 
-class File(Uncopyable, instead="open its path again in the event loop that needs it"):
+class File(
+    BaseFile[Coroutine[object, object, Transfer]],
+    instead="open its path again in the event loop that needs it",
+):
     """A file, device or stream that is read into a Buffer or written from one, awaited.
 
     Make it with `dmabuf.aio.open`. It belongs to the event loop it was opened in, and any number of
@@ -54,52 +50,17 @@ class File(Uncopyable, instead="open its path again in the event loop that needs
     run one after the other.
     """
 
-    def __init__(self, file: sync.File, loop: Loop) -> None:
-        self._file, self._loop = file, loop
+    _shown = "dmabuf.aio.File"
+
+    def __init__(
+        self, path: str | bytes | os.PathLike[str] | int, mode: Mode, *, force: bool, loop: Loop
+    ) -> None:
+        super().__init__(path, mode, force=force, engine=loop.engine)
+        self._loop = loop
         self._in_order = {"read": anyio.Semaphore(1), "write": anyio.Semaphore(1)}
 
-    @property
-    def name(self) -> str | int:
-        """The path, or the descriptor that was passed."""
-        return self._file.name
-
-    @property
-    def mode(self) -> str:
-        """The mode it was opened with: "r", "w", "r+" or "x"."""
-        return self._file.mode
-
-    @property
-    def kind(self) -> str:
-        """The kind of file, as `dmabuf.File.kind`."""
-        return self._file.kind
-
-    @property
-    def size(self) -> int | None:
-        """Where the file or device ends now, in bytes; None for a stream."""
-        return self._file.size
-
-    @property
-    def closed(self) -> bool:
-        """Whether `aclose` was called."""
-        return self._file.closed
-
-    def readable(self) -> bool:
-        """Return whether bytes can be read from it into a buffer."""
-        return self._file.readable()
-
-    def writable(self) -> bool:
-        """Return whether bytes can be written to it from a buffer."""
-        return self._file.writable()
-
-    def fileno(self) -> int:
-        """Return the descriptor without O_DIRECT. It stays the File's."""
-        return self._file.fileno()
-
-    def __repr__(self) -> str:
-        return repr(self._file).replace("dmabuf.File", "dmabuf.aio.File")
-
     async def __aenter__(self) -> File:
-        self._file.target.check_open()
+        self.target.check_open()
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -113,13 +74,13 @@ class File(Uncopyable, instead="open its path again in the event loop that needs
         Raises:
             RuntimeError: the running event loop is not the File's.
         """
-        file, engine = self._file, self._loop.engine
-        if file.target.owner == process.pid and not engine.closed:
+        engine = self._loop.engine
+        if self.links.target.owner == process.pid and not engine.closed:
             engine.check_usable()
-        file.close()  # nothing new begins; a transfer that runs keeps the descriptors
+        self.links.close()  # nothing new begins; a transfer that runs keeps the descriptors
         self._loop.cancel()
         interruption = None
-        while file.links.busy and not engine.forked:
+        while self.links.busy and not engine.forked:
             try:
                 with anyio.CancelScope(shield=True):
                     self._loop.ended = anyio.Event()
@@ -131,137 +92,34 @@ class File(Uncopyable, instead="open its path again in the event loop that needs
         if interruption is not None:
             raise interruption
 
-    # -- transfers
-
-    async def read_into(
+    async def _move_range(
         self,
+        direction: Direction,
         buffer: Buffer,
-        size: Size | None = None,
-        *,
-        file_offset: Size | None = None,
-        buffer_offset: Size = 0,
-        require: Require = "any",
-        route: Route | str | None = None,
-        prefer: Prefer = "zero-copy",
-        timeout: float | None = None,
-        fence: bool = True,
-        audit: Audit = "first",
-        terms: Terms | None = None,
+        size: Size | None,
+        file_offset: Size | None,
+        buffer_offset: Size,
+        terms: Terms,
     ) -> Transfer:
-        """Read from the file into the buffer; see `dmabuf.File.read_into`."""
         begun = perf_counter()
-        file = self._file
-        link = file.links.get(buffer, "read")
-        if terms is None:
-            terms = terms_of(require, route, prefer, timeout, fence, audit)
+        link = self.links.get(buffer, direction)
         if terms.plain and type(size) is int and size <= SMALL:
             done = await self._loop.move_small(
                 link, file_offset or 0, buffer_offset, size, terms, begun
             )
             if done is not None:
                 return done
-        segments = file.segment(buffer, "read", size, file_offset, buffer_offset)
+        segments = self.segment(buffer, direction, size, file_offset, buffer_offset)
         return await self._move(link, segments, terms, begun)
 
-    async def write_from(
-        self,
-        buffer: Buffer,
-        size: Size | None = None,
-        *,
-        file_offset: Size | None = None,
-        buffer_offset: Size = 0,
-        require: Require = "any",
-        route: Route | str | None = None,
-        prefer: Prefer = "zero-copy",
-        sync: bool = False,
-        timeout: float | None = None,
-        fence: bool = True,
-        audit: Audit = "first",
-        terms: Terms | None = None,
+    async def _move_segments(
+        self, direction: Direction, buffer: Buffer, segments: object, terms: Terms
     ) -> Transfer:
-        """Write from the buffer to the file; see `dmabuf.File.write_from`."""
         begun = perf_counter()
-        file = self._file
-        link = file.links.get(buffer, "write")
-        if terms is None:
-            terms = terms_of(require, route, prefer, timeout, fence, audit, sync)
-        if terms.plain and type(size) is int and size <= SMALL:
-            done = await self._loop.move_small(
-                link, file_offset or 0, buffer_offset, size, terms, begun
-            )
-            if done is not None:
-                return done
-        segments = file.segment(buffer, "write", size, file_offset, buffer_offset)
-        return await self._move(link, segments, terms, begun)
-
-    async def read_segments(
-        self,
-        buffer: Buffer,
-        segments: object,
-        *,
-        require: Require = "any",
-        route: Route | str | None = None,
-        timeout: float | None = None,
-        fence: bool = True,
-        audit: Audit = "first",
-        terms: Terms | None = None,
-    ) -> Transfer:
-        """Read many ranges to many places of the buffer; see `dmabuf.File.read_segments`."""
-        begun = perf_counter()
-        link = self._file.links.get(buffer, "read")
-        self._file.check_offsets()
-        if terms is None:
-            terms = terms_of(require, route, "zero-copy", timeout, fence, audit)
+        link = self.links.get(buffer, direction)
+        self.check_offsets()
         with segments_of(segments) as held:
             return await self._move(link, held, terms, begun)
-
-    async def write_segments(
-        self,
-        buffer: Buffer,
-        segments: object,
-        *,
-        require: Require = "any",
-        route: Route | str | None = None,
-        sync: bool = False,
-        timeout: float | None = None,
-        fence: bool = True,
-        audit: Audit = "first",
-        terms: Terms | None = None,
-    ) -> Transfer:
-        """Write many ranges of the buffer to many places; see `dmabuf.File.write_segments`."""
-        begun = perf_counter()
-        link = self._file.links.get(buffer, "write")
-        self._file.check_offsets()
-        if terms is None:
-            terms = terms_of(require, route, "zero-copy", timeout, fence, audit, sync)
-        with segments_of(segments) as held:
-            return await self._move(link, held, terms, begun)
-
-    def plan(
-        self,
-        buffer: Buffer,
-        direction: Direction = "read",
-        *,
-        size: Size | None = None,
-        file_offset: Size | None = None,
-        buffer_offset: Size = 0,
-        require: Require = "any",
-        route: Route | str | None = None,
-        prefer: Prefer = "zero-copy",
-        terms: Terms | None = None,
-    ) -> Plan:
-        """Return the route that a transfer would take, and why; see `dmabuf.File.plan`."""
-        return self._file.plan(
-            buffer,
-            direction,
-            size=size,
-            file_offset=file_offset,
-            buffer_offset=buffer_offset,
-            require=require,
-            route=route,
-            prefer=prefer,
-            terms=terms,
-        )
 
     async def _move(self, link: Link, segments: Segments, terms: Terms, begun: float) -> Transfer:
         try:

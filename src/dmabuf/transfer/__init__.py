@@ -24,6 +24,7 @@ from dmabuf.transfer.engine import (
 )
 from dmabuf.transfer.file import (
     SMALL,
+    BaseFile,
     File,
     Mode,
     open,  # noqa: A004 - dmabuf.open is the API
@@ -75,6 +76,7 @@ __all__ = [
     "SMALL",
     "Audit",
     "Backend",
+    "BaseFile",
     "Direction",
     "Engine",
     "File",

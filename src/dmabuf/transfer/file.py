@@ -6,7 +6,7 @@ import errno
 import os
 import sys
 import time
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 from dmabuf._core import ffi
 from dmabuf.errors import SENDERS, Uncopyable, enable_sending, os_error
@@ -30,6 +30,7 @@ from dmabuf.transfer.run import BLOCKING, Segments, complete, segments_of
 from dmabuf.transfer.target import Target, check_identity
 
 Mode = Literal["r", "w", "r+", "x"]
+Result = TypeVar("Result", covariant=True)
 
 _OF_FILES = {"read", "readall", "readinto", "readline", "write", "seek", "tell", "truncate"}
 
@@ -65,20 +66,13 @@ def open(  # noqa: A001 - the verb of the trade, used as dmabuf.open
     return File(path, mode, force=force, engine=engine)
 
 
-class File(
-    Uncopyable,
-    instead="only multiprocessing sends it, if imported first; else open its path again",
-):
-    """A file, device or stream that is read into a Buffer or written from one.
+class BaseFile(Uncopyable, Generic[Result]):
+    """What `dmabuf.File` and `dmabuf.aio.File` have in common: the arguments of transfers.
 
-    Make it with `dmabuf.open`. It is safe to use from several threads: every offset is explicit,
-    and the file has no position of its own. (A pipe or socket has one; two threads share it.)
-
-    The child of a fork, and a process that multiprocessing sends it to, open its path again, with
-    their default engine, and raise OSError(ESTALE) if another file has the path. Modes "w" and "x"
-    become "r+" there, so nothing is emptied. A File of a stream, of a handed-in descriptor or with
-    an own engine is not sent, and raises ClosedError after a fork.
+    `Result` is what a transfer returns: its record, or a coroutine of it.
     """
+
+    _shown: str
 
     def __init__(
         self,
@@ -133,19 +127,12 @@ class File(
 
     @property
     def closed(self) -> bool:
-        """Whether `close` was called."""
+        """Whether it was closed."""
         return self.links.target.closed
-
-    def close(self) -> None:
-        """Close it, and drop what the engine has registered of it. Can be called again.
-
-        A transfer that runs in another thread goes on to its end, and the descriptor with it.
-        """
-        self.links.close()
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"mode={self.mode!r}"
-        return f"<dmabuf.File {self.links.target.path!r} {state}>"
+        return f"<{self._shown} {self.links.target.path!r} {state}>"
 
     if not TYPE_CHECKING:
 
@@ -153,17 +140,9 @@ class File(
             why = "; use read_into() and write_from() with a Buffer" if name in _OF_FILES else ""
             raise AttributeError(f"a File has no {name!r}{why}", name=name, obj=self)
 
-    def __enter__(self) -> File:
-        if self.links.target.owner != process.pid:
-            self.target.check_open()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
     def __del__(self) -> None:
         if "links" in self.__dict__ and self.links.target.fd >= 0:
-            self.close()
+            self.links.close()
 
     # -- transfers
 
@@ -181,7 +160,7 @@ class File(
         fence: bool = True,
         audit: Audit = "first",
         terms: Terms | None = None,
-    ) -> Transfer:
+    ) -> Result:
         """Read from the file into the buffer.
 
         Args:
@@ -217,17 +196,8 @@ class File(
             IntegrityError: a comparison showed that the bytes did not arrive.
             ValueError: a range outside the buffer or the largest file offset, or a closed file.
         """
-        begun = time.perf_counter()
-        known = self.links.known.get((id(buffer), "read"))
-        link = known or self.links.get(buffer, "read")
-        if terms is None:
-            terms = terms_of(require, route, prefer, timeout, fence, audit)
-        if terms.plain and type(size) is int and size <= SMALL:
-            done = link.move_small(file_offset, buffer_offset, size, terms, begun)
-            if done is not None:
-                return done
-        segments = self.segment(buffer, "read", size, file_offset, buffer_offset)
-        return complete(link.move(segments, terms, BLOCKING, begun))
+        terms = terms or terms_of(require, route, prefer, timeout, fence, audit)
+        return self._move_range("read", buffer, size, file_offset, buffer_offset, terms)
 
     def write_from(
         self,
@@ -244,7 +214,7 @@ class File(
         fence: bool = True,
         audit: Audit = "first",
         terms: Terms | None = None,
-    ) -> Transfer:
+    ) -> Result:
         """Write from the buffer to the file.
 
         A write past the end of a regular file allocates first; after a failure the file is cut
@@ -276,17 +246,8 @@ class File(
                 nothing was touched.
             RouteUnavailable, IntegrityError, ValueError: as `read_into`.
         """
-        begun = time.perf_counter()
-        known = self.links.known.get((id(buffer), "write"))
-        link = known or self.links.get(buffer, "write")
-        if terms is None:
-            terms = terms_of(require, route, prefer, timeout, fence, audit, sync)
-        if terms.plain and type(size) is int and size <= SMALL:
-            done = link.move_small(file_offset, buffer_offset, size, terms, begun)
-            if done is not None:
-                return done
-        segments = self.segment(buffer, "write", size, file_offset, buffer_offset)
-        return complete(link.move(segments, terms, BLOCKING, begun))
+        terms = terms or terms_of(require, route, prefer, timeout, fence, audit, sync)
+        return self._move_range("write", buffer, size, file_offset, buffer_offset, terms)
 
     def read_segments(
         self,
@@ -299,7 +260,7 @@ class File(
         fence: bool = True,
         audit: Audit = "first",
         terms: Terms | None = None,
-    ) -> Transfer:
+    ) -> Result:
         """Read many ranges of the file to many places of the buffer, as one array of requests.
 
         Args:
@@ -319,14 +280,8 @@ class File(
             TypeError: `segments` is not such an array.
             OSError, RouteUnavailable, ValueError: as `read_into`.
         """
-        begun = time.perf_counter()
-        known = self.links.known.get((id(buffer), "read"))
-        link = known or self.links.get(buffer, "read")
-        self.check_offsets()
-        if terms is None:
-            terms = terms_of(require, route, "zero-copy", timeout, fence, audit)
-        with segments_of(segments) as held:
-            return complete(link.move(held, terms, BLOCKING, begun))
+        terms = terms or terms_of(require, route, "zero-copy", timeout, fence, audit)
+        return self._move_segments("read", buffer, segments, terms)
 
     def write_segments(
         self,
@@ -340,7 +295,7 @@ class File(
         fence: bool = True,
         audit: Audit = "first",
         terms: Terms | None = None,
-    ) -> Transfer:
+    ) -> Result:
         """Write many ranges of the buffer to many places of the file, as one array of requests.
 
         Args:
@@ -358,14 +313,24 @@ class File(
             TypeError: `segments` is not such an array.
             OSError, RouteUnavailable, ValueError: as `write_from`.
         """
-        begun = time.perf_counter()
-        known = self.links.known.get((id(buffer), "write"))
-        link = known or self.links.get(buffer, "write")
-        self.check_offsets()
-        if terms is None:
-            terms = terms_of(require, route, "zero-copy", timeout, fence, audit, sync)
-        with segments_of(segments) as held:
-            return complete(link.move(held, terms, BLOCKING, begun))
+        terms = terms or terms_of(require, route, "zero-copy", timeout, fence, audit, sync)
+        return self._move_segments("write", buffer, segments, terms)
+
+    def _move_range(
+        self,
+        direction: Direction,
+        buffer: Buffer,
+        size: Size | None,
+        file_offset: Size | None,
+        buffer_offset: Size,
+        terms: Terms,
+    ) -> Result:
+        raise NotImplementedError
+
+    def _move_segments(
+        self, direction: Direction, buffer: Buffer, segments: object, terms: Terms
+    ) -> Result:
+        raise NotImplementedError
 
     def plan(
         self,
@@ -393,7 +358,7 @@ class File(
         segments = self.segment(buffer, direction, size, file_offset, buffer_offset)
         return link.plan(segments, terms or terms_of(require, route, prefer))
 
-    # -- arguments, also those of dmabuf.aio
+    # -- arguments
 
     def segment(
         self,
@@ -432,6 +397,67 @@ class File(
         if self.target.stream:
             text = f"{self.target.stream} has no offsets; use read_into and write_from without"
             raise os_error(errno.ESPIPE, text, self.target.path)
+
+
+class File(
+    BaseFile[Transfer],
+    instead="only multiprocessing sends it, if imported first; else open its path again",
+):
+    """A file, device or stream that is read into a Buffer or written from one.
+
+    Make it with `dmabuf.open`. It is safe to use from several threads: every offset is explicit,
+    and the file has no position of its own. (A pipe or socket has one; two threads share it.)
+
+    The child of a fork, and a process that multiprocessing sends it to, open its path again, with
+    their default engine, and raise OSError(ESTALE) if another file has the path. Modes "w" and "x"
+    become "r+" there, so nothing is emptied. A File of a stream, of a handed-in descriptor or with
+    an own engine is not sent, and raises ClosedError after a fork.
+    """
+
+    _shown = "dmabuf.File"
+
+    def close(self) -> None:
+        """Close it, and drop what the engine has registered of it. Can be called again.
+
+        A transfer that runs in another thread goes on to its end, and the descriptor with it.
+        """
+        self.links.close()
+
+    def __enter__(self) -> File:
+        if self.links.target.owner != process.pid:
+            self.target.check_open()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _move_range(
+        self,
+        direction: Direction,
+        buffer: Buffer,
+        size: Size | None,
+        file_offset: Size | None,
+        buffer_offset: Size,
+        terms: Terms,
+    ) -> Transfer:
+        begun = time.perf_counter()
+        known = self.links.known.get((id(buffer), direction))
+        link = known or self.links.get(buffer, direction)
+        if terms.plain and type(size) is int and size <= SMALL:
+            done = link.move_small(file_offset, buffer_offset, size, terms, begun)
+            if done is not None:
+                return done
+        segments = self.segment(buffer, direction, size, file_offset, buffer_offset)
+        return complete(link.move(segments, terms, BLOCKING, begun))
+
+    def _move_segments(
+        self, direction: Direction, buffer: Buffer, segments: object, terms: Terms
+    ) -> Transfer:
+        begun = time.perf_counter()
+        link = self.links.get(buffer, direction)
+        self.check_offsets()
+        with segments_of(segments) as held:
+            return complete(link.move(held, terms, BLOCKING, begun))
 
 
 def _receive(path: str, mode: Mode, force: bool, identity: tuple[int, int]) -> File:
