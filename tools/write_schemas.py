@@ -7,6 +7,7 @@ usage: tools/write_schemas.py FOLDER
 import inspect
 import json
 import pkgutil
+import re
 import sys
 from dataclasses import fields, is_dataclass
 from importlib import import_module
@@ -37,18 +38,23 @@ class Plain(GenerateJsonSchema):
         return False
 
 
-def schema(name: str, record: Any) -> str:
+def schema(record: Any) -> dict[str, Any]:
     """Return the schema of a record, described by the docstrings of its fields."""
     record.__pydantic_config__ = {
         "use_attribute_docstrings": True,
         "json_schema_serialization_defaults_required": True,
     }
     told = TypeAdapter(record).json_schema(mode="serialization", schema_generator=Plain)
-    told = {"$schema": Plain.schema_dialect} | told | {"title": name}
-    return json.dumps(told, indent=1)
+    for name, part in {record.__name__: told, **told.get("$defs", {})}.items():
+        kind = vars(sys.modules[record.__module__]).get(name, object)
+        for base in filter(is_dataclass, inspect.getmro(kind)[1:]):  # pydantic leaves these out
+            for key, field in schema(base)["properties"].items():
+                part["properties"][key] = field | part["properties"][key]
+    return told
 
 
 if __name__ == "__main__":
     for name, record in documents().items():
+        told = {"$schema": Plain.schema_dialect} | schema(record) | {"title": name}
         path = Path(sys.argv[1], f"{name.replace('/', '-')}.json")
-        path.write_text(schema(name, record) + "\n")
+        path.write_text(re.sub(r"\bNone\b", "null", json.dumps(told, indent=1)) + "\n")

@@ -205,9 +205,9 @@ class Entry:
 
     name: str
     size: int
-    """The memory: whole pages."""
+    """Bytes of memory: whole pages."""
     length: int
-    """The content."""
+    """Bytes of content."""
     mode: str
     """The permission bits in octal, such as "640"."""
     uid: int
@@ -217,9 +217,9 @@ class Entry:
     changed_ns: int
     """When the name, mode or owner changed."""
     modified_ns: int
-    """When the content was last opened for writing."""
+    """When the content got its name or length; clients may set it."""
     accessed_ns: int
-    """When the content was last opened for reading."""
+    """That of creation; clients may set it."""
     exporter: str
     reason: str
     """Why that exporter made it."""

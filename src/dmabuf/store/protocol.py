@@ -85,10 +85,12 @@ class Status:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """How full a store is: bytes and names held, and the limit of each."""
+    """How full a store is."""
 
     charged: int
+    """Bytes held."""
     max_memory: int
+    """The most bytes that it holds."""
     names: int
     max_names: int
 
