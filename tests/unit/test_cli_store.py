@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -212,6 +213,7 @@ def test_how_full_the_store_is(store, path, capsys) -> None:
         (["get", "--size", "-1", "n", "f"], "size"),
         (["serve", "--max-memory", "all"], "--max-memory"),
         (["serve", "--max-memory", "0"], "the store could hold nothing"),
+        (["serve", "--metrics", "host"], "use HOST:PORT or PORT"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(arguments, why, capsys) -> None:
@@ -230,6 +232,61 @@ def test_without_a_server(path, capsys) -> None:
     ended = command(capsys, "ls", "--socket", path)
     assert ended.status == 1
     assert ended.err == f"error: {path}: no store is running here; start one: dmabuf serve\n"
+
+
+def test_whether_the_store_answers(store, path, tmp_path, capsys) -> None:
+    ended = command(capsys, "ping", "--socket", path)
+    assert (ended.status, ended.out.startswith(f"{path}: the store answers, in ")) == (0, True)
+    silent = tmp_path / "silent.sock"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(silent))
+        listener.listen()
+        ended = command(capsys, "ping", "--socket", silent, "--timeout", "0.01")
+    why = f"error: {silent}: the store does not answer within 0.01 s\n"
+    assert (ended.status, ended.err) == (1, why)
+
+
+def test_what_is_done_and_refused_is_logged(path: Path) -> None:
+    options = ("--log-level", "info", "--log-format", "json", "--max-memory", "1MiB")
+    with as_a_program(path, *options) as server, dmabuf.store.connect(path) as store:
+        store.create("a", 5, mode=0o640).close()
+        with pytest.raises(OSError, match="is full"):
+            store.create("b", "2MiB")
+        store.open("a").close()  # is not logged
+        store.remove("a")
+        server.terminate()
+        lines = [json.loads(line) for line in server.stderr.read().splitlines()]
+    keys = ("level", "operation", "result", "user", "name")
+    user = os.geteuid()
+    assert [tuple(line[key] for key in keys) for line in lines] == [
+        ("info", "create", "ok", user, "a"),
+        ("warning", "create", "ENOSPC", user, "b"),
+        ("info", "remove", "ok", user, "a"),
+    ]
+    assert (lines[0]["mode"], "2 MiB wanted" in lines[1]["reason"]) == ("640", True)
+
+
+def test_metrics_for_prometheus_go_on_over_a_replacement(path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+
+    def figures() -> dict[str, float]:
+        with urllib.request.urlopen(f"http://{address}/metrics", timeout=60) as answer:
+            lines = answer.read().decode().splitlines()
+        pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+        return {name: float(value) for name, value in pairs}
+
+    options = ("--metrics", address, "--max-memory", "1MiB")
+    with as_a_program(path, *options) as first, dmabuf.store.connect(path) as store:
+        store.create("a", 4096).close()
+        told = figures()
+        assert told["dmabuf_store_memory_bytes"] == 4096
+        assert told["dmabuf_store_clients"] == told["dmabuf_store_names"] == 1
+        assert told['dmabuf_store_requests_total{operation="create",result="ok"}'] == 1
+        with as_a_program(path, *options, "--replace"):
+            assert first.wait(timeout=100) == 0
+            assert figures()["dmabuf_store_memory_bytes"] == 4096
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

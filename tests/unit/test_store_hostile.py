@@ -313,7 +313,7 @@ def test_a_server_that_is_not_a_store(path: Path) -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
             listener.bind(str(path))
             listener.listen()
-            with dmabuf.store.connect(path) as store:
+            with dmabuf.store.connect(path, again=False) as store:
                 connection, _ = listener.accept()
                 with connection:
                     socket.send_fds(connection, [data], fds)

@@ -29,6 +29,7 @@ COMMANDS = {
     "ls": ("store", "List the buffers of the store or of the system."),
     "top": ("system", "Show who holds dma-bufs, again and again."),
     "serve": ("serve", "Hold named buffers for other processes."),
+    "ping": ("serve", "Ask whether the store answers."),
     "put": ("store", "Copy a file into a named buffer."),
     "get": ("store", "Copy a named buffer into a file."),
     "stat": ("store", "Show the status of a named buffer."),

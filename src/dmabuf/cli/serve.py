@@ -1,17 +1,49 @@
-"""`dmabuf serve`: the server of the store."""
+"""`dmabuf serve`, the server of the store, and `dmabuf ping`, which asks whether it answers."""
 
 from __future__ import annotations
 
+import json
+import logging
 import resource
 import signal
-from argparse import Namespace
+import time
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Literal
 
 from dmabuf import store
 from dmabuf.cli import output
-from dmabuf.cli.parser import Command, Misuse, Parser, size
+from dmabuf.cli.parser import Command, Misuse, Parser, number, size
 from dmabuf.sizes import format_size
+
+_LEVELS = ("debug", "info", "warning", "error")
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    if port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16:
+        return host.strip("[]") or "127.0.0.1", int(port)
+    raise ArgumentTypeError(f"invalid address '{text}': use HOST:PORT or PORT, such as 9120")
+
+
+class _JsonLines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        """Return a record as one line of JSON."""
+        line: dict[str, object] = {"time": record.created, "level": record.levelname.lower()}
+        fields = getattr(record, "fields", None)
+        line |= fields if fields is not None else {"message": super().format(record)}
+        return json.dumps(line)
+
+
+def _log(level: str, kind: str) -> None:
+    handler = logging.StreamHandler()
+    text = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+    handler.setFormatter(_JsonLines() if kind == "json" else text)
+    log = logging.getLogger("dmabuf")
+    log.addHandler(handler)
+    log.setLevel(level.upper())
 
 
 def _serve_arguments(parser: Parser) -> None:
@@ -21,12 +53,19 @@ def _serve_arguments(parser: Parser) -> None:
     text = "The most memory to hold. [default: half of what it may use]"
     parser.option("--max-memory", "SIZE", text, size)
     parser.flag("--replace", "Take over all buffers and clients of the server that runs there.")
+    parser.option(
+        "--log-level", "LEVEL", "What to log on standard error.", str, "warning", choices=_LEVELS
+    )
+    parser.option("--log-format", "FORMAT", "How to log it.", str, "text", choices=("text", "json"))
+    text = "Serve metrics for Prometheus there, over HTTP. [HOST: 127.0.0.1]"
+    parser.option("--metrics", "[HOST:]PORT", text, _address)
 
 
 def _serve(args: Namespace) -> None:
     limit = store.default_limit() if args.max_memory is None else args.max_memory
     if not limit:
         raise Misuse("--max-memory is 0: the store could hold nothing")
+    _log(args.log_level, args.log_format)
     _, descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)  # a buffer takes two or more
     resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
     with ExitStack() as stack:
@@ -35,6 +74,8 @@ def _serve(args: Namespace) -> None:
             server = stack.enter_context(started)
         except LookupError:
             raise ValueError(f"unknown group {args.group!r}") from None
+        if args.metrics is not None:
+            stack.enter_context(store.serving_metrics(server, *args.metrics))
         stack.enter_context(_stopping(server))
         output.note(f"serving at {server.path}, {format_size(limit)} at most")
         store.notify_systemd("READY=1")
@@ -64,5 +105,43 @@ SIGTERM and SIGINT end the server with status 0; buffers that clients have open 
     _serve,
     """\
   dmabuf serve
-  dmabuf serve --max-memory 8GiB --socket /run/cameras.sock --group video""",
+  dmabuf serve --max-memory 8GiB --socket /run/cameras.sock --group video
+  dmabuf serve --log-level info --log-format json --metrics 9120""",
+)
+
+
+# -- ping
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The result of `dmabuf ping`."""
+
+    socket: str
+    seconds: float
+    """From the request to the reply."""
+    format: Literal["dmabuf-ping/1"] = "dmabuf-ping/1"
+
+
+def _ping_arguments(parser: Parser) -> None:
+    text = "Seconds to wait for the reply. [default: 5]"
+    parser.option("--timeout", "SECONDS", text, number(0.001, 3600, float), 5.0)
+    parser.shared("socket", "json")
+
+
+def _ping(args: Namespace) -> None:
+    with store.connect(args.socket, timeout=args.timeout) as connection:
+        begun = time.monotonic()
+        connection.usage()
+        seconds = time.monotonic() - begun
+        if args.json:
+            output.say_json(Answer(connection.path, seconds))
+        else:
+            output.say(f"{connection.path}: the store answers, in {1000 * seconds:.1f} ms")
+
+
+PING = Command(
+    "Ask whether the store answers. The exit status is 1 if it does not, for health checks.",
+    _ping_arguments,
+    _ping,
 )

@@ -21,14 +21,18 @@ from dmabuf.store.protocol import UNCHANGED, Grant, Status, Usage
 __all__ = ["Store", "check_name", "connect"]
 
 
-def connect(path: str | os.PathLike[str] | None = None, *, again: bool = True) -> Store:
+def connect(
+    path: str | os.PathLike[str] | None = None, *, again: bool = True, timeout: float | None = None
+) -> Store:
     """Return a connection to the store whose socket is at ``path``.
 
     None is ``$XDG_RUNTIME_DIR/dmabuf.sock``, or ``/run/dmabuf.sock`` for root. ``again`` is whether
-    the Store connects again if the server was restarted. Raises OSError: ENOENT or ECONNREFUSED if
-    no store is running, EACCES if this user may not connect.
+    the Store connects again if the server was restarted. ``timeout`` is the most seconds to wait
+    for a reply, None for ever. Raises OSError: ENOENT or ECONNREFUSED if no store is running,
+    EACCES if this user may not connect.
     """
-    return Store(place.default_path() if path is None else os.fspath(path), again=again)
+    where = place.default_path() if path is None else os.fspath(path)
+    return Store(where, again=again, timeout=timeout)
 
 
 def check_name(name: str) -> str:
@@ -51,8 +55,9 @@ class Store:
     (Status.number) fails with OSError(ESTALE) unless the name still belongs to that buffer.
 
     Every method raises OSErrors with the name as ``filename``: FileNotFoundError, FileExistsError,
-    PermissionError, ENOSPC above ``--max-memory``, ConnectionError if the server has ended. After
-    :meth:`close`, and in the child of a fork, it raises ClosedError.
+    PermissionError, ENOSPC above ``--max-memory``, ConnectionError if the server has ended,
+    TimeoutError after ``timeout``. After that, after :meth:`close`, and in the child of a fork, it
+    raises ClosedError.
 
     An orderly restart of the server keeps the connection. If the server was killed and another one
     listens, the Store connects to it and makes the request once more. A ``create``, ``link``,
@@ -62,8 +67,8 @@ class Store:
     Thread-safe: one request at a time.
     """
 
-    def __init__(self, path: str, *, again: bool = True) -> None:
-        self._connection = Connection(path, again)
+    def __init__(self, path: str, *, again: bool = True, timeout: float | None = None) -> None:
+        self._connection = Connection(path, again, timeout)
         self._unnamed: weakref.WeakKeyDictionary[Buffer, int] = weakref.WeakKeyDictionary()
 
     @property

@@ -30,11 +30,11 @@ class Connection:
     """A connection to a server. Thread-safe; an interrupt between request and reply closes it.
 
     If the server ends and another listens there, it connects to that one, unless ``again`` is
-    False.
+    False. ``timeout`` is the most seconds to wait for a reply; None is for ever.
     """
 
-    def __init__(self, path: str, again: bool) -> None:
-        self.path, self._again = path, again
+    def __init__(self, path: str, again: bool, timeout: float | None) -> None:
+        self.path, self._again, self._timeout = path, again, timeout
         self._lock = threading.Lock()
         place.check_path(path)
         self._socket = self._connected()
@@ -54,6 +54,7 @@ class Connection:
             }
             text = fixes.get(error.errno or 0, error.strerror)
             raise OSError(error.errno, text, path) from None
+        made.settimeout(self._timeout)
         return made
 
     @property
@@ -110,6 +111,10 @@ class Connection:
                 data, descriptors, flags, _ = self._receive()
             except ConnectionResetError:  # reported once, before the data that was received
                 data, descriptors, flags, _ = self._receive()
+        except TimeoutError:
+            self._socket.close()
+            text = f"the store does not answer within {self._timeout} s"
+            raise OSError(errno.ETIMEDOUT, text, self.path) from None
         except OSError as error:
             self._socket.close()
             text = f"the store has stopped or closed the connection: {error.strerror}"

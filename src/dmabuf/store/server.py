@@ -17,7 +17,7 @@ import socket
 import struct
 import termios
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -37,6 +37,7 @@ log = logging.getLogger("dmabuf.store")
 _MOST_NAMES = 1 << 16
 _ON_NAMES = ("remove", "rename", "truncate", "chmod", "chown", "utime")
 """Operations that are methods of Names, and return the buffer that they change."""
+_READING = ("open", "stat", "list", "usage")
 _LISTED = 256  # records in one reply, at most
 _MEMORY_THREADS = 4
 _RETRY_SECONDS = 1.0
@@ -74,6 +75,8 @@ class _Client:
         self.alive = True
         self.watched = False
         self.unnamed: dict[int, Entry] = {}
+        self.request = protocol.Request("invalid", {})
+        """The one that is carried out."""
 
     def receive(self) -> bytes:
         """Return a message, or b"" at the end of the connection.
@@ -126,6 +129,8 @@ class Server:
         self._selector.register(self._wake, selectors.EVENT_READ)
         self._listening = False
         self._left = False  # to another server
+        self.requests: Counter[tuple[str, str]] = Counter()
+        """The number of requests by operation and result: "ok", or the name of an errno."""
         self._shelf = inherited if isinstance(inherited, Shelf) else None
         self._takeover = inherited if isinstance(inherited, Takeover) else None
         if inherited is not None:
@@ -163,6 +168,17 @@ class Server:
     def path(self) -> str:
         """The path of its socket."""
         return str(self._listener.getsockname())
+
+    @property
+    def usage(self) -> Usage:
+        """How full the store is."""
+        names = self._names
+        return Usage(names.charged, names.max_memory, len(names), names.max_names)
+
+    @property
+    def clients(self) -> int:
+        """The number of connections."""
+        return len(self._clients)
 
     def stop(self) -> None:
         """Make :meth:`run` return soon; from any thread, and from a signal handler."""
@@ -319,7 +335,9 @@ class Server:
             self._attempt(client, lambda: self._do(client, data))
 
     def _do(self, client: _Client, data: bytes) -> None:
-        op, fields = protocol.parse_request(data)
+        client.request = protocol.Request("invalid", {})
+        client.request = protocol.parse_request(data)
+        op, fields = client.request.op, client.request.fields.copy()
         number = fields.pop("number", None)
         if number is not None:
             self._names.find(fields["name"], number)
@@ -330,12 +348,33 @@ class Server:
             self._send(client, protocol.pack_result())
         else:
             getattr(self, f"_do_{op}")(client, **fields)
+        if client.watched:  # otherwise it waits for memory
+            self._log(client, None)
+
+    def _log(self, client: _Client, refusal: Refusal | None) -> None:
+        """Log and count the result of a request."""
+        op, fields = client.request
+        result = "ok" if refusal is None else errno.errorcode.get(refusal.errno, "error")
+        self.requests[op, result] += 1
+        level = logging.DEBUG if op in _READING else logging.INFO
+        if refusal is not None and refusal.errno == errno.ENOSPC:
+            level = logging.WARNING
+        if not log.isEnabledFor(level):
+            return
+        told = {"operation": op, "result": result, "user": client.peer.uid} | fields
+        if isinstance(fields.get("mode"), int):
+            told["mode"] = f"{fields['mode']:03o}"
+        if refusal is not None:
+            told["reason"] = refusal.text
+        text = " ".join(f"{key}={value!r}" for key, value in told.items())
+        log.log(level, "%s", text, extra={"fields": told})
 
     def _attempt(self, client: _Client, what: Callable[[], None]) -> None:
         """Carry out a request, and reply with its error."""
         try:
             what()
         except Refusal as refusal:
+            self._log(client, refusal)
             self._send(client, protocol.pack_error(refusal))
         except Exception:  # a bug here ends one connection, not the store
             log.exception("dmabuf store: a request of user %d", client.peer.uid)
@@ -402,6 +441,7 @@ class Server:
             self._names.drop(entry)
         elif unnamed is not None:
             client.unnamed[unnamed] = entry
+        self._log(client, None)
 
     def _do_link(
         self, client: _Client, unnamed: int, name: str, replace: bool | int, length: int | None
@@ -470,9 +510,7 @@ class Server:
         self._send(client, protocol.pack_listing(entry.status() for entry in found))
 
     def _do_usage(self, client: _Client) -> None:
-        names = self._names
-        usage = Usage(names.charged, names.max_memory, len(names), names.max_names)
-        self._send(client, protocol.pack_result(usage=usage))
+        self._send(client, protocol.pack_result(usage=self.usage))
 
     def _do_hand_over(self, client: _Client) -> None:
         if client.peer.uid != os.geteuid():
@@ -489,6 +527,7 @@ class Server:
             log.error("hand-over to another server: %s; this one goes on", error)
             self._pool = _pool()
         else:
+            log.info("another server has taken over")
             self._left = True
             self._stopping.set()
         self._clients.add(client)
