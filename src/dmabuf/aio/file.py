@@ -20,6 +20,7 @@ from dmabuf.transfer import (
     Direction,
     Link,
     Mode,
+    Progress,
     Segments,
     Terms,
     Transfer,
@@ -100,36 +101,53 @@ class File(
         file_offset: Size | None,
         buffer_offset: Size,
         terms: Terms,
+        progress: Progress | None,
     ) -> Transfer:
         begun = perf_counter()
         link = self.links.get(buffer, direction)
-        if terms.plain and type(size) is int and size <= SMALL:
+        if terms.plain and type(size) is int and size <= SMALL and progress is None:
             done = await self._loop.move_small(
                 link, file_offset or 0, buffer_offset, size, terms, begun
             )
             if done is not None:
                 return done
         segments = self.segment(buffer, direction, size, file_offset, buffer_offset)
-        return await self._move(link, segments, terms, begun)
+        return await self._move(link, segments, terms, begun, progress)
 
     async def _move_segments(
-        self, direction: Direction, buffer: Buffer, segments: object, terms: Terms
+        self,
+        direction: Direction,
+        buffer: Buffer,
+        segments: object,
+        terms: Terms,
+        progress: Progress | None,
     ) -> Transfer:
         begun = perf_counter()
         link = self.links.get(buffer, direction)
         self.check_offsets()
         with segments_of(segments) as held:
-            return await self._move(link, held, terms, begun)
+            return await self._move(link, held, terms, begun, progress)
 
-    async def _move(self, link: Link, segments: Segments, terms: Terms, begun: float) -> Transfer:
+    async def _move(
+        self,
+        link: Link,
+        segments: Segments,
+        terms: Terms,
+        begun: float,
+        progress: Progress | None,
+    ) -> Transfer:
         try:
             if link.target.stream is None:
-                return await link.move(segments, terms, self._loop, begun)
-            async with self._in_order[link.direction]:
-                return await link.move(segments, terms, self._loop, begun)
+                done = await link.move(segments, terms, self._loop, begun)
+            else:
+                async with self._in_order[link.direction]:
+                    done = await link.move(segments, terms, self._loop, begun)
         finally:
             if link.target.closed:
                 self._loop.ended.set()
+        if progress is not None:
+            progress(done.nbytes, done.nbytes)
+        return done
 
 
 async def wait(

@@ -9,10 +9,10 @@ from typing import TypeVar
 from dmabuf import copying
 from dmabuf.aio.engine import loop_engine
 from dmabuf.aio.waiter import Loop
-from dmabuf.copying import DEPTH, AnyFileRange, Copy, Outcome, Progress, SourceEnd, TargetEnd
+from dmabuf.copying import DEPTH, AnyFileRange, Copy, Outcome, SourceEnd, TargetEnd
 from dmabuf.memory import Buffer
 from dmabuf.sizes import Size
-from dmabuf.transfer import Prefer, Require, Route, Terms, stopping
+from dmabuf.transfer import Prefer, Progress, Require, Route, Terms, stopping
 
 T = TypeVar("T")
 

@@ -17,11 +17,21 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from dmabuf._core import lib
+from dmabuf.copying.pipeline import Meter
 from dmabuf.copying.replace import Replacement
 from dmabuf.errors import os_error
 from dmabuf.memory import Buffer
 from dmabuf.sizes import OFFSET_MAX, Size, parse_size
-from dmabuf.transfer import SMALL, File, Link, Terms, Transfer, in_transfer, stopping
+from dmabuf.transfer import (
+    SMALL,
+    File,
+    Link,
+    Progress,
+    Terms,
+    Transfer,
+    in_transfer,
+    stopping,
+)
 
 DEPTH = 32
 """Files that are open at once, unless the caller asks for another number."""
@@ -62,6 +72,7 @@ def read_files(
     *,
     terms: Terms | None = None,
     queue_depth: int = DEPTH,
+    progress: Progress | None = None,
 ) -> list[Outcome]:
     """Read a range of each of many files into a buffer, many of them at once.
 
@@ -72,6 +83,9 @@ def read_files(
         buffer: the destination.
         terms: what is asked of each transfer; by default any route.
         queue_depth: files that are open at once, each in a thread, from 1 to 256.
+        progress: called in this thread with the bytes of the files that are done and the sum of
+            all, at most about ten times a second and at the end. An exception from it stops the
+            call: no further file is begun.
 
     Returns:
         For each file, in the order of `files`, its Transfer, or the OSError of its failure. The
@@ -102,7 +116,7 @@ def read_files(
                     buffer, size, file_offset=offset, buffer_offset=start, terms=terms
                 )
 
-        return _in_threads(read, ranges, buffer, queue_depth)
+        return _in_threads(read, ranges, buffer, queue_depth, progress)
 
 
 def write_files(
@@ -111,6 +125,7 @@ def write_files(
     *,
     terms: Terms | None = None,
     queue_depth: int = DEPTH,
+    progress: Progress | None = None,
 ) -> list[Outcome]:
     """Write ranges of a buffer to many files, many of them at once; each appears whole or not.
 
@@ -124,6 +139,9 @@ def write_files(
         terms: what is asked of each transfer; by default any route. `sync=True` has each file and
             its name on the medium when the call returns.
         queue_depth: files that are open at once, each in a thread, from 1 to 256.
+        progress: called in this thread with the bytes of the files that are done and the sum of
+            all, at most about ten times a second and at the end. An exception from it stops the
+            call: no further file is begun.
 
     Returns:
         For each file, in the order of `files`, its Transfer, or the OSError of its failure: those
@@ -154,7 +172,7 @@ def write_files(
             place.commit(None, sync=terms.sync)
             return transfer
 
-    return _in_threads(write, ranges, buffer, queue_depth)
+    return _in_threads(write, ranges, buffer, queue_depth, progress)
 
 
 def _check_ranges(files: Iterable[AnyFileRange], buffer: Buffer) -> list[Range]:
@@ -248,7 +266,11 @@ class _Stopped(BaseException):
 
 
 def _in_threads(
-    move: Callable[[Range], Transfer], ranges: Sequence[Range], buffer: Buffer, queue_depth: int
+    move: Callable[[Range], Transfer],
+    ranges: Sequence[Range],
+    buffer: Buffer,
+    queue_depth: int,
+    progress: Progress | None,
 ) -> list[Outcome]:
     """Move every range, `queue_depth` at once, and return what became of each.
 
@@ -260,17 +282,28 @@ def _in_threads(
     outcomes: list[Outcome | None] = [None] * len(ranges)
     left = iter(enumerate(ranges))
     raised: list[BaseException] = []
+    meter = Meter(progress, sum(one.size for one in ranges))
+
+    lock, done = threading.Lock(), 0
 
     def check() -> None:
         if raised:
             raise _Stopped
 
-    def work() -> None:
+    def report() -> None:
+        if progress is not None:
+            meter(done)
+
+    def work(report: Callable[[], object] = bool) -> None:
+        nonlocal done
         try:
             for index, one in left:
                 check()
+                report()
                 try:
-                    outcomes[index] = move(one)
+                    outcomes[index] = moved = move(one)
+                    with lock:
+                        done += moved.nbytes
                 except OSError as error:
                     error.filename = one.path
                     outcomes[index] = error
@@ -285,8 +318,10 @@ def _in_threads(
     try:
         # Inside another transfer, whose locks this thread may hold, no other thread can help.
         if queue_depth > 1 and len(ranges) > 1 and not in_transfer():
-            _join([threading.Thread(target=thread) for _ in ranges[:queue_depth]], raised)
-        work()  # what is left
+            _join([threading.Thread(target=thread) for _ in ranges[:queue_depth]], raised, report)
+        work(report)  # what is left
+        if not raised and progress is not None:
+            meter.finish(done)
     finally:
         buffer.release()
     if raised:
@@ -294,7 +329,11 @@ def _in_threads(
     return outcomes  # type: ignore[return-value] # each was set
 
 
-def _join(threads: Sequence[threading.Thread], raised: list[BaseException]) -> None:
+def _join(
+    threads: Sequence[threading.Thread],
+    raised: list[BaseException],
+    report: Callable[[], object],
+) -> None:
     """Run threads to their end; add to `raised`, which they check, what interrupts this one."""
     try:
         for one in threads:
@@ -309,5 +348,7 @@ def _join(threads: Sequence[threading.Thread], raised: list[BaseException]) -> N
                 if stopping.check is not None and not raised:
                     stopping.check()
                 one.join(_SLICE)
+                if not raised:
+                    report()
             except BaseException as error:
                 raised.append(error)

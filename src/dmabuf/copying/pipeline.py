@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from dmabuf.copying.blocks import (
@@ -29,9 +29,7 @@ from dmabuf.copying.sources import Memory, Source
 from dmabuf.copying.targets import Target
 from dmabuf.memory import Buffer
 from dmabuf.sizes import Size, parse_size
-from dmabuf.transfer import Prefer, Require, Route, Terms
-
-Progress = Callable[[int, int | None], object]
+from dmabuf.transfer import Prefer, Progress, Require, Route, Terms
 
 _SLICE = 64 << 20
 """Bytes moved at once where one end is memory."""
@@ -119,7 +117,7 @@ def copy(
         target = opener.target(dst, dst_offset, force=force)
         check_distinct(source, target)
         total, most = _expected(source, target, most)
-        meter = _Meter(progress, total)
+        meter = Meter(progress, total)
         pool: list[Buffer] = []
         done = 0
         try:
@@ -171,7 +169,7 @@ def _expected(
     return total, most
 
 
-class _Meter:
+class Meter:
     """Calls the caller's progress function, not too often."""
 
     def __init__(self, call: Progress | None, total: int | None) -> None:
@@ -180,6 +178,7 @@ class _Meter:
         self._next = time.monotonic() + _TICK
 
     def __call__(self, done: int) -> None:
+        """Call it, unless it was called a moment ago."""
         if self._call is not None and time.monotonic() >= self._next:
             with _at(done):
                 self._call(done, self._total)
@@ -266,7 +265,7 @@ def _through_pool(
     pool: list[Buffer],
     total: int | None,
     most: int | None,
-    meter: _Meter,
+    meter: Meter,
     sync: bool,
 ) -> int:
     block = pool[0].size
@@ -288,7 +287,7 @@ def _through_pool(
             reader.give_back(filled.buffer)
 
 
-def _into_memory(source: Source, target: Memory, most: int, meter: _Meter) -> int:
+def _into_memory(source: Source, target: Memory, most: int, meter: Meter) -> int:
     done = 0
     while done < most:
         wanted = next_size(most - done, _SLICE)
@@ -306,7 +305,7 @@ def _into_memory(source: Source, target: Memory, most: int, meter: _Meter) -> in
     return done
 
 
-def _from_memory(source: Memory, target: Target, most: int, meter: _Meter, sync: bool) -> int:
+def _from_memory(source: Memory, target: Target, most: int, meter: Meter, sync: bool) -> int:
     with Writer(target, source.buffer, most, _SLICE, sync=sync) as writer:
         while writer.done < most:
             at = source.start + writer.done
@@ -315,7 +314,7 @@ def _from_memory(source: Memory, target: Target, most: int, meter: _Meter, sync:
     return writer.done
 
 
-def _between_memories(source: Memory, target: Memory, most: int, meter: _Meter) -> int:
+def _between_memories(source: Memory, target: Memory, most: int, meter: Meter) -> int:
     done = 0
     while done < most:
         size = min(most - done, _SLICE)

@@ -15,7 +15,7 @@ from dmabuf.safetensors.files import Part, Path, read_parts
 from dmabuf.safetensors.header import BITS, NAMES, Entry
 from dmabuf.safetensors.layout import place
 from dmabuf.sizes import parse_size
-from dmabuf.transfer import Audit, Engine, File, Require, Terms, Transfer
+from dmabuf.transfer import Audit, Engine, File, Progress, Require, Terms, Transfer, part_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -112,6 +112,7 @@ def load(
     timeout: float | None = None,
     audit: Audit = "first",
     engine: Engine | None = None,
+    progress: Progress | None = None,
 ) -> Tensors:
     """Read the tensors of a model into one Buffer, and return views of them by name.
 
@@ -134,6 +135,7 @@ def load(
         timeout: seconds to wait for the fences of devices that use ``buffer``.
         audit: as in `File.read_into`.
         engine: the engine that runs the transfers.
+        progress: called with the bytes read and their sum, as in `File.read_into`.
 
     Raises:
         TypeError: ``source`` is not a path or a list of them.
@@ -165,13 +167,21 @@ def load(
         buffer.closes_unasked = True
     elif buffer.size < size:
         raise ValueError(f"load: the tensors need {size} bytes, the buffer has {buffer.size}")
-    transfers = []
+    transfers: list[Transfer] = []
+    total = sum(sum(one[2::3]) for one in segments)
     for part, one in zip(parts, segments, strict=True):
         if not one:
             continue
         with File(part.path, engine=engine) as file:
             part.check(file.fileno())
-            done = file.read_segments(buffer, one, require=require, timeout=timeout, audit=audit)
+            done = file.read_segments(
+                buffer,
+                one,
+                require=require,
+                timeout=timeout,
+                audit=audit,
+                progress=part_of(progress, sum(one.nbytes for one in transfers), total),
+            )
         if done.nbytes < sum(one[2::3]):  # of a single segment, which may be short there
             text = f"load {part.path}: it became shorter after its header was read"
             raise ShortReadError(text, 0, done.nbytes)

@@ -17,7 +17,7 @@ from dmabuf.kernel import log
 from dmabuf.memory import Buffer, allocate, find_buffer, import_optional
 from dmabuf.safetensors.header import DTYPES, make
 from dmabuf.safetensors.layout import UNIT
-from dmabuf.transfer import Engine, File, Require, Terms, Transfer
+from dmabuf.transfer import Engine, File, Progress, Require, Terms, Transfer, part_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,6 +39,7 @@ def save(
     force: bool = False,
     require: Require = "any",
     engine: Engine | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Transfer, ...]:
     """Write tensors to a safetensors file, which appears whole or not at all.
 
@@ -55,6 +56,7 @@ def save(
         force: replace a file even if its permissions forbid writing it.
         require: "zero-copy" or "uncached", demanded for each tensor that lies in a Buffer.
         engine: the engine that runs the transfers.
+        progress: called with the bytes written and their sum, as in `File.write_from`.
 
     Returns:
         The records of the transfers.
@@ -98,9 +100,14 @@ def save(
     with Replacement(path, force=force, note=log.info) as replacement:
         try:
             with File(replacement.temporary, "w", engine=engine) as file:
-                transfers = _write_loose(file, loose)
+                total = sum(len(data) for _, data in loose)
+                total += sum(sum(segments[2::3]) for segments in held.values())
+                transfers = _write_loose(file, loose, progress, total)
                 for buffer, segments in held.items():
-                    transfers.append(file.write_segments(buffer, segments, require=require))
+                    done = sum(one.nbytes for one in transfers)
+                    part = part_of(progress, done, total)
+                    one = file.write_segments(buffer, segments, require=require, progress=part)
+                    transfers.append(one)
                 os.fsync(file.fileno())
             replacement.commit(None, sync=True)
         except OSError as error:
@@ -174,9 +181,11 @@ def _add(segments: array[int], at: int, start: int, nbytes: int) -> None:
         segments.extend((at, start, nbytes))
 
 
-def _write_loose(file: File, pieces: list[tuple[int, memoryview]]) -> list[Transfer]:
+def _write_loose(
+    file: File, pieces: list[tuple[int, memoryview]], progress: Progress | None, total: int
+) -> list[Transfer]:
     """Write pieces at ascending offsets, through a buffer that agrees with the file by pages."""
-    transfers = []
+    transfers: list[Transfer] = []
     limit = min(sum(len(data) for _, data in pieces), _STAGE)
     with allocate(limit + UNIT) as buffer:
         for begin, parts in _chunks(pieces, limit):
@@ -185,7 +194,13 @@ def _write_loose(file: File, pieces: list[tuple[int, memoryview]]) -> list[Trans
                 for part in parts:
                     view[at : at + len(part)] = part
                     at += len(part)
-            done = file.write_from(buffer, at - start, file_offset=begin, buffer_offset=start)
+            done = file.write_from(
+                buffer,
+                at - start,
+                file_offset=begin,
+                buffer_offset=start,
+                progress=part_of(progress, sum(one.nbytes for one in transfers), total),
+            )
             transfers.append(done)
     return transfers
 

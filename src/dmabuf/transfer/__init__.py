@@ -61,10 +61,12 @@ from dmabuf.transfer.ring import (
 )
 from dmabuf.transfer.run import (
     BLOCKING,
+    Progress,
     Segments,
     complete,
     in_transfer,
     late,
+    part_of,
     segments_of,
     stopping,
 )
@@ -89,6 +91,7 @@ __all__ = [
     "NamespaceReference",
     "Plan",
     "Prefer",
+    "Progress",
     "Reference",
     "Require",
     "Ring",
@@ -106,6 +109,7 @@ __all__ = [
     "no_native_kernel",
     "open",
     "open_reference",
+    "part_of",
     "plan_in_order",
     "segments_of",
     "stopping",

@@ -19,7 +19,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, Literal, Self
 
 from dmabuf._core import failure, ffi, lib
@@ -62,6 +62,7 @@ class Job:
         "path",
         "registered",
         "registration",
+        "report",
         "result",
         "route",
         "segments",
@@ -84,6 +85,8 @@ class Job:
         self.count = count
         self.measure = measure
         """The core's struct dmb_measure of the segments."""
+        self.report: Callable[[int], object] | None = None
+        """What is called with the bytes moved so far, about ten times a second."""
         self.buffer = buffer
         self.route = route
         self.path = path
@@ -449,6 +452,9 @@ def run_on(ring: Ring, job: Job, depth: int, block: int) -> Job:
                         break  # the batch was not made yet, or is done
                     lib.dmb_batch_drain(batch[0])
                 rc = run(ring.handle, job.core, job.segments, job.count, SLICE_MS, batch, result)
+                if rc > 0 and job.report is not None:
+                    lib.dmb_batch_get_result(batch[0], result)
+                    job.report(result.straight + result.copied)
             except BaseException as caught:  # keep the first one
                 job.interruption = job.interruption or caught
     finally:

@@ -14,6 +14,7 @@ from dmabuf.kernel import process
 from dmabuf.memory import Buffer
 from dmabuf.sizes import Size, parse_size
 from dmabuf.transfer.engine import Engine, default_engine
+from dmabuf.transfer.link import Link
 from dmabuf.transfer.links import Links
 from dmabuf.transfer.plan import (
     Audit,
@@ -25,8 +26,9 @@ from dmabuf.transfer.plan import (
     Terms,
     Transfer,
     terms_of,
+    with_nbytes,
 )
-from dmabuf.transfer.run import BLOCKING, Segments, complete, segments_of
+from dmabuf.transfer.run import BLOCKING, Progress, Reporting, Segments, complete, segments_of
 from dmabuf.transfer.target import Target, check_identity
 
 Mode = Literal["r", "w", "r+", "x"]
@@ -160,6 +162,7 @@ class BaseFile(Uncopyable, Generic[Result]):
         fence: bool = True,
         audit: Audit = "first",
         terms: Terms | None = None,
+        progress: Progress | None = None,
     ) -> Result:
         """Read from the file into the buffer.
 
@@ -180,6 +183,9 @@ class BaseFile(Uncopyable, Generic[Result]):
                 device by the `native` route, "always" every transfer by any route, "off" none, with
                 what plain pread(2) reads: see docs/explanations/audit.md.
             terms: all of the keywords above in one record, in their place.
+            progress: called with the bytes moved and the bytes asked for, about ten times a second
+                and at the end; of streams, and in an event loop, at the end only. An exception from
+                it stops the transfer.
 
         Returns:
             The record. Its `nbytes` is less than `size` where the file ends before. Bytes of the
@@ -197,7 +203,7 @@ class BaseFile(Uncopyable, Generic[Result]):
             ValueError: a range outside the buffer or the largest file offset, or a closed file.
         """
         terms = terms or terms_of(require, route, prefer, timeout, fence, audit)
-        return self._move_range("read", buffer, size, file_offset, buffer_offset, terms)
+        return self._move_range("read", buffer, size, file_offset, buffer_offset, terms, progress)
 
     def write_from(
         self,
@@ -214,6 +220,7 @@ class BaseFile(Uncopyable, Generic[Result]):
         fence: bool = True,
         audit: Audit = "first",
         terms: Terms | None = None,
+        progress: Progress | None = None,
     ) -> Result:
         """Write from the buffer to the file.
 
@@ -238,6 +245,9 @@ class BaseFile(Uncopyable, Generic[Result]):
                 access waits.
             audit: as for `read_into`.
             terms: all of the keywords above in one record, in their place.
+            progress: called with the bytes moved and the bytes asked for, about ten times a second
+                and at the end; of streams, and in an event loop, at the end only. An exception from
+                it stops the transfer.
 
         Raises:
             TransferError: the kernel refused it under way, with errno, the path and the file
@@ -247,7 +257,7 @@ class BaseFile(Uncopyable, Generic[Result]):
             RouteUnavailable, IntegrityError, ValueError: as `read_into`.
         """
         terms = terms or terms_of(require, route, prefer, timeout, fence, audit, sync)
-        return self._move_range("write", buffer, size, file_offset, buffer_offset, terms)
+        return self._move_range("write", buffer, size, file_offset, buffer_offset, terms, progress)
 
     def read_segments(
         self,
@@ -260,6 +270,7 @@ class BaseFile(Uncopyable, Generic[Result]):
         fence: bool = True,
         audit: Audit = "first",
         terms: Terms | None = None,
+        progress: Progress | None = None,
     ) -> Result:
         """Read many ranges of the file to many places of the buffer, as one array of requests.
 
@@ -274,6 +285,9 @@ class BaseFile(Uncopyable, Generic[Result]):
             fence: False does not wait for them; refused where any segment has unaligned edges.
             audit: as for `read_into`.
             terms: all of the keywords above in one record, in their place.
+            progress: called with the bytes moved and the bytes asked for, about ten times a second
+                and at the end; of streams, and in an event loop, at the end only. An exception from
+                it stops the transfer.
 
         Raises:
             ShortReadError: a segment reaches past the end of the file; names its index.
@@ -281,7 +295,7 @@ class BaseFile(Uncopyable, Generic[Result]):
             OSError, RouteUnavailable, ValueError: as `read_into`.
         """
         terms = terms or terms_of(require, route, "zero-copy", timeout, fence, audit)
-        return self._move_segments("read", buffer, segments, terms)
+        return self._move_segments("read", buffer, segments, terms, progress)
 
     def write_segments(
         self,
@@ -295,6 +309,7 @@ class BaseFile(Uncopyable, Generic[Result]):
         fence: bool = True,
         audit: Audit = "first",
         terms: Terms | None = None,
+        progress: Progress | None = None,
     ) -> Result:
         """Write many ranges of the buffer to many places of the file, as one array of requests.
 
@@ -308,13 +323,16 @@ class BaseFile(Uncopyable, Generic[Result]):
             fence: False does not wait for them; refused where any segment has unaligned edges.
             audit: as for `read_into`.
             terms: all of the keywords above in one record, in their place.
+            progress: called with the bytes moved and the bytes asked for, about ten times a second
+                and at the end; of streams, and in an event loop, at the end only. An exception from
+                it stops the transfer.
 
         Raises:
             TypeError: `segments` is not such an array.
             OSError, RouteUnavailable, ValueError: as `write_from`.
         """
         terms = terms or terms_of(require, route, "zero-copy", timeout, fence, audit, sync)
-        return self._move_segments("write", buffer, segments, terms)
+        return self._move_segments("write", buffer, segments, terms, progress)
 
     def _move_range(
         self,
@@ -324,11 +342,17 @@ class BaseFile(Uncopyable, Generic[Result]):
         file_offset: Size | None,
         buffer_offset: Size,
         terms: Terms,
+        progress: Progress | None,
     ) -> Result:
         raise NotImplementedError
 
     def _move_segments(
-        self, direction: Direction, buffer: Buffer, segments: object, terms: Terms
+        self,
+        direction: Direction,
+        buffer: Buffer,
+        segments: object,
+        terms: Terms,
+        progress: Progress | None,
     ) -> Result:
         raise NotImplementedError
 
@@ -439,25 +463,49 @@ class File(
         file_offset: Size | None,
         buffer_offset: Size,
         terms: Terms,
+        progress: Progress | None,
     ) -> Transfer:
         begun = time.perf_counter()
         known = self.links.known.get((id(buffer), direction))
         link = known or self.links.get(buffer, direction)
-        if terms.plain and type(size) is int and size <= SMALL:
+        if terms.plain and type(size) is int and size <= SMALL and progress is None:
             done = link.move_small(file_offset, buffer_offset, size, terms, begun)
             if done is not None:
                 return done
         segments = self.segment(buffer, direction, size, file_offset, buffer_offset)
+        if progress is not None:
+            return _report(link, segments, terms, begun, progress)
         return complete(link.move(segments, terms, BLOCKING, begun))
 
     def _move_segments(
-        self, direction: Direction, buffer: Buffer, segments: object, terms: Terms
+        self,
+        direction: Direction,
+        buffer: Buffer,
+        segments: object,
+        terms: Terms,
+        progress: Progress | None,
     ) -> Transfer:
         begun = time.perf_counter()
         link = self.links.get(buffer, direction)
         self.check_offsets()
         with segments_of(segments) as held:
+            if progress is not None:
+                return _report(link, held, terms, begun, progress)
             return complete(link.move(held, terms, BLOCKING, begun))
+
+
+def _report(
+    link: Link, segments: Segments, terms: Terms, begun: float, progress: Progress
+) -> Transfer:
+    """Move the segments as `Link.move` does, and report progress."""
+    total = sum(size for _, _, size in segments)
+    done = complete(link.move(segments, terms, Reporting(progress, total), begun))
+    try:
+        progress(done.nbytes, done.nbytes)
+    except BaseException as error:
+        with_nbytes(error, done.nbytes)
+        raise
+    return done
 
 
 def _receive(path: str, mode: Mode, force: bool, identity: tuple[int, int]) -> File:

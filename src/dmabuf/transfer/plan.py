@@ -157,6 +157,13 @@ class Transfer:
     audited: str = NOT_AUDITED
     """How the bytes were compared with those that plain pread(2) reads, or why they were not."""
 
+    def __str__(self) -> str:
+        rate = f", {self.nbytes / self.seconds / 1e6:,.0f} MB/s" if self.seconds else ""
+        return (
+            f"{self.nbytes:,} bytes {self.route} in {self.seconds * 1000:,.1f} ms{rate}, "
+            f"{self.copied:,} copied by the CPU: {self.reason}"
+        )
+
 
 def why_nothing_straight(core: Any, measure: Any, *, write: bool) -> str:
     """Return why no byte of measured segments can go straight between file and memory.

@@ -205,6 +205,26 @@ class Blocking:
 
 BLOCKING = Blocking()
 
+Progress = Callable[[int, int | None], object]
+"""What is called with the bytes moved and their expected sum, None if that is unknown."""
+
+
+def part_of(progress: Progress | None, before: int, total: int) -> Progress | None:
+    """Return what to call with the progress of a part, of which `before` bytes precede it."""
+    return progress and (lambda done, _: progress(before + done, total))
+
+
+class Reporting(Blocking):
+    """A Waiter that waits in the calling thread, and reports progress meanwhile."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self._progress, self._total = progress, total
+
+    async def run(self, engine: Engine, job: Job) -> Job:
+        """Run a job to its end."""
+        job.report = lambda done: self._progress(min(done, self._total), self._total)
+        return engine.run(job)
+
 
 def complete(transfer: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine whose waiter is Blocking, and return its result."""
