@@ -184,7 +184,7 @@ PEERS = {
     "deepspeed": Peer(
         "DeepSpeed AIO", _deepspeed, GIVEN, False,
         "libaio and O_DIRECT, blocks of 1 MiB, depth 32, 2 threads, into its own kind of locked "
-        "memory; takes whole blocks only, and knows no tensors",
+        "memory; whole blocks only, no tensors",
         package="deepspeed",
     ),
     "kvikio": Peer(
@@ -194,13 +194,13 @@ PEERS = {
     ),
     "load_file-copied": Peer(
         "safetensors load_file, copied", _load_file_copied, GIVEN, True,
-        "mapped, and copied into tensors that are there, as load_state_dict() does",
+        "mapped, and copied into existing tensors, as load_state_dict() does",
         package="safetensors",
     ),
     "load_file": Peer(
         "safetensors load_file, mmap", partial(_load_file, "mmap"), CACHE, True,
-        "a private mapping of the file: the tensors are pages of the page cache, which no device "
-        "can be given; a byte of each page is looked at, or nothing would be read",
+        "a private mapping of the file: the tensors are pages of the page cache, which cannot be "
+        "shared with a device; one byte of each page is read, so that it is loaded",
         package="safetensors",
     ),
     "load_file-pread": Peer(

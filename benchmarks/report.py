@@ -130,7 +130,7 @@ def write(folder: Path, result: dict[str, Any]) -> None:
         "# Beside other loaders", "",
         f"One file of {size / GIB:.0f} GiB, not in the page cache, into memory. Medians of "
         f"{result['runs']} interleaved runs, each a process of its own, with the lowest and the "
-        "highest; `make benchmarks` measures it and writes this page.", "",
+        "highest. `make benchmarks` measures it and writes this page.", "",
         "```", *result["machine"], "```", "",
     ]  # fmt: skip
     for place, rows in result["on"].items():
@@ -148,16 +148,17 @@ def write(folder: Path, result: dict[str, Any]) -> None:
 def notes() -> list[str]:
     """Return the notes on what is not comparable."""
     lines = [
-        "*Memory*: where a library lets the destination be given, it is, and its pages are there "
-        "before the clock starts (given). Others allocate while they load, and pay for the first "
-        "touch of each page (its own). Compare like with like: dmabuf is there in both kinds. Its "
-        "buffers are shared memory, which devices and processes can be given; nobody else's are.",
+        "*Memory*: \"given\" is memory that the caller allocates and touches before the "
+        "measurement, if the library accepts such memory. \"Its own\" is allocated during the "
+        "load, so the first touch of each page counts. Compare rows with the same word; dmabuf has "
+        "both. Only dmabuf's buffers can be passed to devices and to other processes.",
         "",
-        "*CPU s/GiB of the load* is by getrusage(2) around it (of fio: the process less one that "
-        "reads next to nothing), *of the process* by wait4(2), with imports and preparation. "
-        "Threads and io_uring's workers are in both, the kernel's own threads in neither.", "",
-        "*Pages left* are pages of the file in the page cache when the process has ended. "
-        "*Peak* is what was resident at most, pages of the file that are mapped included.", "",
+        "*CPU s/GiB of the load* is measured by getrusage(2) around the load. For fio it is the "
+        "process, less a process that reads almost nothing. *CPU s of the process* is measured by "
+        "wait4(2), and includes imports and preparation. Both include threads and io_uring's "
+        "workers, and neither includes the kernel's own threads.", "",
+        "*Pages left* are pages of the file in the page cache after the process. *Peak* is the "
+        "most resident memory, mapped pages of the file included.", "",
     ]  # fmt: skip
     for about in (FIO, *PEERS.values()):
         cached = "through the page cache" if about.cached else "past the page cache"

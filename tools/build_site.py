@@ -80,7 +80,7 @@ def with_links(text: str, source: str, places: dict[str, str]) -> str:
         if target not in places:  # a file that the site does not have
             return f"{text} (`{target}`)"
         place = os.path.relpath(places[target], os.path.dirname(places[source]))
-        return f"[{text}]({place}{mark}{anchor})"
+        return f"[{text.removesuffix('.md')}]({place}{mark}{anchor})"
 
     code, link = r"^```.*?^```", r"\[(?P<text>[^\]]*)\]\((?P<link>[^)\s]+)\)"
     return re.sub(f"{code}|{link}", replace, text, flags=re.M | re.S)
