@@ -64,7 +64,7 @@ c-tests: $(VENV)/ready
 
 TESTS := tests/unit
 unit: $(VENV)/ready
-	tools/install-system-packages fio fuse3 rsync xxd
+	tools/install-system-packages fio fuse3 rsync systemd xxd
 	$(BIN)/python -m pytest $(TESTS)
 
 # The source distribution and the wheel, each in an empty virtual environment.
@@ -80,13 +80,13 @@ wheels: $(VENV)/ready
 
 # The unit tests beside eight busy loops and a busy disk.
 unit-busy: $(VENV)/ready
-	tools/install-system-packages fio fuse3 rsync xxd
+	tools/install-system-packages fio fuse3 rsync systemd xxd
 	tests/busy.sh $(BIN)/python -m pytest --timeout 1200 $(TESTS)
 
 # The coverage of the unit tests: Python, subprocesses included, and the C core.
 COVERAGE := $(CURDIR)/build/coverage
 coverage: $(VENV)/ready
-	tools/install-system-packages fio fuse3 rsync xxd
+	tools/install-system-packages fio fuse3 rsync systemd xxd
 	rm -rf $(COVERAGE) $(VENV)/ready
 	CFLAGS="--coverage -fprofile-update=atomic" LDFLAGS=--coverage \
 		$(BIN)/python setup.py -q build_ext --inplace --force --build-temp $(COVERAGE)/core

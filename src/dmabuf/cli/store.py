@@ -227,7 +227,7 @@ class Entry:
     """The number of dma-bufs."""
     is_dmabuf: bool
     number: int
-    """Identifies the buffer while the server runs."""
+    """Identifies the buffer: no other one ever gets it, and a restart of the server keeps it."""
     in_use: bool | None
     """Whether anyone besides the server has it open; null if that is unknown."""
 

@@ -152,7 +152,7 @@ def _check_device() -> None:
             errno.ENOENT: _NO_FUSE,
             errno.ENXIO: _NO_FUSE,
             errno.ENODEV: _NO_FUSE,
-            errno.EACCES: "permission denied; let this user open the device, or be root",
+            errno.EACCES: f"permission denied; as root: setfacl -m u:{os.getuid()}:rw {_DEVICE}",
             errno.EPERM: "not permitted; give the container the device: --device /dev/fuse",
         }
         text = fixes.get(error.errno or 0, error.strerror)
