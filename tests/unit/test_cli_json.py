@@ -52,6 +52,7 @@ def test_results_of_the_store(source: Path, tmp_path: Path, capsys: Capture) -> 
             ["stat", "a"],
             ["ls"],
             ["df"],
+            ["ping"],
         ):
             ended = dmabuf(capsys, name, "--json", "--socket", socket, *words)
             assert (ended.status, ended.err) == (0, "")
@@ -76,6 +77,7 @@ def test_the_report_of_exec() -> None:
         (["cp", "{tmp}/a\nb\udcff", "{tmp}/t"], 1, "ENOENT", "{tmp}/a\nb\udcff"),
         (["ls", "--system", "--socket", "x"], 2, None, None),
         (["cp", "--no-such-option"], 2, None, None),
+        (["no-such-command"], 2, None, None),
         (["stat", "--socket", "{tmp}/s", "x"], 1, "ENOENT", "{tmp}/s"),
     ],
 )

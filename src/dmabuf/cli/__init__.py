@@ -81,7 +81,10 @@ def _run(words: list[str]) -> int:
         elif first == "--version":
             output.write(f"dmabuf {__version__}\n")
         elif words:
-            output.error(f"unknown command '{first}'; try 'dmabuf --help'")
+            from dmabuf.cli.parser import Misuse, report
+
+            text = f"unknown command '{first}'; try 'dmabuf --help'"
+            report(Misuse(text), "--json" in words)
             return output.MISUSED
         else:
             output.write(_help(), stream=sys.stderr)
