@@ -136,8 +136,6 @@ class Engine(Uncopyable, instead="make another where it is needed"):
         "this engine belongs to the thread that made it: make one there, or use the default "
         "engine, which serves every thread"
     )
-    joins = True
-    """Whether adjacent segments of an array are joined."""
 
     def __init__(
         self,

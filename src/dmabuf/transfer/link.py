@@ -446,7 +446,7 @@ class Link:
                 self._check_audit(segments, terms)
             if target.stream is not None:
                 return await self._move_stream(segments, terms, waiter, begun)
-            if segments.count > 1 and target.engine.joins:
+            if segments.count > 1:
                 segments = self._joined(segments)
             if not self._write:
                 return await self._move(segments, terms, waiter, begun)
