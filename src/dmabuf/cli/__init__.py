@@ -22,7 +22,7 @@ __all__ = ["main"]
 ABOUT = "Move bytes between files and dma-bufs, and see by which route."
 COMMANDS = {
     "cp": ("cp", "Copy a file, device or stream; report the route."),
-    "record": ("record", "Record frames of a camera to a raw file."),
+    "record": ("record", "Record frames of a camera: raw, Y4M or PNG."),
     "doctor": ("doctor", "Show what this machine and a path support."),
     "verify": ("verify", "Test whether bytes arrive, by every route."),
     "bench": ("bench", "Measure every route beside what people use today."),

@@ -395,7 +395,7 @@ def _report(args: Namespace, target: End, about: Recording, recording: _Written)
 
 RECORD = Command(
     """\
-Record frames of the camera DEVICE to OUT, a raw file; - is standard output.
+Record frames of the camera DEVICE to the file OUT; - is standard output.
 
 The camera writes into buffers, and the disk reads from the same memory: if OUT takes O_DIRECT, no
 CPU copies a frame. Each frame begins at a multiple of the page size (4096 bytes). OUT.json has the
