@@ -1,5 +1,6 @@
 # For users: `make demo` and `make test`. Most other targets are parts of `make test`.
-.PHONY: demo test test-stable soak check lint types docs c-tests unit packages-tests unit-busy coverage lab-tests benchmarks man schemas clean
+.PHONY: demo test test-stable soak check lint types docs c-tests unit packages-tests unit-busy \
+	coverage lab-tests lab-tests-1 lab-tests-2 benchmarks man schemas clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +12,11 @@ demo test benchmarks: export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: $(VENV)/ready
 	examples/demo.sh
 
-test: lint types docs c-tests unit packages-tests lab-tests
+# Two parts at a time: each guest keeps one core busy.
+test: lint types
+	tools/install-system-packages $(UNIT_PACKAGES) $$(lab/run --apt-packages)
+	@echo "make test: each further part prints when it ends"
+	$(MAKE) --jobs=2 --output-sync lab-tests docs c-tests unit packages-tests
 	@echo "make test: all of it passed"
 
 check: lint types docs c-tests unit
@@ -63,9 +68,12 @@ c-tests: $(VENV)/ready
 	$(MAKE) -C csrc test tsan
 
 TESTS := tests/unit
+WORKERS := 2
+UNIT := -m pytest --numprocesses $(WORKERS) --dist worksteal
+UNIT_PACKAGES := fio fuse3 rsync systemd xxd
 unit: $(VENV)/ready
-	tools/install-system-packages fio fuse3 rsync systemd xxd
-	$(BIN)/python -m pytest $(TESTS)
+	tools/install-system-packages $(UNIT_PACKAGES)
+	$(BIN)/python $(UNIT) $(TESTS)
 
 # The source distribution and the wheel, each in an empty virtual environment.
 packages-tests: $(VENV)/ready
@@ -80,13 +88,13 @@ wheels: $(VENV)/ready
 
 # The unit tests beside eight busy loops and a busy disk.
 unit-busy: $(VENV)/ready
-	tools/install-system-packages fio fuse3 rsync systemd xxd
-	tests/busy.sh $(BIN)/python -m pytest --timeout 1200 $(TESTS)
+	tools/install-system-packages $(UNIT_PACKAGES)
+	tests/busy.sh $(BIN)/python $(UNIT) --timeout 1200 $(TESTS)
 
 # The coverage of the unit tests: Python, subprocesses included, and the C core.
 COVERAGE := $(CURDIR)/build/coverage
 coverage: $(VENV)/ready
-	tools/install-system-packages fio fuse3 rsync systemd xxd
+	tools/install-system-packages $(UNIT_PACKAGES)
 	rm -rf $(COVERAGE) $(VENV)/ready
 	CFLAGS="--coverage -fprofile-update=atomic" LDFLAGS=--coverage \
 		$(BIN)/python setup.py -q build_ext --inplace --force --build-temp $(COVERAGE)/core
@@ -98,9 +106,14 @@ coverage: $(VENV)/ready
 	@echo "Python, lines and branches: build/coverage/python.txt"; tail -n 1 $(COVERAGE)/python.txt
 	@echo "C core, lines: build/coverage/core.txt"; tail -n 2 $(COVERAGE)/core.txt
 
-lab-tests: $(VENV)/ready
+# Two guests, of which each takes about half of the time.
+LAB_TESTS_1 := $(wildcard tests/kernel/test_[a-f]*.py)
+LAB_TESTS_2 := $(filter-out $(LAB_TESTS_1),$(wildcard tests/kernel/test_*.py)) tests/device
+lab-tests: lab-tests-1 lab-tests-2
+
+lab-tests-1 lab-tests-2: lab-tests-%: $(VENV)/ready
 	tools/install-system-packages $$(lab/run --apt-packages)
-	lab/run --timeout 2700 --devices all -- python3 -m pytest tests/kernel tests/device
+	lab/run --timeout 2700 --devices all -- python3 -m pytest $(LAB_TESTS_$*)
 
 # Other loaders side by side: takes minutes, downloads 2 GiB, and needs 5 GiB of disk and, as root,
 # 10 GiB of memory.

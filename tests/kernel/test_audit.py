@@ -52,8 +52,7 @@ def test_the_first_native_transfer_of_a_pair():
 
 
 @everything
-@pytest.mark.parametrize("number", [0, 1])
-@pytest.mark.parametrize("exporter", ["udmabuf", "system"])
+@pytest.mark.parametrize(("exporter", "number"), [("udmabuf", 0), ("system", 1)])
 def test_verify_a_drive(exporter, number, capsys):
     native = default_engine().no_native() is None
     ended = command(

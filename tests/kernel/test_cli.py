@@ -126,12 +126,9 @@ def test_a_full_disk(filesystem: str, known: bool, source: Path, tmp_path: Path)
         assert target.read_bytes() == b"old" * 1000
         assert not [name for name in os.listdir(folder) if name.startswith(".dmabuf")]
         # The library writes in place, and leaves what is whole.
-        read, write = os.pipe()
-        with subprocess.Popen(["cat", source], stdout=write):
-            os.close(write)
+        with subprocess.Popen(["cat", source], stdout=subprocess.PIPE) as cat:
             with pytest.raises(OSError, match="No space left") as caught:
-                copy(read, target)
-            os.close(read)
+                copy(cat.stdout.fileno(), target)
         assert caught.value.nbytes == 8388608
         assert_same(target.read_bytes(), DATA[:8388608], "what is whole")
 
