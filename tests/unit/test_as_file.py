@@ -11,7 +11,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ from dmabuf.memory import serve_by_fuse
 from tests.file_programs import check_readers, check_writers
 from tests.guards import needs
 from tests.resources import held
-from tests.support import assert_same, in_child, pattern
+from tests.support import assert_same, in_child, pattern, wait_until
 
 SIZE = (1 << 20) + 3 * mmap.PAGESIZE
 
@@ -71,11 +70,8 @@ def server_of(make):
 
 
 def ended(pid):
-    for _ in range(500):
-        if not Path(f"/proc/{pid}").exists() or b"Z" in _state(pid):
-            return True
-        time.sleep(0.01)
-    return False
+    wait_until(lambda: b"Z" in _state(pid), f"the end of process {pid}")
+    return True
 
 
 def _state(pid):
@@ -313,7 +309,7 @@ def test_when_its_process_dies_every_call_is_an_error(buf):
     os.kill(pid, signal.SIGKILL)
     assert ended(pid)
     for program in (["cat"], ["head", "-c1"]):
-        done = subprocess.run(program, stdin=file.fileno(), capture_output=True, timeout=20)
+        done = subprocess.run(program, stdin=file.fileno(), capture_output=True, timeout=100)
         assert done.returncode != 0
     for call in (lambda: file.read(1), lambda: file.write(b"x"), file.close):
         with pytest.raises(OSError) as caught:

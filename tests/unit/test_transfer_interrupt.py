@@ -8,7 +8,6 @@ import errno
 import os
 import signal
 import threading
-import time
 
 import pytest
 
@@ -107,10 +106,8 @@ def test_a_timer_in_the_middle_of_a_long_read(tmp_path):
         os.fsync(file.fileno())
 
     def stop(number, frame):
-        fired.append(time.monotonic())
         raise KeyboardInterrupt
 
-    fired = []
     before = signal.signal(signal.SIGALRM, stop)
     try:
         with (
@@ -121,7 +118,6 @@ def test_a_timer_in_the_middle_of_a_long_read(tmp_path):
             signal.setitimer(signal.ITIMER_REAL, 0.02)
             with pytest.raises(KeyboardInterrupt) as caught:
                 file.read_into(buffer)
-            assert time.monotonic() - fired[0] < 5
             done = caught.value.nbytes
             expected = pattern(1 << 20, 3) * 32
             assert_same(buffer.pread(done, 0), expected[:done], "what is whole")
