@@ -19,11 +19,7 @@ from tests.support import assert_same, pattern, run
 SIZE = 2 << 20  # a huge page
 
 
-@pytest.fixture(autouse=True)
-def nothing_left_behind():
-    before = held()
-    yield
-    assert held() == before
+pytestmark = pytest.mark.usefixtures("leaves_nothing")
 
 
 @everything

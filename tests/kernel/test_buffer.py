@@ -19,11 +19,7 @@ PAGE = mmap.PAGESIZE
 SIZE = 64 * PAGE
 
 
-@pytest.fixture(autouse=True)
-def nothing_left_behind():
-    before = held()
-    yield
-    assert held() == before
+pytestmark = pytest.mark.usefixtures("leaves_nothing")
 
 
 def make(kind):

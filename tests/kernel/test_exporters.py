@@ -11,17 +11,12 @@ import pytest
 from dmabuf.kernel import uapi
 from dmabuf.memory import allocate, exporters, from_fd
 from tests.guards import needs, vgem_node
-from tests.resources import held
 
 PAGE = mmap.PAGESIZE
 MIB = 1 << 20
 
 
-@pytest.fixture(autouse=True)
-def nothing_left_behind():
-    before = held()
-    yield
-    assert held() == before
+pytestmark = pytest.mark.usefixtures("leaves_nothing")
 
 
 def fdinfo(fd):

@@ -29,11 +29,7 @@ SIZE = 64 * PAGE  # 256 x 256 pixels of 4 bytes
 PATIENCE = 5.0  # seconds; less than the life of a vgem fence, more than any wait here takes
 
 
-@pytest.fixture(autouse=True)
-def nothing_left_behind():
-    before = held()
-    yield
-    assert held() == before
+pytestmark = pytest.mark.usefixtures("leaves_nothing")
 
 
 def drm(fd, number, direction, layout, *fields):

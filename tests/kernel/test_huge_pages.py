@@ -18,7 +18,6 @@ import dmabuf
 from dmabuf.memory import exporters
 from tests.guards import needs, vivid_node
 from tests.kernel.conftest import bare_udmabuf
-from tests.resources import held
 from tests.support import PAGE, poison, read_and_compare
 
 FRAME = 640 * 360 * 3
@@ -29,11 +28,7 @@ SHMEM_ENABLED = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 _CAPTURE, _DMABUF = 1, 4  # V4L2_BUF_TYPE_VIDEO_CAPTURE, V4L2_MEMORY_DMABUF
 
 
-@pytest.fixture(autouse=True)
-def nothing_left_behind():
-    before = held()
-    yield
-    assert held() == before
+pytestmark = pytest.mark.usefixtures("leaves_nothing")
 
 
 def v4l2(fd, direction, number, layout, *fields):

@@ -38,13 +38,6 @@ def engine(request):
         yield made
 
 
-@pytest.fixture
-def buf():
-    with dmabuf.allocate(SIZE, exporter="memfd") as buffer:
-        buffer.pwrite(poison(SIZE), 0)
-        yield buffer
-
-
 # -- alignment
 
 

@@ -26,21 +26,6 @@ PAGE = 4096
 VERBS = ("read_into", "write_from", "read_segments", "write_segments", "plan")
 
 
-@pytest.fixture
-def path(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(pattern(SIZE, 1))
-    return path
-
-
-@pytest.fixture
-def buf():
-    buffer = dmabuf.allocate(SIZE, exporter="memfd")
-    buffer.pwrite(poison(SIZE), 0)
-    yield buffer
-    buffer.close()  # BusyError if a transfer still held it
-
-
 # -- the same as dmabuf.File
 
 

@@ -30,21 +30,6 @@ SIZE = (1 << 20) + (64 << 10)  # more than one small request
 PAGE = 4096
 
 
-@pytest.fixture
-def path(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(pattern(SIZE, 1))
-    return path
-
-
-@pytest.fixture
-def buf():
-    buffer = dmabuf.allocate(SIZE, exporter="memfd")
-    buffer.pwrite(poison(SIZE), 0)
-    yield buffer
-    buffer.close()  # BusyError if a transfer still held it
-
-
 class Device:
     """The core, whose rings report nothing while it is held; it counts what is started."""
 

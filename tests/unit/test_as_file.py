@@ -19,17 +19,12 @@ import dmabuf
 from dmabuf.memory import serve_by_fuse
 from tests.file_programs import check_readers, check_writers
 from tests.guards import needs
-from tests.resources import held
 from tests.support import assert_same, in_child, pattern, wait_until
 
 SIZE = (1 << 20) + 3 * mmap.PAGESIZE
 
 
-@pytest.fixture(autouse=True)
-def nothing_left_behind():
-    before = held()
-    yield
-    assert held() == before
+pytestmark = pytest.mark.usefixtures("leaves_nothing")
 
 
 @pytest.fixture

@@ -46,13 +46,6 @@ def gpu(driver):
         yield gpu
 
 
-@pytest.fixture
-def path(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(pattern(SIZE, 1))
-    return path
-
-
 # -- opening a device
 
 

@@ -49,13 +49,6 @@ def stage(device):
         yield stage
 
 
-@pytest.fixture
-def path(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(pattern(SIZE, 1))
-    return path
-
-
 def spied(file, device):
     """Add each transfer of a file to the device's events, with the number of copies in flight."""
     for name in ("read_into", "write_from"):

@@ -29,13 +29,6 @@ def path(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def buf():
-    with dmabuf.allocate(SIZE, exporter="memfd") as buffer:
-        buffer.pwrite(poison(SIZE), 0)
-        yield buffer
-
-
 @pytest.mark.parametrize(
     ("how", "error"),
     [

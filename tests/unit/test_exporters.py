@@ -22,11 +22,7 @@ PROBE = exporters.maps_large_pages
 HAS_THP = Path("/sys/kernel/mm/transparent_hugepage").is_dir()
 
 
-@pytest.fixture(autouse=True)
-def nothing_left_behind():
-    before = held()
-    yield
-    assert held() == before
+pytestmark = pytest.mark.usefixtures("leaves_nothing")
 
 
 @pytest.fixture

@@ -31,11 +31,7 @@ SIZE = 64 * PAGE
 BIT = {"read": select.POLLIN, "write": select.POLLOUT}
 
 
-@pytest.fixture(autouse=True)
-def nothing_left_behind():
-    before = held()
-    yield
-    assert held() == before
+pytestmark = pytest.mark.usefixtures("leaves_nothing")
 
 
 def hold(fd, direction):

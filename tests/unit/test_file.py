@@ -16,20 +16,6 @@ SIZE = 1 << 16
 
 
 @pytest.fixture
-def buf():
-    with dmabuf.allocate(SIZE, exporter="memfd") as buffer:
-        buffer.pwrite(poison(SIZE), 0)
-        yield buffer
-
-
-@pytest.fixture
-def path(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(pattern(SIZE, 1))
-    return path
-
-
-@pytest.fixture
 def untouched(path, buf):
     """At the end neither the file nor the buffer has changed."""
     yield

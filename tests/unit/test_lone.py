@@ -27,13 +27,6 @@ def path(tmp_path):
 
 
 @pytest.fixture
-def buf():
-    with dmabuf.allocate(SIZE, exporter="memfd") as buffer:
-        buffer.pwrite(poison(SIZE), 0)
-        yield buffer
-
-
-@pytest.fixture
 def file(path, buf):
     with dmabuf.open(path, "r+") as file:
         drop_cache(file.fileno())

@@ -32,13 +32,6 @@ MOVES = {
 
 
 @pytest.fixture
-def path(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(pattern(SIZE, 1))
-    return path
-
-
-@pytest.fixture
 def buf():
     with dmabuf.allocate(SIZE, exporter="memfd") as buffer:
         yield buffer

@@ -34,13 +34,6 @@ def buf():
         yield buf
 
 
-@pytest.fixture
-def path(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(pattern(SIZE, 1))
-    return path
-
-
 def punch(fd, offset, size):
     libc = ctypes.CDLL(None, use_errno=True)
     wide = ctypes.c_int64

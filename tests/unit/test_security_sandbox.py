@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.guards import needs
-from tests.support import in_child, pattern
+from tests.support import in_child
 
 SIZE = 64 * 1024
 IO_URING_SETUP = 425
@@ -40,13 +40,6 @@ numbers = [int(number) for number in numbers]
 import dmabuf
 from dmabuf.transfer.engine import default_engine
 """
-
-
-@pytest.fixture
-def path(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(pattern(SIZE, 1))
-    return path
 
 
 def test_a_sandbox_without_io_uring(path: Path):

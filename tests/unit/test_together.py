@@ -21,13 +21,6 @@ ROUTES = (None, "staged", "buffered", "direct")
 
 
 @pytest.fixture
-def buf():
-    with dmabuf.allocate(SIZE, exporter="memfd") as buffer:
-        buffer.pwrite(poison(SIZE), 0)
-        yield buffer
-
-
-@pytest.fixture
 def path(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(pattern(SIZE, 71))

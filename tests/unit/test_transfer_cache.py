@@ -22,13 +22,6 @@ pytestmark = pytest.mark.skipif(_cachestat_missing(), reason="needs cachestat(2)
 
 
 @pytest.fixture
-def buf():
-    with dmabuf.allocate(SIZE, exporter="memfd") as buffer:
-        buffer.pwrite(poison(SIZE), 0)
-        yield buffer
-
-
-@pytest.fixture
 def cold(tmp_path):
     """(path, descriptor) of SIZE bytes, none of them cached."""
     path = tmp_path / "file"

@@ -27,21 +27,6 @@ def engine(request):
         yield made
 
 
-@pytest.fixture
-def buf():
-    buffer = dmabuf.allocate(SIZE, exporter="memfd")
-    buffer.pwrite(poison(SIZE), 0)
-    yield buffer
-    buffer.close()  # BusyError if a transfer still held it
-
-
-@pytest.fixture
-def path(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(pattern(SIZE, 1))
-    return path
-
-
 @pytest.mark.parametrize("route", ["direct", "staged", "buffered"])
 def test_an_interrupted_read(path, engine, buf, route):
     emulation.interrupt(signal.SIGINT, after=2)

@@ -10,13 +10,6 @@ PART = (256 << 10) + 1000
 SIZE = THREADS * PART
 
 
-@pytest.fixture
-def buf():
-    with dmabuf.allocate(SIZE, exporter="memfd") as buffer:
-        buffer.pwrite(poison(SIZE), 0)
-        yield buffer
-
-
 @pytest.mark.parametrize("route", [None, "staged", "buffered"])
 def test_eight_readers(tmp_path, buf, route):
     path = tmp_path / "file"

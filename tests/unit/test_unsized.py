@@ -15,13 +15,6 @@ PATHS = ["/proc/crypto", "/proc/filesystems", "/proc/self/mounts", "/proc/versio
 SIZE = 1 << 20
 
 
-@pytest.fixture
-def buf():
-    with dmabuf.allocate(SIZE, exporter="memfd") as buffer:
-        buffer.pwrite(poison(SIZE), 0)
-        yield buffer
-
-
 def content(path, offset=0):
     """All of it by pread, which returns a part at a time."""
     fd = os.open(path, os.O_RDONLY)

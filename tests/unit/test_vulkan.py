@@ -28,11 +28,7 @@ SIZE = 1 << 16
 READ_AND_WRITE = FakeVulkan.VK_ACCESS_MEMORY_READ_BIT | FakeVulkan.VK_ACCESS_MEMORY_WRITE_BIT
 
 
-@pytest.fixture(autouse=True)
-def nothing_left_behind():
-    before = held()
-    yield
-    assert held() == before
+pytestmark = pytest.mark.usefixtures("leaves_nothing")
 
 
 @pytest.fixture
