@@ -27,7 +27,7 @@ def engine(request):
         yield engine
 
 
-@pytest.fixture(scope="module", params=list(BUFFERS))
+@pytest.fixture(scope="module", params=["udmabuf", "huge pages", "dma-heap"])
 def buf(request):
     with BUFFERS[request.param](SIZE) as buffer:
         buffer.kind = request.param
