@@ -295,7 +295,7 @@ def test_a_signal_is_the_ordinary_end(path: Path, number: int) -> None:
         with dmabuf.store.connect(path) as store:
             store.create("left", 4096).close()
             server.send_signal(number)
-            assert server.wait(timeout=30) == 0
+            assert server.wait(timeout=100) == 0
     assert not path.exists()
     assert server.stderr.closed
 
@@ -327,7 +327,7 @@ def test_a_killed_server_leaves_what_its_clients_have(path: Path) -> None:
         with store.create("left", 4096) as buffer:
             buffer.pwrite(b"before", 0)
             server.kill()
-            server.wait(timeout=30)
+            server.wait(timeout=100)
             assert path.exists(), "nobody took the socket away"
             with pytest.raises(ConnectionError) as caught:
                 store.list()
@@ -374,7 +374,7 @@ def test_a_socket_of_systemd(path: Path, tmp_path: Path) -> None:
                 store.create("name", 1).close()
         finally:
             process.terminate()
-            assert process.wait(timeout=30) == 0
+            assert process.wait(timeout=100) == 0
     assert path.exists(), "the socket is systemd's"
 
 

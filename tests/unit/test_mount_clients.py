@@ -280,7 +280,7 @@ def test_a_store_that_ends_is_an_error_until_another_serves(tmp_path: Path) -> N
         os.fsync(small)
         with path.open("rb") as file:
             files.server.terminate()
-            files.server.wait(timeout=30)
+            files.server.wait(timeout=100)
             failing(errno.EIO, path.stat)
             failing(errno.EIO, os.listdir, files.path)
             failing(errno.EIO, (files.path / "another").write_bytes, b"")

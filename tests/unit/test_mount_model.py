@@ -12,7 +12,7 @@ from tests.mounting import Mounted, mounted
 from tests.support import together
 
 NAMES = ("a", "b", "c", "d")
-STEPS = 600
+STEPS = 300
 
 
 @pytest.fixture(scope="module")

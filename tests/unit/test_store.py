@@ -256,7 +256,7 @@ def test_buffers_outlive_programs_and_the_server(path: Path) -> None:
         with dmabuf.store.connect(path) as store, store.open("left") as buf:
             assert buf.pread(10, 0) == b"by a child"
             server.terminate()
-            assert server.wait(timeout=30) == 0
+            assert server.wait(timeout=100) == 0
             assert not path.exists()
             assert buf.pread(10, 0) == b"by a child"
             with pytest.raises(ConnectionError):

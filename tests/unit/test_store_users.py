@@ -250,7 +250,7 @@ def test_a_users_store_is_for_that_user(path: Path) -> None:
             become('store.create("mine", 4096).close(); store.remove("mine")', path, "4001,4002")
         finally:
             server.terminate()
-        assert server.wait(timeout=30) == 0
+        assert server.wait(timeout=100) == 0
 
 
 def test_a_server_is_replaced_by_its_own_user_only(store: Store, path: Path) -> None:
