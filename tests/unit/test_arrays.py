@@ -288,6 +288,8 @@ def test_the_device_is_the_host(buf):
     for version in (None, (1, 0)):
         with pytest.raises(BufferError, match="device"):
             buf.__dlpack__(max_version=version, dl_device=(2, 0))
+        with pytest.raises(BufferError, match="stream=1"):
+            buf.__dlpack__(max_version=version, stream=1)
     buf.close()
 
 

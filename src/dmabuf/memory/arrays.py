@@ -143,12 +143,14 @@ def dlpack(
     PyTorch 2.13 ignores the mark: use :meth:`astensor`, which refuses.
 
     Raises:
-        BufferError: another device, or a request that NumPy does not support.
+        BufferError: a stream, another device, or a request that NumPy does not support.
         ImportError, ValueError, io.UnsupportedOperation, OSError: as asarray() raises them.
     """
+    if stream is not None:
+        raise BufferError(f"export by DLPack: stream={stream!r}, and the host's memory has none")
     asked: dict[str, Any] = {"max_version": max_version, "dl_device": dl_device, "copy": copy}
     given = {name: value for name, value in asked.items() if value is not None}
-    return asarray(self).__dlpack__(stream=stream, **given)
+    return asarray(self).__dlpack__(**given)
 
 
 def dlpack_device(self: Mapped) -> tuple[int, int]:

@@ -421,6 +421,11 @@ class Buffer(
         """Have windows note from now on where they write, for :meth:`open`: nothing is written."""
         self._written = 0
 
+    @property
+    def only_windows_wrote(self) -> bool:
+        """Whether nothing but windows can have written so far."""
+        return self._written is not None
+
     def written_by_window(self, end: int, *, cut: bool = False) -> None:
         """Note that a window has written up to `end`, or cut off what is beyond."""
         with self._lock:
@@ -611,13 +616,14 @@ class Window(RawFile, instead="make another one with Buffer.open()"):
         self._start = offset
         self._size = size
         self._end = end
+        self._cut = False
         self._access = (read, write)
         self._closed = False
 
     @property
     def end(self) -> int:
         """Where reading ends and SEEK_END is, in bytes: see :meth:`Buffer.open`."""
-        return self._end
+        return self._end if self._cut or self._buffer.only_windows_wrote else self._size
 
     @property
     def offset(self) -> int:
@@ -657,7 +663,9 @@ class Window(RawFile, instead="make another one with Buffer.open()"):
         return self._buffer.access(self._start + offset, size, write=write)
 
     def truncate(self, size: int | None = None, /) -> int:
-        """Have reading end at ``size`` bytes, or at the position; bytes beyond keep their content.
+        """Have reading end at ``size`` bytes, or at the position, whoever writes.
+
+        Bytes beyond keep their content, and can be written again.
 
         Raises OSError(EINVAL) for a size that is larger than the window's.
         """
@@ -665,7 +673,7 @@ class Window(RawFile, instead="make another one with Buffer.open()"):
         nbytes = self._position if size is None else as_int(size, "size")
         if not 0 <= nbytes <= self._size:
             return super().truncate(nbytes)
-        self._end = nbytes
+        self._end, self._cut = nbytes, True
         self._buffer.written_by_window(self._start + nbytes, cut=True)
         return nbytes
 
