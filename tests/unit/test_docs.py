@@ -48,6 +48,15 @@ def test_every_link_within_the_project_leads_somewhere(page):
         assert not anchor or target.suffix != ".md" or anchor in anchors(target), link
 
 
+def test_every_page_is_in_the_navigation_of_the_site_and_in_the_index():
+    folder = ROOT / "docs"
+    nav, index = (ROOT / "mkdocs.yml").read_text(), (folder / "index.md").read_text()
+    for path in folder.rglob("*.md"):
+        page = path.relative_to(folder).as_posix()
+        assert f" {page}\n" in nav, page
+        assert page == "index.md" or f"({page})" in index, page
+
+
 def test_the_description_of_the_package_has_no_links_into_the_source():
     text = importlib.metadata.metadata("dmabuf").get_payload()
     assert "docs/getting-started.md" in text
