@@ -33,6 +33,7 @@ def main() -> None:
     places = {path: path.removeprefix("docs/") for path in found("docs/**/*.*")}
     places |= {path: f"project/{path}" for path in found("[A-Z]*.md")}
     places |= {"README.md": "index.md", "lab/README.md": "project/lab.md"}
+    places["examples"] = "examples.md"
     places |= {path: f"{path.removesuffix('.py')}.md" for path in found("examples/*.py")}
     for source, place in places.items():
         if source.endswith((".md", ".py")) and source != "README.md":
