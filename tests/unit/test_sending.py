@@ -2,6 +2,7 @@
 
 import errno
 import multiprocessing
+import multiprocessing.resource_sharer
 import os
 import pickle
 import subprocess
@@ -11,9 +12,12 @@ from pathlib import Path
 import pytest
 
 import dmabuf
+from dmabuf.kernel import uapi
+from dmabuf.memory import exporters
 from tests import forking
 from tests.guards import needs
 from tests.support import pattern
+from tests.unit.fake_kernel import FakeKernel
 
 ROOT = Path(__file__).parents[2]
 SIZE = 1 << 16
@@ -52,6 +56,29 @@ def sent(thing):
 def buf():
     with dmabuf.allocate(SIZE) as buffer:
         yield buffer
+
+
+@pytest.mark.parametrize("with_memfd", [True, False])
+def test_a_buffer_of_several_slabs_is_sent(monkeypatch, with_memfd):
+    kernel = FakeKernel()
+    monkeypatch.setattr(uapi, "ioctl", kernel.ioctl)
+    monkeypatch.setattr(exporters, "UDMABUF", os.devnull)
+    monkeypatch.setattr(exporters, "UDMABUF_SIZE_LIMIT", os.devnull)
+    exporters.maps_large_pages()  # with udmabufs of any size
+    kernel.limit = 4096
+    with dmabuf.allocate(4 * 4096, exporter="udmabuf") as buffer:
+        memfd = buffer.memfd
+        if not with_memfd:  # as with dma-bufs that were made elsewhere
+            buffer.memfd = None
+        with sent(buffer) as again:
+            assert [slab[1:] for slab in again.slabs] == [slab[1:] for slab in buffer.slabs]
+            assert len(again.slabs) == 4 and again.is_dmabuf and again.exporter == "udmabuf"
+            assert (again.pin_refusal is None) == with_memfd  # whether the direct route remains
+            if with_memfd:
+                again.pwrite(b"back", 4096)
+                assert buffer.pread(4, 4096) == b"back"
+        buffer.memfd = memfd
+    multiprocessing.resource_sharer.stop()
 
 
 def test_a_file_is_sent_by_its_path_and_checked(path, buf, tmp_path):
