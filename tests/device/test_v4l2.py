@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import dmabuf
-from dmabuf.devices import v4l2
+from dmabuf.devices import frames, v4l2
 from dmabuf.memory import exporters
 from tests import support
 from tests.device.vivid import (
@@ -145,6 +145,26 @@ def test_two_planes_in_a_buffer_each(exporter: str) -> None:
                 assert (one.nbytes, other.nbytes) == (cut, cut // 2)
                 assert_same(one.buffer.pread(one.nbytes, 0), expected[:cut], "luma")
                 assert_same(other.buffer.pread(other.nbytes, 0), expected[cut:], "chroma")
+
+
+@needs("cameras", "udmabuf")
+def test_the_planes_of_every_format_fill_what_the_driver_writes() -> None:
+    """Of each known format that vivid has, so nearly all: an independent account of their sizes."""
+    with pytest.raises(OSError, match="no format") as caught:
+        v4l2.capture(SINGLE, format="none")
+    names = str(caught.value).partition("it has ")[2].partition(": '/dev")[0].split(", ")
+    known = [name for name in names if name in frames.V4L2_FORMATS]
+    assert len(known) > 30
+    wrong = {}
+    for name in known:
+        with v4l2.capture(SINGLE, format=name, **SMALL) as camera, next(camera) as frame:
+            sizes = frame.nbytes, sum(plane.size for plane in camera.format.planes)
+            rules = frames.V4L2_FORMATS[name]
+            shapes = [frame.asarray(n).shape[:2] for n in range(len(rules))]
+            rows = [-(-180 // rule.down) for rule in rules]
+            if sizes[0] != sizes[1] or [shape[0] for shape in shapes] != rows:
+                wrong[name] = sizes, shapes
+    assert not wrong
 
 
 @needs("cameras", "udmabuf")
