@@ -4,6 +4,8 @@ import contextlib
 import errno
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,6 +17,7 @@ import dmabuf.store
 from dmabuf.store import Status
 from tests.guards import demand
 from tests.mounting import Mounted, mount, mounted
+from tests.restarting import KINDS
 from tests.serving import Between, as_a_program
 from tests.support import assert_same, pattern
 from tests.unit.test_mount import failing
@@ -267,6 +270,38 @@ def test_of_two_mounts_one_has_a_file_that_both_create(tmp_path: Path) -> None:
                 assert (folder / "lock").read_bytes() == b"second"
         files.process.send_signal(signal.SIGTERM)
         assert "lock: a buffer of that name exists" in files.process.stderr.read()
+
+
+_OUTGROW = """
+import os, sys
+file = os.open(sys.argv[1], os.O_RDWR)
+os.pwrite(file, bytes(9000), 0)
+print("written", flush=True)
+sys.stdin.read()
+os.close(file)
+"""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_is_written_over_a_restart_of_the_store(kind: str, tmp_path: Path) -> None:
+    path, directory = tmp_path / "store.sock", tmp_path / "mnt"
+    directory.mkdir()
+    with contextlib.closing(KINDS[kind](path)) as server, mount(directory, path):
+        file = directory / "x"
+        file.write_bytes(pattern(5000, 1))
+        # A process of its own, because a fork of this one would close the file, and so wait for
+        # the server that the fork is about to become.
+        writer = subprocess.Popen(
+            [sys.executable, "-c", _OUTGROW, file], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        with writer:
+            assert writer.stdout.readline() == b"written\n"
+            server.restart()
+            if kind == "killed":
+                failing(errno.EIO, os.listdir, directory)
+            writer.stdin.close()
+            assert writer.wait(timeout=100) == 0
+        assert_same(file.read_bytes(), bytes(9000), "what was written before the restart")
 
 
 def test_a_store_that_ends_is_an_error_until_another_serves(tmp_path: Path) -> None:

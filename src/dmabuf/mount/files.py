@@ -59,6 +59,8 @@ class File:
     handles: int = 0
     buffer: Buffer | None = None
     spool: BinaryIO | None = None
+    lost: int | None = None
+    """Its number when the store ended, which it still has if the store was restarted."""
     accessed_ns: int | None = None
     """A time that the store does not have yet; otherwise None."""
     modified_ns: int | None = None
@@ -137,7 +139,7 @@ class Files:
     def _lost(self) -> None:
         """Forget the names of a store that has ended; what is spooled is new for the next."""
         for file in list(self._numbered.values()):
-            name, file.number = file.name, None
+            name, file.lost, file.number = file.name, file.number, None
             if file.spool is None or name in self._new:
                 file.name = None
             elif name is not None:
@@ -444,7 +446,14 @@ class Files:
                 _copy(file.spool, buffer, file.length)
                 status: Status | None
                 if file.number is None:
-                    status = store.link(buffer, file.name, replace=False, length=file.length)
+                    try:
+                        status = store.link(buffer, file.name, replace=False, length=file.length)
+                    except FileExistsError:
+                        if file.lost is None:
+                            raise
+                        status = store.link(
+                            buffer, file.name, replace=file.lost, length=file.length
+                        )
                 else:
                     status = self._request(
                         file,
