@@ -10,7 +10,7 @@ pids=
 stop() {
     # The process ids are words on purpose.
     # shellcheck disable=SC2086
-    kill $pids 2>/dev/null || true
+    kill -KILL $pids 2>/dev/null || true # a child that has just begun may ignore TERM
     wait
     rm -rf "$folder"
 }

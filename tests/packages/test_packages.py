@@ -14,6 +14,7 @@ import pytest
 
 import dmabuf
 from lab.project import checkout_files
+from tests.pages import run_apart
 
 ROOT = Path(__file__).parents[2]
 UNPACKAGED = (".ci/", ".github/", ".gitignore")
@@ -68,6 +69,14 @@ def test_the_wheel_installs_with_cffi_alone_and_moves_bytes(
     command = python.with_name("dmabuf")
     assert run(command, "--version", cwd=tmp_path) == f"dmabuf {dmabuf.__version__}\n"
     assert "O_DIRECT" in run(command, "doctor", source, cwd=tmp_path)
+
+
+def test_the_tutorial_runs_with_the_wheel(
+    built: dict[str, Path], python: Path, tmp_path: Path
+) -> None:
+    install(python, f"{built['wheel']}[arrays]")
+    ended = run_apart(ROOT / "docs/getting-started.md", tmp_path, python)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_the_sdist_builds_and_tests_itself(
