@@ -30,10 +30,11 @@ class Model:
 
     def __init__(self, memory, start, size):
         self.memory, self.start, self.size, self.position = memory, start, size, 0
+        self.end = size  # where reading ends
 
     def pread(self, count, offset):
-        offset = min(offset, self.size)
-        count = min(count, self.size - offset)
+        offset = min(offset, self.end)
+        count = min(count, self.end - offset)
         return bytes(self.memory[self.start + offset : self.start + offset + count])
 
     def pwrite(self, data, offset):
@@ -41,6 +42,7 @@ class Model:
             return None
         if data:
             self.memory[self.start + offset : self.start + offset + len(data)] = data
+            self.end = max(self.end, offset + len(data))
         return len(data)
 
 
@@ -129,7 +131,7 @@ class BufferMachine(RuleBasedStateMachine):
         file, model = pair
         if file.closed:
             return
-        target = offset + (0, model.position, model.size)[whence]
+        target = offset + (0, model.position, model.end)[whence]
         if target < 0:
             with pytest.raises(ValueError):
                 file.seek(offset, whence)
@@ -143,8 +145,9 @@ class BufferMachine(RuleBasedStateMachine):
         if file.closed:
             return
         wanted = model.position if size is None else size
-        if wanted == model.size:
+        if wanted == model.size or (file is not self.buffer and wanted < model.size):
             assert file.truncate(size) == wanted
+            model.end = wanted
         else:
             with pytest.raises(OSError) as error:
                 file.truncate(size)
