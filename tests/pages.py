@@ -62,7 +62,7 @@ class Alike(doctest.OutputChecker):
     def _plain(text: str) -> str:
         text = re.sub(r"/run/(user/\d+/)?", "/run/", text)
         text = re.sub(r"^([-r][-rwx]{9}) +\w+ +\w+ +", r"\1 USER ", text, flags=re.M)
-        text = re.sub(r"\d[\d.]*(?= ?([kMGKi]*B/s|[mun]?s)\b)", "N", text)
+        text = re.sub(r"\d[\d.]*( ?)(?:[kMGKi]*(B/)|[mun]?)s\b", r"N\1\2s", text)
         return re.sub(r"\d+-\d\d-\d\d +\d\d:\d\d:\d\d", "TIME", text)
 
 
