@@ -17,7 +17,7 @@ from dmabuf.transfer.engine import default_engine
 from tests.guards import needs, vgem_node
 from tests.kernel.nvme_drive import drive
 from tests.kernel.test_exporters import drm, heap_fd
-from tests.support import wait_until
+from tests.support import loop_device, mounted, run, wait_until
 
 BUFINFO = Path("/sys/kernel/debug/dma_buf/bufinfo")
 
@@ -137,6 +137,23 @@ def null_blk(name: str, size: int, **settings: object) -> Iterator[str]:
         folder.rmdir()
 
 
+@contextlib.contextmanager
+def small(filesystem: str, tmp_path: Path) -> Iterator[Path]:
+    """A mounted filesystem that is soon full: its folder."""
+    folder = tmp_path / "mnt"
+    if filesystem == "tmpfs":
+        folder.mkdir()
+        run("mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", folder)
+        try:
+            yield folder
+        finally:
+            run("umount", folder)
+        return
+    size = 320 << 20 if filesystem == "xfs" else 64 << 20  # the least that mkfs.xfs takes
+    with loop_device(tmp_path / "image", size) as device, mounted(device, filesystem, folder):
+        yield folder
+
+
 @pytest.fixture(scope="session")
 def scsi() -> Iterator[str]:
     """A disk of 512-byte blocks by scsi_debug; its path."""
@@ -165,6 +182,7 @@ __all__ = [
     "null_blk",
     "others_huge_pages",
     "scsi",
+    "small",
     "vgem",
     "without_native",
 ]

@@ -5,14 +5,14 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from dmabuf.copying import copy
 from tests.guards import needs
-from tests.support import assert_same, loop_device, mounted, pattern, run, whole
+from tests.kernel.conftest import small
+from tests.support import assert_same, loop_device, mounted, pattern, whole
 from tests.unit.command import dmabuf, finish, start
 
 SIZE = 12_000_003
@@ -106,15 +106,7 @@ def test_a_disk_and_its_partition_are_the_same(tmp_path: Path) -> None:
 @needs("ext4")
 @pytest.mark.parametrize(("filesystem", "known"), [("ext4", True), ("tmpfs", False)])
 def test_a_full_disk(filesystem: str, known: bool, source: Path, tmp_path: Path) -> None:
-    with ExitStack() as stack:
-        if filesystem == "ext4":
-            device = stack.enter_context(loop_device(tmp_path / "image", 64 << 20))
-            folder = stack.enter_context(mounted(device, "ext4", tmp_path / "mnt"))
-        else:
-            folder = tmp_path / "mnt"
-            folder.mkdir()
-            run("mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", folder)
-            stack.callback(run, "umount", folder)
+    with small(filesystem, tmp_path) as folder:
         target = folder / "t"
         target.write_bytes(b"old" * 1000)
         room = os.statvfs(folder)

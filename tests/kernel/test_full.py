@@ -14,8 +14,7 @@ import dmabuf
 from dmabuf import aio
 from tests import support
 from tests.guards import needs, since
-from tests.kernel.conftest import null_blk
-from tests.kernel.test_cli import small
+from tests.kernel.conftest import null_blk, small
 from tests.support import assert_same, drop_cache, fill, poison, together, whole
 
 MIB = 1 << 20
