@@ -149,8 +149,8 @@ def small(filesystem: str, tmp_path: Path) -> Iterator[Path]:
         finally:
             run("umount", folder)
         return
-    size = 320 << 20 if filesystem == "xfs" else 64 << 20  # the least that mkfs.xfs takes
-    with loop_device(tmp_path / "image", size) as device, mounted(device, filesystem, folder):
+    image = tmp_path / "image"
+    with loop_device(image, 64 << 20) as device, mounted(device, filesystem, folder):
         yield folder
 
 
