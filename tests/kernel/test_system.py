@@ -299,8 +299,8 @@ def test_a_user_without_rights_sees_his_own_and_is_told_so():
         assert (one["inode"], one["name"], one["size"]) == (inode_of(his), "his", SIZE)
         (holder,) = one["holders"]
         assert holder["fds"] == [his]
-        assert holder["pid"] != os.getpid()
-        assert (one["references"], one["unseen"], one["devices"]) == (2, 1, None)
+        assert holder["process"]["pid"] != os.getpid()
+        assert (one["references"], one["unseen_references"], one["devices"]) == (2, 1, None)
         assert inode_of(other) != one["inode"]
         assert told["hidden"] == told["processes"] - 1 > 0
         assert not told["complete"]

@@ -70,7 +70,7 @@ def test_an_exception_of_it_stops_the_transfer(path, buf, often):
         assert error.value.nbytes < SIZE
         with pytest.raises(LookupError) as error:
             file.read_into(buf, 4096, progress=fail)
-        assert error.value.nbytes == 4096
+        assert error.value.nbytes <= 4096  # 0 where it was called on the way
         assert file.read_into(buf).nbytes == SIZE
 
 
