@@ -110,7 +110,7 @@ lab-tests: lab-tests-1 lab-tests-2
 
 lab-tests-1 lab-tests-2: lab-tests-%: $(VENV)/ready
 	tools/install-system-packages $$(lab/run --apt-packages)
-	lab/run --timeout 2700 --devices all -- python3 -m pytest $(LAB_TESTS_$*)
+	lab/run --timeout 2700 --devices all -- python3 -m pytest --timeout 600 $(LAB_TESTS_$*)
 
 # Other loaders side by side: takes minutes, downloads 2 GiB, and needs 5 GiB of disk and, as root,
 # 10 GiB of memory.
