@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from contextlib import ExitStack, suppress
 from queue import Empty, SimpleQueue
 from typing import NamedTuple
@@ -111,6 +113,8 @@ class Reader:
         self._whole = whole
         self._stopped = False
         self._thread: threading.Thread | None = None
+        self._ended = False  # is_alive() is wrong after an interrupt of join() (CPython 3.11)
+        self._end: SimpleQueue[None] = SimpleQueue()
         self._empty: SimpleQueue[Buffer | None] = SimpleQueue()
         self._full: SimpleQueue[Filled] = SimpleQueue()
         if ahead:
@@ -156,6 +160,13 @@ class Reader:
             raise _Stopped
 
     def _run(self) -> None:
+        try:
+            self._fill_all()
+        finally:
+            self._ended = True
+            self._end.put(None)
+
+    def _fill_all(self) -> None:
         stopping.check = self._check
         while (buffer := self._empty.get()) is not None:
             try:
@@ -190,11 +201,19 @@ class Reader:
     def _end_thread(self, thread: threading.Thread) -> None:
         self._empty.put(None)
         if thread.ident is not None:
-            thread.join(_PATIENCE)
-            if thread.is_alive():
+            self._wait_for_end(_PATIENCE)
+            if not self._ended:
                 import logging
 
                 text = "%s: waiting for the device to finish a read"
                 logging.getLogger("dmabuf").warning(text, self._source.name)
-                thread.join()
+                self._wait_for_end(math.inf)
+            thread.join()
         self._thread = None
+
+    def _wait_for_end(self, seconds: float) -> None:
+        """Wait until the thread reads no more, or for so many seconds."""
+        late = time.monotonic() + seconds
+        while not self._ended and time.monotonic() < late:
+            with suppress(Empty):
+                self._end.get(timeout=_SLICE)

@@ -13,7 +13,8 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from queue import Empty, SimpleQueue
 from typing import NamedTuple
 
 from dmabuf._core import lib
@@ -312,13 +313,13 @@ def _in_threads(
 
     def thread() -> None:
         stopping.check = check
-        work()
+        work()  # catches everything
 
     buffer.hold()
     try:
         # Inside another transfer, whose locks this thread may hold, no other thread can help.
         if queue_depth > 1 and len(ranges) > 1 and not in_transfer():
-            _join([threading.Thread(target=thread) for _ in ranges[:queue_depth]], raised, report)
+            _run(thread, min(queue_depth, len(ranges)), raised, report)
         work(report)  # what is left
         if not raised and progress is not None:
             meter.finish(done)
@@ -329,26 +330,50 @@ def _in_threads(
     return outcomes  # type: ignore[return-value] # each was set
 
 
-def _join(
-    threads: Sequence[threading.Thread],
+def _run(
+    work: Callable[[], None],
+    count: int,
     raised: list[BaseException],
     report: Callable[[], object],
 ) -> None:
-    """Run threads to their end; add to `raised`, which they check, what interrupts this one."""
+    """Run a function in threads; add to `raised`, which it checks, what interrupts this one.
+
+    Each thread notes its begin and its end. Thread.is_alive() is not asked: in CPython 3.11 an
+    interrupt of Thread.join() makes it return False while the thread still runs.
+    """
+    begun: list[None] = []
+    ended: list[None] = []
+    wake: SimpleQueue[None] = SimpleQueue()
+
+    def run() -> None:
+        begun.append(None)
+        work()
+        ended.append(None)
+        wake.put(None)
+
+    threads = [threading.Thread(target=run) for _ in range(count)]
+    started = 0
     try:
         for one in threads:
             one.start()
+            started += 1
     except RuntimeError:
         pass  # the system has no more threads: those that run do the work
     except BaseException as error:
         raised.append(error)
-    for one in threads:
-        while one.is_alive():
-            try:
-                if stopping.check is not None and not raised:
-                    stopping.check()
-                one.join(_SLICE)
-                if not raised:
-                    report()
-            except BaseException as error:
-                raised.append(error)
+    # A thread that begins after `raised` was filled does nothing.
+    while len(ended) < (len(begun) if raised else started):
+        try:
+            if stopping.check is not None and not raised:
+                stopping.check()
+            with suppress(Empty):
+                wake.get(timeout=_SLICE)
+            if not raised:
+                report()
+        except BaseException as error:
+            raised.append(error)
+    for one in threads[:started]:
+        try:
+            one.join()  # it has nothing left to do
+        except BaseException as error:
+            raised.append(error)
