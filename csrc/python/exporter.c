@@ -5,7 +5,7 @@
  * export(), which returns a memoryview of its memory, and unexport(), which is called once for each
  * export() when the consumer has released the memory.
  *
- * It is no part of the C core, which has no Python.h.
+ * It is not part of the C core, which has no Python.h.
  */
 
 #ifndef Py_GIL_DISABLED
