@@ -103,24 +103,31 @@ def test_an_interrupted_close_can_be_called_again(path, what):
 
 @contextmanager
 def paused_at(point, path):
-    """Another thread stands still in the middle of a transfer by the default engine."""
-    paused, go_on, moved = threading.Event(), threading.Event(), []
+    """Another thread stands still in the middle of a transfer by the default engine.
+
+    Yields whether it does: how many points a transfer has is not the same in every thread.
+    """
+    ready, go_on, paused, moved = threading.Event(), threading.Event(), [], []
 
     def pause():
-        paused.set()
+        paused.append(point)
+        ready.set()
         go_on.wait()
 
     def work():
-        with dmabuf.open(path) as file, dmabuf.allocate(SIZE, exporter="memfd") as buffer:
-            file.read_into(buffer)
-            with Points({point}, pause):
-                moved.append(file.read_into(buffer).nbytes)
+        try:
+            with dmabuf.open(path) as file, dmabuf.allocate(SIZE, exporter="memfd") as buffer:
+                file.read_into(buffer)
+                with Points({point}, pause):
+                    moved.append(file.read_into(buffer).nbytes)
+        finally:
+            ready.set()
 
     thread = threading.Thread(target=work)
     thread.start()
     try:
-        assert paused.wait(60)
-        yield
+        ready.wait()
+        yield bool(paused)
     finally:
         go_on.set()
         thread.join()
@@ -169,14 +176,16 @@ def test_a_transfer_in_a_signal_handler_beside_another_thread(path, buf):
     with inside(path, buf, None, 20) as (nested, outer):
         with Points((), nested) as counted:
             outer()
-        points = range(1, counted.seen, max(1, counted.seen // 15))
+        points, paused = range(1, counted.seen, max(1, counted.seen // 15)), 0
         for where in points:
-            with paused_at(where, path):
+            with paused_at(where, path) as beside:
+                paused += beside
                 for number in points:
                     buf.pwrite(poison(SIZE), 0)
                     with Points({number}, nested):
                         assert outer().nbytes == SIZE
                     assert_same(buf.pread(SIZE, 0), pattern(SIZE, 1), "the outer buffer")
+        assert paused >= 10
 
 
 class Garbage:
