@@ -17,3 +17,9 @@ def held() -> tuple[list[str], list[str]]:
     maps = Path("/proc/self/maps").read_text().splitlines()
     shared = [line.split()[-1] for line in maps if "/memfd:" in line or "/dmabuf:" in line]
     return sorted(descriptors), sorted(shared)
+
+
+def pinned() -> str:
+    """Return how much memory the rings of this process pin, as /proc/self/status has it."""
+    status = Path("/proc/self/status").read_text()
+    return next(line for line in status.splitlines() if line.startswith("VmPin"))

@@ -8,13 +8,13 @@ import gc
 import os
 import signal
 import threading
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
 
 import dmabuf
 from dmabuf import Engine
-from tests.resources import held
+from tests.resources import held, pinned
 from tests.support import assert_same, pattern, poison
 from tests.unit.interrupting import Interruptions, Points
 
@@ -86,18 +86,50 @@ def test_an_interrupt_anywhere_leaves_nothing_held(path, buf, move):
     assert number > 10
 
 
-@pytest.mark.parametrize("what", ["buffer", "file"])
-def test_an_interrupted_close_can_be_called_again(path, what):
-    before, number, counted = held(), 0, None
-    while counted is None or counted.seen >= number:
-        number += 1
-        buffer, file = dmabuf.allocate(SIZE, exporter="memfd"), dmabuf.open(path)
-        file.read_into(buffer)
-        with suppress(KeyboardInterrupt), Interruptions({number}) as counted:
-            (buffer if what == "buffer" else file).close()
-        buffer.close()
-        file.close()
-        assert held() == before, number
+def close(buffer, file):
+    buffer.close()
+    file.close()
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore:.*:pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("what", ["close", "read", "del"])
+def test_after_an_interrupt_nothing_is_pinned_and_bytes_arrive(path, what):
+    """A ring that keeps the pages of a closed buffer could read into them for the next buffer."""
+    with dmabuf.open(path) as other:
+        with dmabuf.allocate(SIZE, exporter="memfd") as buffer:
+            other.read_into(buffer)
+        before, number, counted = (pinned(), held()), 0, None
+        while counted is None or counted.seen >= number:
+            number += 1
+            buffer, file = dmabuf.allocate(SIZE, exporter="memfd"), dmabuf.open(path)
+            if what == "read":
+                file.plan(buffer)  # which opens the descriptors, and registers nothing
+            else:
+                file.read_into(buffer)
+                other.read_into(buffer)
+            was = id(buffer)
+            with suppress(KeyboardInterrupt), Interruptions({number}) as counted:
+                if what == "del":
+                    del buffer
+                elif what == "read":
+                    file.read_into(buffer)
+                else:
+                    close(buffer, file)
+            if what != "del":
+                close(buffer, file)
+                del buffer
+            file.close()
+            with ExitStack() as stack:
+                for _ in range(20):  # until one has the id of the closed one
+                    buffer = stack.enter_context(dmabuf.allocate(SIZE, exporter="memfd"))
+                    if id(buffer) == was:
+                        break
+                buffer.pwrite(poison(SIZE), 0)
+                assert other.read_into(buffer).nbytes == SIZE
+                assert_same(buffer.pread(SIZE, 0), pattern(SIZE, 1), f"interrupt {number}")
+            del buffer
+            assert (pinned(), held()) == before, number
     assert number > 10
 
 

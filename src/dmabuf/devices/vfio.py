@@ -19,6 +19,7 @@ import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,7 +70,8 @@ class Device(lifetime.DeviceHandle):
         self.address = f"{match[1] or '0000'}:{match[2]}".lower()
         """The PCI address."""
         self._lock = threading.RLock()
-        self._users = 1  # this object, and each Buffer
+        self._users: set[object] = {self}
+        """The device itself, and a token of each Buffer."""
         self._fd = _open_device(self.address)
         try:
             self._enable_memory()
@@ -124,8 +126,9 @@ class Device(lifetime.DeviceHandle):
                 writable=writable,
                 map_refusal=_UNMAPPABLE,
             )
-            self._users += 1
-            lifetime.on_close(buffer, self._leave)
+            token = object()
+            self._users.add(token)
+            lifetime.on_close(buffer, partial(self._leave, token))
             return buffer
 
     def _range(self, index: int, offset: int | str, size: int | str | None) -> tuple[int, int]:
@@ -209,17 +212,18 @@ class Device(lifetime.DeviceHandle):
                 os.close(self._fd)
             return
         with self._lock:
-            if not self._closed:
-                self._closed = True
-                self._leave()
+            self._closed = True
+            self._leave(self)
 
-    def _leave(self) -> None:
+    def _leave(self, user: object) -> None:
+        """Close the descriptor after its last user. An interrupted call can be repeated."""
         if self.forked:
             return
         with self._lock:
-            self._users -= 1
-            if not self._users:
-                os.close(self._fd)
+            self._users.discard(user)
+            if not self._users and self._fd >= 0:
+                closing, self._fd = self._fd, -1
+                os.close(closing)
 
     def __repr__(self) -> str:
         return f"<dmabuf.Device {self.address} {'closed' if self._closed else 'by VFIO'}>"

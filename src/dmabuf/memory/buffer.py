@@ -523,7 +523,10 @@ class Buffer(
             self.release()
 
     def on_close(self, callback: Callable[[], object]) -> None:
-        """Call back once when the buffer closes, without its lock; nothing uses it by then."""
+        """Call back when the buffer closes, without its lock; nothing uses it by then.
+
+        A call that an interrupt ended is repeated, so the callback must bear a second one.
+        """
         with self._lock:
             self.check_open()
             self._on_close.append(callback)
@@ -586,7 +589,9 @@ class Buffer(
         self._memory = None
         try:
             while self._on_close:
-                self._on_close.pop()()
+                callback = self._on_close[-1]
+                callback()
+                self.not_on_close(callback)  # only now: an interrupt may have ended the call
         finally:
             closing = map(os.close, self._descriptors)
             self._descriptors = ()  # no call, so no signal's exception, between this and any()
@@ -595,11 +600,16 @@ class Buffer(
     def __del__(self) -> None:
         if self._closed and not self._descriptors:
             return
-        if not self._closed and not self.closes_unasked:
-            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
-        # Views of map() may live longer: they keep the mapping, so it is not unmapped here.
-        self._closed = True
-        self._dispose()
+        try:
+            if not self._closed and not self.closes_unasked:
+                warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+        finally:
+            # Views of map() may live longer: they keep the mapping, so it is not unmapped here.
+            self._closed = True
+            try:
+                self._dispose()
+            finally:
+                self._dispose()  # what an interrupt left; nobody will call close() again
 
 
 class Window(RawFile, instead="make another one with Buffer.open()"):

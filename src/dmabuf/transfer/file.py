@@ -466,8 +466,9 @@ class File(
         progress: Progress | None,
     ) -> Transfer:
         begun = time.perf_counter()
-        known = self.links.known.get((id(buffer), direction))
-        link = known or self.links.get(buffer, direction)
+        link = self.links.known.get((id(buffer), direction))
+        if link is None or link.buffer_ref() is not buffer:
+            link = self.links.get(buffer, direction)
         if terms.plain and type(size) is int and size <= SMALL and progress is None:
             done = link.move_small(file_offset, buffer_offset, size, terms, begun)
             if done is not None:

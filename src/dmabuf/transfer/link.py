@@ -118,7 +118,7 @@ class Link:
         self.users: set[object] = set()
         """One entry for each transfer that runs. Neither side closes while there is one."""
         self._plans: dict[Route, Plan] = {}
-        self._buffer = weakref.ref(buffer)  # the file must not keep the buffer's memory alive
+        self.buffer_ref = weakref.ref(buffer)  # the file must not keep the buffer's memory alive
         self._write = direction == "write"
         if buffer.closed:
             raise ClosedError("the buffer is closed")
@@ -134,7 +134,7 @@ class Link:
 
     def detach(self) -> None:
         """Take the link off its buffer: the file is closed."""
-        buffer = self._buffer()
+        buffer = self.buffer_ref()
         if buffer is not None:
             buffer.detach(self.users, self.on_close)
 
@@ -145,7 +145,7 @@ class Link:
     @property
     def buffer(self) -> Buffer:
         """The buffer."""
-        buffer = self._buffer()
+        buffer = self.buffer_ref()
         if buffer is None:
             raise ClosedError("the buffer is closed")
         return buffer
@@ -392,7 +392,7 @@ class Link:
 
         The caller has added a token to `users`.
         """
-        buffer = self._buffer()
+        buffer = self.buffer_ref()
         if self.target.owner != process.pid or buffer is None or buffer.closing:
             return None
         if self._engine.closed or self._engine.owner not in (None, threading.get_ident()):
@@ -439,7 +439,7 @@ class Link:
         target, token = self.target, object()
         try:
             self.users.add(token)
-            buffer = self._buffer()
+            buffer = self.buffer_ref()
             if target.owner != process.pid or buffer is None or buffer.closing:
                 self._check_open()
             if terms.audit == "always":
@@ -585,7 +585,7 @@ class Link:
         core.route = _CORE_ROUTES[route]
         core.file_size = measure.file_size
         core.slot_size = core.slab_size
-        buffer = self._buffer()
+        buffer = self.buffer_ref()
         assert buffer is not None  # the caller holds it
         job = Job(core, segments.array, segments.count, measure, buffer, route, target.path)
         if route is Route.BUFFERED:

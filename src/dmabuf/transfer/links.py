@@ -37,7 +37,9 @@ class Links:
         key = id(buffer), direction
         found = self.known.get(key)
         if found is not None:
-            return found
+            if found.buffer_ref() is buffer:
+                return found
+            self.forget(key)  # of a buffer that is gone, whose id this one has now
         target = self.current()
         if target.owner != process.pid:
             target.check_open()

@@ -6,7 +6,8 @@ import errno
 import os
 import threading
 import weakref
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from dmabuf._core import failure, ffi, lib
 from dmabuf.kernel import log, process
@@ -21,6 +22,9 @@ class Ring:
 
     The thread that runs a job on the ring holds its lock. The tables have another lock, because any
     thread may close a buffer, and so unregister it, at any time.
+
+    A signal handler may raise at the start and end of any call. So a slot goes from one list or
+    table to another without a call between the two steps.
     """
 
     def __init__(self, backend: int, depth: int, owner: int | None, flags: int = 0) -> None:
@@ -35,8 +39,10 @@ class Ring:
         self._owner = owner
         self.untidy = False
         """Whether slots of closed buffers and files remain to be cleared."""
-        self._unpin: list[int] = []
-        self._unregister: list[int] = []
+        self.unpin: list[int] = []
+        """Slots of closed buffers that `tidy` is to clear."""
+        self.unregister: list[int] = []
+        """Slots of closed dma-bufs that `tidy` is to clear."""
         self._forgotten: list[int] = []
         self._native_refusal: str | None = ""  # not probed yet
         self._natives: weakref.WeakKeyDictionary[Buffer, dict[int, NativeRegistration]] = (
@@ -58,8 +64,10 @@ class Ring:
     def registration(self, buffer: Buffer) -> Registration:
         """Return the ring's slots for a buffer, all of them empty at first."""
         found = self._buffers.get(id(buffer))
-        if found is None:
+        if found is None or found.buffer() is not buffer:
             with self._tables:
+                if found is not None:  # of a buffer that is gone, whose id this one has now
+                    found.clear()
                 found = self._buffers.setdefault(id(buffer), Registration(self, buffer))
         return found
 
@@ -67,16 +75,42 @@ class Ring:
         """Drop the registration of a buffer that is being closed."""
         self._buffers.pop(key, None)
 
-    def take_buffer_slot(self, address: int, size: int) -> int:
-        """Pin memory in a free slot, and return the slot or -errno."""
+    def pin(self, slots: Any, index: int, address: int, size: int) -> int:
+        """Pin memory in a free slot, which becomes `slots[index]`; return 0 or -errno."""
+        return self._fill(slots, index, self.unpin, lib.dmb_ring_register_buffer, address, size)
+
+    def register(self, slots: Any, index: int, dmabuf: int, target: int) -> int:
+        """Register a dma-buf for an open file in a free slot, which becomes `slots[index]`.
+
+        Returns 0 or -errno.
+        """
+        clear = self.unregister
+        return self._fill(slots, index, clear, lib.dmb_ring_register_dmabuf, dmabuf, target)
+
+    def _fill(
+        self,
+        slots: Any,
+        index: int,
+        clear: list[int],
+        function: Callable[[Any, int, int, int], int],
+        first: int,
+        second: int,
+    ) -> int:
         with self._tables:
             if not self._free_buffers:
                 return -errno.ENOSPC
-            slot = self._free_buffers.pop()
-            rc = int(lib.dmb_ring_register_buffer(self.handle, slot, address, size))
+            slot = self._free_buffers[-1]
+            del self._free_buffers[-1]
+            try:
+                rc = function(self.handle, slot, first, second)
+            except BaseException:  # an interrupt, perhaps after the slot was filled
+                clear.append(slot)
+                self.untidy = True
+                raise
             if rc == 0:
-                return slot
-            self._free_buffers.append(slot)
+                slots[index] = slot
+            else:
+                self._free_buffers.append(slot)
             return rc
 
     def native_refusal(self) -> str | None:
@@ -101,18 +135,6 @@ class Ring:
         """The number of slots that are empty and need no clearing."""
         return len(self._free_buffers)
 
-    def take_dmabuf_slot(self, dmabuf: int, target: int) -> int:
-        """Register a dma-buf for an open file in a free slot, and return the slot or -errno."""
-        with self._tables:
-            if not self._free_buffers:
-                return -errno.ENOSPC
-            slot = self._free_buffers.pop()
-            rc = int(lib.dmb_ring_register_dmabuf(self.handle, slot, dmabuf, target))
-            if rc == 0:
-                return slot
-            self._free_buffers.append(slot)
-            return rc
-
     def renew_dmabuf_slot(self, slot: int, dmabuf: int, target: int) -> int:
         """Register a dma-buf again in its slot, and return 0 or -errno.
 
@@ -122,18 +144,21 @@ class Ring:
         with self._tables:
             return int(lib.dmb_ring_register_dmabuf(self.handle, slot, dmabuf, target))
 
-    def give_dmabuf_slot(self, slot: int) -> None:
-        """Clear a dma-buf's slot now, or at the next job if only the ring's owner may."""
-        with self._tables:
-            self._unregister.append(slot)
-            self.untidy = True
-            if self._owner in (None, threading.get_ident()):
-                self.tidy()
+    def give(self, slots: Any, given: list[int]) -> None:
+        """Take back the filled slots; `given` is `unpin` or `unregister`.
 
-    def give_buffer_slot(self, slot: int) -> None:
-        """Unpin a slot's memory now, or at the next job if only the ring's owner may."""
+        They are cleared now, or at the next job if only the ring's owner may.
+        """
         with self._tables:
-            self._unpin.append(slot)
+            for index in range(len(slots)):
+                slot = slots[index]
+                slots[index] = -1
+                if slot >= 0:
+                    given.append(slot)
+            self._tidy_soon()
+
+    def _tidy_soon(self) -> None:
+        with self._tables:
             self.untidy = True
             if self._owner in (None, threading.get_ident()):
                 self.tidy()
@@ -142,21 +167,26 @@ class Ring:
         """Clear the slots of closed buffers and files."""
         with self._tables:
             self.untidy = False
-            while self._unpin:
-                slot = self._unpin.pop()
+            try:
+                self._clear(self.unpin, self._free_buffers, lib.dmb_ring_register_buffer, 0, 0)
+                dmabuf = lib.dmb_ring_register_dmabuf
+                self._clear(self.unregister, self._free_buffers, dmabuf, -1, -1)
+                self._clear(self._forgotten, self._free_files, lib.dmb_ring_register_file, -1)
+            except BaseException:  # an interrupt
+                self.untidy = True
+                raise
+
+    def _clear(
+        self, given: list[int], free: list[int], function: Callable[..., int], *nothing: int
+    ) -> None:
+        while given:
+            slot = given[-1]
+            del given[-1]
+            try:
                 if self.handle is not None:
-                    lib.dmb_ring_register_buffer(self.handle, slot, 0, 0)
-                self._free_buffers.append(slot)
-            while self._unregister:
-                slot = self._unregister.pop()
-                if self.handle is not None:
-                    lib.dmb_ring_register_dmabuf(self.handle, slot, -1, -1)
-                self._free_buffers.append(slot)
-            while self._forgotten:
-                slot = self._forgotten.pop()
-                if self.handle is not None:
-                    lib.dmb_ring_register_file(self.handle, slot, -1)
-                self._free_files.append(slot)
+                    function(self.handle, slot, *nothing)
+            finally:
+                free.append(slot)
 
     def file_slot(self, fd: int) -> int:
         """Register a descriptor if a slot is free, and return its slot; -1 for none."""
@@ -165,8 +195,15 @@ class Ring:
                 return self.files[fd]
             if not self._free_files:
                 return -1
-            slot = self._free_files.pop()
-            if lib.dmb_ring_register_file(self.handle, slot, fd):
+            slot = self._free_files[-1]
+            del self._free_files[-1]
+            try:
+                rc = lib.dmb_ring_register_file(self.handle, slot, fd)
+            except BaseException:  # an interrupt, perhaps after the slot was filled
+                self._forgotten.append(slot)
+                self.untidy = True
+                raise
+            if rc:
                 self._free_files.append(slot)
                 return -1
             self.files[fd] = slot
@@ -177,15 +214,15 @@ class Ring:
         with self._tables:
             for buffer, by_file in list(self._natives.items()):
                 if fd in by_file:
-                    gone = by_file.pop(fd)
+                    gone = by_file[fd]
                     gone.clear()
                     buffer.not_on_close(gone.clear)
-            slot = self.files.pop(fd, None)
+                    by_file.pop(fd, None)  # last: an interrupted call is repeated
+            slot = self.files.get(fd)
             if slot is not None:
+                del self.files[fd]
                 self._forgotten.append(slot)
-                self.untidy = True
-            if self._owner in (None, threading.get_ident()):
-                self.tidy()
+            self._tidy_soon()
             if self._owner == threading.get_ident() and self.handle is not None:
                 lib.dmb_ring_settle(self.handle)
 
@@ -235,10 +272,9 @@ class NativeRegistration:
         if len(missing) > free:
             return Refusal(errno.ENOSPC, _table_is_full(len(missing), free))
         for index in missing:
-            slot = self._ring.take_dmabuf_slot(buffer.slabs[index].fd, self._fd)
-            if slot < 0:
-                return Refusal(-slot, why_not_native(-slot))
-            self.slots[index] = slot
+            rc = self._ring.register(self.slots, index, buffer.slabs[index].fd, self._fd)
+            if rc:
+                return Refusal(-rc, why_not_native(-rc))
         return None
 
     def renew(self, buffer: Buffer) -> bool:
@@ -253,10 +289,7 @@ class NativeRegistration:
 
     def clear(self) -> None:
         """Return all slots to the ring."""
-        for index in range(len(self.slots)):
-            slot, self.slots[index] = self.slots[index], -1
-            if slot >= 0:
-                self._ring.give_dmabuf_slot(slot)
+        self._ring.give(self.slots, self._ring.unregister)
 
 
 class Registration:
@@ -270,12 +303,13 @@ class Registration:
         self.refused: str | None = None
         self._ring = ring
         self._key = id(buffer)
-        self._buffer = weakref.ref(buffer)
+        self.buffer = weakref.ref(buffer)
+        """The buffer, if it still exists."""
         buffer.on_close(self.clear)
 
     def detach(self) -> None:
         """Cancel the callback on the buffer, because the ring is closed."""
-        buffer = self._buffer()
+        buffer = self.buffer()
         if buffer is not None:
             buffer.not_on_close(self.clear)
 
@@ -291,22 +325,17 @@ class Registration:
                 return False
             start = index * SLOT_SIZE
             size = min(SLOT_SIZE, buffer.size - start)
-            slot = self._ring.take_buffer_slot((buffer.address or 0) + start, size)
-            if slot >= 0:
-                self.slots[index] = slot
-            else:
-                self.refused = _why_not_registered(-slot)
+            rc = self._ring.pin(self.slots, index, (buffer.address or 0) + start, size)
+            if rc:
+                self.refused = _why_not_registered(-rc)
                 log.info("not registering %r: %s", buffer, self.refused)
                 return False
         return True
 
     def clear(self) -> None:
         """Unpin all slots, because the buffer is about to be unmapped."""
+        self._ring.give(self.slots, self._ring.unpin)
         self._ring.forget_buffer(self._key)
-        for index in range(len(self.slots)):
-            slot, self.slots[index] = self.slots[index], -1
-            if slot >= 0:
-                self._ring.give_buffer_slot(slot)
 
 
 def _why_not_registered(number: int) -> str:
