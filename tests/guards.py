@@ -74,14 +74,6 @@ def _device(path: str, fix: str) -> str | None:
     return None
 
 
-def _udmabuf() -> str | None:
-    return _device("/dev/udmabuf", "a kernel with CONFIG_UDMABUF; lab/run has one")
-
-
-def _dma_heap() -> str | None:
-    return _device("/dev/dma_heap/system", "CONFIG_DMABUF_HEAPS_SYSTEM; lab/run has it")
-
-
 def _vgem() -> str | None:
     if vgem_node() is None and required("vgem"):
         subprocess.run(["modprobe", "vgem"], check=False)
@@ -136,11 +128,6 @@ def _vivid() -> str | None:
         subprocess.run(["modprobe", "vivid", *_PARAMETERS["vivid"]], check=False)
     fix = f"modprobe vivid {' '.join(_PARAMETERS['vivid'])}; lab/run has it"
     return None if vivid_node() else f"no camera by vivid ({fix})"
-
-
-def _cameras() -> str | None:
-    """Look for all cameras of the lab, whose number and kinds depend on vivid's parameters."""
-    return None if vivid_node("vid-cap", 2) else "no vivid cameras (lab/run --devices vivid)"
 
 
 def _vulkan() -> str | None:
@@ -204,47 +191,18 @@ def _loop() -> str | None:
     return problem or _program("losetup", "util-linux")
 
 
-def _zram() -> str | None:
-    return _root() or _module("zram", "/sys/class/zram-control/hot_add")
-
-
-def _null_blk() -> str | None:
-    return _root() or _module("null_blk", "/sys/kernel/config/nullb")
-
-
-def _scsi_debug() -> str | None:
-    return _root() or _module("scsi_debug", "/sys/bus/pseudo/drivers/scsi_debug")
-
-
 def _program(name: str, package: str) -> str | None:
     return None if shutil.which(name) else f"no {name} (apt install {package})"
+
+
+def _python(module: str, fix: str) -> str | None:
+    return None if importlib.util.find_spec(module) else f"no module {module} ({fix})"
 
 
 def _pyfuse3() -> str | None:
     if importlib.util.find_spec("pyfuse3") is None:
         return "no module pyfuse3 (apt install libfuse3-dev pkg-config; pip install pyfuse3)"
     return _program("fusermount3", "fuse3")
-
-
-def _rsync() -> str | None:
-    return _program("rsync", "rsync")
-
-
-def _fio() -> str | None:
-    return _program("fio", "fio")
-
-
-def _xxd() -> str | None:
-    return _program("xxd", "xxd")
-
-
-def _torch() -> str | None:
-    found = importlib.util.find_spec("torch") is not None
-    return None if found else "no module torch (pip install torch; its CPU build is 200 MB)"
-
-
-def _av() -> str | None:
-    return None if importlib.util.find_spec("av") else "no module av (pip install av)"
 
 
 def _gstreamer() -> str | None:
@@ -269,18 +227,6 @@ def _sentence_model() -> str | None:
     return f"no module {missing[0]} ({fix})" if missing else None
 
 
-def _ext4() -> str | None:
-    return _loop() or _program("mkfs.ext4", "e2fsprogs")
-
-
-def _xfs() -> str | None:
-    return _loop() or _program("mkfs.xfs", "xfsprogs")
-
-
-def _btrfs() -> str | None:
-    return _loop() or _program("mkfs.btrfs", "btrfs-progs")
-
-
 def _root() -> str | None:
     return None if os.geteuid() == 0 else "not root (lab/run is)"
 
@@ -301,10 +247,6 @@ def _fuse() -> str | None:
     return None
 
 
-def _gcc() -> str | None:
-    return _program("gcc", "gcc")
-
-
 def _cuda_bindings() -> str | None:
     if importlib.util.find_spec("cuda") and importlib.util.find_spec("cuda.bindings"):
         return None
@@ -317,10 +259,6 @@ def _display() -> str | None:
     return None
 
 
-def _virtio_gpu() -> str | None:
-    return None if drm_node("virtio-pci") else "no GPU by virtio-gpu (lab/run --devices drm)"
-
-
 def vfio_address() -> str | None:
     """Return the PCI address of the lab's device with vfio-pci, or None outside the lab."""
     devices = Path("/sys/bus/pci/drivers/vfio-pci").glob("0000:*")
@@ -328,19 +266,23 @@ def vfio_address() -> str | None:
     return next((one.name for one in found), None)
 
 
-def _vfio() -> str | None:
-    return None if vfio_address() else "no ivshmem device by vfio-pci (lab/run --devices vfio)"
-
-
 _GUARDS: dict[str, Callable[[], str | None]] = {
-    "udmabuf": _udmabuf,
-    "dma_heap": _dma_heap,
+    "udmabuf": lambda: _device("/dev/udmabuf", "a kernel with CONFIG_UDMABUF; lab/run has one"),
+    "dma_heap": lambda: _device(
+        "/dev/dma_heap/system", "CONFIG_DMABUF_HEAPS_SYSTEM; lab/run has it"
+    ),
     "vgem": _vgem,
     "vivid": _vivid,
+    "cameras": lambda: (  # their number and kinds depend on vivid's parameters
+        None if vivid_node("vid-cap", 2) else "no vivid cameras (lab/run --devices vivid)"
+    ),
     "display": _display,
-    "virtio_gpu": _virtio_gpu,
-    "vfio": _vfio,
-    "cameras": _cameras,
+    "virtio_gpu": lambda: (
+        None if drm_node("virtio-pci") else "no GPU by virtio-gpu (lab/run --devices drm)"
+    ),
+    "vfio": lambda: (
+        None if vfio_address() else "no ivshmem device by vfio-pci (lab/run --devices vfio)"
+    ),
     "vulkan": _vulkan,
     "hugepages": _hugepages,
     "io_uring": _io_uring,
@@ -348,21 +290,21 @@ _GUARDS: dict[str, Callable[[], str | None]] = {
     "unplug": _unplug,
     "root": _root,
     "loop": _loop,
-    "zram": _zram,
-    "null_blk": _null_blk,
-    "scsi_debug": _scsi_debug,
-    "pyfuse3": _pyfuse3,
-    "rsync": _rsync,
-    "fio": _fio,
-    "xxd": _xxd,
-    "av": _av,
-    "gstreamer": _gstreamer,
-    "torch": _torch,
-    "sentence_model": _sentence_model,
-    "ext4": _ext4,
-    "xfs": _xfs,
-    "btrfs": _btrfs,
+    "zram": lambda: _root() or _module("zram", "/sys/class/zram-control/hot_add"),
+    "null_blk": lambda: _root() or _module("null_blk", "/sys/kernel/config/nullb"),
+    "scsi_debug": lambda: _root() or _module("scsi_debug", "/sys/bus/pseudo/drivers/scsi_debug"),
+    "ext4": lambda: _loop() or _program("mkfs.ext4", "e2fsprogs"),
+    "xfs": lambda: _loop() or _program("mkfs.xfs", "xfsprogs"),
+    "btrfs": lambda: _loop() or _program("mkfs.btrfs", "btrfs-progs"),
     "fuse": _fuse,
-    "gcc": _gcc,
+    "pyfuse3": _pyfuse3,
+    "rsync": lambda: _program("rsync", "rsync"),
+    "fio": lambda: _program("fio", "fio"),
+    "xxd": lambda: _program("xxd", "xxd"),
+    "gcc": lambda: _program("gcc", "gcc"),
+    "av": lambda: _python("av", "pip install av"),
+    "torch": lambda: _python("torch", "pip install torch; its CPU build is 200 MB"),
     "cuda-bindings": _cuda_bindings,
+    "gstreamer": _gstreamer,
+    "sentence_model": _sentence_model,
 }

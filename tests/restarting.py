@@ -1,18 +1,12 @@
-"""Servers of the store that are restarted, and clients that work meanwhile.
+"""Servers of the store that are restarted, and clients that work meanwhile."""
 
-`python -m tests.restarting --count 1000 replace` restarts a server under load a thousand times.
-"""
-
-import argparse
 import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -218,27 +212,3 @@ def at_work(clients: list[Client]) -> None:
         ),
         "every client at work",
     )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.restarting", description=__doc__)
-    parser.add_argument("kind", choices=KINDS)
-    parser.add_argument("--count", type=int, default=1000, help="restarts (1000)")
-    options = parser.parse_args()
-    begun = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "store.sock")
-        server = KINDS[options.kind](path)
-        with contextlib.closing(server), busy(path) as clients:
-            for _ in range(options.count):
-                at_work(clients)
-                server.restart()
-        done = sum(client.done for client in clients)
-        interrupted = sum(client.interrupted for client in clients)
-    seconds = time.monotonic() - begun
-    print(f"{options.count} restarts ({options.kind}) in {seconds:.0f} s: no name was lost;")
-    print(f"{done} names were put, checked and removed meanwhile, {interrupted} interrupted")
-
-
-if __name__ == "__main__":
-    main()
