@@ -43,6 +43,18 @@ def assert_same(got: bytes, expected: bytes, what: str) -> None:
     raise AssertionError(f"{what}: {wrong} bytes differ, the first at {first}")
 
 
+@contextlib.contextmanager
+def raises_errno(number: int, match: str | None = None, **attributes: object) -> Iterator[object]:
+    """Expect an OSError with this errno, whose text matches, and which has these attributes."""
+    import pytest  # here, because child processes import this module too
+
+    with pytest.raises(OSError, match=match) as caught:
+        yield caught
+    error = caught.value
+    found = {name: getattr(error, name) for name in attributes}
+    assert (error.errno, found) == (number, attributes), repr(error)
+
+
 def whole(fd: int, limit: int | None = None) -> bytes:
     """Return a whole file or block device, or its first `limit` bytes, by plain pread."""
     size = os.lseek(fd, 0, os.SEEK_END)

@@ -14,9 +14,10 @@ from dmabuf.kernel import uapi
 from dmabuf.memory import exporters
 from dmabuf.transfer.audit import PAIRS
 from dmabuf.transfer.engine import default_engine
-from tests.guards import needs, vgem_node
+from tests.guards import needs
 from tests.kernel.nvme_drive import drive
-from tests.kernel.test_exporters import drm, heap_fd
+from tests.kernel.test_exporters import heap_fd
+from tests.kernel.vgem import Card, vgem
 from tests.support import loop_device, mounted, run, wait_until
 
 BUFINFO = Path("/sys/kernel/debug/dma_buf/bufinfo")
@@ -40,21 +41,20 @@ def settled(look: Callable[[], object], expected: object) -> object:
     return look()
 
 
-@contextlib.contextmanager
-def vgem(size: int, flags: int = os.O_RDWR) -> Iterator[dmabuf.Buffer]:
-    """A GPU driver's buffer of `size` bytes, a multiple of 4096, handed over by descriptor."""
-    card = os.open(vgem_node(), os.O_RDWR | os.O_CLOEXEC)
-    try:
-        handle = drm(card, 0xB2, "=IIIIIIQ", size // 4096, 1024, 32, 0, 0, 0, 0)[4]
-        fd = drm(card, 0x2D, "=IIi", handle, flags | os.O_CLOEXEC, -1)[2]
-        try:
-            buffer = dmabuf.from_fd(fd)
-        finally:
-            os.close(fd)
-        with buffer:
-            yield buffer
-    finally:
-        os.close(card)
+@pytest.fixture
+def card() -> Iterator[Card]:
+    made = Card()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def udmabuf_limit() -> Iterator[Callable[[int], object]]:
+    """Sets how many MiB a udmabuf may have; at the end it is what it was."""
+    path = Path(exporters.UDMABUF_SIZE_LIMIT)
+    before = path.read_text()
+    yield lambda mib: path.write_text(str(mib))
+    path.write_text(before)
 
 
 def heap_read_only(size: int) -> dmabuf.Buffer:

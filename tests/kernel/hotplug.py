@@ -5,14 +5,12 @@ import ctypes
 import fcntl
 import os
 import struct
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.support import drop_cache, fill, let_go, run
+from tests.support import drop_cache, fill, let_go, run, wait_until
 
 MIB = 1 << 20
-_PATIENCE = 120
 _BLKPG, _ADD, _DELETE = 0x1269, 1, 2
 _WHERE = {"partition": MIB}
 """Where on the disk a kind of target begins, in bytes, if not at 0."""
@@ -68,27 +66,29 @@ class Slot:
     def plug(self) -> None:
         """Put it back; returns when its nodes can be opened."""
         Path("/sys/bus/pci/rescan").write_text("1")
-        until = time.monotonic() + _PATIENCE
-        while True:
+
+        def there() -> bool:
             try:
                 for path in (self.disk, self.node):
                     os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))
             except OSError:
-                if time.monotonic() > until:
-                    raise
-                time.sleep(0.01)
-            else:
-                return
+                return False
+            return True
+
+        wait_until(there, "the drive's nodes")
 
     def restore(self) -> None:
         """As it was found: there, and by its first name."""
         if not os.path.exists(self._pci):
             self.plug()
-        until = time.monotonic() + _PATIENCE
-        while self.disk != self.first:  # somebody still held its name
-            assert time.monotonic() < until, f"the drive came back as {self.disk}"
-            self.pull()
-            self.plug()
+
+        def by_its_first_name() -> bool:
+            if self.disk != self.first:  # somebody still held its name
+                self.pull()
+                self.plug()
+            return self.disk == self.first
+
+        wait_until(by_its_first_name, f"{self.first}, the drive's first name,")
 
     # -- what is read and written on it
 

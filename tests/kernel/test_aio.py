@@ -11,7 +11,7 @@ from dmabuf import aio
 from tests.guards import needs
 from tests.kernel.conftest import BUFFERS, null_blk
 from tests.kernel.nvme_drive import everything
-from tests.kernel.test_fence import PATIENCE, Card
+from tests.kernel.vgem import PATIENCE
 from tests.support import assert_same, pattern, poison, whole
 
 SIZE = 96 << 10
@@ -67,13 +67,6 @@ def test_writes_at_once(run, drive, target, kind):
         run(main)
         assert_same(drive.read(SIZE), data, "the drive")
         assert_same(buffer.pread(SIZE, 0), data, "the buffer")
-
-
-@pytest.fixture
-def card():
-    made = Card()
-    yield made
-    made.close()
 
 
 @everything

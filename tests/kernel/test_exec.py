@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,9 +17,9 @@ from dmabuf.memory import exporters
 from tests.file_programs import check_readers, check_writers
 from tests.guards import needs
 from tests.kernel.conftest import BUFFERS, heap_read_only, vgem
-from tests.kernel.test_fence import Card
+from tests.kernel.vgem import Card
 from tests.resources import held
-from tests.support import assert_same, pattern
+from tests.support import assert_same, pattern, raises_errno, wait_until
 from tests.unit.command import PROGRAM
 from tests.unit.test_as_file import ended, servers
 
@@ -198,9 +197,8 @@ def test_a_file_of_another_user(fuse_for_all: None) -> None:
                 (lambda: os.fstat(fd), errno.EACCES),
                 (lambda: os.open(f"/proc/self/fd/{fd}", os.O_RDONLY), errno.EACCES),
             ):
-                with pytest.raises(OSError) as caught:
+                with raises_errno(number):
                     refused()
-                assert caught.value.errno == number
         finally:
             os.close(fd)
 
@@ -216,61 +214,45 @@ def reading(file: dmabuf.BufferFile) -> Iterator[subprocess.Popen]:
         stdout=subprocess.PIPE,
     ) as process:
         # It sleeps in the read: there is nothing else that it waits for.
-        for _ in range(500):
-            waits = Path(f"/proc/{process.pid}/syscall").read_text().split()[0]
-            if waits == "0" and process.poll() is None:
-                break
-            time.sleep(0.01)
+        call = Path(f"/proc/{process.pid}/syscall")
+        wait_until(lambda: call.read_text().startswith("0 ") or process.poll() is not None)
         yield process
 
 
 @everything
-def test_a_read_waits_for_the_device() -> None:
-    card = Card()
-    try:
-        with dmabuf.from_fd(card.fd) as buf, dmabuf.as_file(buf) as file:
-            buf.pwrite(pattern(200, 6), 0)
-            fence = card.job("write")
-            with reading(file) as process:
-                assert process.poll() is None
-                assert os.fstat(file.fileno()).st_size == buf.size, "others are answered"
-                card.done(fence)
-                out, _ = process.communicate(timeout=60)
-            assert out == pattern(200, 6)[:100]
-    finally:
-        card.close()
+def test_a_read_waits_for_the_device(card: Card) -> None:
+    with dmabuf.from_fd(card.fd) as buf, dmabuf.as_file(buf) as file:
+        buf.pwrite(pattern(200, 6), 0)
+        fence = card.job("write")
+        with reading(file) as process:
+            assert process.poll() is None
+            assert os.fstat(file.fileno()).st_size == buf.size, "others are answered"
+            card.done(fence)
+            out, _ = process.communicate(timeout=60)
+        assert out == pattern(200, 6)[:100]
 
 
 @everything
-def test_a_read_waits_for_a_device_no_longer_than_ten_seconds() -> None:
+def test_a_read_waits_for_a_device_no_longer_than_ten_seconds(card: Card) -> None:
     """The kernel's own timeout of a vgem fence is as long: either ends the read."""
-    card = Card()
-    try:
-        with dmabuf.from_fd(card.fd) as buf, dmabuf.as_file(buf) as file:
-            card.job("write")
-            with reading(file) as process:
-                assert process.poll() is None
-                assert process.wait(60) in (0, 1)
-            assert os.pread(file.fileno(), 10, 0) == bytes(10)
-    finally:
-        card.fences.clear()  # the fence may have expired; closing the card ends it otherwise
-        card.close()
+    with dmabuf.from_fd(card.fd) as buf, dmabuf.as_file(buf) as file:
+        card.job("write")
+        with reading(file) as process:
+            assert process.poll() is None
+            assert process.wait(60) in (0, 1)
+        assert os.pread(file.fileno(), 10, 0) == bytes(10)
+    card.fences.clear()  # the fence may have expired; closing the card ends it otherwise
 
 
 @everything
-def test_a_server_that_dies_leaves_nobody_waiting() -> None:
-    card = Card()
-    try:
-        with dmabuf.from_fd(card.fd) as buf:
-            before = servers()
-            file = dmabuf.as_file(buf)
-            (server,) = servers() - before
-            card.job("write")
-            with reading(file) as process:
-                os.kill(server, signal.SIGKILL)
-                assert process.wait(60) == 1
-            with pytest.raises(OSError) as caught:
-                file.close()
-            assert caught.value.errno == errno.ENOTCONN
-    finally:
-        card.close()
+def test_a_server_that_dies_leaves_nobody_waiting(card: Card) -> None:
+    with dmabuf.from_fd(card.fd) as buf:
+        before = servers()
+        file = dmabuf.as_file(buf)
+        (server,) = servers() - before
+        card.job("write")
+        with reading(file) as process:
+            os.kill(server, signal.SIGKILL)
+            assert process.wait(60) == 1
+        with raises_errno(errno.ENOTCONN):
+            file.close()

@@ -1,16 +1,14 @@
 """The exporters on a real kernel: the lab, or any machine that has them."""
 
-import fcntl
 import mmap
 import os
-import struct
 from pathlib import Path
 
 import pytest
 
 from dmabuf.kernel import uapi
 from dmabuf.memory import allocate, exporters, from_fd
-from tests.guards import needs, vgem_node
+from tests.guards import needs
 
 PAGE = mmap.PAGESIZE
 MIB = 1 << 20
@@ -71,18 +69,9 @@ def test_pages_behind_a_udmabuf_can_be_pinned(tmp_path):
         assert "EFAULT" in twin.pin_refusal and vmsplice(twin.address) == 14
 
 
-@pytest.fixture
-def size_limit():
-    """Sets the module's parameter, and restores it."""
-    path = Path(exporters.UDMABUF_SIZE_LIMIT)
-    before = path.read_text()
-    yield lambda megabytes: path.write_text(str(megabytes))
-    path.write_text(before)
-
-
 @needs("udmabuf", "root")
-def test_slabs_within_the_modules_limit(size_limit):
-    size_limit(1)
+def test_slabs_within_the_modules_limit(udmabuf_limit):
+    udmabuf_limit(1)
     with allocate(MIB * 7 // 2, name="slab") as buf:
         assert [(slab.offset, slab.size) for slab in buf.slabs] == [
             (0, MIB),
@@ -98,8 +87,8 @@ def test_slabs_within_the_modules_limit(size_limit):
 
 
 @needs("udmabuf", "root")
-def test_a_limit_that_cannot_be_read_is_found_by_trying(size_limit, monkeypatch, tmp_path):
-    size_limit(1)
+def test_a_limit_that_cannot_be_read_is_found_by_trying(udmabuf_limit, monkeypatch, tmp_path):
+    udmabuf_limit(1)
     with monkeypatch.context() as patch:
         patch.setattr(exporters, "UDMABUF_SIZE_LIMIT", str(tmp_path / "absent"))
         with allocate(3 * MIB, exporter="udmabuf") as buf:
@@ -210,27 +199,9 @@ def test_a_dma_buf_is_known_without_proc(monkeypatch):
         assert (twin.exporter, twin.is_dmabuf) == ("memfd", False)
 
 
-def drm(fd, number, layout, *fields):
-    layout = struct.Struct(layout)
-    data = bytearray(layout.pack(*fields))
-    fcntl.ioctl(fd, 3 << 30 | layout.size << 16 | ord("d") << 8 | number, data)
-    return layout.unpack(data)
-
-
-@pytest.fixture
-def vgem_prime():
-    """A dma-buf of the vgem driver: 256 x 256 pixels of 4 bytes."""
-    card = os.open(vgem_node(), os.O_RDWR | os.O_CLOEXEC)
-    handle = drm(card, 0xB2, "=IIIIIIQ", 256, 256, 32, 0, 0, 0, 0)[4]
-    fd = drm(card, 0x2D, "=IIi", handle, os.O_RDWR | os.O_CLOEXEC, -1)[2]
-    yield fd
-    os.close(fd)
-    os.close(card)
-
-
 @needs("vgem")
-def test_a_drm_drivers_dma_buf(vgem_prime):
-    with from_fd(vgem_prime) as buf, from_fd(vgem_prime) as twin:
+def test_a_drm_drivers_dma_buf(card):
+    with from_fd(card.fd) as buf, from_fd(card.fd) as twin:
         assert (buf.size, buf.mode) == (256 * 256 * 4, "rb+")
         data = os.urandom(buf.size)
         buf.write(data)

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.guards import demand, needs
-from tests.kernel.test_fence import Card
+from tests.kernel.vgem import Card
 from tests.mounting import Mounted, attributes, mount, mounted
-from tests.support import assert_same, pattern
+from tests.support import assert_same, pattern, raises_errno
 from tests.unit import test_mount_tools as tools
 
 SIZE = (5 << 20) + 123
@@ -66,36 +66,34 @@ def test_memory_without_pages_is_copied(files: Mounted) -> None:
 
 @needs("vgem")
 @pytest.mark.parametrize("access", ["read", "write"])
-def test_a_request_waits_for_the_device_and_others_do_not(files: Mounted, access: str) -> None:
-    card = Card()
-    try:
-        (files.path / "other").write_bytes(b"other")
-        with files.store.create("busy", 1 << 20) as buffer:
-            fence, fd = card.sync_file()
-            buffer.import_fence(fd, "write")
-            os.close(fd)
-            done: list[object] = []
+def test_a_request_waits_for_the_device_and_others_do_not(
+    files: Mounted, card: Card, access: str
+) -> None:
+    (files.path / "other").write_bytes(b"other")
+    with files.store.create("busy", 1 << 20) as buffer:
+        fence, fd = card.sync_file()
+        buffer.import_fence(fd, "write")
+        os.close(fd)
+        done: list[object] = []
 
-            def work() -> None:
-                with (files.path / "busy").open("r+b", buffering=0) as file:
-                    done.append(
-                        os.pread(file.fileno(), 5, 0)
-                        if access == "read"
-                        else os.pwrite(file.fileno(), b"there", 0)
-                    )
+        def work() -> None:
+            with (files.path / "busy").open("r+b", buffering=0) as file:
+                done.append(
+                    os.pread(file.fileno(), 5, 0)
+                    if access == "read"
+                    else os.pwrite(file.fileno(), b"there", 0)
+                )
 
-            thread = threading.Thread(target=work)
-            thread.start()
-            begun = time.monotonic()
-            while time.monotonic() - begun < 1:
-                assert (files.path / "other").read_bytes() == b"other"
-            assert done == []
-            card.done(fence)
-            thread.join()
-            assert done == [bytes(5) if access == "read" else 5]
-            assert buffer.pread(5, 0) == (bytes(5) if access == "read" else b"there")
-    finally:
-        card.close()
+        thread = threading.Thread(target=work)
+        thread.start()
+        begun = time.monotonic()
+        while time.monotonic() - begun < 1:
+            assert (files.path / "other").read_bytes() == b"other"
+        assert done == []
+        card.done(fence)
+        thread.join()
+        assert done == [bytes(5) if access == "read" else 5]
+        assert buffer.pread(5, 0) == (bytes(5) if access == "read" else b"there")
 
 
 _HURRIED = """
@@ -109,23 +107,18 @@ sys.exit(main(sys.argv[1:]))
 
 
 @needs("vgem")
-def test_a_device_that_never_ends_is_a_timeout(files: Mounted, tmp_path: Path) -> None:
-    card = Card()
+def test_a_device_that_never_ends_is_a_timeout(files: Mounted, card: Card, tmp_path: Path) -> None:
     hurried, socket = tmp_path / "hurried", files.path.parent / "store.sock"
     hurried.mkdir()
-    try:
-        with (
-            files.store.create("busy", 1 << 20) as buffer,
-            mount(hurried, socket, program=["-c", _HURRIED]),
-        ):
-            _, fd = card.sync_file()
-            buffer.import_fence(fd, "write")
-            os.close(fd)
-            with pytest.raises(OSError) as caught:
-                (hurried / "busy").read_bytes()
-            assert caught.value.errno == errno.ETIMEDOUT
-    finally:
-        card.close()
+    with (
+        files.store.create("busy", 1 << 20) as buffer,
+        mount(hurried, socket, program=["-c", _HURRIED]),
+    ):
+        _, fd = card.sync_file()
+        buffer.import_fence(fd, "write")
+        os.close(fd)
+        with raises_errno(errno.ETIMEDOUT):
+            (hurried / "busy").read_bytes()
 
 
 @pytest.mark.parametrize("check", [tools.test_dd, tools.test_cp_cmp_and_sums])

@@ -12,7 +12,6 @@ import pytest
 
 import dmabuf
 from dmabuf import Engine, Route
-from dmabuf.memory import exporters
 from tests.guards import needs
 from tests.kernel.conftest import heap_read_only, native, null_blk, vgem, without_native
 from tests.kernel.test_exporters import through_dmabuf
@@ -158,20 +157,17 @@ def test_segments_around_a_bad_sector(bad, buf):
 
 
 @needs("udmabuf", "nvme", "root")
-def test_transfers_across_slabs(engine):
+def test_transfers_across_slabs(engine, udmabuf_limit):
     """Four udmabufs of 1 MiB, one mapping: nothing is seen of where one ends."""
-    limit = Path(exporters.UDMABUF_SIZE_LIMIT)
-    before = limit.read_text()
+    udmabuf_limit(1)
     path = os.environ["DMABUF_TEST_NVME0"]
     reference = os.open(path, os.O_RDWR)
     fill(reference, pattern((3 << 20) + PAGE, 1))
     drop_cache(reference)
-    try:
-        limit.write_text("1")
-        buffer = dmabuf.allocate((3 << 20) + PAGE, exporter="udmabuf")
-    finally:
-        limit.write_text(before)
-    with buffer, dmabuf.open(path, "r+", engine=engine) as file:
+    with (
+        dmabuf.allocate((3 << 20) + PAGE, exporter="udmabuf") as buffer,
+        dmabuf.open(path, "r+", engine=engine) as file,
+    ):
         assert [slab.size for slab in buffer.slabs] == [1 << 20] * 3 + [PAGE]
         for where in ((512, (1 << 20) - 512), (100, (1 << 20) - 3996)):
             for route in (None, "direct", "staged", "buffered"):
