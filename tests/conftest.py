@@ -57,13 +57,9 @@ RINGS = 2
 def nothing_leaks() -> Iterator[None]:
     """Fail if the suite leaves a descriptor, a thread, or a mapping of a memfd or dma-buf."""
     default_engine()
-    (before, shared), threads = _left()
+    before = _left()
     yield
-    (after, now), still = _left()
-    for _ in range(RINGS):
-        if after.count(RING) > before.count(RING):
-            after.remove(RING)
-    assert ((after, now), still) == ((before, shared), threads)
+    _check_left(before)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -81,13 +77,21 @@ def leaves_nothing() -> Iterator[None]:
     """
     before = _left()
     yield
-    assert _left() == before
+    _check_left(before)
 
 
-def _left() -> tuple[object, list[threading.Thread]]:
+def _left() -> tuple[list[str], list[str], list[threading.Thread]]:
     """Return what the process holds. Idle workers of trio are left out: they end by themselves."""
     threads = [one for one in threading.enumerate() if not one.name.startswith("Trio thread")]
-    return held(), threads
+    return *held(), threads
+
+
+def _check_left(before: tuple[list[str], list[str], list[threading.Thread]]) -> None:
+    after = _left()
+    for _ in range(RINGS):
+        if after[0].count(RING) > before[0].count(RING):
+            after[0].remove(RING)
+    assert after == before
 
 
 def _size(request: pytest.FixtureRequest) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dmabuf.store import Server, listening
+from tests.support import PATIENCE
 
 
 @contextlib.contextmanager
@@ -50,7 +51,7 @@ def as_a_program(path: Path | str, *options: object, **how: object) -> Iterator[
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
-        process.wait(timeout=30)
+        process.wait(timeout=PATIENCE)
         process.stderr.close()
 
 

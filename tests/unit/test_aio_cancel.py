@@ -146,18 +146,14 @@ def test_asyncio_s_own_cancel_again_and_again(path, buf, device):
 def test_a_call_in_a_thread_is_waited_for_too(run, tmp_path, buf, monkeypatch):
     """A file is not cut back, nor its descriptor closed, beside the fallocate(2) that runs."""
     entered, go = threading.Event(), threading.Event()
-    real = growth.lib
+    real = growth.lib.dmb_fallocate
 
-    class Allocating:
-        def __getattr__(self, name):
-            return getattr(real, name)
+    def fallocate(*arguments):
+        entered.set()
+        go.wait()
+        return real(*arguments)
 
-        def dmb_fallocate(self, *arguments):
-            entered.set()
-            go.wait()
-            return real.dmb_fallocate(*arguments)
-
-    monkeypatch.setattr(growth, "lib", Allocating())
+    monkeypatch.setattr(growth.lib, "dmb_fallocate", fallocate)
 
     async def main():
         over, scope = [], anyio.CancelScope()

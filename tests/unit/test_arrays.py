@@ -17,22 +17,16 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import dmabuf
-from dmabuf.kernel import uapi
-from dmabuf.memory import Slab, allocate, exporters
+from dmabuf.memory import Slab, allocate
 from tests.forking import in_child
 from tests.resources import held
-from tests.support import pattern
-from tests.unit.fake_kernel import FakeKernel
+from tests.support import pattern, raises_errno
 
 SIZE = 1 << 16
 PAGE = mmap.PAGESIZE
 
 
-@pytest.fixture(autouse=True)
-def nothing_left_behind():
-    before = held()
-    yield
-    assert held() == before
+pytestmark = pytest.mark.usefixtures("leaves_nothing")
 
 
 @pytest.fixture
@@ -40,15 +34,6 @@ def buf():
     with allocate(SIZE, exporter="memfd") as buffer:
         buffer.pwrite(pattern(SIZE, 1), 0)
         yield buffer
-
-
-@pytest.fixture
-def kernel(monkeypatch):
-    kernel = FakeKernel()
-    monkeypatch.setattr(uapi, "ioctl", kernel.ioctl)
-    monkeypatch.setattr(exporters, "UDMABUF", os.devnull)
-    monkeypatch.setattr(exporters, "UDMABUF_SIZE_LIMIT", os.devnull)
-    return kernel
 
 
 def read_only(buffer):
@@ -551,9 +536,8 @@ def test_only_the_slabs_under_it(kernel):
 
 def test_an_access_that_is_refused(kernel, fake):
     kernel.sync_errors = [errno.EIO]
-    with pytest.raises(OSError) as error:
+    with raises_errno(errno.EIO):
         fake.asarray()
-    assert error.value.errno == errno.EIO
     kernel.calls.clear()
     gc.collect()
     assert brackets(kernel) == []
@@ -576,16 +560,3 @@ def test_an_end_that_fails_hurts_nobody(kernel, fake):
 
 
 # -- what is not installed
-
-
-@pytest.mark.parametrize(
-    ("module", "method", "command"),
-    [("numpy", "asarray", "dmabuf[arrays]"), ("torch", "astensor", "torch")],
-)
-def test_a_module_that_is_missing(buf, monkeypatch, module, method, command):
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError) as error:
-        getattr(buf, method)()
-    assert str(error.value).startswith(f"Buffer.{method} needs {module} ")
-    assert str(error.value).endswith(f": pip install {command}")
-    buf.close()

@@ -20,12 +20,7 @@ if problem_with("torch") and not required("torch"):
 
 import torch
 
-
-@pytest.fixture(autouse=True)
-def nothing_left_behind():
-    before = held()
-    yield
-    assert held() == before
+pytestmark = pytest.mark.usefixtures("leaves_nothing")
 
 
 @pytest.fixture

@@ -11,12 +11,10 @@ import pytest
 
 import dmabuf
 from dmabuf import Route
-from dmabuf.kernel import uapi
 from dmabuf.transfer import audit
 from dmabuf.transfer.plan import AUDIT_OFF
-from tests.support import assert_same, drop_cache, pattern
+from tests.support import assert_same, drop_cache, pattern, raises_errno
 from tests.unit import lying
-from tests.unit.fake_kernel import FakeKernel
 from tests.unit.lying import Lying, content, dma_buf
 
 SIZE = 300 * 1024
@@ -25,11 +23,7 @@ WHERE = {"size": NBYTES, "file_offset": FILE_OFFSET, "buffer_offset": OFFSET}
 DIRECTIONS = ("read", "write")
 
 
-@pytest.fixture(autouse=True)
-def kernel(monkeypatch):
-    kernel = FakeKernel()
-    monkeypatch.setattr(uapi, "ioctl", kernel.ioctl)
-    return kernel
+pytestmark = pytest.mark.usefixtures("kernel")
 
 
 @pytest.fixture
@@ -375,9 +369,8 @@ def test_a_pipe_is_gone_by_then(buf, direction):
     try:
         with dmabuf.open(ends[direction == "write"], direction[0]) as file:
             call = file.read_into if direction == "read" else file.write_from
-            with pytest.raises(OSError, match="which a pipe does not allow") as caught:
+            with raises_errno(errno.ESPIPE, "which a pipe does not allow"):
                 call(buf, 100, audit="always")
-            assert caught.value.errno == errno.ESPIPE
     finally:
         for end in ends:
             os.close(end)

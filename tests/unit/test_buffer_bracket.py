@@ -2,31 +2,20 @@
 
 import errno
 import mmap
-import os
 
 import pytest
 
 from dmabuf.kernel import uapi
-from dmabuf.memory import allocate, exporters
-from tests.unit.fake_kernel import FakeKernel
+from dmabuf.memory import allocate
+from tests.support import raises_errno
 
 PAGE = mmap.PAGESIZE
 
 
 @pytest.fixture
-def kernel(monkeypatch, tmp_path):
-    fake = FakeKernel()
-    fake.limit = PAGE
-    monkeypatch.setattr(uapi, "ioctl", fake.ioctl)
-    monkeypatch.setattr(exporters, "UDMABUF", os.devnull)
-    monkeypatch.setattr(exporters, "UDMABUF_SIZE_LIMIT", str(tmp_path / "absent"))
-    monkeypatch.setattr(exporters, "maps_large_pages", lambda: True)
-    return fake
-
-
-@pytest.fixture
 def buf(kernel):
     """Four slabs of one page each."""
+    kernel.limit = PAGE
     with allocate(4 * PAGE, exporter="udmabuf") as buffer:
         assert [slab.size for slab in buffer.slabs] == [PAGE] * 4
         kernel.fds = [slab.fd for slab in buffer.slabs]
@@ -134,9 +123,8 @@ def test_an_interrupt_that_raises_ends_what_was_started(kernel, buf):
 
 def test_a_start_that_fails_ends_those_before_it(kernel, buf):
     kernel.sync_errors = [0, 0, errno.EIO]
-    with pytest.raises(OSError) as error:
+    with raises_errno(errno.EIO):
         buf.pread(4 * PAGE, 0)
-    assert error.value.errno == errno.EIO
     starts = [(0, "START", "R"), (1, "START", "R"), (2, "START", "R")]
     assert calls(kernel) == [*starts, (1, "END", "R"), (0, "END", "R")]
     buf.close()
@@ -144,9 +132,8 @@ def test_a_start_that_fails_ends_those_before_it(kernel, buf):
 
 def test_an_end_that_fails_is_reported_after_all_the_others(kernel, buf):
     kernel.sync_errors = [0, 0, errno.EIO, 0]
-    with pytest.raises(OSError) as error:
+    with raises_errno(errno.EIO):
         buf.pread(2 * PAGE, 0)
-    assert error.value.errno == errno.EIO
     assert calls(kernel) == around([0, 1], "R")
     kernel.sync_errors = [0, errno.EIO]
     with pytest.raises(ZeroDivisionError), buf.map("r", 0, 1):
@@ -177,9 +164,7 @@ def test_a_bracket_lasts_to_its_own_end_even_if_the_view_is_released(kernel, buf
     assert calls(kernel) == around([0], "R")
 
 
-def test_a_heap_has_the_bracket(kernel, monkeypatch, tmp_path):
-    (tmp_path / "system").touch()
-    monkeypatch.setattr(exporters, "HEAPS", str(tmp_path))
+def test_a_heap_has_the_bracket(kernel):
     with allocate(PAGE, exporter="system") as buffer:
         kernel.fds = [buffer.fileno()]
         buffer.pread(1, 0)

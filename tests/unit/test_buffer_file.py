@@ -10,6 +10,7 @@ import pytest
 
 from dmabuf.errors import ClosedError
 from dmabuf.memory import Buffer, allocate
+from tests.support import raises_errno
 
 SIZE = 8192
 
@@ -88,32 +89,13 @@ def test_writing(raw):
 def test_a_write_that_does_not_fit_whole_writes_nothing(raw):
     for offset, data in [(SIZE - 2, b"xyz"), (SIZE, b"x"), (0, bytes(SIZE + 1)), (2**62, b"x")]:
         raw.seek(offset)
-        with pytest.raises(OSError, match="do not fit into the 8192 bytes") as error:
+        with raises_errno(errno.ENOSPC, "do not fit into the 8192 bytes"):
             raw.write(data)
-        assert error.value.errno == errno.ENOSPC
         assert raw.tell() == offset
-        with pytest.raises(OSError, match="nothing was written") as error:
+        with raises_errno(errno.ENOSPC, "nothing was written"):
             raw.pwritev([b"", data], offset)
-        assert error.value.errno == errno.ENOSPC
     assert raw.write(b"") == 0
     assert raw.pread(SIZE, 0) == CONTENT
-
-
-def test_at_an_offset(raw):
-    raw.seek(77)
-    assert raw.pread(4, 100) == CONTENT[100:104]
-    assert raw.pread(4, SIZE - 1) == CONTENT[-1:]
-    assert raw.pread(4, SIZE) == raw.pread(4, 2**63 - 1) == raw.pread(0, 0) == b""
-    parts = [bytearray(3), bytearray(0), bytearray(5)]
-    assert raw.preadv(parts, 10) == 8
-    assert parts == [CONTENT[10:13], b"", CONTENT[13:18]]
-    parts = [bytearray(b"...") for _ in range(3)]
-    assert raw.preadv(parts, SIZE - 4) == 4
-    assert parts == [CONTENT[-4:-1], CONTENT[-1:] + b"..", b"..."]
-    assert raw.pwrite(b"!", 5) == 1
-    assert raw.pwritev([b"ab", memoryview(b"cd"), bytearray(b"e")], 20) == 5
-    assert raw.pread(40, 0) == CONTENT[:5] + b"!" + CONTENT[6:20] + b"abcde" + CONTENT[25:40]
-    assert raw.tell() == 77
 
 
 def test_seeking(raw):
@@ -136,9 +118,8 @@ def test_truncate_changes_no_size(raw):
     raw.seek(5)
     shorter = (None, 0) if isinstance(raw, Buffer) else ()
     for size in (*shorter, SIZE + 1, -1):
-        with pytest.raises(OSError, match="is fixed at 8192") as error:
+        with raises_errno(errno.EINVAL, "is fixed at 8192"):
             raw.truncate(size)
-        assert error.value.errno == errno.EINVAL
     assert raw.pread(SIZE, 0) == CONTENT
 
 
@@ -177,6 +158,7 @@ def test_bad_ranges_are_value_errors(raw):
         assert not isinstance(error.value, (ClosedError, io.UnsupportedOperation))
     raw.check_range(0, SIZE)
     raw.check_range(SIZE, 0)
+    assert raw.pread(4, SIZE) == raw.pread(4, 2**63 - 1) == b""
 
 
 def test_any_contiguous_buffer_will_do(raw):

@@ -1,8 +1,6 @@
 """Closing, dropping, sharing between threads, and fork."""
 
-import copy
 import gc
-import pickle
 import threading
 import warnings
 
@@ -143,12 +141,6 @@ def test_a_window_keeps_its_buffer(buf):
 def test_a_half_made_one_is_nothing():
     half = Buffer.__new__(Buffer)
     assert half.closed and "not made" in repr(half)
-
-
-def test_no_copies(buf):
-    for call in (copy.copy, copy.deepcopy, pickle.dumps):
-        with pytest.raises(TypeError, match="cannot be copied or pickled"):
-            call(buf)
 
 
 def test_threads_at_offsets_do_not_disturb_each_other(buf):

@@ -193,20 +193,6 @@ def test_an_error_leaves_nothing_half_done(
         assert (tmp_path / "t").read_bytes() == b"old"
 
 
-def test_a_shrinking_source(source: Path, tmp_path: Path, capsys: Capture, monkeypatch) -> None:
-    read = package.File.read_into
-
-    def shrinking(self, *arguments, **how):
-        os.truncate(source, 4096)
-        return read(self, *arguments, **how)
-
-    monkeypatch.setattr(package.File, "read_into", shrinking)
-    ended = dmabuf(capsys, "cp", source, tmp_path / "t")
-    assert ended.status == 1
-    assert ended.err.startswith(f"error: {source} shrank while it was copied")
-    only(tmp_path, "source")
-
-
 # -- refusals
 
 REFUSED = {

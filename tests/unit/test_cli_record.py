@@ -14,7 +14,6 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from tests.resources import held
 from tests.support import PAGE, assert_same, pattern
 from tests.unit.command import dmabuf
 from tests.unit.fake_camera import FakeCamera
@@ -23,11 +22,7 @@ from tests.unit.test_cli_json import checked
 Capture = pytest.CaptureFixture[str]
 
 
-@pytest.fixture(autouse=True)
-def nothing_left_behind():
-    before = held()
-    yield
-    assert held() == before
+pytestmark = pytest.mark.usefixtures("leaves_nothing")
 
 
 @pytest.fixture(params=[False, True], ids=["one plane", "two planes"])
@@ -342,15 +337,6 @@ def test_refusals_touch_nothing(camera, tmp_path: Path, capsys: Capture) -> None
     ended = record(capsys, tmp_path / "nowhere" / "out.raw", "-n", 1)
     assert ended.status == 1
     assert "its directory: No such file" in ended.err
-
-
-def test_without_linuxpy(tmp_path: Path, capsys: Capture, monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "linuxpy", None)
-    monkeypatch.setitem(sys.modules, "linuxpy.video", None)
-    ended = dmabuf(capsys, "record", "/dev/video7", tmp_path / "out.raw")
-    assert (ended.status, ended.out) == (1, "")
-    assert ended.err.startswith("error: dmabuf.devices.v4l2 needs linuxpy")
-    assert ended.err.endswith("pip install dmabuf[v4l2]\n")
 
 
 def test_a_full_disk(camera, capsys: Capture, tmp_path: Path) -> None:

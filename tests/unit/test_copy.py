@@ -4,8 +4,8 @@ import itertools
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -13,25 +13,14 @@ import pytest
 import dmabuf
 from dmabuf import Copy, copy
 from dmabuf.transfer.plan import ALLOWED
-from tests.support import assert_same, pattern, poison, together
+from tests.support import PATIENCE, assert_same, pattern, poison, together
 
 BLOCK = 64 << 10
 SIZE = 3 * BLOCK + 123
 DATA = pattern(SIZE, 7)
 
 
-@pytest.fixture(autouse=True)
-def nothing_left() -> Iterator[None]:
-    """No copy leaves a thread or descriptor; the default engine may make another ring."""
-
-    def left() -> tuple[list[str], int]:
-        fds = [fd for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")]
-        names = {fd: os.readlink(f"/proc/self/fd/{fd}") for fd in fds}
-        return sorted(fd for fd in fds if "io_uring" not in names[fd]), threading.active_count()
-
-    before = left()
-    yield
-    assert left() == before
+pytestmark = pytest.mark.usefixtures("leaves_nothing")
 
 
 # -- any source to any target
@@ -51,9 +40,6 @@ class Ends:
 
     def from_path(self) -> object:
         return self.path
-
-    def from_bytes_path(self) -> object:
-        return os.fsencode(self.path)
 
     def from_file(self) -> object:
         return self.stack.enter_context(dmabuf.open(self.path))
@@ -91,15 +77,13 @@ class Ends:
     def from_socket(self) -> object:
         ours, theirs = socket.socketpair()
         self.stack.enter_context(ours)
-        self._feed(lambda: theirs.makefile("wb"), also_close=theirs)
+        self._feed(lambda: open(theirs.detach(), "wb"))
         return ours
 
-    def _feed(self, opener: Callable[[], object], also_close: object = None) -> None:
+    def _feed(self, opener: Callable[[], object]) -> None:
         def run() -> None:
             with opener() as stream:
                 stream.write(DATA)
-            if also_close is not None:
-                also_close.close()
 
         thread = threading.Thread(target=run)
         thread.start()
@@ -360,8 +344,8 @@ def test_a_stream_into_a_buffer_stops_when_it_is_full() -> None:
 def test_a_stream_is_passed_on_at_once() -> None:
     """Source and target are one peer, which sends the next bytes after it received the last."""
     ours, theirs = socket.socketpair()
-    with ours, theirs, suppress(TimeoutError):
-        theirs.settimeout(20)
+    with ours, theirs:
+        theirs.settimeout(PATIENCE)
         result: list[Copy] = []
         thread = threading.Thread(target=lambda: result.append(copy(ours, ours)))
         thread.start()

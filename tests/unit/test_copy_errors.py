@@ -19,19 +19,14 @@ import pytest
 
 import dmabuf
 from dmabuf import copy
-from tests.support import assert_same, in_child, pattern
+from tests.support import assert_same, in_child, pattern, raises_errno
 
 BLOCK = 64 << 10
 SIZE = 40 * BLOCK
 DATA = pattern(SIZE, 3)
 
 
-@pytest.fixture(autouse=True)
-def nothing_left() -> Iterator[None]:
-    """No copy leaves a thread or descriptor."""
-    before = sorted(os.listdir("/proc/self/fd")), threading.active_count()
-    yield
-    assert (sorted(os.listdir("/proc/self/fd")), threading.active_count()) == before
+pytestmark = pytest.mark.usefixtures("leaves_nothing")
 
 
 @pytest.fixture
@@ -175,9 +170,8 @@ def test_a_last_piece_without_a_route_is_refused_before_the_first(
 
 def test_more_than_a_buffer_holds(source: Path) -> None:
     with dmabuf.allocate(BLOCK) as buffer:
-        with pytest.raises(OSError, match="do not fit") as caught:
+        with raises_errno(errno.ENOSPC, "do not fit"):
             copy(source, buffer)
-        assert caught.value.errno == errno.ENOSPC
         assert buffer.pread(BLOCK, 0) == bytes(BLOCK)
         copy(source, buffer, size=BLOCK)
         assert_same(buffer.pread(BLOCK, 0), DATA[:BLOCK], "the buffer")
@@ -188,9 +182,8 @@ def test_streams_have_no_offsets(source: Path, target: Path, pipe: tuple[int, in
         (pipe[0], target, {"src_offset": 1}),
         (source, pipe[1], {"dst_offset": 1}),
     ):
-        with pytest.raises(OSError, match="no offsets") as caught:
+        with raises_errno(errno.ESPIPE, "no offsets"):
             copy(src, dst, **how)
-        assert caught.value.errno == errno.ESPIPE
     assert target.read_bytes() == b"old"
 
 
@@ -201,9 +194,8 @@ def test_sockets_that_keep_messages_are_refused(kind: int, source: Path, target:
     with ours, theirs:
         theirs.send(b"a message")
         for ends in ((ours, target), (source, ours)):
-            with pytest.raises(OSError, match="messages of this socket") as caught:
+            with raises_errno(errno.EPROTOTYPE, "messages of this socket"):
                 copy(*ends)
-            assert caught.value.errno == errno.EPROTOTYPE
         assert ours.recv(99) == b"a message"
     assert target.read_bytes() == b"old"
 
@@ -348,10 +340,8 @@ def test_an_error_in_the_middle(
 ) -> None:
     method = getattr(dmabuf.File, direction)
     monkeypatch.setattr(dmabuf.File, direction, failing(method, after=7, whole=8192))
-    with pytest.raises(OSError, match="a bad sector") as caught:
+    with raises_errno(errno.EIO, "a bad sector", nbytes=7 * BLOCK + 8192):
         copy(source, target, block_size=BLOCK, blocks=blocks)
-    assert caught.value.errno == errno.EIO
-    assert caught.value.nbytes == 7 * BLOCK + 8192
     assert_same(target.read_bytes(), DATA[: 7 * BLOCK + 8192], "all that is whole")
 
 
@@ -391,9 +381,8 @@ def test_an_error_while_cutting_back_hides_nothing(
     monkeypatch.setattr(
         dmabuf.File, "write_from", failing(dmabuf.File.write_from, after=2, whole=4096)
     )
-    with pytest.raises(OSError, match="a bad sector") as caught:
+    with raises_errno(errno.EIO, "a bad sector", nbytes=2 * BLOCK + 4096) as caught:
         copy(source, target, block_size=BLOCK)
-    assert (caught.value.errno, caught.value.nbytes) == (errno.EIO, 2 * BLOCK + 4096)
     assert any("cutting the file back" in note for note in caught.value.__notes__)
 
 

@@ -1,11 +1,8 @@
 """dmabuf.devices.cuda over a fake driver: no GPU is needed."""
 
-import copy
 import errno
 import gc
 import io
-import pickle
-import sys
 
 import pytest
 
@@ -13,7 +10,7 @@ import dmabuf
 from dmabuf.devices import cuda, staging
 from tests import forking
 from tests.resources import held
-from tests.support import assert_same, pattern, poison
+from tests.support import assert_same, pattern, poison, raises_errno
 from tests.unit.fake_cuda import CUdevice_attribute, CUresult, FakeCuda, host_bytes, install
 from tests.unit.fake_device import BASE
 from tests.unit.interrupting import Interruptions
@@ -49,12 +46,6 @@ def gpu(driver):
 # -- opening a device
 
 
-def test_no_module(monkeypatch):
-    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", None)
-    with pytest.raises(ImportError, match=r"needs cuda-bindings .*pip install dmabuf\[cuda\]"):
-        cuda.Device()
-
-
 @pytest.mark.parametrize(
     ("refusal", "number", "text"),
     [
@@ -69,17 +60,15 @@ def test_a_driver_that_does_not_start(monkeypatch, refusal, number, text):
     fake = FakeCuda()
     fake.fail["cuInit"] = refusal
     install(monkeypatch, fake)
-    with pytest.raises(OSError, match=text) as caught:
+    with raises_errno(number, text):
         cuda.Device()
-    assert caught.value.errno == number
 
 
 @pytest.mark.parametrize(("ordinal", "count"), [(-1, 1), (1, 1), (7, 1), (0, 0)])
 def test_no_such_device(driver, ordinal, count):
     driver.count = count
-    with pytest.raises(OSError, match=f"open CUDA device {ordinal}: this machine has {count}") as e:
+    with raises_errno(errno.ENODEV, f"open CUDA device {ordinal}: this machine has {count}"):
         cuda.Device(ordinal)
-    assert e.value.errno == errno.ENODEV
 
 
 @pytest.mark.parametrize("missing", ["the driver's function", "the binding's function"])
@@ -88,9 +77,8 @@ def test_an_old_driver_and_old_bindings(driver, gpu, monkeypatch, missing):
         driver.fail["cuMemAlloc"] = RuntimeError('Function "cuMemAlloc_v2" not found')
     else:
         monkeypatch.delattr(FakeCuda, "cuMemAlloc")
-    with pytest.raises(OSError, match="cuMemAlloc") as caught:
+    with raises_errno(errno.ENOSYS, "cuMemAlloc"):
         gpu.allocate("2MiB")
-    assert caught.value.errno == errno.ENOSYS
 
 
 @pytest.mark.parametrize(
@@ -121,9 +109,8 @@ def test_allocate(driver, gpu):
     memory.close()
     with pytest.raises(dmabuf.ClosedError):
         memory.export()
-    with pytest.raises(OSError, match="ask for less") as caught:
+    with raises_errno(errno.ENOMEM, "ask for less"):
         gpu.allocate("1GiB")
-    assert caught.value.errno == errno.ENOMEM
     with pytest.raises(ValueError, match="size is 0"):
         gpu.allocate(0)
 
@@ -183,15 +170,13 @@ def test_export(driver, gpu, monkeypatch):
 def test_memory_that_cannot_be_exported(driver, gpu):
     with gpu.allocate("2MiB") as memory:
         driver.attributes[attribute("DMA_BUF_SUPPORTED")] = 0
-        with pytest.raises(OSError, match=r"DMA_BUF_SUPPORTED is 0; .*open kernel") as caught:
+        with raises_errno(errno.EOPNOTSUPP, r"DMA_BUF_SUPPORTED is 0; .*open kernel"):
             memory.export()
-        assert caught.value.errno == errno.EOPNOTSUPP
         driver.attributes[attribute("DMA_BUF_SUPPORTED")] = 1
         for offset, size in ((512, 4096), (4096, 5000)):
             with gpu.memory(memory.address + offset, size) as part:
-                with pytest.raises(OSError, match="begin and end at pages") as caught:
+                with raises_errno(errno.EINVAL, "begin and end at pages"):
                     part.export()
-                assert caught.value.errno == errno.EINVAL
 
 
 @pytest.mark.parametrize("number", [1, 3])
@@ -207,9 +192,8 @@ def test_an_export_that_fails_leaves_no_descriptor(driver, gpu, monkeypatch, num
 
     monkeypatch.setattr(FakeCuda, "cuMemGetHandleForAddressRange", failing)
     with gpu.allocate("6MiB") as memory:
-        with pytest.raises(OSError, match="export memory") as caught:
+        with raises_errno(errno.EOPNOTSUPP, "export memory"):
             memory.export()
-        assert caught.value.errno == errno.EOPNOTSUPP
         assert held() == before
 
 
@@ -330,9 +314,8 @@ def test_a_copy_that_fails(driver, gpu, path, name):
             return real(driver, *arguments) if count[0] < 8 else (ILLEGAL,)
 
         object.__setattr__(driver, name, failing)
-        with pytest.raises(OSError, match=r"cuda:0: .*illegal address") as caught:
+        with raises_errno(errno.EIO, r"cuda:0: .*illegal address") as caught:
             memory.read_from(file)
-        assert caught.value.errno == errno.EIO
         assert 0 <= caught.value.nbytes < SIZE and not driver.gpu.flying
         object.__delattr__(driver, name)
         assert memory.read_from(file).nbytes == SIZE
@@ -367,9 +350,8 @@ def test_register(driver, gpu):
             assert list(driver.flags.values()) == [2]
             with pytest.raises(BufferError, match="cannot close"):
                 buffer.close()
-            with pytest.raises(OSError, match="unregister it first") as caught:
+            with raises_errno(errno.EBUSY, "unregister it first"):
                 gpu.register(buffer)
-            assert caught.value.errno == errno.EBUSY
             assert driver.gpu.pinned  # the first registration stays
             with dmabuf.open("/dev/zero") as file:
                 file.read_into(buffer, 4096)
@@ -411,9 +393,8 @@ def test_a_buffer_that_cannot_be_registered(driver, gpu):
 def test_a_read_only_buffer(driver, gpu, monkeypatch):
     with dmabuf.allocate(4096, exporter="memfd") as buffer:
         monkeypatch.setattr(buffer, "writable", lambda: False)
-        with pytest.raises(OSError, match="needs writable memory") as caught:
+        with raises_errno(errno.EOPNOTSUPP, "needs writable memory"):
             gpu.register(buffer)
-        assert caught.value.errno == errno.EOPNOTSUPP
         driver.attributes[attribute("READ_ONLY_HOST_REGISTER_SUPPORTED")] = 1
         with gpu.register(buffer):
             assert list(driver.flags.values()) == [2 | 8]
@@ -503,16 +484,6 @@ def test_garbage_is_released_in_order(driver, first):
             gc.collect()
         assert len(told) == 3
         assert driver.left() == {}
-
-
-@pytest.mark.parametrize("take", [copy.copy, copy.deepcopy, pickle.dumps])
-def test_nothing_of_it_is_copied(driver, gpu, take):
-    with gpu.allocate("2MiB") as memory, dmabuf.allocate(4096, exporter="memfd") as buffer:
-        with gpu.register(buffer) as registered:
-            for what in (gpu, memory, registered):
-                with pytest.raises(TypeError, match="copied or pickled: open the device again"):
-                    take(what)
-            assert driver.allocated and driver.gpu.pinned
 
 
 def test_after_a_fork(driver, gpu):

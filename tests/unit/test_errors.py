@@ -4,12 +4,14 @@ import errno
 import importlib
 import os
 import pickle
+import sys
 from pathlib import Path
 
 import pytest
 
 import dmabuf
 from dmabuf import aio
+from dmabuf.devices import cuda, v4l2, vulkan
 from dmabuf.errors import (
     BusyError,
     ClosedError,
@@ -96,12 +98,39 @@ def test_a_handle_is_not_copied(make, again):
         handle.close()
 
 
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, pickle.dumps])
 @pytest.mark.parametrize(
     "handle",
-    ["drm.Card", "drm.Image", "v4l2.Camera", "v4l2.Frame", "vfio.Device", "vulkan.Device"],
+    [
+        *("cuda.Device", "cuda.Memory", "cuda.Registered", "drm.Card", "drm.Image"),
+        *("staging.Staging", "v4l2.Camera", "v4l2.Frame", "vfio.Device"),
+        *("vulkan.Device", "vulkan.Memory", "vulkan.Semaphore"),
+    ],
 )
-def test_handles_of_devices_are_not_copied(handle):
+def test_handles_of_devices_are_not_copied(handle, again):
     module, name = handle.split(".")
     kind = getattr(importlib.import_module(f"dmabuf.devices.{module}"), name)
-    with pytest.raises(TypeError, match="cannot be copied or pickled"):
-        copy.copy(kind.__new__(kind))
+    with pytest.raises(TypeError, match=f"a {name} cannot be copied or pickled: [a-z]"):
+        again(kind.__new__(kind))
+
+
+@pytest.mark.parametrize(
+    ("module", "call", "needs"),
+    [
+        (
+            "cuda.bindings.driver",
+            lambda buf: cuda.Device(),
+            r"needs cuda-bindings .*dmabuf\[cuda\]",
+        ),
+        ("linuxpy.video", lambda buf: v4l2.capture("/dev/x"), r"needs linuxpy .*dmabuf\[v4l2\]"),
+        ("vulkan", lambda buf: vulkan.open(), r"needs vulkan .*dmabuf\[vulkan\]"),
+        ("numpy", dmabuf.Buffer.asarray, r"^Buffer.asarray needs numpy .*dmabuf\[arrays\]"),
+        ("torch", dmabuf.Buffer.astensor, r"^Buffer.astensor needs torch .*torch"),
+    ],
+)
+def test_a_library_that_is_not_installed(monkeypatch, module, call, needs):
+    for name in {module, module.partition(".")[0]} - {"cuda"}:
+        monkeypatch.setitem(sys.modules, name, None)
+    with dmabuf.allocate(4096, exporter="memfd") as buffer:
+        with pytest.raises(ImportError, match=needs.replace(" .*", " .*: pip install ")):
+            call(buffer)

@@ -5,7 +5,6 @@ import dataclasses
 import os
 import signal
 import threading
-from decimal import Decimal
 
 import pytest
 
@@ -93,40 +92,11 @@ def _check_read(record, buf, path, how):
     assert_same(buf.pread(SIZE, 0), expected, "the buffer")
 
 
-@pytest.mark.parametrize(
-    ("size", "how"),
-    [
-        (PAGE, {"buffer_offset": SIZE}),
-        (PAGE, {"file_offset": -PAGE}),
-        (PAGE, {"buffer_offset": -PAGE}),
-        (-PAGE, {}),
-        (PAGE, {"file_offset": 1 << 64}),
-        (PAGE, {"require": "all"}),
-        (PAGE, {"timeout": -1}),
-    ],
-)
-def test_bad_input_is_refused_as_ever(file, buf, size, how):
-    with pytest.raises(ValueError):
-        file.read_into(buf, size, **how)
-    assert_same(buf.pread(SIZE, 0), poison(SIZE), "the buffer")
-
-
 @pytest.mark.parametrize("asked", ["first", "off"])
 def test_the_record_says_why_it_was_not_audited(file, buf, asked):
     by_ring = file.read_into(buf, PAGE, audit=asked, timeout=60)
     assert file.read_into(buf, PAGE, audit=asked).audited == by_ring.audited
     assert "not audited" in by_ring.audited and ("'off'" in by_ring.audited) == (asked == "off")
-
-
-@pytest.mark.parametrize("where", ["file_offset", "buffer_offset"])
-@pytest.mark.parametrize("number", [0.0, 0.5, b"", [], False, True, Decimal("4096.5")])
-def test_what_is_no_number_of_bytes(file, buf, path, where, number):
-    before = path.read_bytes()
-    for verb in (file.read_into, file.write_from):
-        with pytest.raises(TypeError, match="offset"):
-            verb(buf, PAGE, **{where: number})
-    assert_same(buf.pread(SIZE, 0), poison(SIZE), "the buffer")
-    assert_same(path.read_bytes(), before, "the file")
 
 
 def test_what_may_not_be_written(path, buf):

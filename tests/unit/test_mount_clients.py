@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from tests.guards import demand
 from tests.mounting import Mounted, mount, mounted
 from tests.restarting import KINDS
 from tests.serving import Between, as_a_program
-from tests.support import assert_same, pattern
+from tests.support import assert_same, pattern, wait_until
 from tests.unit.test_mount import failing
 
 THEIRS = pattern(1 << 20, 2)
@@ -203,7 +202,7 @@ def test_names_change_while_a_file_is_published(files: Mounted, between: Between
         renames = threading.Thread(target=os.rename, args=[files.path / "x", files.path / "x.bak"])
         between.before(op, renames.start)
         os.fsync(file.fileno())
-        renames.join(30)
+        renames.join()
     (files.path / "y").rename(files.path / "x")
     assert_same((files.path / "x.bak").read_bytes(), MUCH, "the file that was published")
     assert (files.path / "x").read_bytes() == b"Y" * 100
@@ -240,11 +239,7 @@ def test_a_file_that_finds_no_memory_is_an_error_of_close(files: Mounted) -> Non
     for _ in range(30):
         file.write(bytes(1 << 20))
     failing(errno.ENOSPC, file.close)
-    for _ in range(3000):  # the kernel reports the end of the file after close(2)
-        if os.listdir(files.path) == ["other"]:
-            break
-        time.sleep(0.01)
-    assert os.listdir(files.path) == ["other"]
+    wait_until(lambda: os.listdir(files.path) == ["other"])  # reported after close(2)
     with (files.path / "other").open("ab", buffering=0) as file:
         file.write(bytes(1 << 20))
         failing(errno.ENOSPC, os.fsync, file.fileno())

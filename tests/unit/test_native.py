@@ -15,7 +15,6 @@ import pytest
 
 import dmabuf
 from dmabuf import Route
-from dmabuf.kernel import uapi
 from tests import emulation
 from tests.core import lib
 from tests.guards import needs
@@ -30,15 +29,12 @@ from tests.support import (
     pattern,
     poison,
 )
-from tests.unit.fake_kernel import FakeKernel
 from tests.unit.lying import content, dma_buf
 
 SIZE = 300 * 1024
 
 
-@pytest.fixture(autouse=True)
-def kernel(monkeypatch):
-    monkeypatch.setattr(uapi, "ioctl", FakeKernel().ioctl)
+pytestmark = pytest.mark.usefixtures("kernel")
 
 
 @pytest.fixture

@@ -31,12 +31,6 @@ MOVES = {
 }
 
 
-@pytest.fixture
-def buf():
-    with dmabuf.allocate(SIZE, exporter="memfd") as buffer:
-        yield buffer
-
-
 @pytest.fixture(autouse=True)
 def waits_end():
     """A wait for a lock that never comes ends in a failure."""

@@ -105,12 +105,6 @@ def file(tmp_path):
         yield file
 
 
-@pytest.fixture
-def buf():
-    with dmabuf.allocate(SIZE, exporter="memfd") as buffer:
-        yield buffer
-
-
 def test_the_error_names_each_cause(file, buf):
     with pytest.raises(RouteUnavailable) as caught:
         file.plan(buf, file_offset=1, size=8192, require="zero-copy")

@@ -12,22 +12,11 @@ from pathlib import Path
 import pytest
 
 import dmabuf
-from dmabuf.kernel import uapi
-from dmabuf.memory import exporters
 from tests import forking
 from tests.guards import needs
-from tests.support import pattern
-from tests.unit.fake_kernel import FakeKernel
 
 ROOT = Path(__file__).parents[2]
 SIZE = 1 << 16
-
-
-@pytest.fixture
-def path(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(pattern(SIZE, 1))
-    return path
 
 
 def send(*arguments):
@@ -52,19 +41,8 @@ def sent(thing):
     return pickle.loads(multiprocessing.reduction.ForkingPickler.dumps(thing))
 
 
-@pytest.fixture
-def buf():
-    with dmabuf.allocate(SIZE) as buffer:
-        yield buffer
-
-
 @pytest.mark.parametrize("with_memfd", [True, False])
-def test_a_buffer_of_several_slabs_is_sent(monkeypatch, with_memfd):
-    kernel = FakeKernel()
-    monkeypatch.setattr(uapi, "ioctl", kernel.ioctl)
-    monkeypatch.setattr(exporters, "UDMABUF", os.devnull)
-    monkeypatch.setattr(exporters, "UDMABUF_SIZE_LIMIT", os.devnull)
-    exporters.maps_large_pages()  # with udmabufs of any size
+def test_a_buffer_of_several_slabs_is_sent(kernel, with_memfd):
     kernel.limit = 4096
     with dmabuf.allocate(4 * 4096, exporter="udmabuf") as buffer:
         memfd = buffer.memfd

@@ -6,27 +6,17 @@ import sys
 from pathlib import Path
 
 import anyio
-import pytest
 
 import dmabuf
 from dmabuf import aio
 from tests import forking
-from tests.support import assert_same, drop_cache, pattern, poison, together
+from tests.support import PATIENCE, assert_same, drop_cache, pattern, poison, together
 
 WORKERS = 4
 PART = (512 << 10) + 1000
 SIZE = WORKERS * PART
 ROUNDS = 4
 ROUTES = (None, "staged", "buffered", "direct")
-
-
-@pytest.fixture
-def path(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(pattern(SIZE, 71))
-    with path.open("rb") as file:
-        drop_cache(file.fileno())
-    return path
 
 
 def work(file, buffer, number):
@@ -38,7 +28,7 @@ def work(file, buffer, number):
     where = {"file_offset": at, "buffer_offset": at}
     for round_ in range(ROUNDS):
         route = ROUTES[(number + round_) % len(ROUTES)]
-        before = pattern(SIZE, 71)[at : at + PART] if not round_ else content(number, round_ - 1)
+        before = pattern(SIZE, 1)[at : at + PART] if not round_ else content(number, round_ - 1)
         buffer.pwrite(poison(PART), at)
         assert file.read_into(buffer, PART, route=route, **where).nbytes == PART
         assert_same(buffer.pread(PART, at), before, f"round {round_} of {number}: read")
@@ -58,26 +48,24 @@ def check(path, buffer):
     assert_same(buffer.pread(SIZE, 0), last, "the buffer")
 
 
-def test_threads(path, buf):
-    with dmabuf.open(path, "r+") as file:
+def test_threads(cold_path, buf):
+    with dmabuf.open(cold_path, "r+") as file:
         together(lambda number: work(file, buf, number), WORKERS)
-    check(path, buf)
+    check(cold_path, buf)
 
 
-def test_threads_and_event_loops(path, buf):
+def test_threads_and_event_loops(cold_path, buf):
     """Half of the workers in two loops, of their own threads; File and engine are a loop's own."""
 
     async def flying(number):
         at = number * PART
         where = {"file_offset": at, "buffer_offset": at}
-        async with await aio.open(path, "r+") as file:
+        async with await aio.open(cold_path, "r+") as file:
             for round_ in range(ROUNDS):
                 route = ROUTES[(number + round_) % len(ROUTES)]
                 buf.pwrite(poison(PART), at)
                 await file.read_into(buf, PART, route=route, **where)
-                before = (
-                    content(number, round_ - 1) if round_ else pattern(SIZE, 71)[at : at + PART]
-                )
+                before = content(number, round_ - 1) if round_ else pattern(SIZE, 1)[at : at + PART]
                 assert_same(buf.pread(PART, at), before, f"round {round_} of {number}: read")
                 buf.pwrite(content(number, round_), at)
                 await file.write_from(buf, PART, route=route, **where)
@@ -88,12 +76,12 @@ def test_threads_and_event_loops(path, buf):
         else:
             anyio.run(flying, number, backend=("asyncio", "trio")[number % 2])
 
-    with dmabuf.open(path, "r+") as shared:
+    with dmabuf.open(cold_path, "r+") as shared:
         together(run, WORKERS)
-    check(path, buf)
+    check(cold_path, buf)
 
 
-def test_tasks_of_one_loop(path, buf):
+def test_tasks_of_one_loop(cold_path, buf):
     """On one aio.File, each with a part; they pass each other at every await."""
 
     async def one(file, number):
@@ -107,31 +95,31 @@ def test_tasks_of_one_loop(path, buf):
             assert_same(buf.pread(PART, at), content(number, round_), f"part {number}")
 
     async def main():
-        async with await aio.open(path, "r+") as file, anyio.create_task_group() as group:
+        async with await aio.open(cold_path, "r+") as file, anyio.create_task_group() as group:
             for number in range(WORKERS):
                 group.start_soon(one, file, number)
 
     anyio.run(main)
-    check(path, buf)
+    check(cold_path, buf)
 
 
-def test_forked_processes(path, buf):
+def test_forked_processes(cold_path, buf):
     """Children of a process whose threads are at work; they open the file, and share the buffer."""
 
     def in_child(number):
         def child():
-            with dmabuf.open(path, "r+") as own:
+            with dmabuf.open(cold_path, "r+") as own:
                 work(own, buf, number)
 
         forking.in_child(child)
 
-    with dmabuf.open(path, "r+") as file:
+    with dmabuf.open(cold_path, "r+") as file:
 
         def run(number):
             work(file, buf, number) if number % 2 else in_child(number)
 
         together(run, WORKERS)
-    check(path, buf)
+    check(cold_path, buf)
 
 
 _OTHER = """
@@ -149,7 +137,7 @@ with dmabuf.open(path, "r+") as file:
 """
 
 
-def test_programs_that_were_handed_the_memory(path):
+def test_programs_that_were_handed_the_memory(cold_path):
     """fork and exec: each maps the memory anew, and has rings and files of its own."""
     pages = -(-SIZE // 4096) * 4096
     memory = os.memfd_create("shared", os.MFD_CLOEXEC)
@@ -157,16 +145,16 @@ def test_programs_that_were_handed_the_memory(path):
     root = Path(__file__).parents[2]
     programs = [
         subprocess.Popen(
-            [sys.executable, "-c", _OTHER, str(memory), str(path), str(number)],
+            [sys.executable, "-c", _OTHER, str(memory), str(cold_path), str(number)],
             pass_fds=[memory],
             cwd=root,
         )
         for number in range(WORKERS)
     ]
-    assert [program.wait(90) for program in programs] == [0] * WORKERS
+    assert [program.wait(PATIENCE) for program in programs] == [0] * WORKERS
     last = b"".join(content(number, ROUNDS - 1) for number in range(WORKERS))
     assert_same(os.pread(memory, SIZE, 0), last, "the memory")
     os.close(memory)
-    with path.open("rb") as file:
+    with cold_path.open("rb") as file:
         drop_cache(file.fileno())
         assert_same(file.read(), last, "the medium")

@@ -28,6 +28,7 @@ from tests.support import (
     mounted,
     pattern,
     poison,
+    raises_errno,
     run,
     whole,
     zram,
@@ -115,13 +116,11 @@ def test_the_end_of_a_device(tmp_path, buf):
             assert file.read_into(buf, 5000, file_offset=end).nbytes == 1000
             assert buf.pread(1000, 0) == pattern(1 << 20, 1)[end:]
             assert file.read_into(buf, file_offset=end).nbytes == 1000
-            with pytest.raises(OSError) as caught:
+            with raises_errno(errno.ENOSPC, filename=device) as caught:
                 file.write_from(buf, 5000, file_offset=end)
-            assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, device)
             assert caught.value.nbytes == 0 and "the device ends at 1048576" in str(caught.value)
-            with pytest.raises(OSError) as caught:
+            with raises_errno(errno.ENOSPC):
                 file.write_segments(buf, _triple(1 << 20, 0, 1))
-            assert caught.value.errno == errno.ENOSPC
         assert_same(whole(reference), pattern(1 << 20, 1), "the device")
         os.close(reference)
 
@@ -136,9 +135,8 @@ def test_a_mounted_device_is_not_written(tmp_path, buf):
         with mounted(device, "ext4", tmp_path / "mount") as folder:
             (folder / "precious").write_bytes(b"precious")
             for mode in ("w", "r+"):
-                with pytest.raises(OSError, match="unmount it, or pass force=True") as caught:
+                with raises_errno(errno.EBUSY, "unmount it, or pass force=True", filename=device):
                     dmabuf.open(device, mode)
-                assert (caught.value.errno, caught.value.filename) == (errno.EBUSY, device)
             with dmabuf.open(device) as file:
                 assert file.read_into(buf, 4096).nbytes == 4096
             with dmabuf.open(device, "r+", force=True) as file:
@@ -245,9 +243,8 @@ def test_holes_of_a_file_on_a_full_disk(tmp_path, extents):
         with dmabuf.open(path, "r+") as file:
             assert file.write_from(buffer, MIB, file_offset=2 * MIB).nbytes == MIB
             match = "allocating a hole's blocks" if extents else "No space left"
-            with pytest.raises(OSError, match=match) as caught:
+            with raises_errno(errno.ENOSPC, match, filename=str(path)) as caught:
                 file.write_from(buffer, 8 << 20, file_offset=8 << 20)
-            assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(path))
             if extents:
                 assert caught.value.nbytes == 0
             assert path.stat().st_size == 64 << 20

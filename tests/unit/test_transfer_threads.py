@@ -63,20 +63,3 @@ def test_writers_that_fail_take_nothing_from_those_that_do_not(tmp_path, buf):
     for number in range(0, THREADS, 2):
         at = number * PART
         assert_same(data[at : at + PART], poison(SIZE)[at : at + PART], f"part {number}")
-
-
-def test_each_its_own_file_and_buffer(tmp_path):
-    def copy(number):
-        source, sink = tmp_path / f"source{number}", tmp_path / f"sink{number}"
-        source.write_bytes(pattern(PART, number))
-        with (
-            dmabuf.allocate(PART, exporter="memfd") as buffer,
-            dmabuf.open(source) as file,
-            dmabuf.open(sink, "w") as out,
-        ):
-            for _ in range(5):
-                file.read_into(buffer)
-                out.write_from(buffer, PART)
-        assert_same(sink.read_bytes(), pattern(PART, number), "the copy")
-
-    together(copy)

@@ -1,6 +1,5 @@
 """Regular files that report size 0 and have bytes: /proc, cgroups. Reads find what pread finds."""
 
-import asyncio
 import errno
 import os
 from array import array
@@ -8,8 +7,8 @@ from array import array
 import pytest
 
 import dmabuf
-from dmabuf import Route, aio
-from tests.support import assert_same, poison
+from dmabuf import Route
+from tests.support import assert_same, poison, raises_errno
 
 PATHS = ["/proc/crypto", "/proc/filesystems", "/proc/self/mounts", "/proc/version"]
 SIZE = 1 << 20
@@ -28,23 +27,6 @@ def content(path, offset=0):
     return whole
 
 
-def on_the_spot(path, verb, *args, **how):
-    with dmabuf.open(path) as file:
-        return getattr(file, verb)(*args, **how)
-
-
-def in_loop(path, verb, *args, **how):
-    async def move():
-        async with await aio.open(path) as file:
-            return await getattr(file, verb)(*args, **how)
-
-    return asyncio.run(move())
-
-
-WAYS = pytest.mark.parametrize("move", [on_the_spot, in_loop])
-
-
-@WAYS
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(("offset", "at"), [(0, 0), (5, 4099)])
 def test_all_of_it_is_read(move, path, offset, at, buf):
@@ -57,7 +39,6 @@ def test_all_of_it_is_read(move, path, offset, at, buf):
     assert_same(buf.pread(SIZE, 0), bytes(wanted), "the buffer")
 
 
-@WAYS
 def test_no_more_than_was_asked_for(move, buf):
     expected = content("/proc/filesystems")[3:103]
     assert move("/proc/filesystems", "read_into", buf, 100, file_offset=3).nbytes == 100
@@ -65,7 +46,6 @@ def test_no_more_than_was_asked_for(move, buf):
     assert move("/proc/filesystems", "read_into", buf, file_offset=SIZE).nbytes == 0
 
 
-@WAYS
 def test_an_audit_compares_what_pread_finds(move, buf):
     expected = content("/proc/version")
     transfer = move("/proc/version", "read_into", buf, audit="always")
@@ -74,7 +54,6 @@ def test_an_audit_compares_what_pread_finds(move, buf):
     assert buf.pread(len(expected), 0) == expected
 
 
-@WAYS
 def test_segments(move, buf):
     expected = content("/proc/filesystems")
     segments = array("Q", [10, 0, 20, 0, 5000, 30])
@@ -87,29 +66,23 @@ def test_segments(move, buf):
     assert (caught.value.index, caught.value.nbytes) == (1, 9 + len(expected))
 
 
-@WAYS
 def test_an_error_has_its_errno_and_the_path(move, buf):
-    with pytest.raises(OSError) as caught:
+    with raises_errno(errno.EIO, filename="/proc/self/mem", nbytes=0):
         move("/proc/self/mem", "read_into", buf, 10)
-    assert (caught.value.errno, caught.value.filename) == (errno.EIO, "/proc/self/mem")
-    assert caught.value.nbytes == 0
 
 
-@WAYS
 @pytest.mark.parametrize("require", ["zero-copy", "uncached"])
 def test_they_are_copied_by_the_kernel(move, require, buf):
     with pytest.raises(dmabuf.RouteUnavailable, match="O_DIRECT"):
         move("/proc/version", "read_into", buf, require=require)
 
 
-@WAYS
 def test_an_empty_file_stays_empty(move, tmp_path, buf):
     (tmp_path / "file").touch()
     assert move(tmp_path / "file", "read_into", buf, require="zero-copy").nbytes == 0
     assert_same(buf.pread(SIZE, 0), poison(SIZE), "the buffer")
 
 
-@WAYS
 def test_a_file_that_reports_more_than_it_has(move, buf):
     """Files of sysfs report a page."""
     path = "/sys/kernel/mm/transparent_hugepage/enabled"
