@@ -70,8 +70,8 @@ class Device(lifetime.DeviceHandle):
         self.address = f"{match[1] or '0000'}:{match[2]}".lower()
         """The PCI address."""
         self._lock = threading.RLock()
-        self._users: set[object] = {self}
-        """The device itself, and a token of each Buffer."""
+        self._users: set[object] = {"device"}
+        """The device itself, without a reference to it, and a token of each Buffer."""
         self._fd = _open_device(self.address)
         try:
             self._enable_memory()
@@ -213,7 +213,7 @@ class Device(lifetime.DeviceHandle):
             return
         with self._lock:
             self._closed = True
-            self._leave(self)
+            self._leave("device")
 
     def _leave(self, user: object) -> None:
         """Close the descriptor after its last user. An interrupted call can be repeated."""
