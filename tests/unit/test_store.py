@@ -5,6 +5,8 @@ import errno
 import os
 import pickle
 import resource
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,6 +26,22 @@ from tests.support import assert_same, in_child, pattern
 
 SIZE = 1 << 20
 MIB = 1 << 20
+
+_SIGNALLED = """
+import signal, sys, threading
+from dmabuf.store import Server, listening
+
+def signal_this_thread():
+    sys.stdin.read()
+    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+with listening(sys.argv[1]) as listener:
+    server = Server(listener, 1 << 20)
+    signal.signal(signal.SIGTERM, lambda *_: server.stop())
+    threading.Thread(target=signal_this_thread).start()
+    print("ready", flush=True)
+    server.run()
+"""
 
 
 @pytest.fixture
@@ -45,6 +63,21 @@ def names(store: Store) -> list[str]:
 def charged(store: Store) -> tuple[int, int]:
     usage = store.usage()
     return usage.charged, usage.names
+
+
+def test_a_signal_that_does_not_interrupt_the_wait_stops_the_server(path: Path) -> None:
+    """Another thread takes it; so it is with one that comes just before the server waits."""
+    command = [sys.executable, "-c", _SIGNALLED, str(path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as server:
+        assert server.stdout.readline() == b"ready\n"
+        with dmabuf.store.connect(path) as store:
+            store.list()  # the server waits for requests
+        server.stdin.close()
+        try:
+            assert server.wait(60) == 0
+        finally:
+            server.kill()
 
 
 def test_a_name_is_the_same_memory_for_all_who_open_it(store: Store) -> None:

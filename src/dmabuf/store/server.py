@@ -13,6 +13,7 @@ import logging
 import os
 import resource
 import selectors
+import signal
 import socket
 import struct
 import termios
@@ -124,7 +125,7 @@ class Server:
         self._pool = _pool()
         self._stopping = threading.Event()
         self._calls: deque[Callable[[], None]] = deque()
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._wake, self._waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._wake, selectors.EVENT_READ)
         self._listening = False
@@ -186,14 +187,17 @@ class Server:
         self._wake_up()
 
     def _wake_up(self) -> None:
-        with suppress(OSError):  # the loop has ended
-            os.eventfd_write(self._wake, 1)
+        with suppress(OSError):  # the pipe is full, or the loop has ended
+            os.write(self._waker, b"\0")
 
     def run(self) -> None:
         """Serve until :meth:`stop`, or until another server has taken over.
 
         Then close every connection and descriptor, and the listening socket if it was taken over.
         """
+        # A signal just before the wait for requests does not interrupt it, so it wakes the loop.
+        main = threading.current_thread() is threading.main_thread()
+        before = signal.set_wakeup_fd(self._waker, warn_on_full_buffer=False) if main else -1
         try:
             if self._takeover is not None:
                 self._left = True  # all is the other server's until it agrees
@@ -208,6 +212,8 @@ class Server:
                 self._leave_clients(self._shelf)
         finally:
             self._stopping.set()
+            if main:
+                signal.set_wakeup_fd(before)
             self._close()
 
     def _close(self) -> None:
@@ -225,8 +231,9 @@ class Server:
         if self._shelf is not None:
             self._shelf.close()
         self._selector.close()
-        wake, self._wake = self._wake, -1
-        os.close(wake)
+        waker, self._waker = self._waker, -1
+        os.close(waker)
+        os.close(self._wake)
 
     def _settle(self) -> None:
         """Finish the requests that wait for memory."""
@@ -258,7 +265,7 @@ class Server:
             if key.fileobj is self._listener:
                 self._accept()
             elif key.data is None:
-                os.eventfd_read(self._wake)
+                os.read(self._wake, 4096)
             elif key.data.alive:
                 self._serve(key.data)
         self._call_back()
