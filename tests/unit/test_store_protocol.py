@@ -24,6 +24,7 @@ FIELDS = {
     "huge_pages": st.booleans() | st.integers(1, 2**40),
     "trusted": st.booleans(),
     "replace": st.booleans(),
+    "cached": st.booleans(),
     "after": st.text(max_size=255),
     "uid": st.integers(-1, 2**32 - 2),
     "gid": st.integers(-1, 2**32 - 2),
@@ -121,7 +122,7 @@ def test_a_reply_is_a_result_or_refused(data: bytes) -> None:
             assert refusal.errno == errno.EPROTO
 
 
-STATUS = Status("n", 8192, 5, 0o640, 1, 2, 3, 4, 5, 6, "udmabuf", "why", 1, True, 7, None)
+STATUS = Status("n", 8192, 5, 0o640, 1, 2, 3, 4, 5, 6, "udmabuf", "why", 1, True, 7, False, None)
 
 
 def test_records_come_over_as_they_were() -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import resource
 import signal
 import time
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -52,6 +53,9 @@ def _serve_arguments(parser: Parser) -> None:
     parser.option("--group", "GROUP", text)
     text = "The most memory to hold. [default: half of what it may use]"
     parser.option("--max-memory", "SIZE", text, size)
+    text = "Drop a cached buffer, such as a model, that nobody used for so long; end when empty."
+    parser.option("--idle", "SECONDS", text, number(0.01, 1e9, float))
+    parser.flag("--background", "Return when it serves; it goes on in the background.")
     parser.flag("--replace", "Take over all buffers and clients of the server that runs there.")
     parser.option(
         "--log-level", "LEVEL", "What to log on standard error.", str, "warning", choices=_LEVELS
@@ -70,16 +74,47 @@ def _serve(args: Namespace) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
     with ExitStack() as stack:
         try:
-            started = store.started(args.socket, args.group, limit, replace=args.replace)
+            started = store.started(
+                args.socket, args.group, limit, replace=args.replace, idle=args.idle
+            )
             server = stack.enter_context(started)
         except LookupError:
             raise ValueError(f"unknown group {args.group!r}") from None
+        told = f"serving at {server.path}, {format_size(limit)} at most"
+        ready = _in_background(told) if args.background else lambda: output.note(told)
         if args.metrics is not None:
             stack.enter_context(store.serving_metrics(server, *args.metrics))
         stack.enter_context(_stopping(server))
-        output.note(f"serving at {server.path}, {format_size(limit)} at most")
+        ready()
         store.notify_systemd("READY=1")
         server.run()
+
+
+def _in_background(told: str) -> Callable[[], None]:
+    """Go on as a child in a session of its own, and return what it calls when it serves.
+
+    The parent then writes `told` and ends, with the child's exit status if that has ended.
+    """
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(writing)
+        if os.read(reading, 1):
+            output.note(told)
+            os._exit(0)
+        os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 0xFF)
+
+    def ready() -> None:
+        os.setsid()
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for fd in (0, 1, 2):
+            os.dup2(nowhere, fd)
+        os.close(nowhere)
+        os.write(writing, b"1")
+        os.close(writing)
+
+    os.close(reading)
+    return ready
 
 
 @contextmanager

@@ -219,7 +219,7 @@ class Entry:
     modified_ns: int
     """When the content got its name or length; clients may set it."""
     accessed_ns: int
-    """That of creation; clients may set it."""
+    """That of creation, or of the last use of a cached buffer; clients may set it."""
     exporter: str
     reason: str
     """Why that exporter made it."""
@@ -228,6 +228,8 @@ class Entry:
     is_dmabuf: bool
     number: int
     """Identifies the buffer: no other one ever gets it, and a restart of the server keeps it."""
+    cached: bool
+    """Whether the content is final, and the store may drop the buffer while nobody uses it."""
     in_use: bool | None
     """Whether anyone besides the server has it open; null if that is unknown."""
 

@@ -228,7 +228,7 @@ class Files:
             )
         now = time.time_ns()
         status = Status(name, 0, 0, mode & 0o777, uid, gid, now, now, now, now, "", "", 0, False, 0,
-                        None)  # fmt: skip
+                        False, None)  # fmt: skip
         file = File(next(self._inodes), name, None, status, handles=1, modified_ns=now)
         file.spool = _spool()
         self._files[file.ino] = self._new[name] = file

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import time
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
@@ -11,6 +13,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from dmabuf.errors import ClosedError
+from dmabuf.kernel import uapi
 from dmabuf.memory import Buffer
 from dmabuf.sizes import parse_size
 from dmabuf.store import place, protocol
@@ -20,19 +23,36 @@ from dmabuf.store.protocol import UNCHANGED, Grant, Status, Usage
 
 __all__ = ["Store", "check_name", "connect"]
 
+_UNPINNED_SECONDS = 10.0
+
 
 def connect(
-    path: str | os.PathLike[str] | None = None, *, again: bool = True, timeout: float | None = None
+    path: str | os.PathLike[str] | None = None,
+    *,
+    again: bool = True,
+    timeout: float | None = None,
+    start: bool = False,
 ) -> Store:
     """Return a connection to the store whose socket is at ``path``.
 
     None is ``$XDG_RUNTIME_DIR/dmabuf.sock``, or ``/run/dmabuf.sock`` for root. ``again`` is whether
     the Store connects again if the server was restarted. ``timeout`` is the most seconds to wait
-    for a reply, None for ever. Raises OSError: ENOENT or ECONNREFUSED if no store is running,
+    for a reply, None for ever. ``start`` is whether a store is started if none is running: a
+    process of its own, which ends after an hour in which it held nothing (``dmabuf serve
+    --background --idle 3600``). Raises OSError: ENOENT or ECONNREFUSED if no store is running,
     EACCES if this user may not connect.
     """
     where = place.default_path() if path is None else os.fspath(path)
-    return Store(where, again=again, timeout=timeout)
+    try:
+        return Store(where, again=again, timeout=timeout)
+    except (FileNotFoundError, ConnectionRefusedError):
+        if not start:
+            raise
+    failure = place.start_server(where)
+    try:
+        return Store(where, again=again, timeout=timeout)
+    except (FileNotFoundError, ConnectionRefusedError) as error:
+        raise OSError(error.errno, f"start a store: {failure}", where) from None
 
 
 def check_name(name: str) -> str:
@@ -143,6 +163,7 @@ class Store:
         *,
         replace: bool | int = True,
         length: int | str | None = None,
+        cached: bool = False,
     ) -> Status:
         """Give a name to a Buffer that :meth:`create` made without one, and return its status.
 
@@ -150,13 +171,23 @@ class Store:
         that one only. ``length`` is the number of bytes of content, by default the size that was
         asked for. The name appears with its mode and length at once.
 
-        Raises ValueError if the Buffer has a name or is not of this Store; FileExistsError;
-        OSError(EFBIG) if ``length`` is larger than the memory, ESTALE for another number.
+        ``cached=True`` is for content that can be made again, such as that of a file. It closes the
+        Buffer and makes its content final: the kernel lets nobody write it any more (F_SEAL_WRITE,
+        fcntl(2)), so each :meth:`open` is read-only. The store may drop the buffer while no process
+        has it: the least recently used first where ``--max-memory`` leaves no room for another, and
+        after ``--idle``. Only a buffer of ``exporter="memfd"`` can be cached.
+
+        Raises ValueError if the Buffer has a name or is not of this Store, or is a dma-buf and
+        ``cached``; FileExistsError; OSError(EFBIG) if ``length`` is larger than the memory, ESTALE
+        for another number; for a cached one BufferError if exported pointers exist, and EBUSY if
+        its pages stay pinned or another process has them mapped for writing.
         """
         content = None if length is None else parse_size(length, "length")
         unnamed = self._number(buffer)
+        if cached:
+            _make_final(buffer, name)
         result, _ = self._connection.ask(
-            "link", unnamed=unnamed, name=name, replace=replace, length=content
+            "link", unnamed=unnamed, name=name, replace=replace, length=content, cached=cached
         )
         del self._unnamed[buffer]
         with reporting(name):
@@ -174,6 +205,21 @@ class Store:
         if unnamed is None:
             raise ValueError(f"{buffer!r} was not created without a name by this Store")
         return unnamed
+
+    def reserve(self, name: str) -> Status | None:
+        """Return the status of a name, or reserve it for this connection and return None.
+
+        While another connection of the same user has reserved it, this waits: until the name
+        appears, or until that connection reserves another name, or ends. So of several processes
+        that need a buffer one makes it and the others wait; if that one dies, another makes it. It
+        keeps nobody from giving a buffer that name without a reservation.
+
+        Raises PermissionError if the name belongs to another user.
+        """
+        result, _ = self._connection.ask("reserve", name=name)
+        status = result.get("status")
+        with reporting(name):
+            return None if status is None else protocol.parse_record(Status, status)
 
     def open(
         self, name: str, mode: str = "r", trusted: bool | None = False, *, number: int | None = None
@@ -292,6 +338,31 @@ class Store:
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError("a Store cannot be copied or pickled: call dmabuf.store.connect() again")
+
+
+def _make_final(buffer: Buffer, name: str) -> None:
+    """Close a buffer and seal its memory, so that nobody can write it any more."""
+    if buffer.is_dmabuf:
+        text = 'cached=True: the buffer is a dma-buf; create it with exporter="memfd"'
+        raise ValueError(text)
+    fd = os.dup(buffer.fileno())
+    try:
+        buffer.close()
+        until = time.monotonic() + _UNPINNED_SECONDS
+        while True:
+            try:
+                fcntl.fcntl(fd, uapi.F_ADD_SEALS, uapi.F_SEAL_WRITE)
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise OSError(error.errno, f"seal: {error.strerror}", name) from None
+                if time.monotonic() > until:
+                    text = "seal: another process has it mapped, or its pages stay pinned"
+                    raise OSError(errno.EBUSY, text, name) from None
+                time.sleep(0.001)  # a ring gives up its registered pages after close()
+            else:
+                return
+    finally:
+        os.close(fd)
 
 
 def _buffer(

@@ -10,7 +10,7 @@ import signal
 from collections.abc import Sequence
 from contextlib import suppress
 
-from dmabuf.kernel import proc
+from dmabuf.kernel import proc, uapi
 from dmabuf.memory import allocate, capacity, exporters, foreign
 from dmabuf.sizes import round_up
 from dmabuf.store.protocol import MOST_DESCRIPTORS, Grant, Refusal
@@ -50,6 +50,19 @@ class Memory:
         """The slabs, and the memfd if there is one."""
         return self.slabs if self.memfd is None else (*self.slabs, self.memfd)
 
+    @property
+    def is_final(self) -> bool:
+        """Whether the kernel lets nobody write it any more: a memfd that is sealed against it."""
+        if self.memfd is None or self.slabs:
+            return False
+        return bool(fcntl.fcntl(self.memfd, uapi.F_GET_SEALS) & uapi.F_SEAL_WRITE)
+
+    def refuse_seals(self) -> None:
+        """Let nobody seal the memory from now on."""
+        if self.memfd is not None:
+            with suppress(PermissionError):  # that is so already
+                fcntl.fcntl(self.memfd, uapi.F_ADD_SEALS, uapi.F_SEAL_SEAL)
+
     def in_use(self, own_references: int = 1) -> bool | None:
         """Return whether a client has the memory; None if the kernel cannot tell.
 
@@ -69,6 +82,8 @@ class Memory:
         the memory file, opened for reading, and EACCES where the exporter has none.
         """
         writable = mode == "r+"
+        if writable and self.is_final:
+            raise Refusal(errno.EACCES, "its content is final; open it for reading")
         if self.memfd is not None and (not self.slabs or not may_write):
             opened = self._reopened(writable)
             return Grant("memfd", 1, False, writable, unnamed), [opened], opened
@@ -104,7 +119,10 @@ def rounded(size: int, huge_pages: bool | int) -> int:
 
 
 def make(size: int, exporter: str, name: str | None, huge_pages: bool | int) -> Memory:
-    """Make zeroed memory. Raises what :func:`dmabuf.allocate` raises."""
+    """Make zeroed memory. Raises what :func:`dmabuf.allocate` raises.
+
+    A memfd without a name can be sealed by its only client, which has yet to link it.
+    """
     label = None if name is None else name.encode()[:_LABEL_BYTES].decode(errors="ignore")
     if exporter in ("auto", "udmabuf"):
         reason = exporters.WHY_UDMABUF if exporter == "auto" else 'exporter="udmabuf" was requested'
@@ -145,7 +163,9 @@ def _make_udmabuf(size: int, label: str | None, huge_pages: bool | int, reason: 
 
 
 def _make_memfd(size: int, label: str | None, huge_pages: bool | int, reason: str) -> Memory:
-    fd, memory, _ = exporters.make_memory(size, name=label, huge_pages=huge_pages, numa_node=None)
+    fd, memory, _ = exporters.make_memory(
+        size, name=label, huge_pages=huge_pages, numa_node=None, open_to_seals=label is None
+    )
     nbytes = len(memory)
     memory.close()
     return Memory("memfd", reason, nbytes, (), _private(fd))

@@ -56,6 +56,7 @@ class Entry:
     changed_ns: int
     modified_ns: int
     accessed_ns: int
+    cached: bool = False
     memory: Memory | None = None
 
     @property
@@ -69,7 +70,7 @@ class Entry:
         record = {name: getattr(self, name) for name in _KEPT}
         record["exporter"], record["size"] = self.memory.exporter, self.memory.size
         record["reason"] = self.memory.reason[:_REASON_LENGTH]
-        record["slabs"] = len(self.memory.slabs)
+        record["slabs"], record["cached"] = len(self.memory.slabs), self.cached
         return Item(self.key, record, self.memory.descriptors)
 
     @classmethod
@@ -82,7 +83,7 @@ class Entry:
             record["exporter"], record["reason"], record["size"], own[:count],
             own[count] if count < len(own) else None, granted=True,
         )  # fmt: skip
-        return cls(**attributes, memory=memory)
+        return cls(**attributes, memory=memory, cached=record.get("cached", False))
 
     def allows(self, peer: Peer, wanted: int) -> bool:
         """Return whether a peer may open it for READ or READ | WRITE: inode(7)."""
@@ -94,6 +95,10 @@ class Entry:
         elif self.gid == peer.gid or self.gid in peer.groups:
             bits >>= 3
         return wanted & ~bits == 0
+
+    def is_unused(self) -> bool:
+        """Return whether no process but the server has the memory; False if that is unknown."""
+        return self.memory is not None and self.memory.in_use() is False
 
     def status(self, in_use: bool | None = None) -> Status:
         """Return the record of this buffer."""
@@ -114,6 +119,7 @@ class Entry:
             slabs=max(len(self.memory.slabs), 1),
             is_dmabuf=self.memory.is_dmabuf,
             number=self.number,
+            cached=self.cached,
             in_use=in_use,
         )
 
@@ -163,6 +169,8 @@ class Names:
             raise Refusal(errno.ENOSPC, text, name)
         left = max(self.max_memory - self.charged, 0)
         if size > left:
+            left += self._drop_unused(size - left)
+        if size > left:
             text = (
                 f"the store is full: {format_size(size)} wanted, {format_size(left)} of "
                 f"{format_size(self.max_memory)} left; raise --max-memory"
@@ -184,6 +192,25 @@ class Names:
         if entry.name is not None:
             insort(self._order, entry.name)
 
+    def _drop_unused(self, wanted: int) -> int:
+        """Drop cached buffers, the least recently used first, if all together are large enough.
+
+        Returns the bytes that were given up.
+        """
+        unused = [entry for entry in self.cached() if entry.is_unused()]
+        if sum(entry.charge for entry in unused) < wanted:
+            return 0
+        given = 0
+        for entry in sorted(unused, key=lambda entry: entry.accessed_ns):
+            if given < wanted:
+                given += entry.charge
+                self.drop(entry)
+        return given
+
+    def cached(self) -> list[Entry]:
+        """Return the buffers that may be dropped while nobody uses them."""
+        return [entry for entry in self._entries.values() if entry.cached]
+
     def drop(self, entry: Entry) -> None:
         """Forget an entry, with or without a name or memory."""
         self._unname(entry)
@@ -199,6 +226,15 @@ class Names:
             raise Refusal(errno.ESTALE, f"the name no longer belongs to buffer {number}", name)
         if entry is None or entry.memory is None:
             raise Refusal(errno.ENOENT, "there is no such buffer", name)
+        return entry
+
+    def owned_or_none(self, name: str, peer: Peer) -> Entry | None:
+        """Return the entry of a name that the peer owns; None if there is no such name."""
+        entry = self._entries.get(name)
+        if entry is None or entry.memory is None:
+            return None
+        if entry.uid != peer.uid:
+            raise Refusal(errno.EPERM, f"the name belongs to user {entry.uid}", name)
         return entry
 
     def after(self, name: str) -> Iterator[Entry]:

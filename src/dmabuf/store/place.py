@@ -10,6 +10,7 @@ import shutil
 import socket
 import stat
 import struct
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -18,6 +19,10 @@ __all__ = ["default_path", "listening", "notify_systemd"]
 _PATH_BYTES = 107  # sun_path has 108 with the final zero: unix(7)
 _BACKLOG = 128
 _FIRST_OF_SYSTEMD = 3  # SD_LISTEN_FDS_START
+_OF_SYSTEMD = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "NOTIFY_SOCKET", "FDSTORE")
+_PROGRAM = "dmabuf.cli"
+"""The module of the command, started by its name: this room imports nothing of it."""
+_IDLE_SECONDS = 3600
 
 
 def default_path() -> str:
@@ -32,6 +37,32 @@ def default_path() -> str:
         text = "path of the store: XDG_RUNTIME_DIR is not set; set it, or use --socket PATH"
         raise OSError(errno.ENOENT, text)
     return os.path.join(folder, "dmabuf.sock")
+
+
+def start_server(path: str) -> str:
+    """Start a store at a path, as a process of its own, and return when it serves.
+
+    Returns why none was started; another one may have been started there meanwhile.
+    """
+    import subprocess
+
+    if not sys.executable:
+        return "sys.executable is empty; start one: dmabuf serve"
+    env = {name: value for name, value in os.environ.items() if name not in _OF_SYSTEMD}
+    env["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, sys.path))
+    command = [sys.executable, "-P", "-m", _PROGRAM, "serve", "--background"]
+    ended = subprocess.run(
+        [*command, "--idle", str(_IDLE_SECONDS), "--socket", os.path.abspath(path)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        cwd="/",
+        env=env,
+        check=False,
+    )
+    lines = ended.stderr.decode(errors="replace").strip().splitlines()
+    return lines[-1].removeprefix("error: ") if lines else f"exit status {ended.returncode}"
 
 
 def check_path(path: str) -> None:

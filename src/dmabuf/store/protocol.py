@@ -60,9 +60,11 @@ class Status:
     ``mode`` holds the nine permission bits. ``number`` identifies the buffer: no other buffer ever
     gets it, and a restart keeps it. The times are in nanoseconds since 1970: ``created_ns`` and
     ``changed_ns`` of the name, ``modified_ns`` and ``accessed_ns`` of the content; the server does
-    not see writes to the memory itself. ``slabs`` counts the dma-bufs. ``in_use`` is True if anyone
-    besides the server has a descriptor, a mapping or an attachment of the memory; None if the
-    kernel cannot tell, and in the results of calls that do not ask the kernel.
+    not see writes to the memory itself. ``slabs`` counts the dma-bufs. ``cached`` is whether the
+    content is final and the store may drop the buffer while nobody uses it (Store.link);
+    ``accessed_ns`` is its last use then. ``in_use`` is True if anyone besides the server has a
+    descriptor, a mapping or an attachment of the memory; None if the kernel cannot tell, and in the
+    results of calls that do not ask the kernel.
     """
 
     name: str
@@ -80,6 +82,7 @@ class Status:
     slabs: int
     is_dmabuf: bool
     number: int
+    cached: bool
     in_use: bool | None
 
 
@@ -174,8 +177,10 @@ OPERATIONS: dict[str, dict[str, Callable[[object], bool]]] = {
         "name": _name,
         "replace": _either(_FLAG, _NUMBER),
         "length": _either(_NONE, _LENGTH),
+        "cached": _FLAG,
     },
     "discard": {"unnamed": _NUMBER},
+    "reserve": {"name": _name},
     "open": {
         "name": _name,
         "number": _MAYBE_NUMBER,
@@ -199,7 +204,7 @@ OPERATIONS: dict[str, dict[str, Callable[[object], bool]]] = {
     "hand_over": {},
 }
 """Each operation with its fields, and the check of each field's value."""
-REPEATABLE = {"open", "stat", "list", "truncate", "chmod", "chown", "utime", "usage"}
+REPEATABLE = {"open", "stat", "list", "truncate", "chmod", "chown", "utime", "usage", "reserve"}
 """Operations that may be carried out twice."""
 
 

@@ -18,9 +18,10 @@ import socket
 import struct
 import termios
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
 
@@ -42,6 +43,8 @@ _READING = ("open", "stat", "list", "usage")
 _LISTED = 256  # records in one reply, at most
 _MEMORY_THREADS = 4
 _RETRY_SECONDS = 1.0
+_LOOKS = 4
+"""How often an idle time is checked within it."""
 _SO_PEERGROUPS = 59
 _GROUPS_BYTES = 1024  # the most that Python reads of a socket option: 256 groups
 
@@ -67,7 +70,7 @@ def default_limit(root: str = "/") -> int:
 
 
 class _Client:
-    """A connection, its user, and the buffers it created without a name."""
+    """A connection, its user, the buffers it created without a name, and the name it reserved."""
 
     def __init__(self, connection: socket.socket) -> None:
         connection.setblocking(False)
@@ -76,6 +79,9 @@ class _Client:
         self.alive = True
         self.watched = False
         self.unnamed: dict[int, Entry] = {}
+        self.reserved: str | None = None
+        self.awaited: str | None = None
+        """The name of a `reserve` that has no reply yet."""
         self.request = protocol.Request("invalid", {})
         """The one that is carried out."""
 
@@ -107,8 +113,9 @@ class Server:
     """A server of the store on a listening socket, from :meth:`run` until :meth:`stop`.
 
     ``listener`` is an AF_UNIX SOCK_SEQPACKET socket; ``max_memory`` is the limit in bytes of what
-    the server holds; ``inherited`` is what the last server left. Every method but :meth:`stop`
-    belongs to one thread.
+    the server holds; ``inherited`` is what the last server left. ``idle`` is the number of seconds
+    after which an unused cached buffer is dropped, and a server that holds nothing and has no
+    client ends; None is never. Every method but :meth:`stop` belongs to one thread.
     """
 
     def __init__(
@@ -116,6 +123,7 @@ class Server:
         listener: socket.socket,
         max_memory: int,
         inherited: Shelf | Takeover | None = None,
+        idle: float | None = None,
     ) -> None:
         descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._listener = listener
@@ -123,6 +131,9 @@ class Server:
         self._names = Names(max_memory, min(_MOST_NAMES, descriptors // 4), self._free)
         self._clients: set[_Client] = set()
         self._pool = _pool()
+        self._frees: list[Future[None]] = []
+        self._idle = idle
+        self._last_use = self._last_look = time.monotonic()
         self._stopping = threading.Event()
         self._calls: deque[Callable[[], None]] = deque()
         self._wake, self._waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -150,6 +161,8 @@ class Server:
                     continue
                 client = _Client(socket.socket(fileno=item.descriptors[0]))
                 client.unnamed = {number: entries[number] for number in item.record["unnamed"]}
+                client.reserved = item.record.get("reserved")
+                client.awaited = item.record.get("awaited")
                 held.update(client.unnamed)
                 self._clients.add(client)
             except (LookupError, TypeError, ValueError):
@@ -205,6 +218,8 @@ class Server:
                 self._left = False
             for client in [*self._clients]:
                 self._resume(client)
+                if client.awaited is not None:
+                    self._again(client)
             while not self._stopping.is_set():
                 self._turn()
             if self._shelf is not None and self._shelf.room:
@@ -254,12 +269,21 @@ class Server:
 
     def _client_items(self) -> Iterator[Item]:
         for index, client in enumerate(self._clients):
-            yield Item(f"c{index}", {"unnamed": [*client.unnamed]}, [client.connection.fileno()])
+            record = {
+                "unnamed": [*client.unnamed],
+                "reserved": client.reserved,
+                "awaited": client.awaited,
+            }
+            yield Item(f"c{index}", record, [client.connection.fileno()])
 
     def _turn(self) -> None:
         if not self._listening:
             self._listening = self._watch(self._listener, None)
-        for key, _ in self._selector.select(None if self._listening else _RETRY_SECONDS):
+        waits = [] if self._listening else [_RETRY_SECONDS]
+        if self._idle is not None:
+            waits.append(self._idle / _LOOKS)
+            self._drop_idle(self._idle)
+        for key, _ in self._selector.select(min(waits, default=None)):
             if self._left:  # the other requests are the next server's
                 break
             if key.fileobj is self._listener:
@@ -270,6 +294,24 @@ class Server:
                 self._serve(key.data)
         self._call_back()
 
+    def _drop_idle(self, seconds: float) -> None:
+        """Drop cached buffers that were not used for so long; stop if nothing was."""
+        now = time.monotonic()
+        if now - self._last_look < seconds / _LOOKS:
+            return
+        self._last_look = now
+        moment = time.time_ns()
+        for entry in self._names.cached():
+            if not entry.is_unused():
+                entry.accessed_ns = moment
+            elif moment - entry.accessed_ns >= seconds * 1e9:
+                log.info("%r was not used for %g s", entry.name, seconds)
+                self._names.drop(entry)
+        if len(self._names) or self._clients:
+            self._last_use = now
+        elif now - self._last_use >= seconds:
+            self._stopping.set()
+
     def _free(self, entry: Entry) -> None:
         assert entry.memory is not None
         if self._shelf is not None:
@@ -277,7 +319,8 @@ class Server:
         if self._stopping.is_set():
             entry.memory.close()
         else:
-            self._pool.submit(entry.memory.close)
+            self._frees = [one for one in self._frees if not one.done()]
+            self._frees.append(self._pool.submit(entry.memory.close))
 
     def _keep(self, entry: Entry) -> None:
         """Leave a new or changed buffer to the next server."""
@@ -322,12 +365,14 @@ class Server:
         if not client.alive:
             return
         client.alive = False
+        self._last_use = time.monotonic()
         self._clients.discard(client)
         if client.watched:
             self._pause(client)
         client.close()
         for entry in client.unnamed.values():
             self._names.drop(entry)
+        self._pass_on(client)
 
     def _serve(self, client: _Client) -> None:
         try:
@@ -336,7 +381,7 @@ class Server:
             return
         except OSError:
             data = b""
-        if not data or client.has_unread():
+        if not data or client.has_unread() or client.awaited is not None:
             self._drop(client)
         else:
             self._attempt(client, lambda: self._do(client, data))
@@ -353,9 +398,11 @@ class Server:
             if changed is not None:
                 self._keep(changed)
             self._send(client, protocol.pack_result())
+            if op == "rename":
+                self._appeared(changed)
         else:
             getattr(self, f"_do_{op}")(client, **fields)
-        if client.watched:  # otherwise it waits for memory
+        if client.watched and client.awaited is None:  # otherwise it waits
             self._log(client, None)
 
     def _log(self, client: _Client, refusal: Refusal | None) -> None:
@@ -416,7 +463,8 @@ class Server:
             raise Refusal(errno.EINVAL, str(error)) from None
         entry = self._names.begin(name, client.peer, mode, size, charge)
         self._pause(client)
-        made = self._pool.submit(make, charge, exporter, name, huge_pages)
+        frees = tuple(self._frees)  # all of them run before it, so that it waits for none in vain
+        made = self._pool.submit(_make_after, frees, charge, exporter, name, huge_pages)
 
         def call_back(made: Future[Memory]) -> None:
             finish = functools.partial(self._created, client, entry, trusted, made)
@@ -449,20 +497,72 @@ class Server:
         elif unnamed is not None:
             client.unnamed[unnamed] = entry
         self._log(client, None)
+        self._appeared(entry)
 
     def _do_link(
-        self, client: _Client, unnamed: int, name: str, replace: bool | int, length: int | None
+        self,
+        client: _Client,
+        unnamed: int,
+        name: str,
+        replace: bool | int,
+        length: int | None,
+        cached: bool,
     ) -> None:
         entry = self._unnamed(client, unnamed)
+        assert entry.memory is not None
+        if cached and not entry.memory.is_final:
+            raise Refusal(errno.EINVAL, "link: the client has not sealed the memory", name)
         self._names.link(entry, name, replace, length, client.peer)
+        entry.cached = cached
+        entry.memory.refuse_seals()
         del client.unnamed[unnamed]
         self._keep(entry)
         self._send(client, protocol.pack_result(status=entry.status()))
+        self._appeared(entry)
 
     def _do_discard(self, client: _Client, unnamed: int) -> None:
         self._names.drop(self._unnamed(client, unnamed))
         del client.unnamed[unnamed]
         self._send(client, protocol.pack_result())
+
+    def _do_reserve(self, client: _Client, name: str) -> None:
+        self._pass_on(client)
+        entry = self._names.owned_or_none(name, client.peer)
+        if entry is not None:
+            self._send(client, protocol.pack_result(status=entry.status()))
+        elif any(one.reserved == name and one.peer.uid == client.peer.uid for one in self._clients):
+            client.awaited = name
+        else:
+            client.reserved = name
+            self._send(client, protocol.pack_result(status=None))
+
+    def _pass_on(self, client: _Client) -> None:
+        """Give what a client has reserved to one that waits for it."""
+        name, client.reserved, client.awaited = client.reserved, None, None
+        for one in self._clients:
+            if name is not None and one.awaited == name and one.peer.uid == client.peer.uid:
+                self._again(one)
+                return
+
+    def _appeared(self, entry: Entry) -> None:
+        """Reply to the clients that wait for the name of a buffer; nobody reserves it now."""
+        for one in [*self._clients]:
+            if entry.name is not None and one.reserved == entry.name:
+                one.reserved = None
+            elif entry.name is not None and one.awaited == entry.name:
+                self._again(one)
+
+    def _again(self, client: _Client) -> None:
+        """Carry out the `reserve` that waits."""
+        name, client.awaited = client.awaited, None
+        assert name is not None
+
+        def reserve() -> None:
+            self._do_reserve(client, name)
+            if client.awaited is None:
+                self._log(client, None)
+
+        self._attempt(client, reserve)
 
     @staticmethod
     def _unnamed(client: _Client, unnamed: int) -> Entry:
@@ -477,6 +577,9 @@ class Server:
             text = f"trusted=True is for its owner (user {entry.uid}) and root; pass trusted=None"
             raise Refusal(errno.EPERM, text, name)
         may_write = entry.allows(client.peer, READ | WRITE)
+        if entry.cached:
+            entry.accessed_ns = time.time_ns()
+            self._keep(entry)
         with_memfd = is_owner if trusted is None else trusted
         self._grant(client, entry, mode, may_write=may_write, trusted=with_memfd, unnamed=None)
 
@@ -541,20 +644,37 @@ class Server:
         self._drop(client)
 
 
+def _make_after(
+    frees: tuple[Future[None], ...],
+    size: int,
+    exporter: str,
+    name: str | None,
+    huge_pages: bool | int,
+) -> Memory:
+    """Make memory once the memory that was given up before is free."""
+    wait(frees)
+    return make(size, exporter, name, huge_pages)
+
+
 def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_MEMORY_THREADS, "dmabuf store")
 
 
 @contextmanager
 def started(
-    path: str | None, group: str | None, max_memory: int, *, replace: bool = False
+    path: str | None,
+    group: str | None,
+    max_memory: int,
+    *,
+    replace: bool = False,
+    idle: float | None = None,
 ) -> Iterator[Server]:
     """Give a server that is ready to run.
 
     It listens at ``path``; None is the socket that systemd passed, or else :func:`default_path`.
     With ``replace`` it takes over everything from a server that runs there. ``group`` is that of
-    :func:`listening`, ``max_memory`` that of Server. Raises OSError, and LookupError for an unknown
-    group; the other server then goes on.
+    :func:`listening`, ``max_memory`` and ``idle`` those of Server. Raises OSError, and LookupError
+    for an unknown group; the other server then goes on.
     """
     listener, found = place.activated() if path is None else (None, {})
     with ExitStack() as stack:
@@ -569,7 +689,7 @@ def started(
             listener = stack.enter_context(place.listening(where, group, taken))
             if isinstance(inherited, Takeover):
                 stack.callback(inherited.close)
-        yield Server(listener, max_memory, inherited)
+        yield Server(listener, max_memory, inherited, idle)
 
 
 def _peer(connection: socket.socket) -> Peer:
