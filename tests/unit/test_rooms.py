@@ -35,7 +35,10 @@ FLOORS = {
 }
 PUBLIC = {"store", "safetensors", "devices", "aio"}
 """Rooms that users import by name. Above floor 4 they may be used beside each other."""
-BESIDE = {("mount", "store"), ("aio", "copying"), ("inspect", "devices"), ("inspect", "store")}
+BESIDE = {
+    ("mount", "store"), ("aio", "copying"), ("inspect", "devices"), ("inspect", "store"),
+    ("safetensors", "store"),
+}  # fmt: skip
 """Rooms that use another room of their own floor, never the other way round."""
 
 

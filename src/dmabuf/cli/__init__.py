@@ -37,6 +37,7 @@ COMMANDS = {
     "mv": ("store", "Rename a buffer of the store."),
     "chmod": ("store", "Change who may open buffers of the store."),
     "df": ("store", "Show how full the store is."),
+    "model": ("model", "Load a model once for all processes."),
     "mount": ("mount", "Show the buffers of the store as files."),
     "exec": ("exec", "Run a program with a dma-buf as a file."),
 }

@@ -13,11 +13,22 @@ Moving the bytes is the work of `File.read_segments` and `File.write_segments`; 
 are that of `Buffer.asarray`. Other formats belong in packages of their own.
 
 The modules: ``header`` (the format), ``layout`` (places in a buffer), ``files`` (the files of a
-model), ``loading`` and ``saving``.
+model), ``loading`` and ``saving``, and ``shared``, the copy that all processes of a host have.
 """
 
 from dmabuf.safetensors.header import Entry
 from dmabuf.safetensors.loading import Framework, Tensors, load, load_file
 from dmabuf.safetensors.saving import save, save_file
+from dmabuf.safetensors.shared import SharedModel, shared_models
 
-__all__ = ["Entry", "Framework", "Tensors", "load", "load_file", "save", "save_file"]
+__all__ = [
+    "Entry",
+    "Framework",
+    "SharedModel",
+    "Tensors",
+    "load",
+    "load_file",
+    "save",
+    "save_file",
+    "shared_models",
+]

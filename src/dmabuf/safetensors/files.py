@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import stat
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dmabuf.errors import os_error
+from dmabuf.kernel import files as kernel_files
 from dmabuf.safetensors.header import LONGEST, Entry, Malformed, parse, parse_object
+from dmabuf.safetensors.layout import UNIT
+from dmabuf.sizes import round_up
 
 Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
 _ONE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_START = 64  # bytes that are read first: the length of the header, and enough to know other formats
 _OTHERS = (
     (b"PK\3\4", "a zip archive, as torch.save writes; load it with torch.load"),
     (b"\x80", "a pickle, as torch.save writes; load it with torch.load"),
@@ -34,6 +39,8 @@ class Part:
     status: os.stat_result
     """Before its header was read."""
     entries: dict[str, Entry]
+    digest: bytes
+    """Of the header."""
 
     def check(self, fd: int) -> None:
         """Raise ValueError if the open file is not the one whose header was read, or changed."""
@@ -80,7 +87,7 @@ def read_parts(
                 raise ValueError(f"load: tensor {name!r} is in {seen[name]} and in {path}")
         if wanted is not None:
             entries = {name: entry for name, entry in entries.items() if name in wanted}
-        parts.append(Part(path, part.status, entries))
+        parts.append(replace(part, entries=entries))
     if wanted is not None:
         _check_known(wanted, seen)
     for name, path in (owner or {}).items():
@@ -149,10 +156,15 @@ def _read(path: str) -> tuple[Part, dict[str, str]]:
         raise os_error(number, "load: it is not a regular file", path)
     size = status.st_size
     with open(path, "rb", buffering=0) as file:
-        start = os.pread(file.fileno(), 64, 0)
+        fd = file.fileno()
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # the tensors are not read this way
+        was_cached = kernel_files.cached_pages(fd, 0, _START)
+        start = os.pread(fd, _START, 0)
         length = int.from_bytes(start[:8], "little")
         fits = len(start) >= 8 and length <= min(size - 8, LONGEST)
-        raw = os.pread(file.fileno(), length, 8) if fits else b""
+        raw = os.pread(fd, length, 8) if fits else b""
+        if not was_cached:
+            os.posix_fadvise(fd, 0, round_up(8 + len(raw), UNIT), os.POSIX_FADV_DONTNEED)
     try:
         if not fits:
             other = [what for magic, what in _OTHERS if start.startswith(magic)]
@@ -163,4 +175,4 @@ def _read(path: str) -> tuple[Part, dict[str, str]]:
         entries, metadata = parse(raw, size)
     except Malformed as error:
         raise ValueError(f"load {path}: {error}") from None
-    return Part(path, status, entries), metadata
+    return Part(path, status, entries, hashlib.sha256(raw).digest()), metadata

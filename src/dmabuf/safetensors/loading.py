@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import weakref
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from dmabuf.errors import ShortReadError
@@ -14,6 +16,7 @@ from dmabuf.memory import Buffer, allocate, import_optional
 from dmabuf.safetensors.files import Part, Path, read_parts
 from dmabuf.safetensors.header import BITS, NAMES, Entry
 from dmabuf.safetensors.layout import place
+from dmabuf.safetensors.shared import attach
 from dmabuf.sizes import parse_size
 from dmabuf.transfer import Audit, Engine, File, Progress, Require, Terms, Transfer, part_of
 
@@ -46,6 +49,9 @@ class Tensors(Mapping[str, Tensor]):
     transfers: tuple[Transfer, ...]
     """One record for each file that bytes were read from."""
     _framework: Framework
+    shared: bool = False
+    """Whether other processes have the same memory, which nobody can write. A write to a PyTorch
+    tensor over it ends the process (SIGSEGV); NumPy raises ValueError."""
     _dtypes: dict[str, Any] = field(default_factory=dict, init=False)
     _flat: weakref.ref[Any] | None = field(default=None, init=False)
 
@@ -66,7 +72,7 @@ class Tensors(Mapping[str, Tensor]):
             if not shape or shape[-1] % 2:
                 raise ValueError(f"tensor {name!r} in PyTorch: F4 needs an even last dimension")
             shape = (*shape[:-1], shape[-1] // 2)
-        if not flat.flags.writeable:
+        if not (flat.flags.writeable or self.shared):
             return self.buffer.astensor(dtype, shape, entry.offset)  # refuses, with the reason
         raw = flat[entry.offset : entry.offset + entry.nbytes]
         return sys.modules["torch"].from_numpy(raw).view(dtype).reshape(shape)
@@ -78,6 +84,8 @@ class Tensors(Mapping[str, Tensor]):
             flat = self.buffer.asarray()
             while type(flat.base) is type(flat):
                 flat = flat.base  # NumPy keeps this one alive for each view
+            if self.shared and self._framework == "pt":
+                flat = sys.modules["numpy"].asarray(_Unmarked(flat))
             self._flat = weakref.ref(flat)
         return flat
 
@@ -99,12 +107,22 @@ class Tensors(Mapping[str, Tensor]):
         return f"<dmabuf.safetensors.Tensors {len(self)} in {self.buffer!r}>"
 
 
+class _Unmarked:
+    """An array that is not marked read-only, which PyTorch would warn of, over memory that is."""
+
+    def __init__(self, array: Any) -> None:
+        about = array.__array_interface__
+        self._array = array
+        self.__array_interface__ = about | {"data": (about["data"][0], False)}
+
+
 def load(
     source: Path | Sequence[Path],
     *,
     tensors: Iterable[str] | None = None,
     framework: Framework = "pt",
     buffer: Buffer | None = None,
+    shared: bool | str | os.PathLike[str] = False,
     alignment: int | str | None = None,
     exporter: str = "auto",
     name: str | None = None,
@@ -128,6 +146,14 @@ def load(
         tensors: the names of the wanted tensors; None for all.
         framework: "pt" for PyTorch tensors, "np" for NumPy arrays.
         buffer: the destination; None for one allocated by ``exporter`` with ``name``.
+        shared: True for one copy that all processes of this user share: the first one loads it
+            into a store (`dmabuf.store`), the others wait for that and attach to the same memory.
+            Nobody can write it: see `Tensors.shared`. The store is at the user's socket, or at this
+            path; if none is running there, one is started. A changed file, other ``tensors`` and
+            another ``alignment`` are other copies. The store drops a copy that no process uses
+            when it needs the memory, or after its idle time. ``transfers`` is empty where another
+            process has loaded it. Not with ``buffer``, ``name`` or another ``exporter`` than
+            "memfd".
         alignment: of each tensor's offset in the buffer: a power of two, in bytes or such as
             "4KiB"; at the least, and by default, the size of its dtype. The CPU copies a tensor
             whose offset in the file is not a multiple of it.
@@ -151,7 +177,8 @@ def load(
         raise ValueError(f"framework={framework!r}: must be 'pt' (PyTorch) or 'np' (NumPy)")
     if sys.byteorder != "little":
         raise NotImplementedError("safetensors files are little-endian, and this machine is not")
-    Terms(require=require)
+    terms = Terms(require=require, timeout=timeout, audit=audit)
+    _check_shared(shared, buffer, exporter, name)
     if not isinstance(buffer, Buffer | None):
         raise TypeError(f"load: buffer must be a dmabuf.Buffer, not {type(buffer).__name__}")
     least = 1 if alignment is None else parse_size(alignment, "alignment")
@@ -162,11 +189,41 @@ def load(
     if framework == "pt":
         import_optional("torch", "framework='pt'", "torch, or take framework='np'")
     segments, entries, size = _plan(parts, least)
+    fill = partial(_read_segments, parts, segments, terms, engine, progress)
+    if shared is not False:
+        buffer, transfers = attach(None if shared is True else shared, parts, segments, size, fill)
+        return Tensors(buffer, entries, metadata, transfers or (), framework, shared=True)
     if buffer is None:
         buffer = allocate(max(size, 1), exporter=exporter, name=name)
         buffer.closes_unasked = True
     elif buffer.size < size:
         raise ValueError(f"load: the tensors need {size} bytes, the buffer has {buffer.size}")
+    return Tensors(buffer, entries, metadata, fill(buffer), framework)
+
+
+def _check_shared(shared: object, buffer: Buffer | None, exporter: str, name: str | None) -> None:
+    """Raise what `load` raises for an invalid `shared`, or one that excludes other arguments."""
+    if not isinstance(shared, bool | str | os.PathLike):
+        kind = type(shared).__name__
+        raise TypeError(f"load: shared must be a bool or the path of a socket, not {kind}")
+    if shared is False:
+        return
+    if buffer is not None or name is not None:
+        raise ValueError("load: shared has a buffer of its own; leave out buffer and name")
+    if exporter not in ("auto", "memfd"):
+        text = "a shared model is a memfd, which the kernel makes read-only; leave out exporter"
+        raise ValueError(f"load: exporter={exporter!r}: {text}")
+
+
+def _read_segments(
+    parts: Sequence[Part],
+    segments: Sequence[array[int]],
+    terms: Terms,
+    engine: Engine | None,
+    progress: Progress | None,
+    buffer: Buffer,
+) -> tuple[Transfer, ...]:
+    """Read the segments of each file into the buffer."""
     transfers: list[Transfer] = []
     total = sum(sum(one[2::3]) for one in segments)
     for part, one in zip(parts, segments, strict=True):
@@ -177,16 +234,17 @@ def load(
             done = file.read_segments(
                 buffer,
                 one,
-                require=require,
-                timeout=timeout,
-                audit=audit,
+                require=terms.require,
+                timeout=terms.timeout,
+                audit=terms.audit,
                 progress=part_of(progress, sum(one.nbytes for one in transfers), total),
             )
+            part.check(file.fileno())
         if done.nbytes < sum(one[2::3]):  # of a single segment, which may be short there
             text = f"load {part.path}: it became shorter after its header was read"
             raise ShortReadError(text, 0, done.nbytes)
         transfers.append(done)
-    return Tensors(buffer, entries, metadata, tuple(transfers), framework)
+    return tuple(transfers)
 
 
 def _plan(parts: Sequence[Part], least: int) -> tuple[list[array[int]], dict[str, Entry], int]:
