@@ -20,8 +20,10 @@ import dmabuf
 from dmabuf._core import lib
 from dmabuf.transfer.audit import PAIRS
 from dmabuf.transfer.engine import Engine, default_engine
+from tests.guards import demand
+from tests.mounting import Mounted, mounted
 from tests.resources import held
-from tests.support import drop_cache, pattern, poison
+from tests.support import drop_cache, pattern, poison, wait_until
 
 assert isinstance(core.lib, core.Core), "dmabuf was imported before its core was replaced"
 
@@ -113,6 +115,32 @@ def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     path = tmp_path / "file"
     path.write_bytes(pattern(_size(request), 1))
     return path
+
+
+@pytest.fixture
+def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A file with the content of the test module's DATA."""
+    path = tmp_path / "source"
+    path.write_bytes(request.module.DATA)
+    return path
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mounted]:
+    """A store and its mount, both for all tests of the module."""
+    demand("fuse", "pyfuse3")
+    with mounted(tmp_path_factory.mktemp("mount")) as made:
+        yield made
+
+
+@pytest.fixture
+def files(world: Mounted) -> Iterator[Mounted]:
+    """The mount of an empty store; at the end it is empty again, and has all its memory."""
+    yield world
+    for status in world.store.list():
+        world.store.remove(status.name)
+    wait_until(lambda: world.store.usage().charged == 0)  # a last close is reported after close(2)
+    assert world.store.usage().names == 0
 
 
 @pytest.fixture

@@ -28,13 +28,6 @@ def little_room(tmp_path: Path) -> Iterator[None]:
     shutil.rmtree(tmp_path)
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    path = tmp_path / "source"
-    path.write_bytes(DATA)
-    return path
-
-
 def content(path: str) -> bytes:
     fd = os.open(path, os.O_RDONLY)
     try:

@@ -4,14 +4,14 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.guards import demand, needs
 from tests.kernel.vgem import Card
-from tests.mounting import Mounted, attributes, mount, mounted
+from tests.mounting import Mounted, attributes, mount
 from tests.support import assert_same, pattern, raises_errno
 from tests.unit import test_mount_tools as tools
 
@@ -19,18 +19,9 @@ SIZE = (5 << 20) + 123
 Check = Callable[[Mounted, Path], None]
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mounted]:
-    demand("fuse", "pyfuse3", "udmabuf")
-    with mounted(tmp_path_factory.mktemp("mount")) as made:
-        yield made
-
-
-@pytest.fixture
-def files(world: Mounted) -> Iterator[Mounted]:
-    yield world
-    for status in world.store.list():
-        world.store.remove(status.name)
+@pytest.fixture(scope="module", autouse=True)
+def udmabuf() -> None:
+    demand("udmabuf")
 
 
 def test_a_file_is_a_udmabuf(files: Mounted) -> None:

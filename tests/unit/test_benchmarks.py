@@ -46,11 +46,18 @@ def test_a_census_of_many_processes():
     assert all(0 < one["ms"] <= one["worst ms"] for one in told["figures"].values())
 
 
-def test_an_unknown_name_is_refused_before_anything_runs():
-    command = [sys.executable, BENCHMARKS / "beside_fio.py", "--only", "disk,floppy"]
+@pytest.mark.parametrize(
+    ("script", "names", "why"),
+    [
+        ("beside_fio.py", "disk,floppy", "floppy: not among disk, tmpfs, zram"),
+        ("bars.py", "import,lonely", "no bar is called lonely"),
+    ],
+)
+def test_an_unknown_name_is_refused_before_anything_runs(script, names, why):
+    command = [sys.executable, BENCHMARKS / script, "--only", names]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "floppy: not among disk, tmpfs, zram" in done.stderr
+    assert why in done.stderr
 
 
 def test_bars_are_listed_and_chosen():
@@ -61,13 +68,6 @@ def test_bars_are_listed_and_chosen():
         ("loop-4k-huge", "zram"), ("lone", "zram"), ("import", "-"),
     ]  # fmt: skip
     assert set(chosen) < set(everything)
-
-
-def test_a_bar_that_there_is_not_is_refused():
-    command = [sys.executable, BENCHMARKS / "bars.py", "--only", "import,lonely"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "no bar is called lonely" in done.stderr
 
 
 def test_a_bar_is_met_on_its_own_side():

@@ -19,13 +19,6 @@ DATA = pattern(SIZE, 11)
 Capture = pytest.CaptureFixture[str]
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    path = tmp_path / "source"
-    path.write_bytes(DATA)
-    return path
-
-
 def only(folder: Path, *names: str) -> None:
     """No temporary file is left."""
     assert sorted(os.listdir(folder)) == sorted(names)

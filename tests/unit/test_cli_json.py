@@ -9,14 +9,9 @@ from tests.serving import as_a_program
 from tests.unit.command import dmabuf, finish, start
 from tests.unit.schemas import checked
 
+DATA = bytes(300_000)
+
 Capture = pytest.CaptureFixture[str]
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    path = tmp_path / "source"
-    path.write_bytes(bytes(300_000))
-    return path
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from dmabuf.cli import main
 from tests.support import pattern
 
 SIZE = (8 << 20) + 5
-OLD, NEW = pattern(300_001, 61), pattern(SIZE, 62)
+OLD, DATA = pattern(300_001, 61), pattern(SIZE, 62)
 
 STEPS = ("chmod", "chown", "fsync", "fdatasync", "link", "rename", "unlink")
 """The calls of os that making a file whole consists of, beside the copy itself."""
@@ -55,16 +55,9 @@ def look(target: Path, there: bool) -> tuple[str, int]:
         assert not there
         return "none", len(left)
     found = target.read_bytes()
-    assert found in (OLD, NEW), f"neither the old nor the new: {len(found)} bytes"
-    assert there or found == NEW
+    assert found in (OLD, DATA), f"neither the old nor the new: {len(found)} bytes"
+    assert there or found == DATA
     return "old" if found == OLD else "new", len(left)
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    path = tmp_path / "source"
-    path.write_bytes(NEW)
-    return path
 
 
 @pytest.mark.parametrize("there", [True, False])

@@ -23,13 +23,6 @@ SIZE = 300_001
 DATA = pattern(SIZE, 12)
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    path = tmp_path / "source"
-    path.write_bytes(DATA)
-    return path
-
-
 def test_from_and_to_pipes(tmp_path: Path) -> None:
     ended = finish(start("cp", "-", tmp_path / "t", stdin=subprocess.PIPE), DATA)
     assert (ended.status, ended.err) == (0, "")

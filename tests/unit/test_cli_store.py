@@ -34,13 +34,6 @@ def store(path: Path) -> Iterator[dmabuf.store.Store]:
         yield store
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    file = tmp_path / "source"
-    file.write_bytes(DATA)
-    return file
-
-
 def test_a_file_there_and_back(store, source, path, tmp_path, capsys) -> None:
     ended = command(capsys, "put", "--socket", path, "--mode", "640", source, "name")
     assert (ended.status, ended.err) == (0, "")

@@ -30,13 +30,6 @@ pytestmark = pytest.mark.usefixtures("leaves_nothing")
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Path:
-    path = tmp_path / "source"
-    path.write_bytes(DATA)
-    return path
-
-
-@pytest.fixture
 def target(tmp_path: Path) -> Path:
     path = tmp_path / "target"
     path.write_bytes(b"old")

@@ -7,7 +7,6 @@ import stat
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ import pytest
 from tests.guards import demand, needs
 from tests.mounting import Mounted, attributes, mount, mounted, start
 from tests.serving import as_a_program
-from tests.support import assert_same, pattern, wait_until
+from tests.support import assert_same, pattern
 from tests.unit.schemas import checked
 
 SIZE = 3 << 20
@@ -24,22 +23,6 @@ SIZE = 3 << 20
 @pytest.fixture(scope="module", autouse=True)
 def fuse() -> None:
     demand("fuse", "pyfuse3")
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mounted]:
-    with mounted(tmp_path_factory.mktemp("mount")) as made:
-        yield made
-
-
-@pytest.fixture
-def files(world: Mounted) -> Iterator[Mounted]:
-    """An empty store and its mount; at the end it is empty again, and has all its memory."""
-    yield world
-    for status in world.store.list():
-        world.store.remove(status.name)
-    wait_until(lambda: world.store.usage().charged == 0)  # a last close is reported after close(2)
-    assert world.store.usage().names == 0
 
 
 def failing(number: int, function, *arguments: object) -> None:

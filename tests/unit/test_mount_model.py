@@ -7,19 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.guards import demand
-from tests.mounting import Mounted, mounted
+from tests.mounting import Mounted
 from tests.support import together
 
 NAMES = ("a", "b", "c", "d")
 STEPS = 300
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mounted]:
-    demand("fuse", "pyfuse3")
-    with mounted(tmp_path_factory.mktemp("model")) as made:
-        yield made
 
 
 class Side:

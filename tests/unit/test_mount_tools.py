@@ -2,54 +2,30 @@
 
 import filecmp
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
-from tests.guards import demand, needs
-from tests.mounting import Mounted, mounted, shell
+from tests.guards import needs
+from tests.mounting import Mounted, shell
 from tests.support import assert_same, pattern, together
 
 SIZE = (1 << 20) + 70_777
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mounted]:
-    demand("fuse", "pyfuse3")
-    with mounted(tmp_path_factory.mktemp("tools")) as made:
-        yield made
-
-
-@pytest.fixture
-def files(world: Mounted) -> Iterator[Mounted]:
-    yield world
-    for status in world.store.list():
-        world.store.remove(status.name)
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    path = tmp_path / "source"
-    path.write_bytes(pattern(SIZE, 1))
-    return path
-
-
-def test_dd(files: Mounted, source: Path) -> None:
+def test_dd(files: Mounted, path: Path) -> None:
     for block in ("512", "4k", "1M"):
-        shell("dd if=$1 of=x bs=$2 status=none; cmp $1 x", files.path, source, block)
-        shell("dd if=x of=$1.out bs=$2 status=none; cmp $1 $1.out", files.path, source, block)
+        shell("dd if=$1 of=x bs=$2 status=none; cmp $1 x", files.path, path, block)
+        shell("dd if=x of=$1.out bs=$2 status=none; cmp $1 $1.out", files.path, path, block)
     whole = SIZE // 4096 * 4096
-    shell("truncate -s $2 $1", files.path, source, whole)
-    shell("dd if=$1 of=d bs=64k oflag=direct conv=fsync status=none", files.path, source)
-    shell("dd if=d of=$1.d bs=64k iflag=direct status=none; cmp $1 $1.d", files.path, source)
+    shell("truncate -s $2 $1", files.path, path, whole)
+    shell("dd if=$1 of=d bs=64k oflag=direct conv=fsync status=none", files.path, path)
+    shell("dd if=d of=$1.d bs=64k iflag=direct status=none; cmp $1 $1.d", files.path, path)
     shell("dd if=/dev/zero of=d bs=4k seek=3 count=2 conv=notrunc status=none", files.path)
     expected = bytearray(pattern(SIZE, 1)[:whole])
     expected[12288:20480] = bytes(8192)
     assert_same((files.path / "d").read_bytes(), bytes(expected), "a part by dd")
 
 
-def test_cp_cmp_and_sums(files: Mounted, source: Path) -> None:
+def test_cp_cmp_and_sums(files: Mounted, path: Path) -> None:
     script = """
     cp -p $1 x; cmp $1 x
     cp x y; cmp $1 y
@@ -63,13 +39,13 @@ def test_cp_cmp_and_sums(files: Mounted, source: Path) -> None:
     ! cmp -s $1 y
     mv y x; ! cmp -s $1 x; [ ! -e y ]
     """
-    shell(script, files.path, source)
+    shell(script, files.path, path)
     assert sorted(os.listdir(files.path)) == ["c", "x", "z"]
 
 
 @needs("xxd")
-def test_xxd_reads_and_patches(files: Mounted, source: Path) -> None:
-    shell("cp $1 x; cmp <(xxd x) <(xxd $1)", files.path, source)
+def test_xxd_reads_and_patches(files: Mounted, path: Path) -> None:
+    shell("cp $1 x; cmp <(xxd x) <(xxd $1)", files.path, path)
     shell("echo '00000010: 4142 43' | xxd -r - x", files.path)
     expected = bytearray(pattern(SIZE, 1))
     expected[16:19] = b"ABC"
@@ -148,7 +124,7 @@ def test_fio_verifies_what_it_wrote(files: Mounted) -> None:
         shell(f"fio --minimal {options} {how} --ioengine=psync", files.path)
 
 
-def test_many_programs_at_once(files: Mounted, source: Path) -> None:
+def test_many_programs_at_once(files: Mounted, path: Path) -> None:
     def work(number: int) -> None:
         script = """
         for turn in 1 2 3; do
@@ -156,6 +132,6 @@ def test_many_programs_at_once(files: Mounted, source: Path) -> None:
             cmp $1 a$2; cmp $1 b$2; mv b$2 c$2; sha256sum a$2 c$2 | cut -d' ' -f1 | uniq | wc -l
         done
         """
-        assert shell(script, files.path, source, number) == "1\n1\n1\n"
+        assert shell(script, files.path, path, number) == "1\n1\n1\n"
 
     together(work, 6)
