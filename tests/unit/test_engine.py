@@ -254,28 +254,10 @@ def test_the_default_engine_is_one_and_serves_every_thread(path):
 
 # -- io_uring refused, by a seccomp filter in a process of its own
 
-_FORBID = """
-import ctypes, struct, sys
-def forbid(number, error):
-    libc = ctypes.CDLL(None, use_errno=True)
-    code = struct.pack(
-        "=" + "HBBI" * 4,
-        0x20, 0, 0, 0,                    # load the number of the system call
-        0x15, 0, 1, number,               # is it this one?
-        0x06, 0, 0, 0x00050000 | error,   # then refuse it
-        0x06, 0, 0, 0x7FFF0000,           # else allow it
-    )
-    memory = ctypes.create_string_buffer(code)
-    program = ctypes.create_string_buffer(
-        struct.pack("=H6xQ", 4, ctypes.addressof(memory))
-    )
-    assert libc.prctl(38, 1, 0, 0, 0) == 0           # PR_SET_NO_NEW_PRIVS
-    assert libc.prctl(22, 2, program, 0, 0) == 0     # PR_SET_SECCOMP, a filter
-forbid(425, int(sys.argv[1]))                        # io_uring_setup
-"""
-
 _USE_WITHOUT = """
-import logging, os
+import logging, os, sys
+from tests.sandbox import forbid
+forbid(425, error=int(sys.argv[1]))  # io_uring_setup
 logging.basicConfig(level="INFO", stream=sys.stdout, format="%(name)s: %(message)s")
 import dmabuf
 from dmabuf.transfer.engine import default_engine
@@ -312,7 +294,7 @@ else:
     ],
 )
 def test_io_uring_forbidden_by_seccomp(tmp_path, path, error, fix):
-    said = in_child(_FORBID + _USE_WITHOUT, error, path, tmp_path / "sink")
+    said = in_child(_USE_WITHOUT, error, path, tmp_path / "sink")
     name = errno.errorcode[error]
     assert f"({name})" in said and fix in said
     assert "dmabuf: threads instead of io_uring" in said
