@@ -176,19 +176,6 @@ def test_a_read_only_dma_buf_makes_a_read_only_buffer():
 
 
 @needs("udmabuf")
-def test_from_fd_shares_the_memory_and_outlives_the_first():
-    first = allocate(PAGE, exporter="udmabuf", name="shared")
-    second = from_fd(first)
-    first.write(b"first")
-    assert second.read(5) == b"first" and second.name == "shared"
-    second.pwrite(b"S", 0)
-    assert first.pread(5, 0) == b"Sirst"
-    first.close()
-    assert second.pread(5, 0) == b"Sirst"
-    second.close()
-
-
-@needs("udmabuf")
 def test_a_dma_buf_is_known_without_proc(monkeypatch):
     from dmabuf.memory import foreign
 

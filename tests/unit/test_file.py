@@ -310,8 +310,9 @@ def test_bad_arguments(cold_path, buf, how, error, verb, first, untouched):
         if "timeout" not in how:
             with pytest.raises(error):
                 file.plan(buf, verb, **how)
-        with pytest.raises(ValueError, match="'read' or 'write'"):
-            file.plan(buf, "both")
+        for direction in ("both", "", "r", None):
+            with pytest.raises(ValueError, match="'read' or 'write'"):
+                file.plan(buf, direction)
 
 
 def test_sizes_as_text_and_defaults(path, buf):

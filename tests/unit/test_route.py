@@ -124,12 +124,6 @@ def test_unknown_words(file, buf, how):
         Terms(**how)
 
 
-@pytest.mark.parametrize("direction", ["", "r", "both", None])
-def test_unknown_directions(file, buf, direction):
-    with pytest.raises(ValueError, match="'read' or 'write'"):
-        file.plan(buf, direction)
-
-
 def test_a_plan_is_a_frozen_record(buf):
     with tempfile.NamedTemporaryFile(dir="/dev/shm") as there, dmabuf.open(there.name) as file:
         there.write(bytes(SIZE))
