@@ -31,7 +31,6 @@ from common import GIB, MIB, machine
 import dmabuf
 
 SIZE = 256 << 10
-DEPTH = 32
 
 
 def main() -> None:
@@ -40,6 +39,7 @@ def main() -> None:
     parser.add_argument("--folder", default=".", help="where the files are made (default: .)")
     parser.add_argument("--files", type=int, default=4000, help="files of the second part")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of each part")
+    parser.add_argument("--queue-depth", type=int, default=32, help="files at once (default: 32)")
     parser.add_argument("--part", choices=["one", "many"], help="only this part")
     args = parser.parse_args()
     print("\n".join(machine()))
@@ -48,7 +48,7 @@ def main() -> None:
         if args.part != "many":
             one_at_a_time(folder, args.rounds)
         if args.part != "one":
-            many_at_once(folder, args.files, args.rounds)
+            many_at_once(folder, args.files, args.rounds, args.queue_depth)
     finally:
         shutil.rmtree(folder)
 
@@ -140,7 +140,7 @@ class Costs:
 # -- many files
 
 
-def many_at_once(folder: Path, count: int, rounds: int) -> None:
+def many_at_once(folder: Path, count: int, rounds: int, depth: int) -> None:
     """Print the rates of read_files, of a loop, and of fio."""
     paths = make(folder, count)
     large = folder / "large"
@@ -154,7 +154,7 @@ def many_at_once(folder: Path, count: int, rounds: int) -> None:
 
         def ours() -> float:
             begun = time.perf_counter()
-            done = dmabuf.read_files(records, buffer, queue_depth=DEPTH)
+            done = dmabuf.read_files(records, buffer, queue_depth=depth)
             seconds = time.perf_counter() - begun
             if any(isinstance(one, OSError) or one.nbytes != SIZE for one in done):
                 raise SystemExit("not every file was read")
@@ -171,7 +171,7 @@ def many_at_once(folder: Path, count: int, rounds: int) -> None:
         ways: dict[str, Callable[[], float]] = {
             "read_files": ours,
             "loop": loop,
-            "fio": lambda: fio(large),
+            "fio": lambda: fio(large, depth),
         }
         rates: dict[str, list[float]] = {name: [] for name in ways}
         for turn in range(rounds):
@@ -188,11 +188,11 @@ def many_at_once(folder: Path, count: int, rounds: int) -> None:
         )
 
 
-def fio(path: Path) -> float:
+def fio(path: Path, depth: int) -> float:
     """Return fio's rate of reading one file once, in MiB a second."""
     done = subprocess.run(
         ["fio", "--name=one", f"--filename={path}", "--size=1G", f"--bs={SIZE}", "--rw=randread",
-         "--direct=1", "--ioengine=io_uring", f"--iodepth={DEPTH}", "--readonly",
+         "--direct=1", "--ioengine=io_uring", f"--iodepth={depth}", "--readonly",
          "--output-format=json"],
         check=True, capture_output=True, text=True,
     )  # fmt: skip

@@ -140,6 +140,7 @@ def _say(result: Result, args: Namespace, seed: int) -> None:
     on += [f"device {target['device']}"] if target["device"] else []
     where = f" from {target['start']}" if target["start"] else ""
     pages = f" of {buffer['huge_pages']} pages" if buffer["huge_pages"] else ""
+    rounds = "round" if result.rounds == 1 else "rounds"
     order = "blocks in random order" if args.random else "blocks in order"
     for line in (
         f"machine  {machine['cpus']} x {machine['cpu']}, {_bytes(machine['memory'])} of memory",
@@ -148,7 +149,7 @@ def _say(result: Result, args: Namespace, seed: int) -> None:
         f"target   {target['name']} ({', '.join(on)})",
         f"measured {_bytes(target['size'])} of it{where}, every byte compared once per way",
         f"buffer   {buffer['exporter']}{pages}: {buffer['reason']}",
-        f"runs     {result.rounds} interleaved rounds, {order}, seed {seed}, "
+        f"runs     {result.rounds} interleaved {rounds}, {order}, seed {seed}, "
         f"{result.seconds:.0f} s in all",
     ):
         output.say(line)

@@ -14,10 +14,10 @@ from typing import Literal
 
 from dmabuf.cli import output
 from dmabuf.cli.ends import End, advance, find_target, naming
-from dmabuf.cli.packing import Packer
 from dmabuf.cli.parser import Command, Misuse, Parser, number
 from dmabuf.copying import Replacement
 from dmabuf.devices import v4l2
+from dmabuf.devices.packing import Packer
 from dmabuf.sizes import round_up
 from dmabuf.transfer import ALLOWED, File, Route, growth
 

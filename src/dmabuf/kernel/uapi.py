@@ -68,7 +68,6 @@ NVME_IOCTL_IO_CMD = _ioc(3, "N", 0x43, NVME_CMD_STRUCT.size)
 DRM_MAJOR = 226
 DRM_VERSION_STRUCT = struct.Struct("=iiiI6Q")  # version, and (length, pointer) of three texts
 DRM_GEM_CLOSE_STRUCT = struct.Struct("=II")  # handle, pad
-DRM_CAP_STRUCT = struct.Struct("=QQ")  # capability, value
 DRM_PRIME_STRUCT = struct.Struct("=IIi")  # handle, flags, fd
 DRM_RESOURCES_STRUCT = struct.Struct("=4Q8I")  # pointers to ids of fbs, crtcs, connectors, encoders
 DRM_MODE_STRUCT = struct.Struct("=I10H3I32s")  # clock, timings, vrefresh, flags, type, name
@@ -80,11 +79,8 @@ DRM_FB2_STRUCT = struct.Struct(
     "=5I4I4I4I4x4Q"
 )  # id, size, format, flags, handles, pitches, offsets
 DRM_DIRTY_STRUCT = struct.Struct("=4IQ")  # fb, flags, colour, count and pointer of clips
-DRM_PLANES_STRUCT = struct.Struct("=QI4x")  # pointer to ids, count
-DRM_PLANE_STRUCT = struct.Struct("=6IQ")  # id, ..., count and pointer of formats
 DRM_IOCTL_VERSION = _ioc(3, "d", 0x00, DRM_VERSION_STRUCT.size)
 DRM_IOCTL_GEM_CLOSE = _ioc(1, "d", 0x09, DRM_GEM_CLOSE_STRUCT.size)
-DRM_IOCTL_SET_CLIENT_CAP = _ioc(1, "d", 0x0D, DRM_CAP_STRUCT.size)
 DRM_IOCTL_SET_MASTER = _ioc(0, "d", 0x1E, 0)
 DRM_IOCTL_DROP_MASTER = _ioc(0, "d", 0x1F, 0)
 DRM_IOCTL_PRIME_HANDLE_TO_FD = _ioc(3, "d", 0x2D, DRM_PRIME_STRUCT.size)
@@ -96,12 +92,9 @@ DRM_IOCTL_MODE_GETCONNECTOR = _ioc(3, "d", 0xA7, DRM_CONNECTOR_STRUCT.size)
 DRM_IOCTL_MODE_RMFB = _ioc(3, "d", 0xAF, 4)
 DRM_IOCTL_MODE_DIRTYFB = _ioc(3, "d", 0xB1, DRM_DIRTY_STRUCT.size)
 DRM_IOCTL_MODE_CREATE_DUMB = _ioc(3, "d", 0xB2, DRM_DUMB_STRUCT.size)
-DRM_IOCTL_MODE_GETPLANERESOURCES = _ioc(3, "d", 0xB5, DRM_PLANES_STRUCT.size)
-DRM_IOCTL_MODE_GETPLANE = _ioc(3, "d", 0xB6, DRM_PLANE_STRUCT.size)
 DRM_IOCTL_MODE_ADDFB2 = _ioc(3, "d", 0xB8, DRM_FB2_STRUCT.size)
 DRM_MODE_FB_MODIFIERS = 2
 DRM_MODE_CONNECTED = 1
-DRM_CLIENT_CAP_UNIVERSAL_PLANES = 2
 
 # <linux/vfio.h>; its ioctls carry no size, their structs do
 VFIO_TYPE1V2_IOMMU = 3
