@@ -1,13 +1,14 @@
 # For users: `make demo` and `make test`. Most other targets are parts of `make test`.
 .PHONY: demo test test-stable soak check lint types docs c-tests unit packages-tests unit-busy \
-	coverage lab-tests lab-tests-1 lab-tests-2 benchmarks man schemas clean
+	coverage lab-tests lab-tests-1 lab-tests-2 benchmarks integrations man schemas clean
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PEERS := .venv-peers
+OTHERS := .venv-integrations
 
-demo test benchmarks: export PIP_DISABLE_PIP_VERSION_CHECK := 1
+demo test benchmarks integrations: export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 demo: $(VENV)/ready
 	examples/demo.sh
@@ -126,6 +127,18 @@ $(PEERS)/ready: benchmarks/requirements.txt benchmarks/requirements-kvikio.txt p
 	$(PEERS)/bin/python -m pip install --quiet --no-build-isolation --editable '.[test]'
 	touch $@
 
+# The plug-ins in the libraries that they are for: takes minutes, and downloads 1 GiB.
+integrations: $(OTHERS)/ready
+	$(OTHERS)/bin/python -m pytest tests/integrations
+
+$(OTHERS)/ready: tests/integrations/requirements.txt pyproject.toml setup.py csrc/core.h $(wildcard csrc/*.c csrc/*.h)
+	tools/install-system-packages gcc libc6-dev liburing-dev python3-dev python3-venv
+	test -x $(OTHERS)/bin/python || $(PYTHON) -m venv $(OTHERS)
+	$(OTHERS)/bin/python -m pip install --quiet setuptools cffi
+	$(OTHERS)/bin/python -m pip install --quiet -r tests/integrations/requirements.txt
+	$(OTHERS)/bin/python -m pip install --quiet --no-build-isolation --editable '.[test]'
+	touch $@
+
 clean:
-	rm -rf build $(VENV) $(PEERS) .mypy_cache .pytest_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf build $(VENV) $(PEERS) $(OTHERS) .mypy_cache .pytest_cache .ruff_cache .hypothesis src/*.egg-info
 	find . -name '*.so' -path './src/*' -delete

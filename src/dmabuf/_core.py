@@ -42,8 +42,8 @@ def failure(errno: int, what: str, path: str | None = None) -> OSError:
     return os_error(errno, f"{what}: {os.strerror(errno)}", path)
 
 
-def address_of(memory: mmap.mmap | bytearray) -> int:
-    """Return the address of the first byte of a mapping or bytearray, valid while that exists."""
+def address_of(memory: mmap.mmap | bytearray | memoryview) -> int:
+    """Return the address of the first byte of contiguous memory, valid while that exists."""
     pointer = ffi.from_buffer(memory)
     try:
         return int(ffi.cast("uintptr_t", pointer))

@@ -26,6 +26,7 @@ from dmabuf.copying.pipeline import Writer, copy
 from dmabuf.copying.record import Copy, CopySide
 from dmabuf.copying.replace import Replacement
 from dmabuf.copying.sources import Source, file_source
+from dmabuf.copying.staging import Staging
 from dmabuf.copying.targets import FileTarget, Target
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "Replacement",
     "Source",
     "SourceEnd",
+    "Staging",
     "Target",
     "TargetEnd",
     "Writer",
