@@ -30,6 +30,12 @@ soak: $(VENV)/ready
 	tools/install-system-packages $$(lab/run --apt-packages)
 	lab/run --timeout 14400 -- python3 -m tests.soak --count $(TRANSFERS)
 
+# Random transfers on a virtual kernel, from a seed: csrc/tests/simulator.
+.PHONY: simulate
+SECONDS := 60
+simulate: $(VENV)/ready
+	$(MAKE) -s -C csrc simulate SECONDS=$(SECONDS) $(if $(SEED),SEED=$(SEED))
+
 # Install missing system packages, and make the virtual environment.
 $(VENV)/ready: pyproject.toml setup.py csrc/core.h $(wildcard csrc/*.c csrc/*.h csrc/build_ffi.py csrc/python/*.c)
 	tools/install-system-packages gcc libc6-dev libfuse3-dev liburing-dev pkg-config python3-dev python3-venv
@@ -43,7 +49,7 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
-	$(BIN)/clang-format --dry-run --Werror csrc/*.[ch] csrc/python/*.c csrc/tests/*.[ch] benchmarks/*.c tests/unit/*.c
+	$(BIN)/clang-format --dry-run --Werror csrc/*.[ch] csrc/python/*.c csrc/tests/*.[ch] csrc/tests/simulator/*.[ch] benchmarks/*.c tests/unit/*.c
 
 types: $(VENV)/ready
 	$(BIN)/mypy

@@ -148,10 +148,10 @@ static int issue(struct dmb_batch *batch, struct dmb_io *io)
 	if (io->native && io->buffer_slot < 0)
 		return -EFAULT; /* not registered: the kernel would take the offset for an address
 				 */
+	if (!io->native && !batch->job.base)
+		return -EFAULT; /* the CPU cannot map the memory, so it cannot copy */
 	io->async = dmb_needs_async(batch, io->length);
 	if (io->staged) {
-		if (!batch->job.base)
-			return -EFAULT; /* the CPU cannot map the memory, so it cannot copy */
 		rc = dmb_take_block(batch, io);
 		if (rc)
 			return rc;

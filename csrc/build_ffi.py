@@ -38,16 +38,20 @@ def archive() -> str | None:
     return found if Path(found).is_absolute() else None
 
 
-def make(folder: str, *, testing: bool = False) -> FFI:
+def make(folder: str, *, testing: bool = False, virtual: bool = False) -> FFI:
     """Return the binding, to be compiled.
 
     Args:
         folder: the path of this folder, as the compiler is to find it.
         testing: whether it has the seams of tests/testing.h, which only tests use.
+        virtual: whether it runs on the virtual kernel of tests/simulator, which only tests use.
     """
+    kernel = ["calls.c", "choices.c", "rings.c", "virtual.c"] if virtual else []
     headers = ["core.h"] + ["tests/testing.h"] * testing
+    headers += ["tests/simulator/control.h"] * virtual
     sources = sorted(path.name for path in HERE.glob("*.c")) + ["tests/testing.c"] * testing
-    static = archive()
+    sources += [f"tests/simulator/{name}" for name in kernel]
+    static = None if virtual else archive()
     ffi = FFI()
     for header in headers:
         ffi.cdef(declarations(header))
@@ -59,7 +63,8 @@ def make(folder: str, *, testing: bool = False) -> FFI:
         define_macros=[("_GNU_SOURCE", "1")] + [("DMB_TESTING", "1")] * testing,
         extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra"],
         extra_objects=[static] if static else [],
-        libraries=[] if static else ["uring"],
+        extra_link_args=[f"-Wl,@{folder}/tests/simulator/wrapped"] if virtual else [],
+        libraries=[] if static or virtual else ["uring"],
         py_limited_api=sysconfig.get_config_var("Py_GIL_DISABLED") != 1,
     )
     return ffi

@@ -115,7 +115,8 @@ static int uring_poll(struct dmb_ring *ring)
 
 	if (rc == -EINTR || rc == -EAGAIN || rc == -EBUSY)
 		return 0; /* `issued` stays set, so dmb_ring_poll tries again */
-	ring->issued = false;
+	/* short of memory, the kernel takes some of the requests and reports no error */
+	ring->issued = io_uring_sq_ready(&ring->uring) > 0;
 	return rc < 0 ? rc : 0;
 }
 

@@ -2,7 +2,8 @@
 
 `install` puts it in the place of `dmabuf._ext`, before dmabuf is imported. It is built once for
 the sources that it is made of, and kept under build/. Run as a program, this only builds it: for a
-machine without a compiler.
+machine without a compiler. With DMABUF_TESTS_CORE=virtual in the environment, the core runs on the
+virtual kernel of csrc/tests/simulator instead.
 """
 
 from __future__ import annotations
@@ -22,19 +23,24 @@ from types import ModuleType
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
 FOLDER = ROOT / "build/testing-core"
+VIRTUAL = os.environ.get("DMABUF_TESTS_CORE") == "virtual"
 
 
 def _key() -> str:
     """Return a name for what the extension is made of."""
-    sources = [*CSRC.glob("*.[ch]"), *CSRC.glob("tests/testing.[ch]"), CSRC / "build_ffi.py"]
-    found = hashlib.sha256(f"{sys.implementation.cache_tag} {platform.machine()}".encode())
+    seams = CSRC.glob("tests/simulator/*" if VIRTUAL else "tests/testing.[ch]")
+    sources = [*CSRC.glob("*.[ch]"), *seams, CSRC / "build_ffi.py"]
+    kind = "virtual " * VIRTUAL
+    found = hashlib.sha256(f"{kind}{sys.implementation.cache_tag} {platform.machine()}".encode())
     for path in sorted(sources):
         found.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
     return found.hexdigest()[:16]
 
 
 def _compile(target: Path) -> None:
-    made = runpy.run_path(str(CSRC / "build_ffi.py"))["make"](str(CSRC), testing=True)
+    made = runpy.run_path(str(CSRC / "build_ffi.py"))["make"](
+        str(CSRC), testing=not VIRTUAL, virtual=VIRTUAL
+    )
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         os.replace(made.compile(tmpdir=folder), target)
 

@@ -1,0 +1,232 @@
+"""Put faults into the C core and run the simulator on each: it has to find them.
+
+``python -m tests.mutants`` takes out the fixes of FAULTS, each a kind of fault that the core once
+had or could have. ``python -m tests.mutants csrc/batch.c`` makes small changes to a file instead,
+one at a time: conditions negated, comparisons and numbers changed, statements left out. A change
+that the simulator does not notice is printed: it survives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A change of one file."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+
+
+_WAIT = (
+    "\t\tif (!batch->in_flight) {\n\t\t\tnext_phase(batch);\n\t\t\tcontinue;\n\t\t}\n"
+    "\t\trc = batch->ring->ops->wait(batch->ring, left > 0"
+)
+
+FAULTS = (
+    Fault(
+        "edges are written while the middle is in flight",
+        "batch.c",
+        _WAIT,
+        _WAIT.replace("flight)", "flight || (batch->phase == MIDDLE && batch->free))", 1),
+    ),
+    Fault(
+        "the block with the end of the file is read into the buffer",
+        "split.c",
+        "dmb_min(dmb_align_down(end, align), dmb_align_down(job->file_size, align));",
+        "dmb_align_down(end, align);",
+    ),
+    Fault(
+        "old pages stay in the page cache",
+        "cache.c",
+        "if (!job->stale_cache || job->direction",
+        "if (job->stale_cache || job->direction",
+    ),
+    Fault(
+        "nbytes counts past an edge",
+        "batch.c",
+        "batch->first_edge);\n\treturn",
+        "nbytes);\n\treturn",
+    ),
+    Fault(
+        "nbytes counts past an error",
+        "batch.c",
+        "dmb_min(batch->total, batch->stop)",
+        "batch->total",
+    ),
+    Fault(
+        "nbytes counts what was not issued",
+        "batch.c",
+        "\tnbytes = dmb_min(nbytes, batch->middle_end);\n",
+        "",
+    ),
+    Fault(
+        "a drain returns with requests in flight",
+        "batch.c",
+        "while (batch->in_flight || batch->phase != DONE) {",
+        "while (batch->in_flight > 1 || (!batch->in_flight && batch->phase != DONE)) {",
+    ),
+    Fault(
+        "a run ends with requests in flight",
+        "batch.c",
+        _WAIT,
+        f"\t\tif (batch->error)\n\t\t\treturn 0;\n{_WAIT}",
+    ),
+    Fault(
+        "an event loop forgets requests that the kernel did not take",
+        "ring.c",
+        "ring->issued = io_uring_sq_ready(&ring->uring) > 0;",
+        "ring->issued = false;",
+    ),
+    Fault(
+        "an edge of memory that the CPU cannot map has an address",
+        "batch.c",
+        "if (!io->native && !batch->job.base)",
+        "if (io->staged && !batch->job.base)",
+    ),
+    Fault(
+        "a short write goes on within a block",
+        "batch.c",
+        "got = dmb_align_down(got, batch->job.offset_align); /* continue at a block */",
+        "got = got / 256 * 256;",
+    ),
+    Fault(
+        "a staging block is given back while its request is in flight",
+        "batch.c",
+        "\tio->reissues = 0;\n\trc = issue(batch, io);",
+        "\tif (io->block)\n\t\tdmb_stage_give(&batch->stage, io->block);\n\trc = issue(batch, io);",
+    ),
+    Fault(
+        "a cancelled request counts as moved",
+        "batch.c",
+        "\t\tstop_at(batch, io);\n\t\treturn false;\n\t}\n\tif (result < 0) {",
+        "\t\treturn false;\n\t}\n\tif (result < 0) {",
+    ),
+)
+
+_COMPARISONS = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "=="}
+
+
+def small_changes(text: str) -> Iterator[tuple[int, str, str]]:
+    """Yield (line number, line, changed line) for every small change of a C file."""
+    comment = False
+    for number, line in enumerate(text.splitlines()):
+        bare = line.strip()
+        comment = comment or bare.startswith("/*")
+        if comment or bare.startswith(("#", "*", "//")) or not bare:
+            comment = comment and "*/" not in bare
+            continue
+        for found in re.finditer(r"(?<=\s)(<=|>=|==|!=|<|>)(?=\s)", line):
+            new = _COMPARISONS[found[0]]
+            yield number, line, line[: found.start()] + new + line[found.end() :]
+        for found in re.finditer(r"&&|\|\|", line):
+            new = "||" if found[0] == "&&" else "&&"
+            yield number, line, line[: found.start()] + new + line[found.end() :]
+        for found in re.finditer(r"(?<=\s)[+-](?=\s)", line):
+            new = "-" if found[0] == "+" else "+"
+            yield number, line, line[: found.start()] + new + line[found.end() :]
+        if found := re.match(r"(\s*(?:\} else )?if \()(.*)(\)(?: \{)?)$", line):
+            yield number, line, f"{found[1]}!({found[2]}){found[3]}"
+        if re.match(r"\t+[\w>.\[\]*()-]+(\+\+|--| [-+|]?= .*|\(.*\));$", line):
+            yield number, line, ""
+        for old, new in (("true", "false"), ("false", "true"), ("dmb_min", "dmb_max")):
+            if re.search(rf"\b{old}\b", line):
+                yield number, line, re.sub(rf"\b{old}\b", new, line, count=1)
+
+
+class Bench:
+    """A copy of the core, in which one file at a time is changed."""
+
+    def __init__(self, folder: Path, seconds: int) -> None:
+        self.folder = folder / "csrc"
+        self.seconds = seconds
+        shutil.copytree(ROOT / "csrc", self.folder)
+        self.build()
+
+    def build(self) -> bool:
+        made = subprocess.run(
+            ["make", "-s", "-C", self.folder, "../build/csrc/fast/simulate"], capture_output=True
+        )
+        return made.returncode == 0
+
+    def killed(self, file: str, text: str) -> str | None:
+        """Return how a changed file was noticed; "" if it was not; None if it does not compile."""
+        path = self.folder / file
+        before = path.read_text()
+        path.write_text(text)
+        try:
+            if not self.build():
+                return None
+            run = subprocess.run(
+                [
+                    self.folder.parent / "build/csrc/fast/simulate",
+                    *("--seconds", str(self.seconds), "--failures", "1", "--shrink", "0"),
+                ],
+                capture_output=True,
+                text=True,
+                errors="replace",
+            )
+        finally:
+            path.write_text(before)
+        lines = run.stdout.splitlines()
+        return "; ".join(lines[:2]) if run.returncode else ""
+
+
+def faults(bench: Bench) -> int:
+    missed = 0
+    for fault in FAULTS:
+        text = (ROOT / "csrc" / fault.file).read_text()
+        if text.count(fault.old) != 1:
+            raise SystemExit(f"{fault.name}: its place in {fault.file} has changed")
+        how = bench.killed(fault.file, text.replace(fault.old, fault.new))
+        missed += not how
+        print(f"{'found ' if how else 'MISSED'}  {fault.name}: {how}", flush=True)
+    print(f"{len(FAULTS) - missed} of {len(FAULTS)} faults found")
+    return missed
+
+
+def changes(bench: Bench, file: str) -> int:
+    text = (ROOT / "csrc" / file).read_text()
+    lines = text.splitlines()
+    killed = survived = 0
+    for number, line, new in small_changes(text):
+        changed = [*lines[:number], new, *lines[number + 1 :]]
+        how = bench.killed(file, "\n".join(changed) + "\n")
+        if how is None:
+            continue
+        killed, survived = killed + bool(how), survived + (not how)
+        if not how:
+            print(
+                f"{file}:{number + 1}: {line.strip()}\n    {new.strip() or 'left out'}", flush=True
+            )
+    print(f"{file}: {killed} of {killed + survived} changes noticed")
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
+    parser.add_argument("files", nargs="*", help="of csrc, such as batch.c")
+    parser.add_argument("--seconds", type=int, default=5, help="of the simulator for each (5)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="dmabuf-mutants-", dir="/var/tmp") as folder:
+        bench = Bench(Path(folder), options.seconds)
+        if not options.files:
+            return faults(bench)
+        return sum(changes(bench, Path(file).name) for file in options.files)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
