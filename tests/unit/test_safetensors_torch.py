@@ -1,7 +1,10 @@
 """Models into a buffer and back, by PyTorch, beside safetensors.torch."""
 
+import faulthandler
 import gc
 import json
+import os
+import signal
 import warnings
 
 import pytest
@@ -9,6 +12,7 @@ import pytest
 from dmabuf import safetensors as models
 from tests.guards import problem_with, required
 from tests.resources import held
+from tests.serving import in_a_thread
 
 if problem_with("torch") and not required("torch"):
     pytest.skip(f"needs torch: {problem_with('torch')}", allow_module_level=True)
@@ -141,3 +145,23 @@ def test_a_module_keeps_the_buffer_until_it_dies(path):
         assert torch.equal(module.weight.view(torch.uint8), expected.view(torch.uint8))
         del module
         assert held() == before
+
+
+def test_tensors_over_shared_memory(path, tmp_path):
+    with in_a_thread(tmp_path / "s"):
+        for _ in range(2):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                model = models.load(path, shared=tmp_path / "s")
+                assert_same(model, safetensors.torch.load_file(path))
+            tensor = model["float32"]
+            assert not model.buffer.writable()
+            tensor.clone().add_(1)
+            del model
+        pid = os.fork()
+        if pid == 0:
+            faulthandler.disable()
+            tensor.add_(1)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGSEGV
+        del tensor

@@ -196,7 +196,7 @@ def make_memory(
         _resize(fd, size)
         last = 0 if open_to_seals else uapi.F_SEAL_SEAL
         fcntl.fcntl(fd, uapi.F_ADD_SEALS, _SEALS | last)
-        memory = _map_memfd(fd, size, huge)
+        memory = map_memfd(fd, size, huge=huge)
         try:
             if not transparent and not huge:
                 _refuse_large_pages(memory)
@@ -233,27 +233,33 @@ def _create_memfd(name: str, huge: int | None) -> int:
     return os.memfd_create(name, flags)
 
 
-def _map_memfd(fd: int, size: int, huge: int | None) -> mmap.mmap:
+def map_memfd(fd: int, size: int, *, huge: int | None = None, writable: bool = True) -> mmap.mmap:
+    """Map a memfd, so that large pages of it are mapped as such; fill no page tables."""
+    protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
     try:
         if not huge and size >= LARGE_PAGE:
             with suppress(OSError):  # such as RLIMIT_DATA, which counts what is mapped first
-                return _map_aligned(fd, size)
-        return mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+                return _map_aligned(fd, size, protection)
+        return mmap.mmap(fd, size, mmap.MAP_SHARED, protection)
     except OSError as error:
         pages = f" in huge pages of {format_size(huge)}" if huge else ""
         why = f"mapping {format_size(size)} of shared memory{pages}: {error.strerror}"
         raise OSError(error.errno, why) from None
 
 
-def _map_aligned(fd: int, size: int) -> mmap.mmap:
+def _map_aligned(fd: int, size: int, protection: int) -> mmap.mmap:
     """Map at a multiple of a large page, where Linux 6.7 and later place anonymous mappings.
 
-    (Since 6.12 only those whose size is a multiple of a large page.)
+    (Since 6.12 only those whose size is a multiple of a large page. Python cuts off the rest of a
+    writable mapping only; nobody uses that of another.)
     """
-    memory = mmap.mmap(-1, round_up(size, LARGE_PAGE), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    memory = mmap.mmap(-1, round_up(size, LARGE_PAGE), flags, protection)
+    writable = bool(protection & mmap.PROT_WRITE)
     try:
-        memory.resize(size)
-        check(lib.dmb_map_over(address_of(memory), size, fd, True), "mmap")
+        if writable:
+            memory.resize(size)
+        check(lib.dmb_map_over(address_of(memory), size, fd, writable), "mmap")
     except BaseException:
         memory.close()
         raise

@@ -10,7 +10,7 @@ import stat
 from collections.abc import Sequence
 
 from dmabuf.kernel import uapi
-from dmabuf.memory import Buffer, Slab, foreign
+from dmabuf.memory import Buffer, Slab, exporters, foreign
 from dmabuf.store.protocol import Grant, Refusal, Status
 
 _NO_MEMFD = (
@@ -91,5 +91,4 @@ def _map_memfd(fd: int, size: int, writable: bool) -> mmap.mmap:
         raise Refusal(errno.EPROTO, "the store sent a memfd of another size than announced")
     if not seals & uapi.F_SEAL_SHRINK:
         raise Refusal(errno.EPROTO, "the store sent a memfd that can shrink")
-    protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-    return mmap.mmap(fd, size, mmap.MAP_SHARED, protection)
+    return exporters.map_memfd(fd, size, writable=writable)
