@@ -37,8 +37,7 @@ PUBLIC = {"store", "safetensors", "devices", "aio", "integrations"}
 """Rooms that users import by name. Above floor 4 they may be used beside each other."""
 BESIDE = {
     ("mount", "store"), ("aio", "copying"), ("inspect", "devices"), ("inspect", "store"),
-    ("safetensors", "store"),
-    ("integrations", "store"),
+    ("safetensors", "devices"), ("safetensors", "store"), ("integrations", "store"),
 }  # fmt: skip
 """Rooms that use another room of their own floor, never the other way round."""
 

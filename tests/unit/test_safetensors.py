@@ -240,7 +240,7 @@ def test_load_file_returns_a_dict(path):
     assert type(model) is dict and set(model) == set(MODEL)
     for name, value in MODEL.items():
         assert_equal(model[name], value)
-    with pytest.raises(ValueError, match=r"must be 'cpu'; move tensors with \.to\(\)"):
+    with pytest.raises(ValueError, match="arrays are on the CPU; use framework='pt'"):
         models.load_file(path, "cuda:0", framework="np")
 
 
@@ -352,13 +352,13 @@ def test_a_folder_with_one_file(path):
 @pytest.mark.parametrize(
     ("weight_map", "match"),
     [
-        ({"a": "../model.safetensors"}, "not a file beside it"),
-        ({"a": "/etc/passwd"}, "not a file beside it"),
-        ({"a": "sub/model.safetensors"}, "not a file beside it"),
-        ({"a": ".."}, "not a file beside it"),
-        ({"a": ""}, "not a file beside it"),
-        ({"a": "x\0y"}, "not a file beside it"),
-        ({"a": 1}, "not a file beside it"),
+        ({"a": "../model.safetensors"}, "not a file below it"),
+        ({"a": "/etc/passwd"}, "not a file below it"),
+        ({"a": "sub/../model.safetensors"}, "not a file below it"),
+        ({"a": ".."}, "not a file below it"),
+        ({"a": ""}, "not a file below it"),
+        ({"a": "x\0y"}, "not a file below it"),
+        ({"a": 1}, "not a file below it"),
         ({}, "no weight_map"),
         (None, "no weight_map"),
         (["a"], "no weight_map"),
@@ -389,8 +389,8 @@ def test_a_name_in_two_files(path, tmp_path):
 
 def test_what_is_not_a_path_is_refused_at_once(path):
     with open(path, "rb") as file, dmabuf.allocate("1MiB") as buf:
-        for source in (None, 3, file, buf, bytearray(8), {path}, [path, None], path.read_bytes()):
-            with pytest.raises(TypeError, match="must be a path or a list of paths") as error:
+        for source in (None, 3.0, True, file, {path}, [path, None], [buf], [path.read_bytes()]):
+            with pytest.raises(TypeError, match="load: must be ") as error:
                 load(source)
             assert len(str(error.value)) < 120
     with pytest.raises(ValueError, match="no files are given"):

@@ -188,9 +188,12 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1000
 @pytest.mark.parametrize(
     ("file", "what"),
     [
-        (as_zip(), "a zip archive, as torch.save writes"),
-        (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." + bytes(99), "a pickle, as torch.save writes"),
+        (as_zip(), "a zip archive, as torch.save and numpy.savez write"),
+        (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." + bytes(99), "a pickle, as old versions of"),
         (b"GGUF\3\0\0\0" + bytes(99), "a GGUF file"),
+        (b"\x93NUMPY\1\0v\0" + bytes(99), "a NumPy array"),
+        (b"ARROW1\0\0" + bytes(99), "an Arrow file"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(99), "an HDF5 file"),
         (b"\x89PNG\r\n\x1a\n" + bytes(99), "a PNG image"),
         (POINTER, "a Git LFS pointer, not the file itself; run git lfs pull"),
         (b"<!DOCTYPE html>\n<html><head>", "HTML or XML"),

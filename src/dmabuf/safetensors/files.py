@@ -1,29 +1,58 @@
-"""The files of a model: found, and their headers read and checked, before any tensor is read."""
+"""The files of a model: found, and their headers read and checked, before any tensor is read.
+
+A model is a file, several, the index of a sharded one, or a folder that holds one of these under a
+name that transformers, diffusers or PEFT give it. A single file may also be open already, or be in
+memory.
+"""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import os
+import re
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from dmabuf.errors import os_error
 from dmabuf.kernel import files as kernel_files
+from dmabuf.memory import Buffer
 from dmabuf.safetensors.header import LONGEST, Entry, Malformed, parse, parse_object
 from dmabuf.safetensors.layout import UNIT
 from dmabuf.sizes import round_up
+from dmabuf.transfer import Engine, File
 
 Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+Bytes = bytes | bytearray | memoryview
+Source: TypeAlias = "Path | Sequence[Path] | int | Buffer | Bytes"
+"""Where a model is: paths, the descriptor of a file, or the memory that holds one."""
 
-_ONE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 _START = 64  # bytes that are read first: the length of the header, and enough to know other formats
-_OTHERS = (
-    (b"PK\3\4", "a zip archive, as torch.save writes; load it with torch.load"),
-    (b"\x80", "a pickle, as torch.save writes; load it with torch.load"),
-    (b"GGUF", "a GGUF file; use the safetensors files of the model"),
+OPEN_AT_ONCE = 16
+"""The most files of a model that are open at once."""
+_STEMS = (
+    "model",
+    "diffusion_pytorch_model",
+    "adapter_model",
+    "pytorch_lora_weights",
+    "pytorch_model",
+    "consolidated",
+)
+"""How weights are named in a folder, in the order of preference: transformers, diffusers, PEFT."""
+_WEIGHTS = re.compile(
+    r"(?P<stem>.+?)(?:\.(?P<before>[a-zA-Z]\w*))?(?:-(?P<number>\d{4,})-of-(?P<count>\d{4,}))?"
+    r"(?:\.(?P<after>[a-zA-Z]\w*))?\.safetensors(?P<index>\.index(?:\.(?P<of_index>\w+))?\.json)?"
+)
+_MISFITS = (
+    (b"PK\3\4", "a zip archive, as torch.save and numpy.savez write"),
+    (b"\x80", "a pickle, as old versions of torch.save write; load it with torch.load"),
+    (b"GGUF", "a GGUF file"),
+    (b"\x93NUMPY", "a NumPy array"),
+    (b"ARROW1", "an Arrow file"),
+    (b"\x89HDF", "an HDF5 file, as Keras writes"),
     (b"\x89PNG", "a PNG image"),
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself; run git lfs pull"),
     (b"<", "HTML or XML, perhaps the error page of a download; get the file again"),
@@ -36,64 +65,103 @@ class Part:
     """A file, and those of its tensors that are wanted, in the order of their bytes."""
 
     path: str
-    status: os.stat_result
-    """Before its header was read."""
+    """Its path, or what to call it in messages."""
+    size: int
+    """Bytes."""
     entries: dict[str, Entry]
     digest: bytes
     """Of the header."""
+    status: os.stat_result | None = None
+    """Before its header was read; None for memory."""
+    fd: int | None = None
+    """The caller's descriptor of it."""
+    memory: Buffer | memoryview | None = None
+    """What holds it."""
+
+    def open(self, engine: Engine | None) -> File:
+        """Open the file.
+
+        Raises:
+            ValueError: it is not the one whose header was read, or it has changed.
+            OSError: as `dmabuf.open`.
+        """
+        file = File(self.path if self.fd is None else self.fd, engine=engine)
+        try:
+            self.check(file.fileno())
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+    @contextmanager
+    def reading(self, engine: Engine | None) -> Iterator[File]:
+        """Open the file for a block that reads it; as `open`, also where it changes meanwhile."""
+        with self.open(engine) as file:
+            yield file
+            self.check(file.fileno())
 
     def check(self, fd: int) -> None:
         """Raise ValueError if the open file is not the one whose header was read, or changed."""
         now, then = os.fstat(fd), self.status
-        same = os.path.samestat(now, then) and now.st_mtime_ns == then.st_mtime_ns
-        if not same or now.st_size != then.st_size:
+        same = then and os.path.samestat(now, then) and now.st_mtime_ns == then.st_mtime_ns
+        if not same or now.st_size != self.size:
             raise ValueError(f"load {self.path}: it changed after its header was read")
 
 
 def read_parts(
-    source: Path | Sequence[Path], tensors: Iterable[str] | None
+    source: Source, tensors: Iterable[str] | None, variant: str | None = None
 ) -> tuple[list[Part], dict[str, str]]:
     """Return each file with its wanted tensors, and the metadata of all; no file stays open.
 
     Raises:
-        TypeError: `source` is not a path or several.
+        TypeError: `source` is not one.
         ValueError: a file, or the index, is malformed.
         KeyError: no file has a tensor of that name.
-        OSError: opening or reading failed.
+        OSError: opening or reading failed, or a folder has no weights.
     """
     if isinstance(tensors, str):
         raise TypeError("tensors must be several names, not one text")
     wanted = None if tensors is None else dict.fromkeys(tensors)
-    paths, owner = _paths(source)
+    lone = _read_lone(source)
+    if lone is not None:
+        part, metadata = lone
+        if wanted is not None:
+            _check_known(wanted, part.entries)
+            part = _only(part, wanted)
+        return [part], metadata
+    paths, owner = _paths(source, variant)
     if owner is not None and wanted is not None:
         _check_known(wanted, owner)
         paths = sorted({owner[name] for name in wanted})
     parts: list[Part] = []
-    metadata: dict[str, str] = {}
+    metadata = {}
     seen: dict[str, str] = {}
     files = set()
     for path in paths:
-        part, about = _read(path)
+        part, about = _read(path, None)
+        assert part.status is not None
         number = part.status.st_dev, part.status.st_ino
         if owner is None and number in files:
             continue  # the same file by another path
         files.add(number)
         metadata |= about
-        entries = part.entries
         if owner is not None:
-            entries = {name: entry for name, entry in entries.items() if owner.get(name) == path}
-        for name in entries:
+            part = _only(part, {name for name in part.entries if owner.get(name) == path})
+        for name in part.entries:
             if seen.setdefault(name, path) != path:
                 raise ValueError(f"load: tensor {name!r} is in {seen[name]} and in {path}")
-        if wanted is not None:
-            entries = {name: entry for name, entry in entries.items() if name in wanted}
-        parts.append(replace(part, entries=entries))
+        parts.append(part if wanted is None else _only(part, wanted))
     if wanted is not None:
         _check_known(wanted, seen)
     for name, path in (owner or {}).items():
         if path in paths and name not in seen:
             raise ValueError(f"load {path}: it lacks tensor {name!r}, which the index puts there")
     return parts, metadata
+
+
+def _only(part: Part, wanted: Iterable[str]) -> Part:
+    entries = {name: entry for name, entry in part.entries.items() if name in wanted}
+    return replace(part, entries=entries)
 
 
 def _check_known(wanted: Iterable[str], known: Iterable[str]) -> None:
@@ -103,7 +171,10 @@ def _check_known(wanted: Iterable[str], known: Iterable[str]) -> None:
         raise KeyError(f"there is no tensor {missing[0]!r}{more}")
 
 
-def _paths(source: Path | Sequence[Path]) -> tuple[list[str], dict[str, str] | None]:
+# -- which files
+
+
+def _paths(source: object, variant: str | None) -> tuple[list[str], dict[str, str] | None]:
     """Return the files, and with an index, the file of each tensor."""
     if isinstance(source, (list, tuple)):
         if not source:
@@ -111,25 +182,99 @@ def _paths(source: Path | Sequence[Path]) -> tuple[list[str], dict[str, str] | N
         return list(dict.fromkeys(map(_path, source))), None
     path = _path(source)
     if os.path.isdir(path):
-        index, one = os.path.join(path, _INDEX), os.path.join(path, _ONE)
-        path = one if os.path.exists(one) or not os.path.exists(index) else index
+        paths = _in_folder(path, variant)
+        if not paths[0].endswith(".json"):
+            return paths, None
+        [path] = paths
     if not path.endswith(".json"):
         return [path], None
-    owner = _index(path)
+    owner = read_index(path)
     return sorted(set(owner.values())), owner
 
 
 def _path(given: object) -> str:
     if not isinstance(given, (str, bytes, os.PathLike)):
         kind = f"{type(given).__module__}.{type(given).__qualname__}"
-        raise TypeError(f"load: must be a path or a list of paths, not {kind}")
+        raise TypeError(f"load: must be paths, a descriptor, a Buffer or bytes, not {kind}")
     if isinstance(given, bytes) and b"\0" in given:
         raise TypeError("load: must be a path or a list of paths, not the bytes of a file")
     return os.fsdecode(given)
 
 
-def _index(path: str) -> dict[str, str]:
-    """Return the file of each tensor, by the index of a sharded model."""
+def _in_folder(folder: str, variant: str | None) -> list[str]:
+    """Return the file, the index or all shards of the weights of one variant in a folder."""
+    found = _weights_in(folder)
+    if not found:
+        raise os_error(errno.ENOENT, f"load: no safetensors file is in it{_below(folder)}", folder)
+    stems = sorted({stem for stem, kind in found if kind == variant})
+    if not stems:
+        there = ", ".join(sorted({repr(kind) for _, kind in found}))
+        text = f"load: it has no weights of variant={variant!r}; the variants there: {there}"
+        raise os_error(errno.ENOENT, text, folder)
+    known = [stem for stem in _STEMS if stem in stems]
+    if not known and len(stems) > 1:
+        text = f"load {folder}: it has the weights {_few(stems)}; give the path of one file"
+        raise ValueError(text)
+    matches = found[(known or stems)[0], variant]
+    single = [one for one in matches if not one["index"] and not one["number"]]
+    indexes = [one for one in matches if one["index"]]
+    if single or indexes:
+        return [os.path.join(folder, (single or indexes)[0].string)]
+    return [os.path.join(folder, name) for name in _all_shards(folder, matches)]
+
+
+def _weights_in(folder: str) -> dict[tuple[str, str | None], list[re.Match[str]]]:
+    """Return the names of files of weights, by the name they begin with and the variant."""
+    found: dict[tuple[str, str | None], list[re.Match[str]]] = {}
+    with os.scandir(folder) as entries:
+        names = [one.name for one in entries if _WEIGHTS.fullmatch(one.name) and not one.is_dir()]
+    for name in sorted(names):
+        if match := _WEIGHTS.fullmatch(name):
+            variant = match["of_index"] or match["after"] or match["before"]
+            found.setdefault((match["stem"], variant), []).append(match)
+    return found
+
+
+def _below(folder: str) -> str:
+    """Return the fix where sub-folders have weights, as those of a diffusers pipeline."""
+    names = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir() and _weights_in(entry.path):
+                names.append(entry.name)
+    return f"; its sub-folders {_few(sorted(names))} have some: give the path of one" * bool(names)
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
+
+
+def _all_shards(folder: str, matches: Sequence[re.Match[str]]) -> list[str]:
+    """Return the names of all shards of a model without an index; raise if one is missing."""
+    numbers = {int(one["number"]): one for one in matches}
+    counts = {int(one["count"]) for one in matches}
+    if len(counts) > 1 or len(numbers) < len(matches):
+        text = f"load {folder}: it has shards of several models and no index; give the paths"
+        raise ValueError(text)
+    [count] = counts
+    first = 0 if 0 in numbers else 1
+    for number in range(first, first + count):
+        if number not in numbers:
+            one = matches[0]
+            width = len(one["number"])
+            name = one.string.replace(f"-{one['number']}-", f"-{number:0{width}}-", 1)
+            text = f"load: this shard of {count} is missing, and there is no index; get it again"
+            raise os_error(errno.ENOENT, text, os.path.join(folder, name))
+    return [numbers[number].string for number in sorted(numbers)]
+
+
+def read_index(path: str) -> dict[str, str]:
+    """Return the path of the file of each tensor, by the index of a sharded model.
+
+    Raises:
+        ValueError: it is malformed.
+        OSError: it cannot be read.
+    """
     with open(path, "rb") as file:
         raw = file.read(LONGEST + 1)
     try:
@@ -139,40 +284,94 @@ def _index(path: str) -> dict[str, str]:
         if not isinstance(found, dict) or not found:
             raise Malformed("the index has no weight_map, which names the file of each tensor")
         for name, shard in found.items():
-            beside = isinstance(shard, str) and os.path.basename(shard) == shard
-            if not beside or "\0" in shard or shard in ("", ".", ".."):
-                raise Malformed(f"tensor {name!r} is in {shard!r}, which is not a file beside it")
+            if not isinstance(shard, str) or not _is_below(shard):
+                raise Malformed(f"tensor {name!r} is in {shard!r}, which is not a file below it")
     except Malformed as error:
         raise ValueError(f"load {path}: {error}") from None
     folder = os.path.dirname(path)
     return {name: os.path.join(folder, shard) for name, shard in found.items()}
 
 
-def _read(path: str) -> tuple[Part, dict[str, str]]:
+def _is_below(name: str) -> bool:
+    """Return whether a name stays in its folder and the folders below it."""
+    return "\0" not in name and not {"", ".", ".."} & set(name.split("/"))
+
+
+# -- their headers
+
+
+def _read_lone(source: object) -> tuple[Part, dict[str, str]] | None:
+    """Return a file that is open or in memory, and its metadata; None if `source` is paths."""
+    if isinstance(source, Buffer):
+        return _parse("the buffer", source.size, lambda at, n: source.pread(n, at), memory=source)
+    if isinstance(source, (bytearray, memoryview)) or (
+        isinstance(source, bytes) and b"\0" in source  # which a file has, and a path cannot
+    ):
+        view = memoryview(source).cast("B")
+        return _parse("the bytes", len(view), lambda at, n: bytes(view[at : at + n]), memory=view)
+    if isinstance(source, int) and not isinstance(source, bool):
+        return _read(f"descriptor {source}", source)
+    return None
+
+
+def _read(path: str, fd: int | None) -> tuple[Part, dict[str, str]]:
     """Return a file with all its tensors, and its metadata."""
-    status = os.stat(path)
+    status = os.stat(path) if fd is None else os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):  # opening a FIFO would wait for its writer
         number = errno.EISDIR if stat.S_ISDIR(status.st_mode) else errno.EINVAL
         raise os_error(number, "load: it is not a regular file", path)
-    size = status.st_size
-    with open(path, "rb", buffering=0) as file:
-        fd = file.fileno()
+    if fd is None:
+        with open(path, "rb", buffering=0) as file:
+            return _read_open(path, file.fileno(), status, given=False)
+    try:
+        return _read_open(path, fd, status, given=True)
+    except OSError as error:
+        raise os_error(error.errno or errno.EIO, f"load: {error.strerror}", path) from None
+
+
+def _read_open(
+    path: str, fd: int, status: os.stat_result, *, given: bool
+) -> tuple[Part, dict[str, str]]:
+    """Return what `_read` does, and leave no pages in the page cache that were not there."""
+    if not given:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # the tensors are not read this way
-        was_cached = kernel_files.cached_pages(fd, 0, _START)
-        start = os.pread(fd, _START, 0)
-        length = int.from_bytes(start[:8], "little")
-        fits = len(start) >= 8 and length <= min(size - 8, LONGEST)
-        raw = os.pread(fd, length, 8) if fits else b""
+    was_cached, end = kernel_files.cached_pages(fd, 0, _START), 0
+
+    def read(at: int, size: int) -> bytes:
+        nonlocal end
+        raw = os.pread(fd, size, at)
+        end = at + len(raw)
+        return raw
+
+    try:
+        return _parse(path, status.st_size, read, status, fd if given else None)
+    finally:
         if not was_cached:
-            os.posix_fadvise(fd, 0, round_up(8 + len(raw), UNIT), os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(fd, 0, round_up(end, UNIT), os.POSIX_FADV_DONTNEED)
+
+
+def _parse(
+    path: str,
+    size: int,
+    read: Callable[[int, int], bytes],
+    status: os.stat_result | None = None,
+    fd: int | None = None,
+    memory: Buffer | memoryview | None = None,
+) -> tuple[Part, dict[str, str]]:
+    """Return a file, which `read` reads at an offset, with all its tensors, and its metadata."""
+    start = read(0, min(size, _START))
+    length = int.from_bytes(start[:8], "little")
+    fits = len(start) >= 8 and length <= min(size - 8, LONGEST)
+    raw = read(8, length) if fits else b""
     try:
         if not fits:
-            other = [what for magic, what in _OTHERS if start.startswith(magic)]
+            other = [what for magic, what in _MISFITS if start.startswith(magic)]
             if other and length > LONGEST:
                 raise Malformed(f"it is {other[0]}")
             text = f"it has {size} bytes, and its header would have {length} (at most {LONGEST})"
             raise Malformed(f"{text}; get it again")
-        entries, metadata = parse(raw, size)
+        entries, metadata = parse(raw, size, padded=isinstance(memory, Buffer))
     except Malformed as error:
         raise ValueError(f"load {path}: {error}") from None
-    return Part(path, status, entries, hashlib.sha256(raw).digest()), metadata
+    digest = hashlib.sha256(raw).digest()
+    return Part(path, size, entries, digest, status, fd, memory), metadata

@@ -66,12 +66,15 @@ def parse_object(raw: bytes, what: str, hook: Any = None) -> dict[str, Any]:
     return found
 
 
-def parse(raw: bytes, size: int) -> tuple[dict[str, Entry], dict[str, str]]:
+def parse(
+    raw: bytes, size: int, *, padded: bool = False
+) -> tuple[dict[str, Entry], dict[str, str]]:
     """Return the tensors of a file, in the order of their bytes, and its metadata.
 
     Args:
         raw: the header.
         size: of the file, in bytes.
+        padded: whether anything may follow the tensors: memory is a number of whole pages.
 
     Raises:
         Malformed: the header is malformed, or the tensors are not what the file holds.
@@ -93,7 +96,7 @@ def parse(raw: bytes, size: int) -> tuple[dict[str, Entry], dict[str, str]]:
             raise Malformed(f"{what} tensor {name!r}: it begins at {begin}, not at {at}")
         entries[name] = Entry(dtype, shape, base + begin, end - begin)
         at = end
-    if base + at != size:
+    if base + at > size or (base + at < size and not padded):
         cut = "; it was cut short: get it again" if base + at > size else ""
         raise Malformed(f"its tensors end at {base + at}, the file ends at {size}{cut}")
     return entries, metadata

@@ -9,25 +9,38 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any
 
-from dmabuf.errors import ShortReadError
-from dmabuf.memory import Buffer, allocate, import_optional
-from dmabuf.safetensors.files import Part, Path, read_parts
-from dmabuf.safetensors.header import BITS, NAMES, Entry
+from dmabuf.errors import RouteUnavailable, ShortReadError
+from dmabuf.memory import Buffer, allocate
+from dmabuf.safetensors.device import gpu_of
+from dmabuf.safetensors.files import OPEN_AT_ONCE, Part, Source, read_parts
+from dmabuf.safetensors.header import BITS, Entry
 from dmabuf.safetensors.layout import place
 from dmabuf.safetensors.shared import attach
+from dmabuf.safetensors.views import (
+    Framework,
+    Tensor,
+    check_framework,
+    dtype_of,
+    import_framework,
+    tensor_over,
+)
 from dmabuf.sizes import parse_size
-from dmabuf.transfer import Audit, Engine, File, Progress, Require, Terms, Transfer, part_of
+from dmabuf.transfer import (
+    Audit,
+    Engine,
+    Progress,
+    Require,
+    Terms,
+    Transfer,
+    part_of,
+    read_together,
+)
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-
-Framework = Literal["pt", "np"]
-"""PyTorch or NumPy, by the names that ``safetensors.safe_open`` has for them."""
-Tensor: TypeAlias = Any
-"""A PyTorch tensor or a NumPy array: `Framework` decides."""
 
 
 @dataclass(eq=False, repr=False)
@@ -64,18 +77,13 @@ class Tensors(Mapping[str, Tensor]):
         entry = self.entries[name]
         dtype = self._dtypes.get(entry.dtype)
         if dtype is None:
-            dtype = self._dtypes[entry.dtype] = _framework_dtype(self._framework, entry.dtype)
-        flat, shape = self._memory(), entry.shape
+            dtype = self._dtypes[entry.dtype] = dtype_of(self._framework, entry.dtype)
+        flat = self._memory()
         if self._framework == "np":
-            return sys.modules["numpy"].ndarray(shape, dtype, flat, entry.offset)
-        if entry.dtype == "F4":
-            if not shape or shape[-1] % 2:
-                raise ValueError(f"tensor {name!r} in PyTorch: F4 needs an even last dimension")
-            shape = (*shape[:-1], shape[-1] // 2)
+            return sys.modules["numpy"].ndarray(entry.shape, dtype, flat, entry.offset)
         if not (flat.flags.writeable or self.shared):
-            return self.buffer.astensor(dtype, shape, entry.offset)  # refuses, with the reason
-        raw = flat[entry.offset : entry.offset + entry.nbytes]
-        return sys.modules["torch"].from_numpy(raw).view(dtype).reshape(shape)
+            return self.buffer.astensor(dtype, entry.shape, entry.offset)  # refuses, and states why
+        return tensor_over(flat, name, entry, dtype)
 
     def _memory(self) -> Any:
         """Return the whole buffer as an array, which all views have in common."""
@@ -117,10 +125,11 @@ class _Unmarked:
 
 
 def load(
-    source: Path | Sequence[Path],
+    source: Source,
     *,
     tensors: Iterable[str] | None = None,
     framework: Framework = "pt",
+    variant: str | None = None,
     buffer: Buffer | None = None,
     shared: bool | str | os.PathLike[str] = False,
     alignment: int | str | None = None,
@@ -137,14 +146,17 @@ def load(
     All headers are read and checked, and all places planned, before any tensor is read. Each file
     is then one array of segments: neighbouring pages that hold wanted tensors are one segment,
     which takes the best route (`File.read_segments`). Tensors that are not wanted are not read,
-    except for what shares a page with a wanted one. One file at a time is open.
+    except for what shares a page with a wanted one. Several files are read beside each other.
 
     Args:
         source: a .safetensors file, a list or tuple of them, the index of a sharded model
-            (``model.safetensors.index.json``), or a directory with ``model.safetensors`` or that
-            index.
+            (``model.safetensors.index.json``), or a folder that holds one of these by a name of
+            transformers, diffusers or PEFT, or all shards of a model without an index. Or one
+            file that is open (its descriptor), or in memory: bytes, or a Buffer, over which the
+            tensors are then made without a copy, unless ``buffer`` or ``alignment`` is given.
         tensors: the names of the wanted tensors; None for all.
         framework: "pt" for PyTorch tensors, "np" for NumPy arrays.
+        variant: of the weights in a folder: "fp16" for ``model.fp16.safetensors`` and the like.
         buffer: the destination; None for one allocated by ``exporter`` with ``name``.
         shared: True for one copy that all processes of this user share: the first one loads it
             into a store (`dmabuf.store`), the others wait for that and attach to the same memory.
@@ -153,7 +165,7 @@ def load(
             another ``alignment`` are other copies. The store drops a copy that no process uses
             when it needs the memory, or after its idle time. ``transfers`` is empty where another
             process has loaded it. Not with ``buffer``, ``name`` or another ``exporter`` than
-            "memfd".
+            "memfd", nor for a descriptor or memory.
         alignment: of each tensor's offset in the buffer: a power of two, in bytes or such as
             "4KiB"; at the least, and by default, the size of its dtype. The CPU copies a tensor
             whose offset in the file is not a multiple of it.
@@ -164,33 +176,33 @@ def load(
         progress: called with the bytes read and their sum, as in `File.read_into`.
 
     Raises:
-        TypeError: ``source`` is not a path or a list of them.
+        TypeError: ``source`` is not one of these.
         ValueError: a file is not a complete and valid safetensors file, or an index names a file
             that is not beside it; the message has the file and the cause, and nothing was read into
             the buffer. Also a name in two files, a buffer that is too small, or an invalid
-            argument.
+            argument, or a tensor in a given Buffer that is not aligned.
         KeyError: a name in ``tensors`` that no file has.
         ImportError: NumPy, PyTorch or ml_dtypes is missing; the message has the command to install.
         OSError, ShortReadError, RouteUnavailable: as `File.read_segments` raises them.
     """
-    if framework not in ("pt", "np"):
-        raise ValueError(f"framework={framework!r}: must be 'pt' (PyTorch) or 'np' (NumPy)")
-    if sys.byteorder != "little":
-        raise NotImplementedError("safetensors files are little-endian, and this machine is not")
-    terms = Terms(require=require, timeout=timeout, audit=audit)
+    check_framework(framework)
+    terms = Terms(require, timeout=timeout, audit=audit)
     _check_shared(shared, buffer, exporter, name)
     if not isinstance(buffer, Buffer | None):
         raise TypeError(f"load: buffer must be a dmabuf.Buffer, not {type(buffer).__name__}")
     least = 1 if alignment is None else parse_size(alignment, "alignment")
     if least < 1 or least & (least - 1):
         raise ValueError(f"alignment={least} is not a power of two")
-    parts, metadata = read_parts(source, tensors)
-    import_optional("numpy", "dmabuf.safetensors", "dmabuf[arrays]")
-    if framework == "pt":
-        import_optional("torch", "framework='pt'", "torch, or take framework='np'")
-    segments, entries, size = _plan(parts, least)
-    fill = partial(_read_segments, parts, segments, terms, engine, progress)
+    parts, metadata = read_parts(source, tensors, variant)
+    import_framework(framework)
+    if isinstance(source, Buffer) and buffer is None and alignment is None and shared is False:
+        _check_aligned(parts[0])
+        return Tensors(source, parts[0].entries, metadata, (), framework)
+    segments, entries, size = plan(parts, least)
+    fill = partial(_fill, parts, segments, terms, engine, progress)
     if shared is not False:
+        if any(part.status is None or part.fd is not None for part in parts):
+            raise ValueError("load: shared is for files that have paths; give the path")
         buffer, transfers = attach(None if shared is True else shared, parts, segments, size, fill)
         return Tensors(buffer, entries, metadata, transfers or (), framework, shared=True)
     if buffer is None:
@@ -215,7 +227,7 @@ def _check_shared(shared: object, buffer: Buffer | None, exporter: str, name: st
         raise ValueError(f"load: exporter={exporter!r}: {text}")
 
 
-def _read_segments(
+def _fill(
     parts: Sequence[Part],
     segments: Sequence[array[int]],
     terms: Terms,
@@ -224,22 +236,22 @@ def _read_segments(
     buffer: Buffer,
 ) -> tuple[Transfer, ...]:
     """Read the segments of each file into the buffer."""
+    reads = [(part, one) for part, one in zip(parts, segments, strict=True) if one]
+    total = sum(sum(one[2::3]) for _, one in reads)
+    if reads and reads[0][0].memory is not None:  # the only part then
+        copy_segments(reads[0][0].memory, buffer, reads[0][1], terms.require)
+        if progress is not None:
+            progress(total, total)
+        return ()
+    if engine is None and len(reads) > 1:
+        openers = [(part.reading, one) for part, one in reads]
+        found = read_together(openers, buffer, terms, at_once=OPEN_AT_ONCE, progress=progress)
+        return tuple(found)
     transfers: list[Transfer] = []
-    total = sum(sum(one[2::3]) for one in segments)
-    for part, one in zip(parts, segments, strict=True):
-        if not one:
-            continue
-        with File(part.path, engine=engine) as file:
-            part.check(file.fileno())
-            done = file.read_segments(
-                buffer,
-                one,
-                require=terms.require,
-                timeout=terms.timeout,
-                audit=terms.audit,
-                progress=part_of(progress, sum(one.nbytes for one in transfers), total),
-            )
-            part.check(file.fileno())
+    for part, one in reads:
+        report = part_of(progress, sum(done.nbytes for done in transfers), total)
+        with part.reading(engine) as file:
+            done = file.read_segments(buffer, one, terms=terms, progress=report)
         if done.nbytes < sum(one[2::3]):  # of a single segment, which may be short there
             text = f"load {part.path}: it became shorter after its header was read"
             raise ShortReadError(text, 0, done.nbytes)
@@ -247,7 +259,32 @@ def _read_segments(
     return tuple(transfers)
 
 
-def _plan(parts: Sequence[Part], least: int) -> tuple[list[array[int]], dict[str, Entry], int]:
+def _check_aligned(part: Part) -> None:
+    for name, entry in part.entries.items():
+        if entry.nbytes and entry.offset % max(1, BITS[entry.dtype] // 8):
+            text = f"tensor {name!r} at {entry.offset} is not a multiple of its {entry.dtype}"
+            raise ValueError(f"load {part.path}: {text}; pass alignment=1 to copy them all")
+
+
+def copy_segments(
+    source: Buffer | memoryview, buffer: Buffer, segments: Any, require: Require
+) -> None:
+    """Copy segments of a file that is in memory, as `File.read_segments` would read them.
+
+    Raises:
+        RouteUnavailable: `require` is "zero-copy".
+    """
+    if require == "zero-copy":
+        raise RouteUnavailable("load: what is in memory is copied by the CPU; use require='any'")
+    if source is buffer:
+        raise ValueError("load: the buffer that holds the file cannot be the destination")
+    flat = memoryview(segments).cast("B").cast("Q").tolist()
+    with memoryview(source) as given, buffer.map("w") as view:
+        for at, start, size in zip(flat[::3], flat[1::3], flat[2::3], strict=True):
+            view[start : start + size] = given[at : at + size]
+
+
+def plan(parts: Sequence[Part], least: int) -> tuple[list[array[int]], dict[str, Entry], int]:
     """Return the segments of each file, the tensors in the buffer, and the end of them all."""
     align = {dtype: max(least, bits // 8) for dtype, bits in BITS.items()}
     plans, found, at = [], {}, 0
@@ -255,7 +292,7 @@ def _plan(parts: Sequence[Part], least: int) -> tuple[list[array[int]], dict[str
         entries = part.entries.values()
         wanted = [(entry.offset, entry.nbytes, align[entry.dtype]) for entry in entries]
         try:
-            segments, places, at = place(wanted, part.status.st_size, at)
+            segments, places, at = place(wanted, part.size, at)
         except OverflowError:
             raise ValueError(f"alignment={least} puts tensors beyond 2^64 bytes") from None
         plans.append(segments)
@@ -264,32 +301,47 @@ def _plan(parts: Sequence[Part], least: int) -> tuple[list[array[int]], dict[str
     return plans, found, at
 
 
-def _framework_dtype(framework: Framework, dtype: str) -> Any:
-    name = NAMES[dtype]
-    if framework == "np":
-        library = module = import_optional("numpy", "dmabuf.safetensors", "dmabuf[arrays]")
-        if dtype.startswith(("BF", "F8")):
-            module = import_optional("ml_dtypes", f"NumPy, for {dtype},", "dmabuf[arrays]")
-    else:
-        library = module = import_optional(
-            "torch", "framework='pt'", "torch, or take framework='np'"
-        )
-    found = getattr(module, name, None) if name else None
-    if found is None:
-        text = f"{library.__name__} {library.__version__} has no dtype for {dtype}"
-        raise TypeError(f"{text}: raw() returns the bytes")
-    return library.dtype(found) if framework == "np" else found
-
-
 def load_file(
-    filename: Path, device: object = "cpu", *, framework: Framework = "pt"
+    filename: Source,
+    device: object = "cpu",
+    *,
+    framework: Framework = "pt",
+    progress: Progress | None = None,
 ) -> dict[str, Tensor]:
     """Return all tensors of a file by name: ``safetensors.torch.load_file``, through one Buffer.
 
     ``framework="np"`` is ``safetensors.numpy.load_file``. The buffer closes with the last tensor.
 
-    Raises ValueError for another device than the CPU, and what `load` raises.
+    Args:
+        filename: a file, or another source of `load`.
+        device: "cpu", or with PyTorch a CUDA device such as "cuda:0" or 0: its memory then takes
+            the place of the buffer, and `dmabuf.devices.cuda` reads into it.
+        framework: "pt" or "np".
+        progress: called with the bytes read and their sum.
+
+    Raises ValueError for another device, and what `load` and `cuda.Memory.read_from` raise.
     """
-    if str(device) != "cpu":
-        raise ValueError(f"load_file: device={device!r}: must be 'cpu'; move tensors with .to()")
-    return dict(load(filename, framework=framework))
+    check_framework(framework)
+    gpu = gpu_of(device, framework)
+    if gpu is None:
+        return dict(load(filename, framework=framework, progress=progress))
+    try:
+        parts, _ = read_parts(filename, None)
+        if parts[0].memory is not None:
+            given = load(filename, framework=framework, progress=progress)
+            return {name: gpu.place(tensor) for name, tensor in given.items()}
+        segments, entries, size = plan(parts, 1)
+        flat = gpu.empty(max(size, 1))
+        done, total = 0, sum(sum(one[2::3]) for one in segments)
+        for part, one in zip(parts, segments, strict=True):
+            if one:
+                with part.reading(None) as file:
+                    gpu.read(flat, file, one, "any", part_of(progress, done, total))
+                done += sum(one[2::3])
+        dtypes = {entry.dtype: dtype_of(framework, entry.dtype) for entry in entries.values()}
+        return {
+            name: tensor_over(flat, name, entry, dtypes[entry.dtype])
+            for name, entry in entries.items()
+        }
+    finally:
+        gpu.close()

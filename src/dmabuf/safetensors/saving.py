@@ -121,13 +121,15 @@ def save_file(
     tensors: Mapping[str, object],
     filename: str | os.PathLike[str],
     metadata: Mapping[str, str] | None = None,
+    *,
+    progress: Progress | None = None,
 ) -> None:
     """Write tensors to a file: ``save_file`` of ``safetensors.torch`` and ``safetensors.numpy``.
 
     The file appears whole or not at all, and is on the medium when this returns. Tensors that share
     memory are each written. Raises what `save` raises.
     """
-    save(tensors, filename, metadata=metadata)
+    save(tensors, filename, metadata=metadata, progress=progress)
 
 
 def _piece(numpy: Any, name: str, value: Any, known: dict[object, str]) -> _Piece:

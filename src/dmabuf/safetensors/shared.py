@@ -94,6 +94,7 @@ def _name(parts: Sequence[Part], segments: Sequence[array[int]]) -> str:
     told = hashlib.sha256()
     for part, one in zip(parts, segments, strict=True):
         about = part.status
+        assert about is not None  # as of all files
         identity = [about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, len(one)]
         told.update(repr(identity).encode() + part.digest + one.tobytes())
     return f"{_PREFIX}{os.geteuid()}-{told.hexdigest()[:32]}"

@@ -70,6 +70,7 @@ from dmabuf.transfer.run import (
     segments_of,
     stopping,
 )
+from dmabuf.transfer.together import read_together
 
 __all__ = [
     "ALLOWED",
@@ -111,6 +112,7 @@ __all__ = [
     "open_reference",
     "part_of",
     "plan_in_order",
+    "read_together",
     "segments_of",
     "stopping",
     "stream",

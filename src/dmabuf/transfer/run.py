@@ -211,7 +211,9 @@ Progress = Callable[[int, int | None], object]
 
 def part_of(progress: Progress | None, before: int, total: int) -> Progress | None:
     """Return what to call with the progress of a part, of which `before` bytes precede it."""
-    return progress and (lambda done, _: progress(before + done, total))
+    if progress is None:
+        return None
+    return lambda done, _: progress(before + done, total)
 
 
 class Reporting(Blocking):
