@@ -249,6 +249,11 @@ struct dmb_stat {
 int dmb_stat(int fd, struct dmb_stat *ret);
 /* Return the f_type of statfs(2), or -errno. */
 int64_t dmb_statfs_type(int fd);
+/*
+ * Open a path that does not lead out of a folder, by ".." or a symbolic link either (-EXDEV):
+ * openat2(2) with RESOLVE_BENEATH, Linux 5.6. `mode` is 0 without O_CREAT. Returns a descriptor.
+ */
+int dmb_open_beneath(int folder, const char *path, int flags, unsigned mode);
 /* Count the pages of a range in the page cache: cachestat(2), Linux 6.5. */
 int dmb_cachestat(int fd, uint64_t offset, uint64_t size, uint64_t *ret);
 /* mincore(2): report for each page of a mapping whether it is in the page cache (bit 0). */

@@ -50,6 +50,18 @@ int64_t dmb_statfs_type(int fd)
 	return fstatfs(fd, &stat) ? -errno : (int64_t)stat.f_type;
 }
 
+int dmb_open_beneath(int folder, const char *path, int flags, unsigned mode)
+{
+	struct dmb_open_how how = {
+		.flags = (unsigned)flags,
+		.mode = mode,
+		.resolve = DMB_RESOLVE_BENEATH | DMB_RESOLVE_NO_MAGICLINKS,
+	};
+	long rc = syscall(DMB_SYS_OPENAT2, folder, path, &how, sizeof(how));
+
+	return rc < 0 ? -errno : (int)rc;
+}
+
 int dmb_cachestat(int fd, uint64_t offset, uint64_t size, uint64_t *ret)
 {
 	struct dmb_cachestat_range range = {.offset = offset, .size = size};

@@ -33,6 +33,19 @@ static_assert(offsetof(struct dmb_statx, mnt_id) == 0x90, "statx(2)");
 static_assert(offsetof(struct dmb_statx, dio_mem_align) == 0x98, "statx(2)");
 static_assert(sizeof(struct dmb_statx) == 256, "statx(2)");
 
+/* openat2(2): include/uapi/linux/openat2.h, Linux 5.6; the number is common to all. */
+#define DMB_SYS_OPENAT2 437
+#define DMB_RESOLVE_NO_MAGICLINKS 0x02U
+#define DMB_RESOLVE_BENEATH 0x08U
+
+struct dmb_open_how {
+	uint64_t flags;
+	uint64_t mode;
+	uint64_t resolve;
+};
+
+static_assert(sizeof(struct dmb_open_how) == 24, "openat2(2), OPEN_HOW_SIZE_VER0");
+
 /* cachestat(2): include/uapi/linux/mman.h, Linux 6.5; the number is common to all but alpha.
  */
 #define DMB_SYS_CACHESTAT 451

@@ -75,6 +75,22 @@ static void teeing(void)
 	}
 }
 
+static void beneath(void)
+{
+	int folder = open("/proc/self", O_PATH | O_DIRECTORY), fd;
+
+	context("beneath", 0);
+	fd = dmb_open_beneath(folder, "fdinfo/../stat", O_RDONLY, 0);
+	CHECK(fd >= 0);
+	close(fd);
+	CHECK_EQUAL(dmb_open_beneath(folder, "../uptime", O_RDONLY, 0), -EXDEV);
+	CHECK_EQUAL(dmb_open_beneath(folder, "/proc/uptime", O_RDONLY, 0), -EXDEV);
+	CHECK(dmb_open_beneath(folder, "exe", O_RDONLY, 0) < 0); /* a magic link */
+	CHECK_EQUAL(dmb_open_beneath(folder, "none", O_RDONLY, 0), -ENOENT);
+	CHECK_EQUAL(dmb_open_beneath(-1, "stat", O_RDONLY, 0), -EBADF);
+	close(folder);
+}
+
 static void residence(void)
 {
 	uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
@@ -234,6 +250,7 @@ int main(void)
 {
 	mapping_over();
 	teeing();
+	beneath();
 	residence();
 	alignments();
 	cache();

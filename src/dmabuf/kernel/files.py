@@ -12,7 +12,8 @@ import struct
 from contextlib import suppress
 from typing import Any, Literal, NamedTuple
 
-from dmabuf._core import address_of, failure, ffi, lib
+from dmabuf._core import address_of, check, failure, ffi, lib
+from dmabuf.errors import os_error
 from dmabuf.kernel import uapi
 
 Kind = Literal[
@@ -20,6 +21,8 @@ Kind = Literal[
 ]
 
 PAGE = mmap.PAGESIZE
+_RACES = 100
+"""How often a path is opened again because something above it was renamed."""
 STREAMS: dict[str, str] = {
     "pipe": "a pipe",
     "socket": "a socket",
@@ -322,6 +325,23 @@ def _tried_alignment(fd: int, readable: bool, size: int) -> Alignment | None:
             else:
                 return Alignment(align, align)
     return None
+
+
+def open_beneath(folder: int, path: str, flags: int, mode: int = 0) -> int:
+    """Open a path below a folder's descriptor, and return the new descriptor.
+
+    Raises OSError: EXDEV for a path that leads out of the folder, absolute ones included, by ".."
+    or a symbolic link either; ENOSYS before Linux 5.6 (openat2(2)).
+    """
+    name = os.fsencode(path)
+    if b"\0" in name:
+        raise os_error(errno.EINVAL, "a path has no zero byte", path)
+    flags |= os.O_CLOEXEC
+    for _ in range(_RACES):
+        fd = int(lib.dmb_open_beneath(folder, name, flags, mode))
+        if fd != -errno.EAGAIN:  # something above was renamed meanwhile, and the path has ".."
+            break
+    return check(fd, "open", path)
 
 
 def cached_pages(fd: int, offset: int, size: int) -> int | None:
