@@ -22,7 +22,7 @@ from dmabuf.copying.many import (
     write_files,
 )
 from dmabuf.copying.opening import SourceEnd, TargetEnd, same_file
-from dmabuf.copying.pipeline import Writer, copy
+from dmabuf.copying.pipeline import Meter, Writer, copy
 from dmabuf.copying.record import Copy, CopySide
 from dmabuf.copying.replace import Replacement
 from dmabuf.copying.sources import Source, file_source
@@ -37,6 +37,7 @@ __all__ = [
     "FileRange",
     "FileTarget",
     "Filled",
+    "Meter",
     "Outcome",
     "Reader",
     "Replacement",

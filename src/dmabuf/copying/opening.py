@@ -9,7 +9,7 @@ import os
 import stat
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from dmabuf.copying import objects
 from dmabuf.copying.objects import ObjectSource, ObjectTarget, Readable, Writable
@@ -29,7 +29,18 @@ class HasFileno(Protocol):
         """Return the descriptor."""
 
 
-_Either = str | bytes | os.PathLike[str] | int | File | Buffer | Window | HasFileno
+@runtime_checkable
+class HasEnds(Protocol):
+    """An object that makes its own ends of copies, such as a file of another node."""
+
+    def copy_source(self, offset: int, terms: Terms) -> Source:
+        """Return it as what a copy reads, from an offset in bytes on."""
+
+    def copy_target(self, offset: int, terms: Terms) -> Target:
+        """Return it as what a copy writes, from an offset in bytes on."""
+
+
+_Either = str | bytes | os.PathLike[str] | int | File | Buffer | Window | HasFileno | HasEnds
 SourceEnd = _Either | Readable
 """What a copy can read."""
 TargetEnd = _Either | Writable
@@ -52,6 +63,8 @@ class Opener:
     def source(self, end: SourceEnd, offset: Size) -> Source | Memory:
         """Open the end to read."""
         offset = parse_size(offset, "src_offset")
+        if isinstance(end, HasEnds):
+            return end.copy_source(offset, self._terms)
         memory = self._memory(end, offset)
         if memory is not None:
             return memory
@@ -72,6 +85,8 @@ class Opener:
     def target(self, end: TargetEnd, offset: Size, *, force: bool) -> Target | Memory:
         """Open the end to write, which is not changed yet."""
         offset = parse_size(offset, "dst_offset")
+        if isinstance(end, HasEnds):
+            return end.copy_target(offset, self._terms)
         memory = self._memory(end, offset)
         if memory is not None:
             return memory

@@ -27,6 +27,7 @@ from dmabuf.transfer.file import (
     BaseFile,
     File,
     Mode,
+    Verbs,
     open,  # noqa: A004 - dmabuf.open is the API
 )
 from dmabuf.transfer.growth import (
@@ -100,6 +101,7 @@ __all__ = [
     "Segments",
     "Terms",
     "Transfer",
+    "Verbs",
     "audit",
     "complete",
     "device_of",

@@ -68,85 +68,11 @@ def open(  # noqa: A001 - the verb of the trade, used as dmabuf.open
     return File(path, mode, force=force, engine=engine)
 
 
-class BaseFile(Uncopyable, Generic[Result]):
-    """What `dmabuf.File` and `dmabuf.aio.File` have in common: the arguments of transfers.
+class Verbs(Generic[Result]):
+    """The transfers between a file, here or on another node, and a Buffer: their arguments.
 
     `Result` is what a transfer returns: its record, or a coroutine of it.
     """
-
-    _shown: str
-
-    def __init__(
-        self,
-        path: str | bytes | os.PathLike[str] | int,
-        mode: Mode = "r",
-        *,
-        force: bool = False,
-        engine: Engine | None = None,
-    ) -> None:
-        target = Target(path, mode, force, engine or default_engine(), travels=engine is None)
-        self.links = Links(target)
-        """What is known about moving bytes between it and each buffer, for the other rooms."""
-        self.mode: str = mode
-        """The mode it was opened with: "r", "w", "r+" or "x"."""
-        self.name = path if isinstance(path, int) else target.path
-        """The path, or the descriptor that was handed in."""
-        if "multiprocessing" in sys.modules:
-            enable_sending()
-
-    @property
-    def target(self) -> Target:
-        """The open file behind it, for the other rooms of the package."""
-        return self.links.current()
-
-    def readable(self) -> bool:
-        """Return whether bytes can be read from it into a buffer."""
-        return self.target.readable
-
-    def writable(self) -> bool:
-        """Return whether bytes can be written to it from a buffer."""
-        return self.target.writable
-
-    def fileno(self) -> int:
-        """Return the descriptor without O_DIRECT. It stays the File's."""
-        self.target.check_open()
-        return self.links.plain()
-
-    @property
-    def kind(self) -> str:
-        """One of "file", "block device", "NVMe character device", "character device", "pipe",
-        "socket"."""
-        return self.target.kind
-
-    @property
-    def size(self) -> int | None:
-        """Where the file or device ends now, in bytes; None for a stream.
-
-        Files of /proc and cgroups report 0, but can be read.
-        """
-        self.target.check_open()
-        return None if self.target.stream else self.target.size()
-
-    @property
-    def closed(self) -> bool:
-        """Whether it was closed."""
-        return self.links.target.closed
-
-    def __repr__(self) -> str:
-        state = "closed" if self.closed else f"mode={self.mode!r}"
-        return f"<{self._shown} {self.links.target.path!r} {state}>"
-
-    if not TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> object:
-            why = "; use read_into() and write_from() with a Buffer" if name in _OF_FILES else ""
-            raise AttributeError(f"a File has no {name!r}{why}", name=name, obj=self)
-
-    def __del__(self) -> None:
-        if "links" in self.__dict__ and self.links.target.fd >= 0:
-            self.links.close()
-
-    # -- transfers
 
     def read_into(
         self,
@@ -355,6 +281,85 @@ class BaseFile(Uncopyable, Generic[Result]):
         progress: Progress | None,
     ) -> Result:
         raise NotImplementedError
+
+
+class BaseFile(Uncopyable, Verbs[Result]):
+    """What `dmabuf.File` and `dmabuf.aio.File` have in common: the arguments of transfers.
+
+    `Result` is what a transfer returns: its record, or a coroutine of it.
+    """
+
+    _shown: str
+
+    def __init__(
+        self,
+        path: str | bytes | os.PathLike[str] | int,
+        mode: Mode = "r",
+        *,
+        force: bool = False,
+        engine: Engine | None = None,
+    ) -> None:
+        target = Target(path, mode, force, engine or default_engine(), travels=engine is None)
+        self.links = Links(target)
+        """What is known about moving bytes between it and each buffer, for the other rooms."""
+        self.mode: str = mode
+        """The mode it was opened with: "r", "w", "r+" or "x"."""
+        self.name = path if isinstance(path, int) else target.path
+        """The path, or the descriptor that was handed in."""
+        if "multiprocessing" in sys.modules:
+            enable_sending()
+
+    @property
+    def target(self) -> Target:
+        """The open file behind it, for the other rooms of the package."""
+        return self.links.current()
+
+    def readable(self) -> bool:
+        """Return whether bytes can be read from it into a buffer."""
+        return self.target.readable
+
+    def writable(self) -> bool:
+        """Return whether bytes can be written to it from a buffer."""
+        return self.target.writable
+
+    def fileno(self) -> int:
+        """Return the descriptor without O_DIRECT. It stays the File's."""
+        self.target.check_open()
+        return self.links.plain()
+
+    @property
+    def kind(self) -> str:
+        """One of "file", "block device", "NVMe character device", "character device", "pipe",
+        "socket"."""
+        return self.target.kind
+
+    @property
+    def size(self) -> int | None:
+        """Where the file or device ends now, in bytes; None for a stream.
+
+        Files of /proc and cgroups report 0, but can be read.
+        """
+        self.target.check_open()
+        return None if self.target.stream else self.target.size()
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self.links.target.closed
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"mode={self.mode!r}"
+        return f"<{self._shown} {self.links.target.path!r} {state}>"
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> object:
+            why = "; use read_into() and write_from() with a Buffer" if name in _OF_FILES else ""
+            raise AttributeError(f"a File has no {name!r}{why}", name=name, obj=self)
+
+    def __del__(self) -> None:
+        if "links" in self.__dict__ and self.links.target.fd >= 0:
+            self.links.close()
 
     def plan(
         self,
