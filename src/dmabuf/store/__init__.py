@@ -23,9 +23,10 @@ from dmabuf.store.client import Store, check_name, connect
 from dmabuf.store.metrics import serving_metrics
 from dmabuf.store.place import default_path, listening, notify_systemd
 from dmabuf.store.protocol import Status, Usage
-from dmabuf.store.server import Server, default_limit, started
+from dmabuf.store.server import Lent, Server, default_limit, started
 
 __all__ = [
+    "Lent",
     "Server",
     "Status",
     "Store",

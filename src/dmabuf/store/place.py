@@ -74,19 +74,22 @@ def check_path(path: str) -> None:
 
 @contextmanager
 def listening(
-    path: str, group: str | None = None, taken: socket.socket | None = None
+    path: str,
+    group: str | None = None,
+    taken: socket.socket | None = None,
+    *,
+    kind: socket.SocketKind = socket.SOCK_SEQPACKET,
 ) -> Iterator[socket.socket]:
     """Give a socket that listens at a path; at the end remove it, unless the user has closed it.
 
     The socket has mode 0600; with ``group``, mode 0660 and that group. ``taken`` is one that
-    listens there already. A socket that a killed server left behind is replaced. While this call
-    looks, it holds a lock on ``path`` + ".lock".
+    listens there already, ``kind`` the kind of the socket. A socket that a killed server left
+    behind is replaced. While this call looks, it holds a lock on ``path`` + ".lock".
 
     Raises OSError: EADDRINUSE if a server listens there, EEXIST for a file that is not a socket,
     EPERM if the lock is not a private file of this user; LookupError for an unknown group.
     """
     check_path(path)
-    kind = socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC
     listener = taken or socket.socket(socket.AF_UNIX, kind)
     try:
         if taken is not None:
@@ -94,7 +97,7 @@ def listening(
             ours = os.stat(path)
         else:
             with _locked(f"{path}.lock"):
-                _remove_stale(path)
+                _remove_stale(path, kind)
                 try:
                     listener.bind(path)
                 except OSError as error:
@@ -215,14 +218,14 @@ def _is_at(fd: int, path: str) -> bool:
         return False
 
 
-def _remove_stale(path: str) -> None:
+def _remove_stale(path: str, kind: socket.SocketKind) -> None:
     try:
         status = os.lstat(path)
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(status.st_mode):
         raise OSError(errno.EEXIST, "the file is not a socket; nothing was changed", path)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+    with socket.socket(socket.AF_UNIX, kind) as probe:
         probe.setblocking(False)
         try:
             probe.connect(path)

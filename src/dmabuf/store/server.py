@@ -20,10 +20,11 @@ import termios
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
+from typing import NamedTuple
 
 from dmabuf.kernel import proc
 from dmabuf.store import place, protocol
@@ -32,7 +33,7 @@ from dmabuf.store.names import READ, WRITE, Entry, Names, Peer
 from dmabuf.store.protocol import Refusal, Usage
 from dmabuf.store.restart import Item, Shelf, Takeover, hand_over, take_over
 
-__all__ = ["Server", "default_limit", "started"]
+__all__ = ["Lent", "Server", "default_limit", "started"]
 
 log = logging.getLogger("dmabuf.store")
 
@@ -45,6 +46,7 @@ _MEMORY_THREADS = 4
 _RETRY_SECONDS = 1.0
 _LOOKS = 4
 """How often an idle time is checked within it."""
+_SLICE = 0.1
 _SO_PEERGROUPS = 59
 _GROUPS_BYTES = 1024  # the most that Python reads of a socket option: 256 groups
 
@@ -107,6 +109,15 @@ class _Client:
             while self.connection.recv(1):
                 pass
         self.connection.close()
+
+
+class Lent(NamedTuple):
+    """A name's memory, for another thread of the server's process."""
+
+    fd: int
+    """A copy of the memory file's descriptor, the caller's to close; -1 if there are dma-bufs."""
+    length: int
+    """Bytes of content."""
 
 
 class Server:
@@ -198,6 +209,32 @@ class Server:
         """Make :meth:`run` return soon; from any thread, and from a signal handler."""
         self._stopping.set()
         self._wake_up()
+
+    def lend(self, names: Sequence[str]) -> list[Lent | OSError]:
+        """Return each name's memory, or why there is none; from any thread but that of :meth:`run`.
+
+        It lends what this process's user may read. Raises OSError(ESHUTDOWN) if the server ends.
+        """
+        lent: Future[list[Lent | OSError]] = Future()
+        self._calls.append(lambda: lent.set_result([self._lend(name) for name in names]))
+        self._wake_up()
+        while True:
+            with suppress(TimeoutError):
+                return lent.result(timeout=_SLICE)
+            if self._stopping.is_set() and not self._calls:
+                raise OSError(errno.ESHUTDOWN, "the store ends")
+
+    def _lend(self, name: str) -> Lent | OSError:
+        try:
+            entry = self._names.open(name, Peer(os.geteuid(), os.getegid()), "r")
+            assert entry.memory is not None
+            memory = entry.memory
+            shared = memory.slabs or memory.memfd is None
+            return Lent(-1 if shared else os.dup(memory.memfd or 0), entry.length)
+        except Refusal as refusal:
+            return OSError(refusal.errno, refusal.text, name)
+        except OSError as error:
+            return OSError(error.errno, f"lend: {error.strerror}", name)
 
     def _wake_up(self) -> None:
         with suppress(OSError):  # the pipe is full, or the loop has ended
