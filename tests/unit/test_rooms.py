@@ -33,11 +33,12 @@ FLOORS = {
     "remote": 5,
     "cli": 6,
 }
-PUBLIC = {"store", "safetensors", "devices", "aio", "integrations"}
+PUBLIC = {"store", "safetensors", "devices", "aio", "integrations", "remote"}
 """Rooms that users import by name. Above floor 4 they may be used beside each other."""
 BESIDE = {
     ("mount", "store"), ("aio", "copying"), ("inspect", "devices"), ("inspect", "store"),
     ("safetensors", "devices"), ("safetensors", "store"), ("integrations", "store"),
+    ("remote", "store"),
 }  # fmt: skip
 """Rooms that use another room of their own floor, never the other way round."""
 

@@ -6,16 +6,20 @@ import errno
 import os
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from dmabuf.cli import output
-from dmabuf.cli.ends import End, advance, find_source, find_target, move_bytes
+from dmabuf.cli.ends import End, advance, move_bytes, naming, opened
 from dmabuf.cli.parser import Command, Parser
 from dmabuf.copying import Copy, CopySide, copy, same_file
 from dmabuf.errors import IntegrityError, RouteUnavailable
 from dmabuf.memory import Buffer, allocate
 from dmabuf.transfer import ALLOWED, File, Route, first_difference
+
+if TYPE_CHECKING:
+    from dmabuf.remote import RemoteFile
 
 _BLOCK = 8 << 20  # bytes that --verify compares at once
 
@@ -89,8 +93,11 @@ def _arguments(parser: Parser) -> None:
 
 
 def _run(args: Namespace) -> None:
-    source = find_source(args.source)
-    target = find_target(args.target, args.source)
+    with opened(args.source, args.target, sync=args.sync) as (source, target):
+        _copy(args, source, target)
+
+
+def _copy(args: Namespace, source: End, target: End) -> None:
     if source.status and target.status and same_file(source.status, target.status):
         text = f"and {source.name} are the same file: nothing was copied"
         raise OSError(errno.EINVAL, text, target.name)
@@ -100,12 +107,14 @@ def _run(args: Namespace) -> None:
             raise OSError(errno.ESPIPE, text, end.name)
     if args.preserve and not target.replaced:
         raise OSError(errno.EINVAL, "--preserve needs a regular file as target", target.name)
+    if args.preserve and source.status is None:
+        raise OSError(errno.EINVAL, "--preserve needs a source on this machine", source.name)
 
     with output.Progress(args.progress) as progress:
 
-        def move(place: str | int) -> tuple[Copy, Verified | None]:
+        def move(place: str | int | RemoteFile) -> tuple[Copy, Verified | None]:
             record = copy(
-                source.what,
+                source.remote or source.what,
                 place,
                 size=args.size,
                 src_offset=source.offset,
@@ -131,9 +140,14 @@ def _run(args: Namespace) -> None:
             )
 
         like = source.status if args.preserve else None
-        (record, verified), in_place = move_bytes(
-            source, target, move, force=args.force, sync=args.sync, like=like
-        )
+        if target.replacing is not None:
+            with naming(source, target, target.name), target.replacing() as file:
+                record, verified = move(file)
+            in_place = None
+        else:
+            (record, verified), in_place = move_bytes(
+                source, target, move, force=args.force, sync=args.sync, like=like
+            )
     advance(source, target, record.nbytes)
     if args.json:
         told = Copied(
@@ -155,7 +169,8 @@ def _run(args: Namespace) -> None:
 
 CP = Command(
     """\
-Copy SRC to DST: files, block devices, pipes, or - for standard input and output.
+Copy SRC to DST: files, block devices, pipes, or - for standard input and output. A file of another
+node is dmabuf://HOST:PORT/PATH.
 
 A regular file appears whole under its name, or not at all. If DST is a directory, the copy is a
 file of the same name in it. Everything else is written in place. The route of the bytes, and the
@@ -168,6 +183,7 @@ reason for it, is printed.""",
   dmabuf cp --size 1GiB /dev/zero test.img
   curl -s $URL | dmabuf cp --sync - weights.bin
   dmabuf cp --json a b | jq .read.route
+  dmabuf cp --verify dmabuf://10.0.0.5:7777/model.safetensors .
   dmabuf cp -- -name ./-other""",
 )
 
@@ -200,7 +216,7 @@ def _way(side: CopySide) -> str:
 def _verify(
     source: End,
     target: End,
-    place: str | int,
+    place: str | int | RemoteFile,
     nbytes: int,
     exporter: str,
     progress: Callable[[int], object],
@@ -212,12 +228,15 @@ def _verify(
     size = min(_BLOCK, max(nbytes, 1))
     refusal, done = None, 0
     with (
-        File(source.what, "r") as one,
-        File(place, "r") as other,
+        _open(source.remote or source.what) as one,
+        _open(place) as other,
         allocate(size, exporter=exporter) as expected,
         allocate(size, exporter=exporter) as found,
     ):
-        os.fdatasync(other.fileno())
+        if isinstance(other, File):
+            os.fdatasync(other.fileno())
+        else:
+            other.flush()
         while done < nbytes:
             part, at = min(size, nbytes - done), target.offset + done
             one.read_into(expected, part, file_offset=source.offset + done)
@@ -230,11 +249,20 @@ def _verify(
     return Verified(nbytes, refusal is None, reason, time.perf_counter() - begun)
 
 
-def _read_back(target: File, buffer: Buffer, size: int, offset: int) -> tuple[int, str | None]:
+def _open(what: str | int | RemoteFile) -> AbstractContextManager[File | RemoteFile]:
+    """Open an end to read it; a file of another node is open already."""
+    return File(what, "r") if isinstance(what, str | int) else nullcontext(what)
+
+
+def _read_back(
+    target: File | RemoteFile, buffer: Buffer, size: int, offset: int
+) -> tuple[int, str | None]:
     """Read a part of the target; return its size, and why it was not read past the page cache."""
     try:
         record = target.read_into(buffer, size, file_offset=offset, require="uncached")
-    except RouteUnavailable:
+    except RouteUnavailable as error:
+        if not isinstance(target, File):
+            return target.read_into(buffer, size, file_offset=offset).nbytes, error.reason
         rejected = target.plan(buffer, "read", size=size, file_offset=offset).rejected
         why = rejected.get(Route.STAGED) or rejected.get(Route.DIRECT) or "there is no such route"
         # Clean pages are dropped; tmpfs has nothing but the cache.

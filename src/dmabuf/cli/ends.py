@@ -8,12 +8,15 @@ import os
 import stat
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TextIO, TypeVar
+from typing import TYPE_CHECKING, TextIO, TypeVar
 
 from dmabuf.cli import output
 from dmabuf.copying import Replacement
+
+if TYPE_CHECKING:
+    from dmabuf.remote import RemoteFile
 
 _Made = TypeVar("_Made")
 
@@ -28,6 +31,10 @@ class End:
     status: os.stat_result | None = None
     """None if it does not exist yet."""
     offset: int = 0
+    remote: RemoteFile | None = None
+    """A SRC on another node, open."""
+    replacing: Callable[[], AbstractContextManager[RemoteFile]] | None = None
+    """Makes the new file of a DST on another node, which gets its name at the end."""
 
     @property
     def rereadable(self) -> bool:
@@ -39,12 +46,35 @@ class End:
     def replaced(self) -> bool:
         """Whether it is a regular file by its path, which a command replaces as a whole."""
         regular = self.status is None or stat.S_ISREG(self.status.st_mode)
-        return regular and isinstance(self.what, str)
+        return regular and isinstance(self.what, str) and self.replacing is None
 
     @property
     def report_stream(self) -> TextIO:
         """Where the result goes: standard error if standard output has the bytes."""
         return sys.stderr if self.what == 1 else sys.stdout
+
+
+@contextmanager
+def opened(source: str, target: str, *, sync: bool) -> Iterator[tuple[End, End]]:
+    """Give SRC and DST. The connections to other nodes, for dmabuf:// URLs, close at the end."""
+    with ExitStack() as stack:
+        yield (
+            _on_a_node(source, stack, None) or find_source(source),
+            (_on_a_node(target, stack, sync) or find_target(target, source)),
+        )
+
+
+def _on_a_node(name: str, stack: ExitStack, sync: bool | None) -> End | None:
+    """Return a file of another node; `sync` is None for SRC."""
+    if not name.startswith("dmabuf://"):
+        return None
+    from dmabuf.remote import connect, parse_url
+
+    address, path = parse_url(name)
+    node = stack.enter_context(connect(address))
+    if sync is None:
+        return End(name, name, remote=stack.enter_context(node.open(path)))
+    return End(name, name, replacing=lambda: node.replacing(path, sync=sync))
 
 
 def find_source(name: str) -> End:

@@ -12,12 +12,15 @@ from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from dmabuf import store
 from dmabuf.cli import output
 from dmabuf.cli.parser import Command, Misuse, Parser, number, size
 from dmabuf.sizes import format_size
+
+if TYPE_CHECKING:
+    from dmabuf.remote import Listener
 
 _LEVELS = ("debug", "info", "warning", "error")
 
@@ -63,6 +66,17 @@ def _serve_arguments(parser: Parser) -> None:
     parser.option("--log-format", "FORMAT", "How to log it.", str, "text", choices=("text", "json"))
     text = "Serve metrics for Prometheus there, over HTTP. [HOST: 127.0.0.1]"
     parser.option("--metrics", "[HOST:]PORT", text, _address)
+    text = "Serve other nodes, too: HOST:PORT or unix:PATH."
+    parser.option("--listen", "ADDRESS", text)
+    parser.option("--files", "DIR", "Let other nodes open the files below DIR.")
+    parser.flag("--read-only", "Let other nodes read, and change nothing.")
+    text = "The certificate for --listen, in PEM; beyond this machine TLS is needed."
+    parser.option("--certificate", "FILE", text)
+    parser.option("--key", "FILE", "The private key of that certificate.")
+    text = "The authority that signed the certificates of the other nodes."
+    parser.option("--authority", "FILE", text)
+    text = "Listen without TLS: whoever reaches ADDRESS may do what other nodes may."
+    parser.flag("--trusted-network", text)
 
 
 def _serve(args: Namespace) -> None:
@@ -73,6 +87,7 @@ def _serve(args: Namespace) -> None:
     _, descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)  # a buffer takes two or more
     resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
     with ExitStack() as stack:
+        remote = _listening(args, stack)
         try:
             started = store.started(
                 args.socket, args.group, limit, replace=args.replace, idle=args.idle
@@ -80,27 +95,35 @@ def _serve(args: Namespace) -> None:
             server = stack.enter_context(started)
         except LookupError:
             raise ValueError(f"unknown group {args.group!r}") from None
-        told = f"serving at {server.path}, {format_size(limit)} at most"
-        ready = _in_background(told) if args.background else lambda: output.note(told)
+
+        def tell() -> None:
+            output.note(f"serving at {server.path}, {format_size(limit)} at most")
+            if remote is not None:
+                below = f", files below {args.files}" if args.files is not None else ""
+                output.note(f"listening at {remote.address}{below}")
+
+        ready = _in_background(tell) if args.background else tell
         if args.metrics is not None:
             stack.enter_context(store.serving_metrics(server, *args.metrics))
         stack.enter_context(_stopping(server))
+        if remote is not None:
+            remote.start(server)
         ready()
         store.notify_systemd("READY=1")
         server.run()
 
 
-def _in_background(told: str) -> Callable[[], None]:
+def _in_background(tell: Callable[[], None]) -> Callable[[], None]:
     """Go on as a child in a session of its own, and return what it calls when it serves.
 
-    The parent then writes `told` and ends, with the child's exit status if that has ended.
+    The parent then calls `tell` and ends, with the child's exit status if that has ended.
     """
     reading, writing = os.pipe()
     child = os.fork()
     if child:
         os.close(writing)
         if os.read(reading, 1):
-            output.note(told)
+            tell()
             os._exit(0)
         os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 0xFF)
 
@@ -115,6 +138,30 @@ def _in_background(told: str) -> Callable[[], None]:
 
     os.close(reading)
     return ready
+
+
+def _listening(args: Namespace, stack: ExitStack) -> Listener | None:
+    """Bind the address for other nodes, before anything of another server is taken over."""
+    files = (args.certificate, args.key, args.authority)
+    if any(files) and not all(files):
+        raise Misuse("--certificate, --key and --authority belong together")
+    if args.listen is None:
+        if any(files) or args.files is not None or args.read_only or args.trusted_network:
+            raise Misuse("options for other nodes need --listen ADDRESS")
+        return None
+    if args.idle is not None:
+        raise Misuse("--idle ends a server that no local client uses: leave out it or --listen")
+    from dmabuf import remote
+
+    return stack.enter_context(
+        remote.bound(
+            args.listen,
+            args.files,
+            certificates=remote.Certificates(*files) if all(files) else None,
+            trusted_network=args.trusted_network,
+            read_only=args.read_only,
+        )
+    )
 
 
 @contextmanager
@@ -135,13 +182,19 @@ SERVE = Command(
 Hold named buffers, so that they outlive the programs that fill them, and hand them to others.
 
 The clients are `dmabuf put`, `get`, `ls` and others, and dmabuf.store.connect() in Python.
-SIGTERM and SIGINT end the server with status 0; buffers that clients have open stay theirs.""",
+SIGTERM and SIGINT end the server with status 0; buffers that clients have open stay theirs.
+
+With --listen it serves other nodes, too: the clients are dmabuf.remote.connect() in Python, and
+`dmabuf cp` with dmabuf://HOST:PORT/PATH. They may fetch, publish and remove names as this user, and
+read and write files below --files.""",
     _serve_arguments,
     _serve,
     """\
   dmabuf serve
   dmabuf serve --max-memory 8GiB --socket /run/cameras.sock --group video
-  dmabuf serve --log-level info --log-format json --metrics 9120""",
+  dmabuf serve --log-level info --log-format json --metrics 9120
+  dmabuf serve --listen 127.0.0.1:7777 --files /srv/models --read-only
+  dmabuf serve --listen 10.0.0.5:7777 --certificate node.pem --key node.key --authority ca.pem""",
 )
 
 

@@ -229,12 +229,19 @@ class Server:
             entry = self._names.open(name, Peer(os.geteuid(), os.getegid()), "r")
             assert entry.memory is not None
             memory = entry.memory
+            self._used(entry)
             shared = memory.slabs or memory.memfd is None
             return Lent(-1 if shared else os.dup(memory.memfd or 0), entry.length)
         except Refusal as refusal:
             return OSError(refusal.errno, refusal.text, name)
         except OSError as error:
             return OSError(error.errno, f"lend: {error.strerror}", name)
+
+    def _used(self, entry: Entry) -> None:
+        """Note the use of a cached buffer."""
+        if entry.cached:
+            entry.accessed_ns = time.time_ns()
+            self._keep(entry)
 
     def _wake_up(self) -> None:
         with suppress(OSError):  # the pipe is full, or the loop has ended
@@ -614,9 +621,7 @@ class Server:
             text = f"trusted=True is for its owner (user {entry.uid}) and root; pass trusted=None"
             raise Refusal(errno.EPERM, text, name)
         may_write = entry.allows(client.peer, READ | WRITE)
-        if entry.cached:
-            entry.accessed_ns = time.time_ns()
-            self._keep(entry)
+        self._used(entry)
         with_memfd = is_owner if trusted is None else trusted
         self._grant(client, entry, mode, may_write=may_write, trusted=with_memfd, unnamed=None)
 

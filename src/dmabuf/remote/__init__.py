@@ -1,0 +1,41 @@
+"""Files and named buffers of other nodes, into Buffers and back, over TCP, TLS or Unix sockets.
+
+    >>> import dmabuf.remote
+    >>> with dmabuf.remote.connect("10.0.0.5:7777") as node:
+    ...     with node.open("model.safetensors") as file:
+    ...         file.read_into(buf)
+    ...     node.fetch("kv-7", into=buf)
+
+``dmabuf serve --listen ADDRESS --files DIR`` runs on the other node; docs/guides/remote.md is the
+guide.
+
+What may enter this room: the protocol between nodes, its transport, what is served, and the
+client's view of it. What does not: how a file is read at the node (transfer/, copying/), who holds
+named buffers (store/), the command line (cli/).
+
+``protocol.py`` has the messages and ``channel.py`` the socket of both ends; ``address.py`` says who
+may connect to what. ``client.py``, ``file.py`` and ``session.py`` are the client's end;
+``server.py``, ``serving.py`` and ``folder.py`` the node's.
+"""
+
+from dmabuf.remote.address import Certificates, certificates_from_environment, is_url, parse_url
+from dmabuf.remote.client import Node, connect, open_url
+from dmabuf.remote.file import RemoteFile
+from dmabuf.remote.server import Listener, bound, serving
+from dmabuf.remote.session import RemotePlan, RemoteTransfer
+
+__all__ = [
+    "Certificates",
+    "Listener",
+    "Node",
+    "RemoteFile",
+    "RemotePlan",
+    "RemoteTransfer",
+    "bound",
+    "certificates_from_environment",
+    "connect",
+    "is_url",
+    "open_url",
+    "parse_url",
+    "serving",
+]

@@ -1,0 +1,263 @@
+"""A connection between a node and a client: messages and data over TCP, TLS or a Unix socket.
+
+Bytes are received where they belong: recv(2) into the mapping of a Buffer. Each system call waits
+for at most a tenth of a second, so that signals are handled and a stalled peer is noticed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+import ssl
+import struct
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from typing import Literal
+
+from dmabuf.errors import os_error
+from dmabuf.remote import protocol
+from dmabuf.remote.protocol import Malformed, Message
+from dmabuf.transfer import stopping
+
+Transport = Literal["tcp", "tls", "unix"]
+
+_SLICE = 0.1
+_TIMEVAL = struct.pack("@ll", 0, int(_SLICE * 1e6))
+_ROOM = 1024
+"""Bytes that are received at once with a header; those of data among them are copied."""
+
+
+class Channel:
+    """A connected socket. One thread at a time reads from it, and one writes."""
+
+    def __init__(self, connection: socket.socket, name: str, timeout: float) -> None:
+        """Take over a connected socket; `timeout` is the most seconds without any progress."""
+        self.name = name
+        self.timeout = timeout
+        self._socket = connection
+        self._room = memoryview(bytearray(_ROOM))
+        self._spare = self._room[:0]
+        """Bytes that were received and not yet used."""
+        self._out = bytearray()
+        """Bytes that are sent with the next ones."""
+        self.failed = False
+        """Whether the connection cannot be used any more."""
+        self.received = 0
+        """Bytes that `read_into` has received, also where it raised."""
+        self._tls = isinstance(connection, ssl.SSLSocket)
+        self._unix = connection.family == socket.AF_UNIX
+        if self._tls:
+            connection.settimeout(_SLICE)
+        else:
+            connection.settimeout(None)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL)
+        if not self._unix:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+    @property
+    def transport(self) -> Transport:
+        """What carries the bytes."""
+        return "tls" if self._tls else "unix" if self._unix else "tcp"
+
+    @property
+    def sends_files(self) -> bool:
+        """Whether sendfile(2) can be used."""
+        return not self._tls
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._socket.fileno() < 0
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._socket.close()
+
+    def shut_down(self) -> None:
+        """End the connection; from any thread. The thread that uses it gets ConnectionError."""
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    # -- waiting
+
+    def _patiently(self, call: Callable[[], int], doing: str) -> int:
+        """Call until something has moved; return how many bytes."""
+        begun = time.monotonic()
+        while True:
+            try:
+                moved = call()
+            except (BlockingIOError, TimeoutError):
+                if stopping.check is not None:
+                    stopping.check()
+                if time.monotonic() - begun < self.timeout:
+                    continue
+                text = f"the other end stalled while {doing}: nothing moved in {self.timeout:g} s"
+                raise self._failure(errno.ETIMEDOUT, text) from None
+            except ssl.SSLError as error:
+                text = f"TLS failed while {doing}: {error.reason or error}"
+                raise self._failure(errno.ECONNRESET, text) from None
+            except OSError as error:
+                text = f"the connection failed while {doing}: {error.strerror}"
+                raise self._failure(error.errno or errno.EIO, text) from None
+            if moved:
+                return moved
+            text = f"the other end closed the connection while {doing}"
+            raise self._failure(errno.ECONNRESET, text)
+
+    def _failure(self, number: int, text: str) -> OSError:
+        self.failed = True
+        return os_error(number, text, self.name)
+
+    def await_message(self) -> bool:
+        """Wait without limit; return whether there are bytes to read, not the end."""
+        if self._spare or (isinstance(self._socket, ssl.SSLSocket) and self._socket.pending()):
+            return True
+        try:
+            poll = select.poll()
+            poll.register(self._socket, select.POLLIN)
+            poll.poll()
+            if isinstance(self._socket, ssl.SSLSocket):
+                return True
+            return bool(self._socket.recv(1, socket.MSG_PEEK))
+        except OSError:
+            return False
+
+    def is_readable(self) -> bool:
+        """Return whether there are bytes to read, or the end."""
+        if self._spare or (isinstance(self._socket, ssl.SSLSocket) and self._socket.pending()):
+            return True
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        return bool(poll.poll(0))
+
+    # -- receiving
+
+    def read_into(self, view: memoryview) -> None:
+        """Receive exactly as many bytes as fit into a view."""
+        done = min(len(self._spare), len(view))
+        view[:done] = self._spare[:done]
+        self._spare = self._spare[done:]
+        self.received += done
+        flags = 0 if self._tls else socket.MSG_WAITALL
+        while done < len(view):
+            with view[done:] as rest:
+                receive = partial(self._socket.recv_into, rest, len(rest), flags)
+                got = self._patiently(receive, "sending")
+            done, self.received = done + got, self.received + got
+
+    def _read(self, size: int) -> memoryview:
+        """Return the next bytes, at most `_ROOM`; the next call may overwrite them."""
+        have = len(self._spare)
+        if have < size:
+            self._room[:have] = bytes(self._spare)
+            while have < size:
+                receive = partial(self._socket.recv_into, self._room[have:])
+                have += self._patiently(receive, "sending")
+            self._spare = self._room[:have]
+        found, self._spare = self._spare[:size], self._spare[size:]
+        return found
+
+    def receive(self) -> Message | int:
+        """Return the next message of JSON, or how many bytes of data come next."""
+        text, data = protocol.HEADER.unpack(self._read(protocol.HEADER.size))
+        if bool(text) == bool(data) or text > protocol.MOST_JSON or data > protocol.MOST_DATA:
+            raise Malformed("a message has an invalid header")
+        if data:
+            return int(data)
+        if text <= _ROOM:
+            return protocol.parse(bytes(self._read(text)))
+        raw = bytearray(text)
+        self.read_into(memoryview(raw))
+        return protocol.parse(raw)
+
+    def receive_message(self) -> Message:
+        """Return the next message, which has to be one of JSON."""
+        found = self.receive()
+        if isinstance(found, int):
+            raise Malformed("data came where none was expected")
+        return found
+
+    # -- sending
+
+    def send(self, message: bytes, *, more: bool = False) -> None:
+        """Send a message; with `more`, together with what is sent next."""
+        self._out += message
+        if not more or len(self._out) > 1 << 16:
+            self.flush()
+
+    def flush(self, *, more: bool = False) -> None:
+        """Send what was kept back."""
+        if self._out:
+            out, self._out = bytes(self._out), bytearray()
+            self._send_all(memoryview(out), socket.MSG_MORE if more and not self._tls else 0)
+
+    def _send_all(self, view: memoryview, flags: int = 0) -> None:
+        while view:
+            view = view[self._patiently(partial(self._socket.send, view, flags), "receiving") :]
+
+    def send_data(self, view: memoryview) -> None:
+        """Send bytes of memory as messages of data."""
+        for start in range(0, len(view), protocol.MOST_DATA):
+            with view[start : start + protocol.MOST_DATA] as part:
+                self._out += protocol.HEADER.pack(0, len(part))
+                self.flush(more=True)
+                self._send_all(part)
+
+    def send_file(self, fd: int, offset: int, size: int) -> tuple[int, int]:
+        """Send a range of a file as messages of data, from the page cache.
+
+        Returns how many bytes the file had, and the number of system calls. A file that shrinks
+        meanwhile has fewer; then, and after an error of the file, zeros complete the message.
+        """
+        done = calls = 0
+        while done < size:
+            left = min(size - done, protocol.MOST_DATA)
+            self._out += protocol.HEADER.pack(0, left)
+            self.flush(more=True)
+            while left:
+                once = _Sending(self._socket.fileno(), fd, offset + done, left)
+                sent = self._patiently(once, "receiving")
+                calls += 1
+                if once.ended:
+                    self._send_all(memoryview(bytes(left)))
+                    if once.error is not None:
+                        once.error.nbytes = done  # type: ignore[attr-defined]
+                        raise once.error
+                    return done, calls
+                done, left = done + sent, left - sent
+        return done, calls
+
+    # -- the greeting
+
+    def greet(self) -> bytes:
+        """Send the greeting, and return that of the other end."""
+        self.send(protocol.HELLO)
+        return bytes(self._read(len(protocol.HELLO)))
+
+
+class _Sending:
+    """One call of sendfile(2)."""
+
+    ended = False
+    """Whether the file has no more, or cannot be read."""
+    error: OSError | None = None
+
+    def __init__(self, connection: int, fd: int, offset: int, size: int) -> None:
+        self._how = connection, fd, offset, size
+
+    def __call__(self) -> int:
+        """Send some bytes, and return how many; 1 if the file has ended."""
+        try:
+            sent = os.sendfile(*self._how)
+        except (BlockingIOError, TimeoutError, ConnectionError):
+            raise
+        except OSError as error:
+            sent, self.error = 0, error
+        self.ended = not sent
+        return sent or 1

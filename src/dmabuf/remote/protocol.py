@@ -1,0 +1,271 @@
+"""The messages between a node and its clients; nothing here touches a socket.
+
+Each end first sends `HELLO`. Then everything is messages: a header of two numbers, the bytes of
+JSON and the bytes of data that follow. A message has one of the two::
+
+    {"op": "read", "file": 1, "segments": [[0, 8388608]], ...}     a request
+    8388608 bytes of data                                          as many messages as are needed
+    {"nbytes": 8388608, "side": {...}}                             the reply
+    {"error": {"kind": "OSError", "errno": 2, ...}}                or the reply to what failed
+
+The client sends data only after the reply {"go": true}, and the reply to the data follows. It may
+send requests before it has read the replies; they are carried out one after the other. After a
+reply with an error the connection is in order; after anything else that is unexpected it is closed.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import struct
+from collections.abc import Mapping
+from typing import TypeVar
+
+from dmabuf.copying import CopySide
+from dmabuf.errors import RouteUnavailable, ShortReadError, TransferError
+from dmabuf.sizes import OFFSET_MAX
+from dmabuf.transfer import Route, Terms
+
+VERSION = 1
+HELLO_START = b"dmabuf-remote/"
+HELLO = (HELLO_START + str(VERSION).encode()).ljust(24) + b"\n"
+"""What each end sends first. The version changes with every change that an older end would not
+understand, and then nothing but equal versions work together."""
+
+HEADER = struct.Struct("!II")
+MOST_JSON = 4 << 20
+MOST_DATA = 8 << 20
+MOST_SEGMENTS = 1 << 16
+"""The most segments in one request, and the most names."""
+AUDITED = 4 << 20
+"""The first bytes of a first transfer that are compared."""
+
+Kind = TypeVar("Kind")
+
+
+class Malformed(OSError):
+    """A message that no node or client of this version sends; errno is EPROTO."""
+
+    def __init__(self, what: str) -> None:
+        text = f"the other end sent what this version does not understand: {what}"
+        super().__init__(errno.EPROTO, text)
+
+
+class Message:
+    """A JSON object, whose fields are checked when they are used; raises Malformed."""
+
+    def __init__(self, fields: dict[str, object]) -> None:
+        self._fields = fields
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._fields
+
+    def _get(self, key: str, kind: type[Kind]) -> Kind:
+        value = self._fields.get(key)
+        if type(value) is not kind:
+            raise Malformed(f"a message has no valid {key}")
+        return value
+
+    def text(self, key: str, *allowed: str) -> str:
+        """Return a text, one of those allowed if there are any."""
+        value = self._get(key, str)
+        if allowed and value not in allowed:
+            raise Malformed(f"a message has no valid {key}")
+        return value
+
+    def flag(self, key: str) -> bool:
+        """Return a truth value."""
+        return self._get(key, bool)
+
+    def number(self, key: str) -> int:
+        """Return a size, an offset or another number from 0 to the largest file offset."""
+        return _number(self._get(key, int))
+
+    def maybe(self, key: str) -> int | None:
+        """Return a number, or None where it is null."""
+        return None if self.is_null(key) else self.number(key)
+
+    def seconds(self, key: str) -> float:
+        """Return a time in seconds."""
+        return self._get(key, float)
+
+    def message(self, key: str) -> Message:
+        """Return an object of its own."""
+        return Message(self._get(key, dict))
+
+    def records(self, key: str) -> list[dict[str, object]]:
+        """Return a list of objects, unchecked."""
+        value = self._get(key, list)
+        if not all(type(one) is dict for one in value):
+            raise Malformed(f"a message has no valid {key}")
+        return value
+
+    def texts(self, key: str) -> dict[str, str]:
+        """Return a mapping of text to text."""
+        value = self._get(key, dict)
+        if not all(type(one) is str for one in value.values()):
+            raise Malformed(f"a message has no valid {key}")
+        return value
+
+    def pairs(self, key: str) -> list[tuple[int, int]]:
+        """Return pairs of numbers, such as offset and size."""
+        value = self._get(key, list)
+        if len(value) > MOST_SEGMENTS:
+            raise Malformed(f"a message has more than {MOST_SEGMENTS} {key}")
+        try:
+            return [(_number(one), _number(other)) for one, other in value]
+        except (TypeError, ValueError):
+            raise Malformed(f"a message has no valid {key}") from None
+
+    def named(self, key: str) -> list[tuple[str, int]]:
+        """Return pairs of a name and a number."""
+        value = self._get(key, list)
+        if len(value) > MOST_SEGMENTS:
+            raise Malformed(f"a message has more than {MOST_SEGMENTS} {key}")
+        try:
+            pairs = [(name, _number(size)) for name, size in value]
+        except (TypeError, ValueError):
+            raise Malformed(f"a message has no valid {key}") from None
+        if not all(type(name) is str for name, _ in pairs):
+            raise Malformed(f"a message has no valid {key}")
+        return pairs
+
+    def is_null(self, key: str) -> bool:
+        """Return whether a field is null."""
+        return key in self._fields and self._fields[key] is None
+
+
+def parse(raw: bytes | bytearray) -> Message:
+    """Return the JSON object in a message."""
+    try:
+        found = json.loads(raw)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise Malformed("a message is not a JSON object")
+    return Message(found)
+
+
+def _number(value: object) -> int:
+    if type(value) is not int or not 0 <= value <= OFFSET_MAX:
+        raise Malformed(f"a message has the number {value!r:.40}")
+    return value
+
+
+def pack(**fields: object) -> bytes:
+    """Return a message of JSON with its header."""
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    if len(text) > MOST_JSON:
+        raise ValueError(f"a request of {len(text)} bytes: a message has at most {MOST_JSON}")
+    return HEADER.pack(len(text), 0) + text
+
+
+# -- terms and records
+
+
+def terms_fields(terms: Terms) -> dict[str, object]:
+    """Return what a node gets to know of the caller's terms."""
+    return {
+        "require": terms.require,
+        "route": terms.route,
+        "prefer": terms.prefer,
+        "sync": terms.sync,
+    }
+
+
+def parse_terms(message: Message) -> Terms:
+    """Return the terms for the node's file."""
+    fields = message.message("terms")
+    route = None if fields.is_null("route") else fields.text("route", *Route)
+    require = fields.text("require", "uncached", "any")
+    prefer = fields.text("prefer", "zero-copy", "fastest")
+    sync = fields.flag("sync")
+    if require == "uncached":
+        return Terms("uncached", route, audit="off", sync=sync)
+    return Terms(
+        "any", route, "fastest" if prefer == "fastest" else "zero-copy", audit="off", sync=sync
+    )
+
+
+def side_fields(side: CopySide) -> dict[str, object]:
+    """Return the record of what the node's end did."""
+    return {
+        "nbytes": side.nbytes,
+        "route": side.route,
+        "reason": side.reason,
+        "rejected": dict(side.rejected),
+        "registered": side.registered,
+        "requests": side.requests,
+        "reissues": side.reissues,
+        "copied": side.copied,
+        "seconds": side.seconds,
+    }
+
+
+def parse_side(message: Message) -> CopySide:
+    """Return the record of what the node's end did."""
+    fields = message.message("side")
+    return CopySide(
+        nbytes=fields.number("nbytes"),
+        route=Route(fields.text("route", *Route)),
+        reason=fields.text("reason"),
+        rejected=parse_reasons(fields),
+        routes={Route(fields.text("route")): fields.number("nbytes")},
+        registered=fields.flag("registered"),
+        requests=fields.number("requests"),
+        reissues=fields.number("reissues"),
+        copied=fields.number("copied"),
+        seconds=fields.seconds("seconds"),
+    )
+
+
+def parse_reasons(fields: Message) -> Mapping[Route, str]:
+    """Return the reason against each route."""
+    found = fields.texts("rejected")
+    if not found.keys() <= set(Route):
+        raise Malformed("a message has an unknown route")
+    return {Route(route): why for route, why in found.items()}
+
+
+# -- errors
+
+
+def error_fields(error: BaseException, path: str) -> dict[str, object]:
+    """Return the error of a request as fields of a reply; `path` is the client's name for it."""
+    kind = "ValueError" if isinstance(error, ValueError) else "OSError"
+    for known in (RouteUnavailable, ShortReadError):
+        kind = known.__name__ if isinstance(error, known) else kind
+    number = error.errno if isinstance(error, OSError) else None
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return {
+        "kind": kind,
+        "errno": errno.EIO if number is None or not 0 < number < 4096 else number,
+        "text": text[:1000],
+        "path": path,
+        "nbytes": _count(error, "nbytes") or 0,
+        "file_offset": _count(error, "file_offset"),
+        "index": _count(error, "index"),
+    }
+
+
+def _count(error: BaseException, name: str) -> int | None:
+    value = getattr(error, name, None)
+    return value if type(value) is int and 0 <= value <= OFFSET_MAX else None
+
+
+def parse_error(message: Message, node: str) -> Exception:
+    """Return the exception of a reply, which names the node."""
+    fields = message.message("error")
+    kind, text = fields.text("kind"), fields.text("text")
+    number, nbytes = fields.number("errno"), fields.number("nbytes")
+    path = f"dmabuf://{node}/{fields.text('path')}"
+    if kind == "ValueError":
+        return ValueError(text)
+    if kind == "ShortReadError":
+        return ShortReadError(text, fields.maybe("index"), nbytes)
+    if kind == "RouteUnavailable":
+        return RouteUnavailable(f"on the node: {text}", path)
+    if nbytes or fields.maybe("file_offset") is not None:
+        at = fields.maybe("file_offset")
+        return TransferError(number, text, path, nbytes=nbytes, file_offset=at)
+    return OSError(number, text, path)

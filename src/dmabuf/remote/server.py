@@ -1,0 +1,252 @@
+"""The node's end: a listening socket, and a thread for each client."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+
+from dmabuf.errors import os_error
+from dmabuf.remote.address import Address, Certificates, needs_certificates, parse_address
+from dmabuf.remote.channel import Channel
+from dmabuf.remote.folder import Folder
+from dmabuf.remote.serving import Client, Shared
+from dmabuf.store import Server, listening
+
+log = logging.getLogger("dmabuf.remote")
+
+_BACKLOG = 1024
+_MOST_CLIENTS = 2048
+_HANDSHAKE = 10.0
+"""Seconds for the handshake of TLS."""
+_PARTING = 1.0
+"""Seconds to wait for a client that was refused to read why."""
+_RETRY = 0.2
+"""Seconds until connections are accepted again after there were too many descriptors."""
+
+
+class _Connection(threading.Thread):
+    """A client's socket, and the thread that serves it."""
+
+    def __init__(
+        self, connection: socket.socket, name: str, serve: Callable[[_Connection], object]
+    ) -> None:
+        super().__init__(name=name)
+        self.socket, self._serve = connection, serve
+
+    def run(self) -> None:
+        """Serve the client."""
+        self._serve(self)
+
+    def stop(self) -> None:
+        """End the connection; from any thread."""
+        with suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+
+
+class Listener:
+    """A node that serves clients, made by `serving`."""
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        address: Address,
+        shared: Shared,
+        context: ssl.SSLContext | None,
+        timeout: float,
+    ) -> None:
+        self._listener, self._shared, self._context = listener, shared, context
+        self._timeout = timeout
+        self._lock = threading.Lock()
+        self._connections: set[_Connection] = set()
+        self._ended: list[_Connection] = []
+        self._stopped = threading.Event()
+        self._accepting = threading.Thread(target=self._accept, name="dmabuf node: accept")
+        if address.path is None:
+            address = address._replace(port=listener.getsockname()[1])
+        self.address = str(address)
+        """The address that clients connect to; with port 0, the port that the kernel chose."""
+
+    @property
+    def clients(self) -> int:
+        """The number of connections."""
+        return len(self._connections)
+
+    def start(self, store: Server | None = None) -> None:
+        """Accept connections, and serve the names of a store whose server runs in this process."""
+        self._shared.server = store
+        self._accepting.start()
+
+    def stop(self) -> None:
+        """End all connections, and return when their threads have ended."""
+        self._stopped.set()
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        if self._accepting.ident is not None:
+            self._accepting.join()
+        while self._connections:
+            with self._lock:
+                left = list(self._connections)
+            for one in left:
+                one.stop()
+                one.join()
+        self._join_ended()
+
+    def _join_ended(self) -> None:
+        with self._lock:
+            ended, self._ended = self._ended, []
+        for one in ended:
+            one.join()
+
+    def _accept(self) -> None:
+        while not self._stopped.is_set():
+            try:
+                connection, peer = self._listener.accept()
+            except ConnectionError:
+                continue
+            except OSError as error:
+                if self._stopped.is_set():
+                    return
+                log.error("accept: %s", error.strerror)  # EMFILE and the like: try again later
+                self._stopped.wait(_RETRY)
+                continue
+            self._join_ended()
+            name = f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else "a local client"
+            if len(self._connections) >= _MOST_CLIENTS:
+                log.error("%s: refused: there are %d clients", name, _MOST_CLIENTS)
+                connection.close()
+                continue
+            one = _Connection(connection, name, self._serve)
+            with self._lock:
+                self._connections.add(one)
+            try:
+                one.start()
+            except RuntimeError as error:  # no more threads
+                log.error("%s: refused: %s", name, error)
+                connection.close()
+                self._connections.discard(one)
+
+    def _serve(self, one: _Connection) -> None:
+        try:
+            if self._context is not None:
+                one.socket.settimeout(_HANDSHAKE)
+                one.socket = self._context.wrap_socket(
+                    one.socket, server_side=True, do_handshake_on_connect=False
+                )
+                one.socket.do_handshake()
+            log.info("%s: connected", one.name)
+            Client(Channel(one.socket, one.name, self._timeout), self._shared).serve()
+            log.info("%s: ended", one.name)
+        except OSError as error:
+            log.warning("%s: dropped: %s", one.name, error.strerror or error)
+            _part(one.socket)
+        except Exception:  # a fault here ends one connection, not the node
+            log.exception("%s: a request failed", one.name)
+        finally:
+            one.socket.close()
+            with self._lock:
+                self._connections.discard(one)
+                self._ended.append(one)
+
+
+def _part(connection: socket.socket) -> None:
+    """Close a connection so that its end can still read why: unread bytes here would reset it."""
+    until = time.monotonic() + _PARTING
+    with socket.socket(fileno=connection.detach()) as plain, suppress(OSError):
+        plain.settimeout(_PARTING)
+        plain.shutdown(socket.SHUT_WR)
+        while plain.recv(1 << 16) and time.monotonic() < until:
+            pass
+
+
+@contextmanager
+def serving(
+    address: str,
+    files: str | os.PathLike[str] | None = None,
+    *,
+    store: Server | None = None,
+    certificates: Certificates | None = None,
+    trusted_network: bool = False,
+    read_only: bool = False,
+    timeout: float = 60.0,
+) -> Iterator[Listener]:
+    """Serve files and names to other nodes until the block ends.
+
+    Args:
+        address: where to listen: "HOST:PORT", "[IPV6]:PORT" or "unix:PATH". Port 0 lets the kernel
+            choose. A Unix socket has mode 0600.
+        files: a directory; clients open regular files below it, and nothing else. None for none.
+        store: a server of the store in this process, which must be running; clients fetch and
+            publish names as its user. None for none.
+        certificates: speak TLS, and only with clients whose certificate the authority has signed.
+        trusted_network: listen beyond this machine without certificates: everyone who can reach the
+            address may do what clients may.
+        read_only: let clients write no file, publish and remove no name.
+        timeout: the most seconds to wait for a client in the middle of a request.
+
+    Raises:
+        OSError: EACCES, an address beyond this machine without certificates; EADDRINUSE; those of
+            opening the directory and the certificates.
+        ValueError: an invalid address, or certificates for a Unix socket.
+    """
+    with bound(
+        address,
+        files,
+        certificates=certificates,
+        trusted_network=trusted_network,
+        read_only=read_only,
+        timeout=timeout,
+    ) as listener:
+        listener.start(store)
+        yield listener
+
+
+@contextmanager
+def bound(
+    address: str,
+    files: str | os.PathLike[str] | None = None,
+    *,
+    certificates: Certificates | None = None,
+    trusted_network: bool = False,
+    read_only: bool = False,
+    timeout: float = 60.0,
+) -> Iterator[Listener]:
+    """Give a node whose address is taken, and which accepts connections after `Listener.start`.
+
+    The arguments and errors are those of `serving`.
+    """
+    where = parse_address(address)
+    with ExitStack() as stack:
+        context = None if certificates is None else certificates.context(server=True)
+        folder = None if files is None else Folder(files, read_only=read_only)
+        shared = Shared(folder, read_only=read_only)
+        stack.callback(shared.close)
+        if where.path is not None:
+            if context is not None:
+                raise ValueError(f"{where}: a Unix socket takes no certificates; leave them out")
+            made = stack.enter_context(listening(where.path, kind=socket.SOCK_STREAM))
+        else:
+            family, target = where.resolve(listen=True)
+            if context is None and not trusted_network and needs_certificates(target[0]):
+                text = (
+                    "listen: certificates are needed beyond this machine; give --certificate, "
+                    "--key and --authority"
+                )
+                raise os_error(errno.EACCES, text, str(where))
+            made = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                made.bind(target)
+                made.listen(_BACKLOG)
+            except OSError as error:
+                text = f"listen: {error.strerror}"
+                raise os_error(error.errno or errno.EIO, text, str(where)) from None
+        listener = Listener(made, where, shared, context, timeout)
+        stack.callback(listener.stop)
+        yield listener

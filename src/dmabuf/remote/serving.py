@@ -1,0 +1,627 @@
+"""One client of a node: its requests are carried out one after the other, in a thread."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import logging
+import os
+import threading
+import time
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, replace
+from itertools import islice
+
+from dmabuf.copying import CopySide, Reader, Source
+from dmabuf.errors import ShortReadError, os_error
+from dmabuf.kernel import files
+from dmabuf.memory import Buffer, allocate
+from dmabuf.remote import protocol
+from dmabuf.remote.channel import Channel
+from dmabuf.remote.folder import Folder, Served
+from dmabuf.remote.protocol import Malformed, Message
+from dmabuf.sizes import OFFSET_MAX
+from dmabuf.store import Lent, Server, Store, check_name
+from dmabuf.store import connect as connect_store
+from dmabuf.transfer import File, Plan, Route, Terms
+
+log = logging.getLogger("dmabuf.remote")
+
+_BLOCK = 8 << 20
+_BLOCKS = 3
+_POOLS = 8
+"""Sets of staging blocks that are kept for all clients; further clients get small ones."""
+_SMALL_BLOCK = 256 << 10
+_PIECE = 1 << 20
+"""Bytes of a checksum that are read at once."""
+_MOST_FILES = 1024
+"""Files that a client may have open."""
+_LISTED = 1000
+
+_OPERATIONS = (
+    "open", "close", "commit", "size", "flush", "plan", "read", "write",
+    "fetch", "publish", "remove", "ls",
+)  # fmt: skip
+"""Each is carried out by the method `_do_` and its name."""
+
+_FROM_CACHE = "the kernel sends the page cache's pages: all of the range is there"
+_ZERO_COPY_ANYWAY = "the page cache has all of the range, and its pages are sent without a copy"
+_FROM_MEMORY = "the kernel sends the memory's pages"
+_INSTEAD = {Route.NATIVE: _ZERO_COPY_ANYWAY, Route.DIRECT: _ZERO_COPY_ANYWAY}
+_NO_STORE = "the node has no store"
+
+
+class Pools:
+    """The staging blocks of all clients: pinned memory between a file and a socket."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._free: list[list[Buffer]] = []
+        self._made = 0
+
+    @contextmanager
+    def take(self, total: int) -> Iterator[list[Buffer]]:
+        """Give blocks for a request of so many bytes."""
+        pool: list[Buffer] | None = None
+        with self._lock:
+            large = total > _SMALL_BLOCK and (self._free or self._made < _POOLS)
+            if large and self._free:
+                pool = self._free.pop()
+            elif large:
+                self._made += 1
+        try:
+            if pool is None and large:
+                pool = _allocated(_BLOCK, _BLOCKS)
+        except BaseException:
+            with self._lock:
+                self._made -= 1
+            raise
+        if pool is not None:
+            try:
+                yield pool
+            finally:
+                with self._lock:
+                    self._free.append(pool)
+            return
+        small = _allocated(_SMALL_BLOCK, 2 if total > _SMALL_BLOCK else 1)
+        try:
+            yield small
+        finally:
+            for block in small:
+                block.close()
+
+    def close(self) -> None:
+        """Free the memory."""
+        with self._lock:
+            for block in (block for pool in self._free for block in pool):
+                block.close()
+            self._free.clear()
+
+
+def _allocated(size: int, count: int) -> list[Buffer]:
+    with ExitStack() as stack:
+        made = [
+            stack.enter_context(allocate(size, exporter="memfd", name="dmabuf remote"))
+            for _ in range(count)
+        ]
+        stack.pop_all()
+        return made
+
+
+class Shared:
+    """What all clients of a node have in common."""
+
+    def __init__(self, folder: Folder | None, *, read_only: bool) -> None:
+        self.folder, self.read_only = folder, read_only
+        self.server: Server | None = None
+        self.pools = Pools()
+        self._lock = threading.Lock()
+        self._store: Store | None = None
+
+    @property
+    def store(self) -> Store:
+        """A client of the node's store, for what needs no speed. Raises OSError(EOPNOTSUPP)."""
+        with self._lock:
+            if self.server is None:
+                raise os_error(errno.EOPNOTSUPP, _NO_STORE)
+            if self._store is None or self._store.closed:
+                self._store = connect_store(self.server.path)
+            return self._store
+
+    def close(self) -> None:
+        """Free what it holds."""
+        self.pools.close()
+        if self._store is not None:
+            self._store.close()
+        if self.folder is not None:
+            self.folder.close()
+
+
+class Client:
+    """A client's connection at the node's end."""
+
+    def __init__(self, channel: Channel, shared: Shared) -> None:
+        self._channel, self._shared = channel, shared
+        self._files: dict[int, Served] = {}
+        self._numbers = 0
+
+    def serve(self) -> None:
+        """Carry out requests until the client ends the connection. Raises OSError if it fails."""
+        try:
+            hello = self._channel.greet()
+            if hello != protocol.HELLO:
+                raise Malformed(f"the greeting {hello!r}")
+            while self._channel.await_message():
+                self._carry_out(self._channel.receive_message())
+        finally:
+            for served in self._files.values():
+                served.close()
+
+    def _carry_out(self, request: Message) -> None:
+        op = request.text("op", *_OPERATIONS)
+        path = ""
+        try:
+            if "file" in request:
+                path = self._served(request).path
+            elif "name" in request or "path" in request:
+                path = request.text("name" if "name" in request else "path")
+            reply: dict[str, object] | None = getattr(self, f"_do_{op}")(request)
+        except Malformed:
+            raise
+        except (OSError, ValueError, EOFError) as error:
+            if self._channel.failed:
+                raise
+            log.info("%s: %s %r: %s", self._channel.name, op, path, error)
+            reply = {"error": protocol.error_fields(error, path)}
+        if reply is not None:
+            self._channel.send(protocol.pack(**reply))
+
+    # -- files
+
+    def _served(self, request: Message) -> Served:
+        found = self._files.get(request.number("file"))
+        if found is None:
+            raise Malformed("a message names a file that is not open")
+        return found
+
+    def _do_open(self, request: Message) -> dict[str, object]:
+        path = request.text("path")
+        mode = request.text("mode", "r", "w", "r+", "x", "replace")
+        if self._shared.folder is None:
+            raise os_error(
+                errno.EOPNOTSUPP, "the node serves no files; start it with --files", path
+            )
+        if len(self._files) >= _MOST_FILES:
+            raise os_error(errno.EMFILE, f"at most {_MOST_FILES} files are open at once", path)
+        opened = self._shared.folder.open(path, mode)
+        self._numbers += 1
+        self._files[self._numbers] = opened
+        return {"file": self._numbers}
+
+    def _do_close(self, request: Message) -> dict[str, object]:
+        self._served(request).close()
+        del self._files[request.number("file")]
+        return {}
+
+    def _do_commit(self, request: Message) -> dict[str, object]:
+        self._served(request).commit(sync=request.flag("sync"))
+        del self._files[request.number("file")]
+        return {}
+
+    def _do_size(self, request: Message) -> dict[str, object]:
+        return {"size": self._served(request).file.size or 0}
+
+    def _do_flush(self, request: Message) -> dict[str, object]:
+        self._served(request).file.target.flush()
+        return {}
+
+    def _do_plan(self, request: Message) -> dict[str, object]:
+        file, terms = self._served(request).file, protocol.parse_terms(request)
+        direction = request.text("direction", "read", "write")
+        offset, size = request.number("offset"), request.number("size")
+        if direction == "read":
+            size = min(size, max(0, (file.size or 0) - offset))
+            if self._is_sendable(file, [(offset, size)], terms):
+                return _plan_fields(Plan(Route.BUFFERED, _FROM_CACHE, _INSTEAD))
+        with self._shared.pools.take(size) as pool:
+            part, verb = min(size, pool[0].size), "read" if direction == "read" else "write"
+            plan = file.plan(pool[0], verb, size=part, file_offset=offset, terms=terms)  # type: ignore[arg-type]
+        return _plan_fields(plan)
+
+    # -- reading a file
+
+    def _do_read(self, request: Message) -> dict[str, object]:
+        served, terms = self._served(request), protocol.parse_terms(request)
+        file, begun = served.file, time.perf_counter()
+        wanted, whole = request.pairs("segments"), request.flag("whole")
+        segments = _within(wanted, file.size or 0, whole=whole)
+        if self._is_sendable(file, segments, terms):
+            side = self._send_cached(file, segments, begun)
+        else:
+            side = self._send_read(file, segments, terms)
+        digest = _checksum_of_file(file.fileno(), segments, request.number("checksum"))
+        return _reply(side, digest)
+
+    def _is_sendable(self, file: File, segments: Sequence[tuple[int, int]], terms: Terms) -> bool:
+        """Return whether sendfile(2) is the best way: all bytes are in the page cache."""
+        if not self._channel.sends_files or terms.require != "any":
+            return False
+        if terms.route is not None:
+            return terms.route is Route.BUFFERED
+        return all(
+            file.target.cached_pages(offset, size) == _pages(offset, size)
+            for offset, size in segments
+            if size
+        )
+
+    def _send_cached(
+        self, file: File, segments: Sequence[tuple[int, int]], begun: float
+    ) -> CopySide:
+        fd, done, calls = file.fileno(), 0, 0
+        for offset, size in segments:
+            sent, count = self._channel.send_file(fd, offset, size)
+            done, calls = done + sent, calls + count
+            if sent < size:
+                raise ShortReadError("the file shrank while it was read", None, done)
+        side = _side(done, Route.BUFFERED, _FROM_CACHE, calls, 0, begun)
+        return replace(side, rejected=_INSTEAD)
+
+    def _send_read(self, file: File, segments: Sequence[tuple[int, int]], terms: Terms) -> CopySide:
+        total = sum(size for _, size in segments)
+        if not total:
+            return _side(0, Route.BUFFERED, "there are no such bytes", 0, 0, time.perf_counter())
+        source = _RangesSource(file, segments, terms)
+        with self._shared.pools.take(total) as pool:
+            ahead = total > pool[0].size
+            with Reader(source, pool, total, whole=True, ahead=ahead) as reader:
+                while True:
+                    filled = reader.take()
+                    if filled.size:
+                        with filled.buffer.map("r", 0, filled.size) as view:
+                            self._channel.send_data(view)
+                    if filled.error is not None:
+                        raise filled.error
+                    if filled.last:
+                        break
+                    reader.give_back(filled.buffer)
+        return _by_socket(source)
+
+    # -- writing a file
+
+    def _do_write(self, request: Message) -> dict[str, object] | None:
+        served, terms = self._served(request), protocol.parse_terms(request)
+        segments, file = request.pairs("segments"), served.file
+        _check_apart(segments)
+        total = sum(size for _, size in segments)
+        data = _DataSource(self._channel, total, terms)
+        with self._shared.pools.take(total) as pool:
+            for offset, size in segments[:1]:
+                part = min(size, pool[0].size)
+                file.plan(pool[0], "write", size=part, file_offset=offset, terms=terms)
+            received = self._receive(data, lambda: _write_all(file, segments, terms, data, pool))
+        if not received:
+            return None
+        digest = _checksum_of_file(file.fileno(), segments, request.number("checksum"))
+        return _reply(_by_socket(data), digest)
+
+    def _receive(self, data: _DataSource, work: Callable[[], None]) -> bool:
+        """Have the client send its data, which `work` takes; return whether it took all.
+
+        Otherwise the client has the error as its reply.
+        """
+        self._channel.send(protocol.pack(go=True))
+        try:
+            work()
+        except Malformed:
+            raise
+        except (OSError, ValueError) as error:
+            if self._channel.failed:
+                raise
+            self._channel.send(protocol.pack(error=protocol.error_fields(error, "")))
+            data.drain()
+            return False
+        data.finish()
+        return True
+
+    # -- names of the store
+
+    def _do_fetch(self, request: Message) -> None:
+        names, limit = request.named("names"), request.number("checksum")
+        if self._shared.server is None:
+            raise os_error(errno.EOPNOTSUPP, _NO_STORE)
+        lent = self._shared.server.lend([name for name, _ in names])
+        try:
+            while lent:
+                found = lent.pop(0)
+                name, room = names[-len(lent) - 1]
+                try:
+                    reply = self._send_name(name, room, found, limit)
+                except OSError as error:
+                    if self._channel.failed:
+                        raise
+                    reply = protocol.pack(error=protocol.error_fields(error, name))
+                self._channel.send(reply, more=bool(lent))
+        finally:
+            for found in lent:
+                if not isinstance(found, OSError) and found.fd >= 0:
+                    os.close(found.fd)
+
+    def _send_name(self, name: str, room: int, lent: Lent | OSError, limit: int) -> bytes:
+        """Send the content of a name, and return the reply that ends it."""
+        if isinstance(lent, OSError):
+            raise lent
+        begun = time.perf_counter()
+        if lent.fd < 0 or not self._channel.sends_files:
+            if lent.fd >= 0:
+                os.close(lent.fd)
+            with self._shared.store.open(name, trusted=None) as buffer:
+                size = _fitting(name, min(lent.length, buffer.size), room)
+                with buffer.map("r", 0, size) as view:
+                    self._channel.send_data(view)
+                    digest = _checksum(iter([view[: min(limit, size)]])) if limit else ""
+            side = _side(size, Route.BUFFERED, "the CPU copies into the socket", 1, size, begun)
+            return protocol.pack(**_reply(side, digest))
+        try:
+            size = _fitting(name, lent.length, room)
+            sent, calls = self._channel.send_file(lent.fd, 0, size)
+            digest = _checksum_of_file(lent.fd, [(0, sent)], limit)
+        finally:
+            os.close(lent.fd)
+        side = _side(sent, Route.BUFFERED, _FROM_MEMORY, calls, 0, begun)
+        return protocol.pack(**_reply(side, digest))
+
+    def _do_publish(self, request: Message) -> dict[str, object] | None:
+        name, size = request.text("name"), request.number("size")
+        mode, replaced = request.number("mode") & 0o777, request.flag("replace")
+        if self._shared.read_only:
+            raise os_error(errno.EROFS, "the node serves for reading only", name)
+        store, begun = self._shared.store, time.perf_counter()
+        check_name(name)
+        buffer = store.create(None, size, mode=mode, trusted=True)
+        try:
+            data = _DataSource(self._channel, size, Terms())
+            with buffer.map("rw", 0, size) as view:
+                if not self._receive(data, lambda: data.read_into(view)):
+                    return None
+                limit = min(request.number("checksum"), size)
+                digest = _checksum(iter([view[:limit]])) if limit else ""
+            store.link(buffer, name, replace=replaced, length=size)
+        except BaseException:
+            with suppress(OSError, ValueError):
+                store.discard(buffer)
+            raise
+        buffer.close()
+        side = _side(size, Route.BUFFERED, "the kernel copies into the memory", 1, size, begun)
+        return _reply(side, digest)
+
+    def _do_remove(self, request: Message) -> dict[str, object]:
+        name = request.text("name")
+        if self._shared.read_only:
+            raise os_error(errno.EROFS, "the node serves for reading only", name)
+        self._shared.store.remove(name)
+        return {}
+
+    def _do_ls(self, request: Message) -> dict[str, object]:
+        after = request.text("after")
+        found = (one for one in self._shared.store.list() if one.name > after)
+        return {"names": [asdict(one) for one in islice(found, _LISTED)]}
+
+
+# -- ranges of a file and staging blocks
+
+
+class _Ranges:
+    """Ranges of a file, which are taken one after the other in pieces of any size."""
+
+    def __init__(self, ranges: Sequence[tuple[int, int]]) -> None:
+        self._left = deque(ranges)
+
+    def take(self, size: int, at: int) -> array[int]:
+        """Return the segments between the next bytes of the file and a buffer from `at` on."""
+        taken = array("Q")
+        while size:
+            offset, length = self._left.popleft()
+            part = min(size, length)
+            if part:
+                taken.extend((offset, at, part))
+            if part < length:
+                self._left.appendleft((offset + part, length - part))
+            at, size = at + part, size - part
+        return taken
+
+
+class _RangesSource(Source):
+    """Ranges of a file, one after the other."""
+
+    def __init__(self, file: File, ranges: Sequence[tuple[int, int]], terms: Terms) -> None:
+        super().__init__(str(file.name), terms, None)
+        self._file, self._ranges = file, _Ranges(ranges)
+
+    def read(self, buffer: Buffer, at: int, size: int, *, whole: bool, more: bool) -> int:
+        """Read the next bytes into the buffer, and return how many."""
+        taken = self._ranges.take(size, at)
+        if len(taken) == 3:
+            done = self._file.read_into(
+                buffer, taken[2], file_offset=taken[0], buffer_offset=at, terms=self.terms
+            )
+        else:
+            done = self._file.read_segments(buffer, taken, terms=self.terms)
+        self.tally.add(done)
+        return done.nbytes
+
+    def check_end(self, missing: int) -> None:
+        """Raise ShortReadError: the file had the bytes when the request came."""
+        raise ShortReadError("the file shrank while it was read")
+
+
+class _DataSource(Source):
+    """The data that a client sends after its request."""
+
+    def __init__(self, channel: Channel, size: int, terms: Terms) -> None:
+        super().__init__(channel.name, terms, None)
+        self._channel, self._left = channel, size
+        self._message = 0  # bytes left of the present one
+
+    def read(self, buffer: Buffer, at: int, size: int, *, whole: bool, more: bool) -> int:
+        """Receive the next bytes into the buffer, and return how many."""
+        with buffer.map("w", at, size) as view:
+            self.read_into(view)
+        return size
+
+    def read_into(self, view: memoryview) -> None:
+        """Receive the next bytes, as many as fit into the view."""
+        done = 0
+        while done < len(view):
+            if not self._message:
+                self._next()
+            with view[done : done + self._message] as part:
+                before = self._channel.received
+                try:
+                    self._channel.read_into(part)
+                finally:
+                    self._message -= self._channel.received - before
+                done += len(part)
+
+    def _next(self) -> None:
+        found = self._channel.receive()
+        if not isinstance(found, int):
+            raise Malformed("the client sent less data than it announced")
+        if found > self._left:
+            raise Malformed("the client sent more data than it announced")
+        self._message, self._left = found, self._left - found
+
+    def finish(self) -> None:
+        """Receive the message that ends the data."""
+        if self._message or not self._channel.receive_message().flag("end"):
+            raise Malformed("the client sent more data than it announced")
+
+    def drain(self) -> None:
+        """Receive what the client still sends before it reads that its request failed."""
+        scratch = memoryview(bytearray(_SMALL_BLOCK))
+        while True:
+            while self._message:
+                self.read_into(scratch[: min(self._message, len(scratch))])
+            found = self._channel.receive()
+            if not isinstance(found, int):
+                return
+            self._message = found
+
+
+def _write_all(
+    file: File,
+    ranges: Sequence[tuple[int, int]],
+    terms: Terms,
+    data: _DataSource,
+    pool: list[Buffer],
+) -> None:
+    """Write the data of a client to ranges of a file, receiving ahead."""
+    left, total = _Ranges(ranges), sum(size for _, size in ranges)
+    if not total:
+        return
+    done = 0
+    with Reader(data, pool, total, whole=True, ahead=total > pool[0].size) as reader:
+        while done < total:
+            filled = reader.take()
+            if filled.error is not None:
+                raise filled.error
+            taken = left.take(filled.size, 0)
+            try:
+                if len(taken) == 3:
+                    moved = file.write_from(
+                        filled.buffer, filled.size, file_offset=taken[0], terms=terms
+                    )
+                else:
+                    moved = file.write_segments(filled.buffer, taken, terms=terms)
+            except OSError as error:
+                error.nbytes = done + getattr(error, "nbytes", 0)  # type: ignore[attr-defined]
+                raise
+            data.tally.add(moved)
+            done += filled.size
+            reader.give_back(filled.buffer)
+
+
+def _within(ranges: Sequence[tuple[int, int]], end: int, *, whole: bool) -> list[tuple[int, int]]:
+    """Return ranges cut at the end of the file. Raises ShortReadError if they must be whole."""
+    for index, (offset, size) in enumerate(ranges):
+        if whole and offset + size > end:
+            raise ShortReadError(
+                f"the file of {end} bytes ends before the end of segment {index}", index
+            )
+    return [(offset, min(size, max(0, end - offset))) for offset, size in ranges]
+
+
+def _check_apart(ranges: Sequence[tuple[int, int]]) -> None:
+    """Raise ValueError unless ranges to write are apart, and possible."""
+    end = 0
+    for offset, size in sorted(one for one in ranges if one[1]):
+        if offset < end:
+            raise ValueError(f"two segments write the file at offset {offset}")
+        end = offset + size
+    if end > OFFSET_MAX:
+        raise ValueError("a range leaves the largest file offset")
+
+
+def _pages(offset: int, size: int) -> int:
+    return -(-(offset + size) // files.PAGE) - offset // files.PAGE
+
+
+def _fitting(name: str, size: int, room: int) -> int:
+    if size > room:
+        text = f"its {size} bytes do not fit into the {room} of the buffer; nothing was sent"
+        raise os_error(errno.ENOSPC, text, name)
+    return size
+
+
+# -- replies
+
+
+def _checksum(pieces: Iterator[bytes | memoryview]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _checksum_of_file(fd: int, ranges: Sequence[tuple[int, int]], limit: int) -> str:
+    """Return the checksum of the first bytes of ranges, read by plain pread(2); "" for none."""
+    if not limit:
+        return ""
+    left = _Ranges(ranges)
+    total = min(limit, sum(size for _, size in ranges))
+
+    def pieces() -> Iterator[bytes]:
+        taken = left.take(total, 0)
+        for at in range(0, len(taken), 3):
+            offset, size = taken[at], taken[at + 2]
+            while size:
+                piece = os.pread(fd, min(size, _PIECE), offset)
+                if not piece:
+                    return
+                yield piece
+                offset, size = offset + len(piece), size - len(piece)
+
+    return _checksum(pieces())
+
+
+def _side(
+    nbytes: int, route: Route, reason: str, requests: int, copied: int, begun: float
+) -> CopySide:
+    seconds = time.perf_counter() - begun
+    return CopySide(nbytes, route, reason, requests=requests, copied=copied, seconds=seconds)
+
+
+def _by_socket(source: Source) -> CopySide:
+    """Return the record of a file's end whose bytes the CPU copied to or from a socket, too."""
+    side = source.tally.side() or _side(0, Route.BUFFERED, "no bytes", 0, 0, time.perf_counter())
+    return replace(side, copied=side.copied + side.nbytes)
+
+
+def _reply(side: CopySide, digest: str) -> dict[str, object]:
+    return {"nbytes": side.nbytes, "side": protocol.side_fields(side), "checksum": digest}
+
+
+def _plan_fields(plan: Plan) -> dict[str, object]:
+    return {"route": plan.route, "reason": plan.reason, "rejected": dict(plan.rejected)}
