@@ -135,7 +135,9 @@ $(PEERS)/ready: benchmarks/requirements.txt benchmarks/requirements-kvikio.txt p
 
 # The plug-ins in the libraries that they are for: takes minutes, and downloads 1 GiB.
 integrations: $(OTHERS)/ready
-	$(OTHERS)/bin/python -m pytest tests/integrations
+	$(OTHERS)/bin/python -m pytest tests/integrations $(IN_TORCH)
+
+IN_TORCH := tests/unit/test_checkpoint.py
 
 $(OTHERS)/ready: tests/integrations/requirements.txt pyproject.toml setup.py csrc/core.h $(wildcard csrc/*.c csrc/*.h)
 	tools/install-system-packages gcc libc6-dev liburing-dev python3-dev python3-venv

@@ -1,11 +1,14 @@
 """pandas, Arrow, zarr and datasets on the file systems of fsspec."""
 
+import datasets
+import fsspec
 import numpy as np
+import pandas
+import pyarrow.parquet
 import pytest
+import zarr
 
 from tests import serving
-
-pandas = pytest.importorskip("pandas", reason="needs pandas (make integrations installs it)")
 
 
 @pytest.fixture(params=["dmabuf+file", "dmabuf"])
@@ -41,19 +44,17 @@ def test_pandas(place, form):
 
 
 def test_arrow_reads_some_columns_of_a_parquet_file(place):
-    parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow (make integrations)")
-    import fsspec
-
     url, options = place
     a_table().to_parquet(f"{url}/table.parquet", storage_options=dict(options), row_group_size=1000)
     fs, path = fsspec.url_to_fs(f"{url}/table.parquet", **options)
-    got = parquet.read_table(path, filesystem=fs, columns=["float"], filters=[("number", ">", 0)])
+    got = pyarrow.parquet.read_table(
+        path, filesystem=fs, columns=["float"], filters=[("number", ">", 0)]
+    )
     assert got.column_names == ["float"]
     assert np.array_equal(got["float"].to_numpy(), a_table()["float"].to_numpy())
 
 
 def test_zarr(place):
-    zarr = pytest.importorskip("zarr", reason="needs zarr (make integrations installs it)")
     url, options = place
     values = np.random.default_rng(2).random((1000, 300), np.float32)
     group = zarr.open_group(f"{url}/group.zarr", mode="w", storage_options=options)
@@ -66,7 +67,6 @@ def test_zarr(place):
 
 
 def test_datasets(place, tmp_path_factory):
-    datasets = pytest.importorskip("datasets", reason="needs datasets (make integrations)")
     datasets.disable_progress_bars()
     url, options = place
     table = a_table()

@@ -85,8 +85,13 @@ def find(path):
     """The object with a dotted path; AttributeError or ImportError if there is none."""
     found = importlib.import_module(path[0])
     for index, name in enumerate(path[1:], start=1):
-        if not hasattr(found, name):
-            importlib.import_module(".".join(path[: index + 1]))
+        try:
+            if not hasattr(found, name):
+                importlib.import_module(".".join(path[: index + 1]))
+        except ModuleNotFoundError:
+            if name in found.__all__:  # a plug-in of a library that is not installed
+                return None
+            raise
         found = getattr(found, name)
     return found
 

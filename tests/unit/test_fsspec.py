@@ -285,6 +285,8 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
         file = direct.open(str(path), "wb")
         with pytest.raises(OSError, match="File too large"):
             file.write(bytes(16 << 20))
+        with pytest.raises(OSError, match="File too large"):
+            file.write(b"more")
         file.close()  # as a program does that ignores the error
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)

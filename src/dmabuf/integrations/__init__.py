@@ -1,7 +1,8 @@
 """Plug-ins for other programs: each makes `dmabuf` a part of a library that people already use.
 
 `StoreFileSystem` and `DirectFileSystem` are the protocols ``dmabuf://`` and ``dmabuf+file://`` of
-fsspec, which pandas, zarr and datasets open. docs/guides/integrations.md shows each one.
+fsspec, which pandas, zarr and datasets open. `DmabufReader` and `DmabufWriter` are the storage of
+torch.distributed.checkpoint. docs/guides/integrations.md shows each one.
 
 What may enter this room: what another library's plug-in interface asks for, in terms of the rooms
 below. The libraries themselves are never needed by any other room: a module here is loaded when one
@@ -11,14 +12,17 @@ that mean nothing here.
 
 TYPE_CHECKING = False  # typing's own
 if TYPE_CHECKING:
+    from dmabuf.integrations.checkpoint import DmabufReader, DmabufWriter
     from dmabuf.integrations.direct_files import DirectFileSystem
     from dmabuf.integrations.store_files import StoreFileSystem
 
-__all__ = ["DirectFileSystem", "StoreFileSystem"]
+__all__ = ["DirectFileSystem", "DmabufReader", "DmabufWriter", "StoreFileSystem"]
 
 if not TYPE_CHECKING:
     _MODULES = {
         "DirectFileSystem": "direct_files",
+        "DmabufReader": "checkpoint",
+        "DmabufWriter": "checkpoint",
         "StoreFileSystem": "store_files",
     }
 

@@ -212,6 +212,7 @@ class DirectWriter(WholeFile):
             replacement = Replacement(path, force=False, note=log.info)
             self._replacement = stack.enter_context(replacement)
             self._file = stack.enter_context(File(replacement.temporary, "w"))
+            self._file.target.path = self._file.name = path  # for messages
             self._stack = stack.pop_all()
         self._block_size = block_size
         self._block: Buffer | None = None

@@ -27,6 +27,8 @@ class WholeFile(io.RawIOBase):
         self.autocommit = autocommit
         self._written = 0
         self._discarded = False
+        self.failed: BaseException | None = None
+        """The error that discarded it, if a write did."""
 
     def append(self, data: memoryview) -> None:
         """Take the next bytes."""
@@ -51,13 +53,16 @@ class WholeFile(io.RawIOBase):
         return self._written
 
     def write(self, data: ReadableBuffer, /) -> int:
-        """Write all of ``data``. After an error the file is discarded."""
+        """Write all of ``data``. An error discards the file, and each later write raises it."""
+        if self.failed is not None:
+            raise self.failed
         if self.closed:
             raise ValueError(f"write {self.path}: the file is closed")
         with memoryview(data) as view, view.cast("B") as raw:
             try:
                 self.append(raw)
-            except BaseException:
+            except BaseException as error:
+                self.failed = error
                 self.discard()
                 raise
             self._written += len(raw)
