@@ -126,12 +126,6 @@ def test_no_page_of_the_file_is_left_in_the_page_cache(path: Path, served: Path)
         with path.open("rb") as file:
             assert cached(file.fileno()) == 0
         check(model)
-    with path.open("rb") as file:
-        file.read(64)
-        before = cached(file.fileno())
-        assert before
-        load(path, served)
-        assert cached(file.fileno()) == before, "what others have read stays"
 
 
 def test_the_memory_is_counted_once(path: Path, served: Path) -> None:
@@ -166,6 +160,46 @@ def share(pid: int, name: str) -> int:
         elif counted and line.startswith("Pss:"):
             total += int(line.split()[1]) << 10
     return total
+
+
+CGROUPS = Path("/sys/fs/cgroup/memory") if Path("/sys/fs/cgroup/memory").is_dir() else None
+CGROUPS = CGROUPS or Path("/sys/fs/cgroup")
+
+
+@pytest.mark.skipif(
+    not os.access(CGROUPS / "cgroup.procs", os.W_OK) or not (CGROUPS / "memory.stat").exists(),
+    reason="needs a memory cgroup where this user may make others: run it as root",
+)
+def test_one_cgroup_is_charged(path: Path, socket: Path) -> None:
+    def attach(tell) -> models.Tensors:
+        (group / "cgroup.procs").write_text(str(os.getpid()))
+        model = load(path, socket)
+        check(model)
+        tell(b"attached")
+        return model
+
+    def shared_memory() -> int:
+        lines = (group / "memory.stat").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("shmem "))
+
+    groups = [CGROUPS / f"dmabuf-{os.getpid()}-{number}" for number in range(2)]
+    children = []
+    try:
+        for group in groups:
+            group.mkdir()
+            children.append(Child(attach))
+            assert children[-1].told() == b"attached"
+        group = groups[0]
+        assert shared_memory() >= SIZE
+        group = groups[1]
+        assert shared_memory() < MIB
+    finally:
+        for child in children:
+            child.kill()
+        kill_servers(socket)
+        for group in filter(Path.exists, groups):
+            wait_until(lambda procs=group / "cgroup.procs": not procs.read_text())
+            group.rmdir()
 
 
 # -- read-only
@@ -421,6 +455,20 @@ def test_why_no_store_could_be_started(tmp_path: Path) -> None:
         dmabuf.store.connect(tmp_path / "none" / "s", start=True)
     with pytest.raises(FileNotFoundError, match="no store is running here"):
         dmabuf.store.connect(tmp_path / "s")
+
+
+def test_the_store_of_the_user_is_the_default(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    try:
+        first, second = (models.load(path, framework="np", shared=True) for _ in range(2))
+        assert memory(first) == memory(second) and second.transfers == ()
+        check(second)
+        assert len(servers(tmp_path / "dmabuf.sock")) == 1
+    finally:
+        kill_servers(tmp_path / "dmabuf.sock")
 
 
 # -- arguments

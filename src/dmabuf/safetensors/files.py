@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from dmabuf.errors import os_error
-from dmabuf.kernel import files as kernel_files
 from dmabuf.memory import Buffer
 from dmabuf.safetensors.header import LONGEST, Entry, Malformed, parse, parse_object
 from dmabuf.safetensors.layout import UNIT
@@ -30,7 +29,7 @@ Bytes = bytes | bytearray | memoryview
 Source: TypeAlias = "Path | Sequence[Path] | int | Buffer | Bytes"
 """Where a model is: paths, the descriptor of a file, or the memory that holds one."""
 
-_START = 64  # bytes that are read first: the length of the header, and enough to know other formats
+_START = 64 << 10  # bytes that are read first: most headers fit
 OPEN_AT_ONCE = 16
 """The most files of a model that are open at once."""
 _STEMS = (
@@ -332,10 +331,13 @@ def _read(path: str, fd: int | None) -> tuple[Part, dict[str, str]]:
 def _read_open(
     path: str, fd: int, status: os.stat_result, *, given: bool
 ) -> tuple[Part, dict[str, str]]:
-    """Return what `_read` does, and leave no pages in the page cache that were not there."""
+    """Return what `_read` does, and leave no pages of the header in the page cache.
+
+    Those that were there before go too: processes that read it at the same time cannot tell.
+    """
     if not given:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # the tensors are not read this way
-    was_cached, end = kernel_files.cached_pages(fd, 0, _START), 0
+    end = 0
 
     def read(at: int, size: int) -> bytes:
         nonlocal end
@@ -346,8 +348,7 @@ def _read_open(
     try:
         return _parse(path, status.st_size, read, status, fd if given else None)
     finally:
-        if not was_cached:
-            os.posix_fadvise(fd, 0, round_up(end, UNIT), os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(fd, 0, round_up(end, UNIT), os.POSIX_FADV_DONTNEED)
 
 
 def _parse(
@@ -362,7 +363,9 @@ def _parse(
     start = read(0, min(size, _START))
     length = int.from_bytes(start[:8], "little")
     fits = len(start) >= 8 and length <= min(size - 8, LONGEST)
-    raw = read(8, length) if fits else b""
+    raw = start[8 : 8 + length] if fits else b""
+    if fits and len(raw) < length:
+        raw += read(len(start), length - len(raw))
     try:
         if not fits:
             other = [what for magic, what in _MISFITS if start.startswith(magic)]
