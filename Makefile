@@ -27,6 +27,7 @@ test-stable: $(VENV)/ready
 TRANSFERS := 100000
 soak: $(VENV)/ready
 	$(BIN)/python -m tests.soak --count $(TRANSFERS)
+	$(BIN)/python -m tests.sharing --count 500
 	tools/install-system-packages $$(lab/run --apt-packages)
 	lab/run --timeout 14400 -- python3 -m tests.soak --count $(TRANSFERS)
 

@@ -8,10 +8,11 @@ first process loads the model; the others then call `load` one after the other, 
 processes all at once. Every process reads all bytes and compares their checksum. Then one process
 and the store are killed, the others compare again, and a new process loads the model.
 
+Both are measured with processes that are started, and that are forked from one that has imported.
 Prints the median of the rounds with the lowest and the highest: the first call; the longest of the
 others; the proportional set size (smaps_rollup) of all processes and the store, divided by the
-size of the model; the part of it that is the model's own mappings; what all processes had before
-the load; and the pages of the file that are left in the page cache.
+size of the model; the part of it that is the model's own mappings; what the load has added to what
+the processes had before; and the pages of the file that are left in the page cache.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,57 +36,73 @@ from common import GIB, MIB, FailedError, Spread, cached, drop, machine
 
 from dmabuf.sizes import parse_size
 
-_WORKER = """
-import sys, time, zlib
-from dmabuf import safetensors
-import dmabuf.store, numpy
-from dmabuf.transfer import File
-path, socket = sys.argv[1:]
-print("imported", flush=True)
-for line in sys.stdin:
-    begun = time.perf_counter()
-    if line == "load\\n":
-        model = safetensors.load(path, framework="np", shared=socket)
-        print(time.perf_counter() - begun, len(model.transfers), flush=True)
-    else:
-        total = 0
-        for name in sorted(model):
-            total = zlib.crc32(model.raw(name), total)
-        print(total, flush=True)
-"""
 TENSORS = 256
 
 
-class Worker:
-    """A process that has imported all it needs, and loads when it is told to."""
+def work(path: str, socket: str, orders: Iterable[str], tell: Callable[[str], object]) -> None:
+    """Load the model and compute its checksum, as orders come."""
+    from dmabuf import safetensors
 
-    def __init__(self, path: Path, socket: Path) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", _WORKER, path, socket],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+    tell("imported")
+    for order in orders:
+        begun = time.perf_counter()
+        if order == "load\n":
+            model = safetensors.load(path, framework="np", shared=socket)
+            tell(f"{time.perf_counter() - begun} {len(model.transfers)}")
+        else:
+            total = 0
+            for name in sorted(model):
+                total = zlib.crc32(model.raw(name).data, total)
+            tell(str(total))
+
+
+class Worker:
+    """A process that has imported all it needs, and does what it is told.
+
+    It is started as a program, or forked from this one.
+    """
+
+    def __init__(self, path: Path, socket: Path, forked: bool) -> None:
+        orders, self._orders = os.pipe()
+        replies, reply = os.pipe()
+        if forked:
+            self.pid = os.fork()
+            if self.pid == 0:
+                os.close(self._orders)  # those of other workers stay open: all are killed
+                with os.fdopen(orders) as given:
+                    work(str(path), str(socket), given, lambda text: _write(reply, text))
+                os._exit(0)
+        else:
+            command = [sys.executable, __file__, "work", str(path), str(socket)]
+            self._process = subprocess.Popen(command, stdin=orders, stdout=reply)
+            self.pid = self._process.pid
+        os.close(orders)
+        os.close(reply)
+        self._replies = os.fdopen(replies)
         self.told()
 
     def tell(self, what: str) -> None:
         """Tell it to do something."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(what + "\n")
-        self.process.stdin.flush()
+        _write(self._orders, what)
 
     def told(self) -> str:
         """Return its reply."""
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
+        line = self._replies.readline()
         if not line:
             raise FailedError("a worker has ended")
         return line.strip()
 
     def end(self) -> None:
         """Kill it."""
-        self.process.kill()
-        self.process.wait()
+        os.kill(self.pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self.pid, 0)
+        os.close(self._orders)
+        self._replies.close()
+
+
+def _write(fd: int, text: str) -> None:
+    os.write(fd, f"{text}\n".encode())
 
 
 def write_model(path: Path, size: int) -> int:
@@ -133,12 +151,12 @@ def proportional(pid: int) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def working(path: Path, socket: Path, count: int) -> Iterator[list[Worker]]:
+def working(path: Path, socket: Path, count: int, forked: bool) -> Iterator[list[Worker]]:
     """Give workers that have imported; kill them at the end."""
     workers: list[Worker] = []
     try:
         for _ in range(count):
-            workers.append(Worker(path, socket))
+            workers.append(Worker(path, socket, forked))
         yield workers
     finally:
         for one in workers:
@@ -153,12 +171,12 @@ def compare(workers: list[Worker], expected: int) -> None:
             raise FailedError(f"checksum {got:#x} instead of {expected:#x}")
 
 
-def measure(path: Path, folder: Path, count: int, expected: int) -> dict[str, float]:
+def measure(path: Path, folder: Path, count: int, expected: int, forked: bool) -> dict[str, float]:
     """Return the figures of one round."""
     drop(str(path))
     socket = folder / "store.sock"
-    with working(path, socket, count) as workers:
-        before = sum(proportional(one.process.pid)[0] for one in workers)
+    with working(path, socket, count, forked) as workers:
+        before = sum(proportional(one.pid)[0] for one in workers)
         calls = []
         for one in workers:
             one.tell("load")
@@ -167,8 +185,8 @@ def measure(path: Path, folder: Path, count: int, expected: int) -> dict[str, fl
             raise FailedError(f"not one process has loaded: {calls}")
         server = server_of(socket)
         compare(workers, expected)
-        figures = [proportional(pid) for pid in (server, *(one.process.pid for one in workers))]
-        with working(path, socket, count - 1) as others:
+        figures = [proportional(pid) for pid in (server, *(one.pid for one in workers))]
+        with working(path, socket, count - 1, forked) as others:
             for one in others:
                 one.tell("load")
             together = [float(one.told().split()[0]) for one in others]
@@ -176,7 +194,7 @@ def measure(path: Path, folder: Path, count: int, expected: int) -> dict[str, fl
         workers.pop().end()
         os.kill(server, signal.SIGKILL)
         compare(workers, expected)
-        with working(path, socket, 1) as [one]:
+        with working(path, socket, 1, forked) as [one]:
             one.tell("load")
             if one.told().split()[1] != "1":
                 raise FailedError("the load after the kills has read nothing")
@@ -191,6 +209,7 @@ def measure(path: Path, folder: Path, count: int, expected: int) -> dict[str, fl
         "longest other call, all at once, ms": 1e3 * max(together),
         "total PSS / model": sum(total for total, _ in figures) / size,
         "PSS of the model's mappings / model": sum(own for _, own in figures) / size,
+        "PSS that the load added / model": (sum(total for total, _ in figures) - before) / size,
         "PSS before the load, MiB": before / MIB,
         "pages in the page cache": pages,
     }
@@ -207,23 +226,29 @@ def main() -> None:
     parser.add_argument("--folder", default="/var/tmp")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    rounds: list[dict[str, float]] = []
+    rounds: dict[str, list[dict[str, float]]] = {"started": [], "forked": []}
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         path = Path(name, "model.safetensors")
         expected = write_model(path, options.size)
         for number in range(options.rounds):
-            folder = Path(name, str(number))
-            folder.mkdir()
-            rounds.append(measure(path, folder, options.workers, expected))
-    spreads = {key: Spread.of([one[key] for one in rounds]) for key in rounds[0]}
+            for how, figures in rounds.items():
+                folder = Path(name, f"{how}{number}")
+                folder.mkdir()
+                forked = how == "forked"
+                figures.append(measure(path, folder, options.workers, expected, forked))
     if options.json:
         result: dict[str, Any] = {"machine": machine(), "options": vars(options), "rounds": rounds}
         print(json.dumps(result, indent=2))
         return
     print("\n".join(machine()))
-    for key, spread in spreads.items():
-        print(f"{key:<40}{spread}")
+    for how, figures in rounds.items():
+        print(f"{options.workers} processes, {how}")
+        for key in figures[0]:
+            print(f"  {key:<40}{Spread.of([one[key] for one in figures])}")
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["work"]:
+        work(sys.argv[2], sys.argv[3], sys.stdin, lambda text: print(text, flush=True))
+    else:
+        main()

@@ -24,6 +24,8 @@ from dmabuf.store.protocol import UNCHANGED, Grant, Status, Usage
 __all__ = ["Store", "check_name", "connect"]
 
 _UNPINNED_SECONDS = 10.0
+_STARTS = 5
+"""How often a store is started: one that was started may be killed before it is used."""
 
 
 def connect(
@@ -43,16 +45,17 @@ def connect(
     EACCES if this user may not connect.
     """
     where = place.default_path() if path is None else os.fspath(path)
-    try:
-        return Store(where, again=again, timeout=timeout)
-    except (FileNotFoundError, ConnectionRefusedError):
-        if not start:
-            raise
-    failure = place.start_server(where)
-    try:
-        return Store(where, again=again, timeout=timeout)
-    except (FileNotFoundError, ConnectionRefusedError) as error:
-        raise OSError(error.errno, f"start a store: {failure}", where) from None
+    failure: str | None = None
+    for left in reversed(range(_STARTS + 1)):
+        try:
+            return Store(where, again=again, timeout=timeout)
+        except (FileNotFoundError, ConnectionRefusedError) as error:
+            if not start:
+                raise
+            if not left:
+                raise OSError(error.errno, f"start a store: {failure}", where) from None
+        failure = place.start_server(where)
+    raise AssertionError
 
 
 def check_name(name: str) -> str:
