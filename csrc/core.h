@@ -131,6 +131,15 @@ struct dmb_fit {
 	uint64_t with_edges;	   /* segments with bytes that the CPU must copy */
 };
 
+/*
+ * How a write treats pages of the file that it covers only in part. A write of the first kind loses
+ * its bytes of such a page where one of the second kind writes other bytes of it at the same time.
+ */
+enum dmb_shared {
+	DMB_SHARED_DIRECT = 1, /* it writes whole blocks of the page, past the page cache */
+	DMB_SHARED_CACHED = 2, /* it writes edges through the page cache */
+};
+
 /* Sums and bounds of an array of segments between one file and one buffer. */
 struct dmb_measure {
 	uint64_t file_size; /* the file's present size */
@@ -140,9 +149,10 @@ struct dmb_measure {
 	uint64_t file_start, file_end; /* all 0 if every segment is empty */
 	uint64_t buffer_start, buffer_end;
 	struct dmb_fit native, direct, staged;
-	uint64_t off_block; /* segments whose memory is less aligned than the file's blocks */
-	uint32_t in_use;    /* 1 if a device still uses a dma-buf that the segments touch */
-	uint64_t bad;	    /* index of the segment that caused an error */
+	uint64_t off_block;    /* segments whose memory is less aligned than the file's blocks */
+	uint32_t in_use;       /* 1 if a device still uses a dma-buf that the segments touch */
+	uint32_t shared_pages; /* DMB_SHARED_...: the pages that a write covers only in part */
+	uint64_t bad;	       /* index of the segment that caused an error */
 };
 
 /*

@@ -132,6 +132,15 @@ static bool with_edges(const struct dmb_job *job, const uint64_t *segment)
 	return end > room && room % job->offset_align;
 }
 
+static uint32_t shared_pages(const struct dmb_job *job, const uint64_t *segment)
+{
+	uint64_t ends = segment[0] | (segment[0] + segment[2]);
+
+	if (job->direction == DMB_READ || !(ends & (job->page - 1)))
+		return 0;
+	return ends & (job->offset_align - 1) ? DMB_SHARED_CACHED : DMB_SHARED_DIRECT;
+}
+
 static void fit(struct dmb_job *job, int route, const uint64_t *segment, struct dmb_fit *ret)
 {
 	job->route = route;
@@ -177,6 +186,7 @@ int dmb_job_measure(const struct dmb_job *job, const uint64_t *segments, size_t 
 		if (!segment[2])
 			continue;
 		add_bounds(segment, ret);
+		ret->shared_pages |= shared_pages(job, segment);
 		ret->joined += !before || !continues(segment, before);
 		before = segment;
 		fit(&as, DMB_NATIVE, segment, &ret->native);

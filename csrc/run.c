@@ -49,6 +49,8 @@ bool dmb_is_small(const struct dmb_job *job, uint64_t offset, uint64_t start, ui
 	if ((offset | size) & (job->offset_align - 1) ||
 	    (job->base + start) & (job->memory_align - 1))
 		return false;
+	if (job->direction == DMB_WRITE && (offset | size) & (job->page - 1))
+		return false; /* see enum dmb_shared */
 	if (offset > INT64_MAX - size || !before_end(job, offset + size))
 		return false;
 	return !fence || !job->slabs || dmb_fences_signalled(job, start, start + size);

@@ -38,6 +38,18 @@ _WAIT = (
 
 FAULTS = (
     Fault(
+        "an edge shares a page with its middle, or with another write's",
+        "split.c",
+        "uint64_t align = job->page > job->offset_align ? job->page : job->offset_align;",
+        "uint64_t align = job->offset_align;",
+    ),
+    Fault(
+        "a write does not report which pages it shares",
+        "measure.c",
+        "ret->shared_pages |= shared_pages(job, segment);",
+        "",
+    ),
+    Fault(
         "edges are written while the middle is in flight",
         "batch.c",
         _WAIT,

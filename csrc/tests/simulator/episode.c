@@ -90,6 +90,7 @@ struct flight {
 	int32_t slots[SLOTS];
 	struct dmb_batch *batch;
 	const struct dmb_io *ios;
+	uint32_t shared; /* DMB_SHARED_... */
 	bool stopped, small;
 	uint64_t size; /* the file's size before it: others may cut the file */
 };
@@ -474,12 +475,28 @@ static void run_small(struct flight *flight)
 
 /* -- an event loop */
 
-static void start(struct dmb_ring *ring, struct flight *flight, uint64_t tag)
+/* As the package does it: no write past the cache beside one through it, in one page. */
+static bool its_turn(struct flight *flight, uint32_t others)
+{
+	struct dmb_measure measure;
+
+	if (dmb_job_measure(&flight->job, flight->segments, flight->count, &measure))
+		broken("no measure");
+	flight->shared = flight->job.route == DMB_BUFFERED && measure.shared_pages
+				 ? DMB_SHARED_CACHED
+				 : measure.shared_pages;
+	return !flight->shared || !others ||
+	       (flight->shared | others) != (DMB_SHARED_DIRECT | DMB_SHARED_CACHED);
+}
+
+static void start(struct dmb_ring *ring, struct flight *flight, uint64_t tag, uint32_t others)
 {
 	const uint64_t *segment = flight->segments;
 	int rc;
 
 	make_job(ring, flight);
+	if (!its_turn(flight, others))
+		return;
 	fill(flight);
 	flight->small = !flight->job.nsid && flight->job.base && choose(3) == 2;
 	world.failing = true;
@@ -515,32 +532,43 @@ static void end(struct flight *flight, uint64_t nbytes)
 	check_transfer(flight, &result);
 }
 
+/* Parts of the file and of the memory, which meet anywhere. */
+static void make_parts(struct flight *flights)
+{
+	uint64_t cuts[FLIGHTS + 1] = {0};
+
+	for (uint64_t i = 1; i < FLIGHTS; i++)
+		cuts[i] = near(world.file.size, world.file.passthrough ? VIRTUAL_PAGE : 512);
+	if (world.file.passthrough)
+		for (uint64_t i = 1; i < FLIGHTS; i++)
+			cuts[i] -= cuts[i] % VIRTUAL_PAGE;
+	cuts[FLIGHTS] = world.file.size;
+	sort(cuts, FLIGHTS);
+	for (uint64_t i = 0; i < FLIGHTS; i++)
+		flights[i].part = (struct part){cuts[i], cuts[i + 1], i * MEMORY / FLIGHTS,
+						(i + 1) * MEMORY / FLIGHTS};
+}
+
 static void loop(struct dmb_ring *ring)
 {
-	const uint64_t pages = world.file.size / VIRTUAL_PAGE / FLIGHTS;
 	struct flight flights[FLIGHTS] = {0};
-	uint64_t left = 1 + choose(12), running = 0, count = pages ? FLIGHTS : 1;
+	uint64_t left = 1 + choose(12), running = 0;
 
 	if (dmb_ring_set_eventfd(ring, EVENT_FD))
 		broken("no eventfd");
-	for (uint64_t i = 0; i < count; i++) {
-		struct part *part = &flights[i].part;
-		const uint64_t size = MEMORY / FLIGHTS;
-
-		*part = (struct part){i * pages * VIRTUAL_PAGE, (i + 1) * pages * VIRTUAL_PAGE,
-				      i * size, (i + 1) * size};
-		if (i == count - 1)
-			part->file_end = world.file.size;
-	}
+	make_parts(flights);
 	while (left || running) {
 		struct dmb_done done[FLIGHTS];
 		uint32_t reported = 0, capacity = 1 + (uint32_t)choose(FLIGHTS);
-		uint64_t at = choose(count);
+		uint64_t at = choose(FLIGHTS);
+		uint32_t others = 0;
 		int rc;
 
+		for (int i = 0; i < FLIGHTS; i++)
+			others |= flights[i].batch ? flights[i].shared : 0;
 		if (left && !flights[at].batch) {
 			left--;
-			start(ring, &flights[at], at);
+			start(ring, &flights[at], at, others);
 			running += flights[at].batch != NULL;
 		} else if (flights[at].batch && choose(16) == 15) {
 			happened("stop", at, 0, 0);

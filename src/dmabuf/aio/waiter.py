@@ -24,7 +24,7 @@ from dmabuf.aio.requests import Batch, Call, Readiness, Request
 from dmabuf.errors import ClosedError
 from dmabuf.kernel import fence
 from dmabuf.sizes import Size
-from dmabuf.transfer import Engine, Job, Link, Terms, Transfer, late
+from dmabuf.transfer import TURN_PAUSE, Engine, Job, Link, Terms, Transfer, Turn, late
 
 T = TypeVar("T")
 
@@ -107,6 +107,17 @@ class Loop:
 
     async def run(self, engine: Engine, job: Job) -> Job:
         """Run a job to its end, and return it. What interrupts it is in the job."""
+        if not job.measure.shared_pages:
+            return await self._run(job)
+        turn = Turn(job)
+        try:
+            while not turn.taken():
+                await anyio.sleep(TURN_PAUSE)
+            return await self._run(job)
+        finally:
+            turn.end()
+
+    async def _run(self, job: Job) -> Job:
         request = Batch(self, job)
         try:
             self.engine.start_request(request, job)

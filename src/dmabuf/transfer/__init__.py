@@ -9,6 +9,10 @@ The modules `audit`, `growth` and `stream` belong to the face, too.
 """
 
 from dmabuf.transfer import audit, growth, stream
+from dmabuf.transfer.apart import (
+    TURN_PAUSE,
+    Turn,
+)
 from dmabuf.transfer.audit import (
     device_of,
 )
@@ -78,6 +82,7 @@ __all__ = [
     "BLOCK",
     "BLOCKING",
     "SMALL",
+    "TURN_PAUSE",
     "Audit",
     "Backend",
     "BaseFile",
@@ -101,6 +106,7 @@ __all__ = [
     "Segments",
     "Terms",
     "Transfer",
+    "Turn",
     "Verbs",
     "audit",
     "complete",

@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol, TypeVar
 from dmabuf._core import ffi
 from dmabuf.errors import os_error
 from dmabuf.kernel import fence
+from dmabuf.transfer.apart import TURN_PAUSE, Turn
 from dmabuf.transfer.engine import Engine, Job, this_thread
 
 T = TypeVar("T")
@@ -170,7 +171,17 @@ class Blocking:
 
     async def run(self, engine: Engine, job: Job) -> Job:
         """Run a job to its end."""
-        return engine.run(job)
+        if not job.measure.shared_pages or in_transfer(2):
+            return engine.run(job)
+        turn = Turn(job)
+        try:
+            while not turn.taken():
+                if stopping.check is not None:
+                    stopping.check()
+                time.sleep(TURN_PAUSE)
+            return engine.run(job)
+        finally:
+            turn.end()
 
     async def fences(
         self,
@@ -225,7 +236,7 @@ class Reporting(Blocking):
     async def run(self, engine: Engine, job: Job) -> Job:
         """Run a job to its end."""
         job.report = lambda done: self._progress(min(done, self._total), self._total)
-        return engine.run(job)
+        return await super().run(engine, job)
 
 
 def complete(transfer: Coroutine[Any, Any, T]) -> T:
@@ -241,9 +252,12 @@ def complete(transfer: Coroutine[Any, Any, T]) -> T:
     raise RuntimeError("a transfer with a Blocking waiter suspended")
 
 
-def in_transfer() -> bool:
-    """Return whether this thread runs a transfer: a signal handler or destructor called this."""
-    return this_thread.transfers > 0
+def in_transfer(count: int = 1) -> bool:
+    """Return whether this thread runs `count` transfers, one inside another.
+
+    The inner ones are those of signal handlers and destructors.
+    """
+    return this_thread.transfers >= count
 
 
 def late(path: str) -> OSError:

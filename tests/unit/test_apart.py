@@ -1,0 +1,101 @@
+"""Writes of one file that share a page, one of them through the page cache: they take turns."""
+
+import errno
+import os
+import threading
+
+import anyio
+import pytest
+
+import dmabuf
+from dmabuf import aio
+from dmabuf.kernel import files
+from tests import emulation
+from tests.support import assert_same, pattern
+
+PAGE = os.sysconf("SC_PAGESIZE")
+CUT = 2 * PAGE + 512
+"""Where the first write ends and the second begins: in the middle of a page, at a block."""
+TAIL = 100
+STORM = 100
+
+
+class Both:
+    """Holds the first write up until it has seen the second one complete, or for long enough."""
+
+    def __init__(self):
+        self.left, self.late, self.done = STORM, False, False
+
+    def __call__(self, completion):
+        if completion.offset >= CUT:
+            self.late = self.late or not self.done
+        elif self.left and not self.late:
+            self.left -= 1
+            return -errno.EAGAIN
+        else:
+            self.done = True
+        return completion.result
+
+
+def in_threads(path, buffer, first, second):
+    threads = [
+        threading.Thread(target=write, args=(path, buffer, *place)) for place in (first, second)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def write(path, buffer, offset, size):
+    with dmabuf.open(path, "r+") as file:
+        file.write_from(buffer, size, file_offset=offset, buffer_offset=offset)
+
+
+def in_a_loop(path, buffer, first, second):
+    async def both():
+        async with await aio.open(path, "r+") as file, anyio.create_task_group() as group:
+            for offset, size in (first, second):
+                group.start_soon(one, file, offset, size)
+
+    async def one(file, offset, size):
+        await file.write_from(buffer, size, file_offset=offset, buffer_offset=offset)
+
+    anyio.run(both)
+
+
+def demand_blocks_of_512(path):
+    with path.open("rb") as file:
+        direct = files.open_direct(file.fileno(), "file", False, True)
+    if direct.fd >= 0:
+        os.close(direct.fd)
+    if direct.refusal or direct.alignment.offset > 512:
+        pytest.skip("O_DIRECT takes no 512 bytes here: set TMPDIR to a folder on such a disk")
+
+
+@pytest.mark.parametrize("run", [in_threads, in_a_loop])
+def test_an_edge_waits_for_whole_blocks_of_its_page(tmp_path, run):
+    path, data = tmp_path / "file", pattern(CUT + TAIL, 1)
+    path.write_bytes(bytes(CUT + TAIL))
+    demand_blocks_of_512(path)
+    both = Both()
+    with dmabuf.allocate(4 * PAGE, exporter="memfd") as buffer:
+        buffer.pwrite(data, 0)
+        with emulation.Filter(both):
+            run(path, buffer, (0, CUT), (CUT, TAIL))
+    assert both.done
+    assert not both.late
+    assert_same(path.read_bytes(), data, "both writes")
+
+
+def test_the_turns_are_given_back(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(bytes(4 * PAGE))
+    with dmabuf.allocate(4 * PAGE, exporter="memfd") as buffer, dmabuf.open(path, "r+") as file:
+        for size in (CUT, TAIL, CUT):
+            with (
+                emulation.Filter(lambda completion: -errno.EREMOTEIO),
+                pytest.raises(dmabuf.TransferError),
+            ):
+                file.write_from(buffer, size)
+            file.write_from(buffer, size)
