@@ -18,6 +18,7 @@ from dmabuf.copying.many import (
     AnyFileRange,
     FileRange,
     Outcome,
+    in_threads,
     read_files,
     write_files,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "check_block_size",
     "copy",
     "file_source",
+    "in_threads",
     "next_size",
     "read_files",
     "same_file",

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from queue import Empty, SimpleQueue
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from dmabuf._core import lib
 from dmabuf.copying.pipeline import Meter
@@ -33,6 +33,8 @@ from dmabuf.transfer import (
     in_transfer,
     stopping,
 )
+
+T = TypeVar("T")
 
 DEPTH = 32
 """Files that are open at once, unless the caller asks for another number."""
@@ -104,6 +106,7 @@ def read_files(
     terms, ranges = terms or Terms(), _check_ranges(files, buffer)
     with _first_link(ranges, buffer, terms) as link:
 
+        @_naming_file
         def read(one: Range) -> Transfer:
             begun = time.perf_counter()
             path, offset, size, start = one
@@ -117,7 +120,8 @@ def read_files(
                     buffer, size, file_offset=offset, buffer_offset=start, terms=terms
                 )
 
-        return _in_threads(read, ranges, buffer, queue_depth, progress)
+        total = sum(one.size for one in ranges)
+        return in_threads(read, ranges, total, buffer, queue_depth, progress)
 
 
 def write_files(
@@ -160,6 +164,7 @@ def write_files(
     terms, ranges = terms or Terms(), _check_ranges(files, buffer)
     _check_paths_differ(ranges)
 
+    @_naming_file
     def write(one: Range) -> Transfer:
         path, offset, size, start = one
         with _replacement(path) as place:
@@ -173,7 +178,21 @@ def write_files(
             place.commit(None, sync=terms.sync)
             return transfer
 
-    return _in_threads(write, ranges, buffer, queue_depth, progress)
+    total = sum(one.size for one in ranges)
+    return in_threads(write, ranges, total, buffer, queue_depth, progress)
+
+
+def _naming_file(move: Callable[[Range], Transfer]) -> Callable[[Range], Transfer]:
+    """Return a function whose errors have the file's path."""
+
+    def named(one: Range) -> Transfer:
+        try:
+            return move(one)
+        except OSError as error:
+            error.filename = one.path
+            raise
+
+    return named
 
 
 def _check_ranges(files: Iterable[AnyFileRange], buffer: Buffer) -> list[Range]:
@@ -266,24 +285,33 @@ class _Stopped(BaseException):
     """Raised in a thread that waits for a device, because the call ends."""
 
 
-def _in_threads(
-    move: Callable[[Range], Transfer],
-    ranges: Sequence[Range],
+def in_threads(
+    move: Callable[[T], Transfer],
+    items: Sequence[T],
+    total: int,
     buffer: Buffer,
     queue_depth: int,
     progress: Progress | None,
 ) -> list[Outcome]:
-    """Move every range, `queue_depth` at once, and return what became of each.
+    """Move every item, `queue_depth` at once, and return what became of each.
 
-    After an exception other than an OSError, in this thread or another, no thread begins a file.
+    After an exception other than an OSError, in this thread or another, no thread begins an item.
     It is raised when all threads have ended.
+
+    Args:
+        move: moves an item; called in any thread.
+        items: what to move, in order.
+        total: the sum of their bytes.
+        buffer: kept open meanwhile.
+        queue_depth: threads, from 1 to 256.
+        progress: called in this thread with the bytes of the items that are done, and their sum.
     """
     if not 1 <= queue_depth <= _MOST:
         raise ValueError(f"invalid queue_depth={queue_depth}: use a number from 1 to {_MOST}")
-    outcomes: list[Outcome | None] = [None] * len(ranges)
-    left = iter(enumerate(ranges))
+    outcomes: list[Outcome | None] = [None] * len(items)
+    left = iter(enumerate(items))
     raised: list[BaseException] = []
-    meter = Meter(progress, sum(one.size for one in ranges))
+    meter = Meter(progress, total)
 
     lock, done = threading.Lock(), 0
 
@@ -306,7 +334,6 @@ def _in_threads(
                     with lock:
                         done += moved.nbytes
                 except OSError as error:
-                    error.filename = one.path
                     outcomes[index] = error
         except BaseException as error:
             raised.append(error)
@@ -318,8 +345,8 @@ def _in_threads(
     buffer.hold()
     try:
         # Inside another transfer, whose locks this thread may hold, no other thread can help.
-        if queue_depth > 1 and len(ranges) > 1 and not in_transfer():
-            _run(thread, min(queue_depth, len(ranges)), raised, report)
+        if queue_depth > 1 and len(items) > 1 and not in_transfer():
+            _run(thread, min(queue_depth, len(items)), raised, report)
         work(report)  # what is left
         if not raised and progress is not None:
             meter.finish(done)

@@ -16,9 +16,10 @@ are that of `Buffer.asarray`. Other formats belong in packages of their own.
 The modules: ``header`` (the format), ``layout`` (places in a buffer), ``files`` (the files of a
 model), ``views`` (tensors over bytes), ``loading``, ``shared`` (the copy that all processes of a
 host have), ``opening`` and ``slicing`` (single tensors and their parts), ``device`` (CUDA),
-``saving``, and ``modules`` (those of PyTorch).
+``saving``, ``checkpoints`` (in the background, and as shards), and ``modules`` (those of PyTorch).
 """
 
+from dmabuf.safetensors.checkpoints import Saving, save_async, save_sharded
 from dmabuf.safetensors.files import Source
 from dmabuf.safetensors.header import Entry
 from dmabuf.safetensors.loading import Tensors, load, load_file
@@ -32,6 +33,7 @@ __all__ = [
     "Entry",
     "Framework",
     "SafeOpen",
+    "Saving",
     "SharedModel",
     "Slice",
     "Source",
@@ -41,7 +43,9 @@ __all__ = [
     "load_model",
     "safe_open",
     "save",
+    "save_async",
     "save_file",
     "save_model",
+    "save_sharded",
     "shared_models",
 ]

@@ -1,34 +1,113 @@
-"""Saving: tensors in Buffers are written from there, all others through one more Buffer."""
+"""Saving: tensors in Buffers are written from there, all others through staging blocks.
+
+The file is written in whole pages past the page cache, also its end, from which the padding is cut
+off before it gets its name. So no byte goes through the page cache, and none waits for others.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import stat
 import sys
+import time
 from array import array
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from dmabuf.copying import Replacement
-from dmabuf.errors import os_error
+from dmabuf.copying import Replacement, in_threads
+from dmabuf.errors import RouteUnavailable, os_error
 from dmabuf.kernel import log
 from dmabuf.memory import Buffer, allocate, find_buffer, import_optional
 from dmabuf.safetensors.header import DTYPES, make
 from dmabuf.safetensors.layout import UNIT
-from dmabuf.transfer import Engine, File, Progress, Require, Terms, Transfer, part_of
+from dmabuf.sizes import round_up
+from dmabuf.transfer import (
+    Engine,
+    File,
+    Progress,
+    Require,
+    Route,
+    Terms,
+    Transfer,
+    growth,
+    part_of,
+)
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-_STAGE = 64 << 20
-"""The largest size in bytes of the buffer for tensors that are not in one."""
+    Raw: TypeAlias = npt.NDArray[np.uint8]
+
+_BLOCK = 8 << 20
+"""Bytes of one staging block."""
+_BLOCKS = 4
+"""Staging blocks, each with a thread that fills it and writes it."""
+_COPY = 64 << 20
+"""Bytes of a copy between two chances for signal handlers."""
+_STRAIGHT = 64 << 10
+"""The fewest bytes that are worth a request from the buffer they lie in."""
 
 
-_Piece: TypeAlias = "tuple[str, tuple[int, ...], npt.NDArray[np.uint8]]"
-"""A tensor to be written: the format's dtype, the shape, and the bytes, which it keeps alive."""
+class _Piece(NamedTuple):
+    """A tensor to be written: the format's dtype, the shape, and the bytes, which it keeps."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    raw: Raw
+
+
+class Layout:
+    """The content of a file before it is written: the header, and the bytes of each tensor."""
+
+    def __init__(self, tensors: Mapping[str, object], metadata: Mapping[str, str] | None) -> None:
+        numpy = import_optional("numpy", "dmabuf.safetensors", "dmabuf[arrays]")
+        known: dict[object, str] = {}
+        pieces = {name: _piece(numpy, name, value, known) for name, value in tensors.items()}
+        about = {name: (dtype, shape, raw.nbytes) for name, (dtype, shape, raw) in pieces.items()}
+        header, places = make(about, metadata)
+        self.parts: list[tuple[int, Raw]] = [(0, numpy.frombuffer(header, "u1"))]
+        """Offset and bytes, in the order of the file and without a gap."""
+        self.parts += [(at, pieces[name].raw) for name, at in places.items()]
+        at, last = self.parts[-1]
+        self.size = at + last.nbytes
+        """Of the file, in bytes."""
+
+    def copy_to(self, buffer: Buffer) -> None:
+        """Copy the whole file into a buffer, with zeros up to the end of its last page."""
+        with buffer.map("w", 0, round_up(self.size, UNIT)) as view:
+            target = sys.modules["numpy"].frombuffer(view, "u1")
+            for at, raw in self.parts:
+                for begin in range(0, raw.nbytes, _COPY):
+                    part = raw[begin : begin + _COPY]
+                    target[at + begin : at + begin + part.nbytes] = part
+            target[self.size :] = 0
+            del target
+
+
+class _Chunk(NamedTuple):
+    """Whole pages of the file, and their bytes; the rest of the last page is padding."""
+
+    at: int
+    parts: list[tuple[int, Raw]]
+    """Where in the chunk, and what."""
+    size: int
+
+
+@dataclasses.dataclass(slots=True)
+class _Run:
+    """Neighbours in the file that are neighbours in a buffer."""
+
+    buffer: Buffer
+    at: int
+    start: int
+    end: int
+    parts: list[tuple[int, Raw]]
 
 
 def save(
@@ -45,21 +124,23 @@ def save(
 
     The bytes are written to a temporary file in the same directory, flushed to the medium, and then
     renamed: a reader finds the old content or the new, also after a crash. The file is identical to
-    the one that the safetensors package writes for the same tensors.
+    the one that the safetensors package writes for the same tensors. Room for all of it is
+    allocated before the first byte is written.
 
     Args:
         tensors: PyTorch tensors or NumPy arrays by name, such as `load` returns. Those that lie in
             Buffers are written from there by the best route; whole pages are not copied where the
-            offsets in buffer and file agree. All others are copied to one more Buffer.
+            offsets in buffer and file agree. All others are copied to staging blocks, of which four
+            are filled and written at once.
         path: the file.
         metadata: text by text, for the header; what `load` found is ``tensors.metadata``.
         force: replace a file even if its permissions forbid writing it.
-        require: "zero-copy" or "uncached", demanded for each tensor that lies in a Buffer.
-        engine: the engine that runs the transfers.
+        require: "zero-copy", demanded for tensors that lie in a Buffer, or "uncached", for all.
+        engine: the engine that runs the transfers. One block is then written at a time.
         progress: called with the bytes written and their sum, as in `File.write_from`.
 
     Returns:
-        The records of the transfers.
+        The records of the transfers: first one for all that was copied, then one for each Buffer.
 
     Raises:
         TypeError: a value or a dtype that the format does not have, or a name that is not text.
@@ -68,53 +149,11 @@ def save(
         OSError, RouteUnavailable: as `File.write_segments` raises them; the file is unchanged.
     """
     Terms(require=require)
-    numpy = import_optional("numpy", "dmabuf.safetensors", "dmabuf[arrays]")
-    known: dict[object, str] = {}
-    pieces = {name: _piece(numpy, name, value, known) for name, value in tensors.items()}
-    about = {name: (dtype, shape, raw.nbytes) for name, (dtype, shape, raw) in pieces.items()}
-    header, places = make(about, metadata)
-    held: dict[Buffer, array[int]] = {}
-    loose: list[tuple[int, Any]] = [(0, memoryview(header))]
-    segments: array[int] = array("Q")
-    start = end = 0  # of the mapping of the buffer that the last tensor was in
-    for name, at in places.items():
-        raw = pieces[name][2]
-        nbytes, base = raw.nbytes, raw.base
-        if base is None or (type(base) is type(raw) and base.flags.owndata):
-            address = 0  # NumPy allocated the memory, so it is not in a Buffer
-        else:
-            address = raw.__array_interface__["data"][0]
-        if not start <= address < address + nbytes <= end:
-            found = find_buffer(address, nbytes) if address and nbytes else None
-            if found is None:
-                loose.append((at, raw.data))
-                continue
-            start = address - found[1]
-            end = start + found[0].size
-            segments = held.setdefault(found[0], array("Q"))
-        _add(segments, at, address - start, nbytes)
-    path = os.fspath(path)
-    with suppress(FileNotFoundError):
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise os_error(errno.EINVAL, "save: it exists and is not a regular file", path)
-    with Replacement(path, force=force, note=log.info) as replacement:
-        try:
-            with File(replacement.temporary, "w", engine=engine) as file:
-                total = sum(len(data) for _, data in loose)
-                total += sum(sum(segments[2::3]) for segments in held.values())
-                transfers = _write_loose(file, loose, progress, total)
-                for buffer, segments in held.items():
-                    done = sum(one.nbytes for one in transfers)
-                    part = part_of(progress, done, total)
-                    one = file.write_segments(buffer, segments, require=require, progress=part)
-                    transfers.append(one)
-                os.fsync(file.fileno())
-            replacement.commit(None, sync=True)
-        except OSError as error:
-            if error.filename in (replacement.temporary, None):
-                error.filename = path
-            raise
-    return tuple(transfers)
+    layout = Layout(tensors, metadata)
+    with replacing(path, force) as replacement:
+        transfers = write(replacement, layout, require, engine, progress)
+        replacement.commit(None, sync=True)
+    return transfers
 
 
 def save_file(
@@ -130,6 +169,219 @@ def save_file(
     memory are each written. Raises what `save` raises.
     """
     save(tensors, filename, metadata=metadata, progress=progress)
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str], force: bool) -> Iterator[Replacement]:
+    """Yield the replacement of a file to be saved. Errors in the block have the file's path."""
+    path = os.fspath(path)
+    with suppress(FileNotFoundError):
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise os_error(errno.EINVAL, "save: it exists and is not a regular file", path)
+    with Replacement(path, force=force, note=log.info) as replacement:
+        try:
+            yield replacement
+        except OSError as error:
+            if error.filename in (replacement.temporary, None):
+                error.filename = path
+            raise
+
+
+def write(
+    replacement: Replacement,
+    layout: Layout,
+    require: Require,
+    engine: Engine | None,
+    progress: Progress | None,
+) -> tuple[Transfer, ...]:
+    """Write the whole file, and return when it is on the medium."""
+    held, loose = _divide(layout, require)
+    chunks = list(_chunks(loose))
+    with _whole_pages(replacement, layout.size, engine) as file:
+        report = _limited(progress, layout.size)
+        transfers = _write_chunks(file, chunks, require, engine, report)
+        for buffer, segments in held.items():
+            part = part_of(report, sum(one.nbytes for one in transfers), layout.size)
+            transfers.append(file.write_segments(buffer, segments, require=require, progress=part))
+    return tuple(transfers)
+
+
+def write_image(
+    replacement: Replacement,
+    buffer: Buffer,
+    size: int,
+    require: Require,
+    progress: Progress | None,
+) -> Transfer:
+    """Write a whole file of `size` bytes from a buffer, which has whole pages of it."""
+    with _whole_pages(replacement, size, None) as file:
+        report = _limited(progress, size)
+        done = file.write_from(buffer, round_up(size, UNIT), require=require, progress=report)
+    return dataclasses.replace(done, nbytes=size)
+
+
+def _limited(progress: Progress | None, size: int) -> Progress | None:
+    """Return what to call with progress that counts the padding of the last page."""
+    if progress is None:
+        return None
+    return lambda done, _: progress(min(done, size), size)
+
+
+@contextmanager
+def _whole_pages(replacement: Replacement, size: int, engine: Engine | None) -> Iterator[File]:
+    """Yield a new file with room for whole pages; at the end it has `size` bytes on the medium."""
+    padded = round_up(size, UNIT)
+    with File(replacement.temporary, "w", engine=engine) as file:
+        room = growth.Growth(file.fileno(), file.target.path)
+        room.allocate(padded, padded, lambda: [(0, padded)])
+        yield file
+        if padded != size:
+            os.ftruncate(file.fileno(), size)
+        os.fsync(file.fileno())
+        # The kernel reads the last page to cut it.
+        os.posix_fadvise(file.fileno(), padded - UNIT, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _divide(
+    layout: Layout, require: Require
+) -> tuple[dict[Buffer, array[int]], list[tuple[int, Raw]]]:
+    """Return what is written from the buffer it lies in, and what is copied first."""
+    loose: list[tuple[int, Raw]] = []
+    runs: list[_Run] = []
+    buffer: Buffer | None = None
+    low = high = 0  # the mapping of `buffer`
+    for at, raw in layout.parts:
+        nbytes, base = raw.nbytes, raw.base
+        if base is None or (type(base) is type(raw) and base.flags.owndata):
+            address = 0  # NumPy allocated the memory, so it is not in a Buffer
+        else:
+            address = raw.__array_interface__["data"][0]
+        if not low <= address < address + nbytes <= high:
+            found = find_buffer(address, nbytes) if address and nbytes else None
+            if found is None:
+                loose.append((at, raw))
+                continue
+            buffer, low = found[0], address - found[1]
+            high = low + buffer.size
+        assert buffer is not None
+        run, start = runs[-1] if runs else None, address - low
+        if run and run.buffer is buffer and (run.end, run.start + run.end - run.at) == (at, start):
+            run.parts.append((at, raw))
+            run.end += nbytes
+        else:
+            runs.append(_Run(buffer, at, start, at + nbytes, [(at, raw)]))
+    held: dict[Buffer, array[int]] = {}
+    least = UNIT if require == "zero-copy" else _STRAIGHT
+    for run in runs:
+        begin, end = round_up(run.at, UNIT), run.end // UNIT * UNIT
+        if (run.at - run.start) % UNIT or end - begin < least:
+            if require == "zero-copy":
+                text = f"save: {run.end - run.at} bytes of a Buffer hold no whole page of the file"
+                raise RouteUnavailable(f"{text}; use require='uncached'")
+            loose += run.parts
+            continue
+        straight = held.setdefault(run.buffer, array("Q"))
+        straight.extend((begin, run.start + begin - run.at, end - begin))
+        for at, raw in run.parts:
+            if at < begin:
+                loose.append((at, raw[: begin - at]))
+            if at + raw.nbytes > end:
+                loose.append((max(at, end), raw[max(0, end - at) :]))
+    loose.sort(key=itemgetter(0))
+    return held, loose
+
+
+def _chunks(loose: Sequence[tuple[int, Raw]]) -> Iterator[_Chunk]:
+    """Yield whole pages with the loose bytes; between chunks lies what is written from buffers."""
+    parts: list[tuple[int, Raw]] = []
+    begin = end = 0
+    for at, raw in loose:
+        while nbytes := raw.nbytes:
+            if parts and (at != end or end - begin == _BLOCK):
+                yield _Chunk(begin, parts, round_up(end - begin, UNIT))
+                parts = []
+            if not parts:
+                begin = end = at
+            part = raw if nbytes <= _BLOCK - (end - begin) else raw[: _BLOCK - (end - begin)]
+            parts.append((end - begin, part))
+            end = at = end + part.nbytes
+            raw = raw[part.nbytes :]
+    if parts:
+        yield _Chunk(begin, parts, round_up(end - begin, UNIT))
+
+
+def _write_chunks(
+    file: File,
+    chunks: Sequence[_Chunk],
+    require: Require,
+    engine: Engine | None,
+    progress: Progress | None,
+) -> list[Transfer]:
+    """Copy chunks to staging blocks and write them from there; return the record of them all."""
+    if not chunks:
+        return []
+    numpy = sys.modules["numpy"]
+    count = min(_BLOCKS, len(chunks)) if engine is None else 1
+    block = max(chunk.size for chunk in chunks)
+    free, failed = deque(range(count)), deque[OSError]()
+    begun = time.perf_counter()
+    demanded: Require = "any" if require == "any" else "uncached"
+    with allocate(count * block) as buffer:
+
+        def move(chunk: _Chunk) -> Transfer:
+            if failed:
+                raise failed[0]
+            slot = free.pop()
+            try:
+                with buffer.map("w", slot * block, chunk.size) as view:
+                    target, end = numpy.frombuffer(view, "u1"), 0
+                    for at, raw in chunk.parts:
+                        end = at + raw.nbytes
+                        target[at:end] = raw
+                    target[end:] = 0
+                    del target
+                return file.write_from(
+                    buffer,
+                    chunk.size,
+                    file_offset=chunk.at,
+                    buffer_offset=slot * block,
+                    require=demanded,
+                )
+            except OSError as error:
+                failed.append(error)
+                raise
+            finally:
+                free.append(slot)
+
+        size = sum(chunk.size for chunk in chunks)
+        outcomes = in_threads(move, chunks, size, buffer, count, progress)
+    if failed:
+        raise failed[0]
+    nbytes = sum(part.nbytes for chunk in chunks for _, part in chunk.parts)
+    return [_sum_of([one for one in outcomes if isinstance(one, Transfer)], nbytes, begun)]
+
+
+def _sum_of(transfers: Sequence[Transfer], nbytes: int, begun: float) -> Transfer:
+    """Return one record for blocks that were written from copies."""
+    first = transfers[0]
+    route, reason = first.route, first.reason
+    if all(one.route is not Route.BUFFERED for one in transfers):
+        route, reason = (
+            Route.STAGED,
+            "the CPU fills staging blocks, the device takes them meanwhile",
+        )
+    not_direct = "the tensors do not lie in a Buffer at the same places in a page"
+    return dataclasses.replace(
+        first,
+        nbytes=nbytes,
+        route=route,
+        reason=reason,
+        rejected={**first.rejected, Route.DIRECT: not_direct},
+        seconds=time.perf_counter() - begun,
+        requests=sum(one.requests for one in transfers),
+        reissues=sum(one.reissues for one in transfers),
+        copied=nbytes,
+    )
 
 
 def _piece(numpy: Any, name: str, value: Any, known: dict[object, str]) -> _Piece:
@@ -152,7 +404,7 @@ def _piece(numpy: Any, name: str, value: Any, known: dict[object, str]) -> _Piec
         known[little] = dtype
     if not whole.flags.c_contiguous:
         whole = numpy.ascontiguousarray(whole)
-    return dtype, whole.shape, whole.reshape(-1).view(numpy.uint8)
+    return _Piece(dtype, whole.shape, whole.reshape(-1).view(numpy.uint8))
 
 
 def _of_torch(torch: Any, name: str, tensor: Any) -> _Piece:
@@ -165,7 +417,7 @@ def _of_torch(torch: Any, name: str, tensor: Any) -> _Piece:
             raise ValueError(f"tensor {name!r}: F4 is two in a byte and needs a dimension")
         shape = (*shape[:-1], shape[-1] * 2)
     plain = tensor.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
-    return dtype, shape, plain.reshape(-1).view(torch.uint8).numpy()
+    return _Piece(dtype, shape, plain.reshape(-1).view(torch.uint8).numpy())
 
 
 def _known(name: str, dtype: object, called: str) -> str:
@@ -173,56 +425,3 @@ def _known(name: str, dtype: object, called: str) -> str:
     if found is None:
         raise TypeError(f"tensor {name!r} has dtype {dtype}, which safetensors files lack")
     return found
-
-
-def _add(segments: array[int], at: int, start: int, nbytes: int) -> None:
-    """Append a range of a buffer, or extend the last one that it continues in file and buffer."""
-    if segments and at == segments[-3] + segments[-1] and start == segments[-2] + segments[-1]:
-        segments[-1] += nbytes
-    elif nbytes:
-        segments.extend((at, start, nbytes))
-
-
-def _write_loose(
-    file: File, pieces: list[tuple[int, memoryview]], progress: Progress | None, total: int
-) -> list[Transfer]:
-    """Write pieces at ascending offsets, through a buffer that agrees with the file by pages."""
-    transfers: list[Transfer] = []
-    limit = min(sum(len(data) for _, data in pieces), _STAGE)
-    with allocate(limit + UNIT) as buffer:
-        for begin, parts in _chunks(pieces, limit):
-            start = at = begin % UNIT
-            with buffer.map("w") as view:
-                for part in parts:
-                    view[at : at + len(part)] = part
-                    at += len(part)
-            done = file.write_from(
-                buffer,
-                at - start,
-                file_offset=begin,
-                buffer_offset=start,
-                progress=part_of(progress, sum(one.nbytes for one in transfers), total),
-            )
-            transfers.append(done)
-    return transfers
-
-
-def _chunks(
-    pieces: list[tuple[int, memoryview]], limit: int
-) -> Iterator[tuple[int, list[memoryview]]]:
-    """Yield the offset and the parts of each range without a gap, of at most `limit` bytes."""
-    parts: list[memoryview] = []
-    begin = end = 0
-    for at, data in pieces:
-        while data:
-            if parts and (at != end or end - begin == limit):
-                yield begin, parts
-                parts = []
-            if not parts:
-                begin = end = at
-            part = data[: limit - (end - begin)]
-            parts.append(part)
-            end = at = at + len(part)
-            data = data[len(part) :]
-    if parts:
-        yield begin, parts
