@@ -32,7 +32,7 @@ static bool valid(const struct dmb_job *job)
 	return job->depth && job->block && power_of_two(job->offset_align) &&
 	       power_of_two(job->memory_align) && power_of_two(job->page) &&
 	       !(job->block % job->offset_align) && !(job->block % job->memory_align) &&
-	       (!job->slots || job->slot_size) &&
+	       (!job->slots || job->slot_size) && (!job->extents || job->direction == DMB_READ) &&
 	       (!job->nsid || job->offset_align == 1ULL << job->lba_shift);
 }
 
@@ -151,6 +151,10 @@ static int issue(struct dmb_batch *batch, struct dmb_io *io)
 	if (!io->native && !batch->job.base)
 		return -EFAULT; /* the CPU cannot map the memory, so it cannot copy */
 	io->async = dmb_needs_async(batch, io->length);
+	if ((io->staged || io->hole) && !batch->job.base)
+		return -EFAULT; /* the CPU cannot map the memory, so it cannot copy */
+	if (io->hole)
+		memset(dmb_address(&batch->job, segment, io->skip), 0, io->want);
 	if (io->staged) {
 		rc = dmb_take_block(batch, io);
 		if (rc)
@@ -224,8 +228,10 @@ static bool complete(struct dmb_batch *batch, struct dmb_io *io, int result)
 		dmb_fail(batch, io, -result);
 		return false;
 	}
-	if (!account(batch, io, (uint64_t)result)) {
-		if (io->direction == DMB_READ)
+	if (!account(batch, io, io->hole ? io->want : (uint64_t)result)) {
+		if (batch->job.extents && io->length)
+			dmb_fail(batch, io, ENODEV); /* the device ends before the file */
+		else if (io->direction == DMB_READ)
 			record_end_of_file(batch, io);
 		else
 			dmb_fail(batch, io, EIO); /* a device writes at least a block */

@@ -76,6 +76,13 @@ enum dmb_route {
 	DMB_NATIVE = 4,	  /* O_DIRECT with dma-bufs registered with the ring, one a slot */
 };
 
+/* A part of a file, and its place on the block device that holds the file. */
+struct dmb_extent {
+	uint64_t offset; /* in the file */
+	uint64_t place;	 /* on the device */
+	uint64_t size;
+};
+
 /*
  * One open file and one buffer in one direction. The caller fills it in once and copies it for
  * each transfer, setting the fields below "of one transfer".
@@ -109,6 +116,11 @@ struct dmb_job {
 	uint32_t block;	      /* maximum bytes of a request, a multiple of both alignments */
 	const int32_t *slots; /* registered slot, or -1, of each slot_size bytes; NULL for none */
 	uint64_t slot_size;   /* on DMB_NATIVE, slab_size */
+	/* of a read of a file from its block device, to which fd then refers: the written parts of
+	   the file in ascending order, in multiples of offset_align; NULL for other jobs. The CPU
+	   fills the buffer with zeros for the rest of the file */
+	const struct dmb_extent *extents;
+	size_t extent_count;
 };
 
 struct dmb_result {

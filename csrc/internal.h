@@ -58,6 +58,7 @@ struct dmb_io {
 	bool async;  /* submission could block: pass it to a kernel worker thread */
 	bool native; /* address is an offset into the slot's dma-buf */
 	bool staged; /* goes through `block`, and address points there */
+	bool hole; /* the file has no bytes there: the CPU writes zeros, the device does nothing */
 	uint8_t *address;
 	uint32_t length;
 	uint64_t offset;

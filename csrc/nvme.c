@@ -48,8 +48,6 @@ int32_t dmb_nvme_execute(struct dmb_io *io)
 	struct dmb_nvme_cmd command;
 	int rc;
 
-	if (!io->length)
-		return 0;
 	dmb_nvme_command(io, &command);
 	rc = ioctl(io->fd, DMB_NVME_IOCTL_IO_CMD, &command);
 	return dmb_nvme_result(io, rc < 0 ? -errno : rc);

@@ -42,10 +42,6 @@ static void prep_nvme(struct io_uring_sqe *sqe, int fd, const struct dmb_io *io)
 {
 	struct dmb_nvme_cmd command;
 
-	if (!io->length) { /* past the end, where a device would return an error */
-		io_uring_prep_nop(sqe);
-		return;
-	}
 	dmb_nvme_command(io, &command);
 	io_uring_prep_rw(IORING_OP_URING_CMD, sqe, fd, NULL, 0, 0);
 	sqe->cmd_op = DMB_NVME_URING_CMD_IO;
@@ -69,6 +65,8 @@ static int uring_issue(struct dmb_ring *ring, struct dmb_io *io)
 		io_uring_prep_timeout(sqe, &pause, 0, 0);
 	} else if (io->kind == DMB_FLUSH) {
 		io_uring_prep_sync_file_range(sqe, fd, io->length, io->offset, DMB_FLUSH_FLAGS);
+	} else if (!io->length) {
+		io_uring_prep_nop(sqe); /* past the end, or a hole of the file */
 	} else if (io->nsid) {
 		prep_nvme(sqe, fd, io);
 	} else if (io->buffer_slot < 0) {

@@ -114,11 +114,75 @@ static void end_at_device(const struct dmb_job *job, struct dmb_io *io)
 		io->length = (uint32_t)dmb_min(io->length, room);
 }
 
+/* Return the first extent that ends after a file offset, or NULL. */
+static const struct dmb_extent *find_extent(const struct dmb_job *job, uint64_t offset)
+{
+	size_t low = 0, high = job->extent_count;
+
+	while (low < high) {
+		size_t middle = low + (high - low) / 2;
+		const struct dmb_extent *extent = job->extents + middle;
+
+		if (extent->offset + extent->size <= offset)
+			low = middle + 1;
+		else
+			high = middle;
+	}
+	return low < job->extent_count ? job->extents + low : NULL;
+}
+
+/*
+ * End a read from the block device of a file within the extent or hole that it begins in, and
+ * before the end of the file. Returns the extent; NULL in a hole or at the end of the file, where
+ * the request moves nothing.
+ */
+static const struct dmb_extent *end_in_extent(const struct dmb_job *job, uint64_t offset,
+					      struct dmb_io *io)
+{
+	const struct dmb_extent *extent = find_extent(job, offset);
+	uint64_t end = job->file_size;
+
+	if (offset >= end) {
+		io->want = io->left;
+		io->length = 0;
+		return NULL;
+	}
+	if (extent && extent->offset > offset) {
+		end = dmb_min(end, extent->offset);
+		extent = NULL;
+	} else if (extent) {
+		end = dmb_min(end, extent->offset + extent->size);
+	}
+	io->left = dmb_min(io->left, end - offset);
+	if (!extent) {
+		io->hole = true;
+		io->want = dmb_min(io->left, job->block);
+		io->length = 0;
+	}
+	return extent;
+}
+
+static void cut_whole_blocks(const struct dmb_job *job, const uint64_t *segment, struct dmb_io *io)
+{
+	uint64_t staged, straight = dmb_straight_bytes(job, segment, io, &staged);
+
+	if (straight && !staged) {
+		io->straight = true;
+		cut_into_buffer(job, segment, io, straight, job->offset_align, false);
+		if (io->staged)
+			cut_staged(job, segment, io, io->want);
+	} else {
+		cut_staged(job, segment, io, staged);
+	}
+	end_at_device(job, io);
+}
+
 void dmb_cut_request(const struct dmb_job *job, const uint64_t *segments, struct dmb_io *io,
 		     bool edge)
 {
 	const uint64_t *segment = segments + 3 * io->segment;
-	uint64_t staged, straight;
+	const struct dmb_extent *extent;
+	uint64_t left = io->left;
 
 	io->direction = job->direction;
 	io->fd = edge ? job->plain_fd : job->fd;
@@ -129,19 +193,19 @@ void dmb_cut_request(const struct dmb_job *job, const uint64_t *segments, struct
 	io->nsid = job->nsid;
 	io->lba_shift = job->lba_shift;
 	io->status = 0;
-	io->straight = io->native = io->staged = false;
+	io->straight = io->native = io->staged = io->hole = false;
 	if (edge || job->route == DMB_BUFFERED) {
 		cut_into_buffer(job, segment, io, io->left, 1, edge);
 		return;
 	}
-	straight = dmb_straight_bytes(job, segment, io, &staged);
-	if (straight && !staged) {
-		io->straight = true;
-		cut_into_buffer(job, segment, io, straight, job->offset_align, false);
-		if (io->staged)
-			cut_staged(job, segment, io, io->want);
-	} else {
-		cut_staged(job, segment, io, staged);
+	if (!job->extents) {
+		cut_whole_blocks(job, segment, io);
+		return;
 	}
-	end_at_device(job, io);
+	extent = end_in_extent(job, segment[0] + io->skip, io);
+	if (extent) {
+		cut_whole_blocks(job, segment, io);
+		io->offset += extent->place - extent->offset;
+	}
+	io->left = left;
 }

@@ -80,6 +80,8 @@ int64_t dmb_read_write(int direction, int fd, uint64_t address, uint64_t size, u
 
 static int32_t move(struct dmb_io *io)
 {
+	if (!io->length)
+		return 0; /* past the end, or a hole of the file */
 	if (io->nsid)
 		return dmb_nvme_execute(io);
 	return (int32_t)dmb_read_write(io->direction, io->fd, (uint64_t)(uintptr_t)io->address,
