@@ -18,7 +18,8 @@ from tests import emulation
 _stack = contextlib.ExitStack()
 
 
-def _answer(_dmabuf: int, target: int) -> int:
+def answer(_dmabuf: int, target: int) -> int:
+    """Return what registering a dma-buf for a descriptor answers: 0 or -errno."""
     status = os.fstat(target)
     number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
     nvme = "/nvme" in os.path.realpath(f"/sys/dev/block/{number}")
@@ -28,5 +29,5 @@ def _answer(_dmabuf: int, target: int) -> int:
 def pytest_configure(config: pytest.Config) -> None:
     """Before any engine is made."""
     _stack.enter_context(emulation.native(1 << emulation.core.lib.DMB_BACKEND_URING))
-    _stack.enter_context(emulation.registrar(_answer))
+    _stack.enter_context(emulation.registrar(answer))
     config.add_cleanup(_stack.close)

@@ -1,6 +1,7 @@
 """A fake kernel with dma-buf exporters, in place of the ioctls of the package."""
 
 import errno
+import fcntl
 import mmap
 import os
 
@@ -8,7 +9,7 @@ from dmabuf.kernel import uapi
 
 
 class FakeKernel:
-    """The ioctls of udmabuf, dma-heaps and dma-bufs; its dma-bufs are memfds.
+    """The ioctls of udmabuf, dma-heaps and dma-bufs; its dma-bufs are memfds. Files' are real.
 
     ``calls`` lists the SYNC calls as ``(descriptor, "START" or "END", "R", "W" or "RW")``. Each
     such call takes the first errno of ``sync_errors``, where 0 is success. A udmabuf of more than
@@ -34,8 +35,10 @@ class FakeKernel:
             return argument
         if request == uapi.UDMABUF_CREATE:
             return self._create(*uapi.UDMABUF_CREATE_STRUCT.unpack(argument))
-        assert request == uapi.DMA_HEAP_IOCTL_ALLOC
-        return self._alloc(argument)
+        if request == uapi.DMA_HEAP_IOCTL_ALLOC:
+            return self._alloc(argument)
+        assert request in (uapi.FS_IOC_FIEMAP, uapi.FS_IOC_GETFLAGS, uapi.FS_IOC_FSGETXATTR)
+        return fcntl.ioctl(fd, request, argument)
 
     def _sync(self, fd: int, flags: int) -> bytes:
         if not flags & 3:

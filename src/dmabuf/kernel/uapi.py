@@ -122,7 +122,8 @@ MEMORY_FILESYSTEMS = {
 }
 
 EXT4 = 0xEF53
-HONEST_ABOUT_DIRECT_IO = {EXT4, 0x58465342}  # and xfs
+XFS = 0x58465342
+HONEST_ABOUT_DIRECT_IO = {EXT4, XFS}
 """What statx(2) answers there (ext4_dio_alignment, xfs_report_dioalign) depends on the same flags
 of the file as the I/O does, so O_DIRECT is honoured where it is stated."""
 BTRFS = 0x9123683E
@@ -132,7 +133,31 @@ OVERLAYFS = 0x794C7630
 
 # <linux/fs.h>
 FS_IOC_GETFLAGS = _ioc(2, "f", 1, struct.calcsize("l"))  # though the kernel writes an int
+FS_COMPR_FL = 0x00000004
+FS_ENCRYPT_FL = 0x00000800
+FS_JOURNAL_DATA_FL = 0x00004000
+FS_VERITY_FL = 0x00100000
 FS_NOCOW_FL = 0x00800000
+FSXATTR_STRUCT = struct.Struct("=5I8x")  # flags, extent size, extents, project, CoW extent size
+FS_IOC_FSGETXATTR = _ioc(2, "X", 31, FSXATTR_STRUCT.size)
+FS_XFLAG_REALTIME = 1
+
+# <linux/fiemap.h>: start, length, flags, mapped extents (returned), extent count, reserved; and of
+# each extent: offset in the file, place on the device, length, reserved, flags, reserved
+FIEMAP_STRUCT = struct.Struct("=QQ4I")
+FIEMAP_EXTENT_STRUCT = struct.Struct("=5QI12x")
+FS_IOC_FIEMAP = _ioc(3, "f", 11, FIEMAP_STRUCT.size)
+FIEMAP_FLAG_SYNC = 1
+FIEMAP_EXTENT_LAST = 0x0001
+FIEMAP_EXTENT_UNKNOWN = 0x0002
+FIEMAP_EXTENT_DELALLOC = 0x0004
+FIEMAP_EXTENT_ENCODED = 0x0008
+FIEMAP_EXTENT_DATA_ENCRYPTED = 0x0080
+FIEMAP_EXTENT_NOT_ALIGNED = 0x0100
+FIEMAP_EXTENT_DATA_INLINE = 0x0200
+FIEMAP_EXTENT_DATA_TAIL = 0x0400
+FIEMAP_EXTENT_UNWRITTEN = 0x0800
+FIEMAP_EXTENT_MERGED = 0x1000
 
 # <linux/btrfs.h>, struct btrfs_ioctl_space_args: slots, spaces, and for each flags, bytes, used
 BTRFS_SPACE_INFO_STRUCT = struct.Struct("=QQ")

@@ -27,7 +27,6 @@ from dmabuf.transfer.engine import (
     Job,
 )
 from dmabuf.transfer.file import (
-    SMALL,
     BaseFile,
     File,
     Mode,
@@ -42,6 +41,7 @@ from dmabuf.transfer.link import (
 )
 from dmabuf.transfer.plan import (
     ALLOWED,
+    SMALL,
     Audit,
     Direction,
     Plan,

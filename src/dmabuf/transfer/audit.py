@@ -19,18 +19,23 @@ or a device to the same range of the buffer. Pass audit="off" if that is intende
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from typing import Any
 
-from dmabuf.errors import IntegrityError
+from dmabuf._core import lib
+from dmabuf.errors import IntegrityError, RouteUnavailable, os_error
 from dmabuf.memory import Buffer
 from dmabuf.sizes import OFFSET_MAX, format_size
 from dmabuf.transfer.compare import Findings
-from dmabuf.transfer.plan import AUDIT_OFF, Direction, Terms
+from dmabuf.transfer.engine import Job
+from dmabuf.transfer.plan import AUDIT_OFF, NOT_AUDITED, Direction, Route, Terms, with_nbytes
 from dmabuf.transfer.reference import BLOCK, Reference
-from dmabuf.transfer.run import Segments
+from dmabuf.transfer.run import Segments, Waiter
 
 LIMIT = 64 << 20
 """The maximum bytes of a first transfer that are compared."""
@@ -105,6 +110,24 @@ def obstacle(buffer: Buffer, segments: Segments, write: bool, fence: bool) -> st
     if not write and segments.count > 1 and segments.overlap():
         return "destinations overlap, and may hold the bytes of either segment"
     return None
+
+
+def check_possible(
+    buffer: Buffer, segments: Segments, terms: Terms, stream: str | None, path: str, write: bool
+) -> None:
+    """Refuse audit="always" where there is nothing to compare with.
+
+    `stream` names the kind of file where it can only be read or written in order.
+    """
+    if stream is not None:
+        text = (
+            f"audit='always' reads everything a second time, which {stream} does not allow; leave "
+            "it out"
+        )
+        raise os_error(errno.ESPIPE, text, path)
+    found = obstacle(buffer, segments, write, terms.fence)
+    if found is not None and any(size for _, _, size in segments):
+        raise RouteUnavailable(f"audit='always' is impossible: {found}", path)
 
 
 def why_not(
@@ -238,3 +261,75 @@ class Check:
         error = IntegrityError(text, self._path, offset=offset, counts=findings.counts)
         error.nbytes = findings.first or 0
         return error
+
+
+# -- running one
+
+
+async def run(
+    job: Job,
+    segments: Segments,
+    terms: Terms,
+    waiter: Waiter,
+    pair: tuple[str, str],
+    reference: Callable[[], AbstractContextManager[Reference]],
+    move: Callable[[], Awaitable[None]],
+) -> str:
+    """Run a job, and compare its bytes where that is due; return what the record reports.
+
+    Args:
+        job: the job.
+        segments: its segments.
+        terms: the caller's terms.
+        waiter: how to wait.
+        pair: the exporter and the device.
+        reference: yields what reads the file.
+        move: runs the job.
+
+    Raises:
+        IntegrityError: a byte differs, and the pair's native route is ruled out.
+        RouteUnavailable: audit="always", and the file cannot be opened again.
+    """
+    write, native = job.core.direction == lib.DMB_WRITE, job.route is Route.NATIVE
+    direction: Direction = "write" if write else "read"
+    obstacle = why_not(job.buffer, segments, terms, pair, direction)
+    if obstacle is not None:
+        await move()
+        return obstacle
+    with ExitStack() as stack:
+        try:
+            opened = stack.enter_context(reference())
+        except OSError as error:
+            text = f"the file cannot be opened again to read it ({error.strerror})"
+            if terms.audit == "always":
+                text = f"audit='always' is impossible: {text}"
+                raise with_nbytes(RouteUnavailable(text, job.path), 0) from None
+            await move()
+            return f"not audited: {text}"
+        check = Check(
+            job.buffer,
+            segments,
+            opened,
+            write=write,
+            file_size=job.measure.file_size,
+            limit=None if terms.audit == "always" else LIMIT,
+            path=job.path,
+        )
+        await waiter.call(check.prepare)
+        await move()
+        result = job.result
+        cut_short = result.short_segment >= 0 and segments.whole
+        if result.error or job.interruption or job.moved or cut_short:
+            return NOT_AUDITED
+        try:
+            text = await waiter.call(partial(check.compare, result.nbytes))
+        except IntegrityError as error:
+            if job.changed is not None and await waiter.call(job.changed):
+                job.moved = True  # the file changed after the job, and the bytes were right
+                return NOT_AUDITED
+            if native:
+                PAIRS.mark(*pair, f"an audit found wrong bytes: {error.strerror}")
+            raise
+        if native and result.straight:
+            PAIRS.show(*pair, direction)
+        return text

@@ -52,11 +52,14 @@ class Job:
 
     __slots__ = (
         "buffer",
+        "by_cpu",
+        "changed",
         "core",
         "count",
         "interruption",
         "limit",
         "measure",
+        "moved",
         "no_slots",
         "on_zram",
         "path",
@@ -93,6 +96,12 @@ class Job:
         self.limit = 0
         """The maximum bytes of one request to the device; 0 for no limit."""
         self.on_zram = False
+        self.by_cpu = False
+        """Whether the CPU accesses the buffer, too: for edges, or for the zeros of a hole."""
+        self.changed: Callable[[], bool] | None = None
+        """What returns whether a file that is read from its block device is another one by now."""
+        self.moved = False
+        """Whether it was, once the job has run."""
         self.no_slots: str | None = None
         """Why the buffer's pages must not be registered; None if they may be."""
         self.result: Any = None
@@ -402,7 +411,7 @@ def prepare(ring: Ring, job: Job, depth: int, block: int) -> None:
     align = max(core.offset_align, core.memory_align)
     core.block = -(-block // align) * align
     if job.limit:
-        core.block = min(core.block, job.limit)
+        core.block = min(core.block, max(job.limit // align * align, align))
     if job.route is Route.NATIVE:
         size = core.slot_size = core.slab_size
         native = ring.native(job.buffer, core.fd)

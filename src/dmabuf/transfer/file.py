@@ -17,6 +17,7 @@ from dmabuf.transfer.engine import Engine, default_engine
 from dmabuf.transfer.link import Link
 from dmabuf.transfer.links import Links
 from dmabuf.transfer.plan import (
+    SMALL,
     Audit,
     Direction,
     Plan,
@@ -35,9 +36,6 @@ Mode = Literal["r", "w", "r+", "x"]
 Result = TypeVar("Result", covariant=True)
 
 _OF_FILES = {"read", "readall", "readinto", "readline", "write", "seek", "tell", "truncate"}
-
-SMALL = 1 << 20
-"""Bytes of a request that may go by one system call without a ring."""
 
 
 def open(  # noqa: A001 - the verb of the trade, used as dmabuf.open

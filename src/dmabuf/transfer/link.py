@@ -33,12 +33,14 @@ from dmabuf.sizes import OFFSET_MAX, Size
 from dmabuf.transfer import audit, stream
 from dmabuf.transfer.engine import Job
 from dmabuf.transfer.growth import growing
+from dmabuf.transfer.layout import READS, SMALL_IS_DIRECT, UNSTEADY, Layout
 from dmabuf.transfer.plan import (
     ALLOWED,
     AUDIT_OFF,
     NOT_AUDITED,
     REASONS,
     ROUTES,
+    SMALL,
     ZERO_COPY,
     Direction,
     Draft,
@@ -76,6 +78,7 @@ _AFTER_RESETS = {
     errno.ECANCELED: errno.EIO,
 }
 """What native requests answer after a controller reset, and the error where resets do not end."""
+_NOT_MAPPED = "the CPU cannot map this dma-buf"
 _ALONE = "no ring was used: one small request"
 
 
@@ -179,7 +182,8 @@ class Link:
         self._small = None
         # NVMe passthrough supports neither pread nor pwrite.
         proven = (direct.proven or target.cache_watched) and not passthrough
-        if proven and refusals[Route.NATIVE] and not refusals[Route.DIRECT]:
+        slow_native = refusals[Route.NATIVE] or target.by_device
+        if proven and slow_native and not refusals[Route.DIRECT]:
             self._small = self._core
         self._refusals = refusals
         return refusals
@@ -224,7 +228,10 @@ class Link:
                 return self._choose(terms, None)
             if segments.count > 1:
                 segments = self._joined(segments)
-            return self._choose(terms, self._measure(segments))
+            measure, layout = self._measure(segments), None
+            if self._reads_device(measure, terms):
+                layout = self._layout(segments, measure, terms)
+            return self._choose(terms, measure, layout)
         finally:
             self.users.discard(token)
             if self.target.closed:
@@ -263,44 +270,46 @@ class Link:
     def _bad_segment(self, number: int, index: int, segments: Segments) -> Exception:
         if number not in (errno.ERANGE, errno.EEXIST, errno.EINVAL):
             return failure(number, "measuring the transfer", self.target.path)
-        offset, start, size = segments.at(index)
         if number == errno.EINVAL:
+            offset, _, size = segments.at(index)
             try:
                 self.target.check_write(offset, size)
             except OSError as error:
                 return error
-        which = f"file_offset={offset} buffer_offset={start} size={size}"
-        if segments.whole:
-            which = f"segment {index} ({which})"
-        if number == errno.EEXIST:
-            return ValueError(f"{which} overlaps another segment in the file")
-        return ValueError(
-            f"{which} leaves the buffer of {self.buffer.size} bytes or the largest file offset, "
-            "2^63-1"
-        )
+        return segments.error(index, self.buffer.size, overlaps=number == errno.EEXIST)
 
-    def _choose(self, terms: Terms, measure: Any) -> Plan:
-        """Return the best route that the facts and the terms permit."""
+    def _choose(self, terms: Terms, measure: Any, layout: Layout | str | None = None) -> Plan:
+        """Return the best route that the facts and the terms permit.
+
+        `layout` is where the range lies on the file's block device, or why it cannot be read there;
+        None where the native route does not read the device in the file's place.
+        """
         refusals = self._refusals or self._learn()
         allowed, fixed = ALLOWED[terms.require], True
         rejected: dict[Route, str] = {}
         for route in ROUTES if terms.route is None else (Route(terms.route),):
             why = refusals[route]
             if why is None and measure is not None and route is not Route.BUFFERED:
-                why = self._objection(route, terms, measure)
+                why = self._objection(route, terms, measure, layout)
                 fixed = fixed and why is None
             if why is None and route not in allowed:
                 why, fixed = f"require={terms.require!r} does not permit it", False
             if why is None:
-                if not fixed or terms.route is not None:
-                    return Plan(route, REASONS[self.direction, route], rejected)
-                if route not in self._plans:
-                    self._plans[route] = Plan(route, REASONS[self.direction, route], rejected)
-                return self._plans[route]
+                if fixed and terms.route is None and route in self._plans:
+                    return self._plans[route]
+                reason = REASONS[self.direction, route]
+                if route is Route.NATIVE and isinstance(layout, Layout):
+                    reason = f"{reason} for {layout.path}, which holds the file"
+                plan = Plan(route, reason, rejected)
+                if fixed and terms.route is None:
+                    self._plans[route] = plan
+                return plan
             rejected[route] = why
         raise no_route(terms, rejected, self.target.path)
 
-    def _objection(self, route: Route, terms: Terms, measure: Any) -> str | None:
+    def _objection(
+        self, route: Route, terms: Terms, measure: Any, layout: Layout | str | None
+    ) -> str | None:
         """Return why a route cannot take these segments; None where it can."""
         if not measure.nbytes:
             return "no bytes were asked for" if route is Route.NATIVE else None
@@ -314,13 +323,14 @@ class Link:
         fit = measure.native if route is Route.NATIVE else measure.direct
         if route is Route.NATIVE:
             why = self._register_native(measure)
+            if why is None and self.target.by_device:
+                why = self._no_device(layout, terms)
             if why is not None:
                 return why
             if fit.with_edges and self.buffer.address is None:
                 return (
                     f"part of it is not whole blocks ({self._core.offset_align} bytes) at a buffer "
-                    f"offset that is a multiple of {self._core.memory_align}, and the CPU cannot "
-                    "map this dma-buf"
+                    f"offset that is a multiple of {self._core.memory_align}, and {_NOT_MAPPED}"
                 )
         if fit.without_straight == measure.count:
             return why_nothing_straight(self._core, measure, write=self._write)
@@ -331,20 +341,39 @@ class Link:
             )
         return None
 
+    def _no_device(self, layout: Layout | str | None, terms: Terms) -> str | None:
+        """Return why the file's block device cannot be read in its place; None where it can."""
+        if not isinstance(layout, Layout):
+            return layout or "nothing of the range was looked for on the device"
+        if self.buffer.address is None:
+            return layout.objection(_NOT_MAPPED)
+        return layout.objection(None if terms.fence else "fence=False keeps the CPU out")
+
     def _register_native(self, measure: Any) -> str | None:
         """Register the dma-bufs touched; return why that is refused."""
-        target, buffer = self.target, self.buffer
-        why = target.no_native(buffer)  # an audit may have ruled the pair out meanwhile
-        if why is not None:
-            return why
-        refusal = target.engine.native_refusal(
-            buffer, self._core.fd, measure.buffer_start, measure.buffer_end
-        )
-        if refusal is None:
-            return None
-        if refusal.errno != errno.ENOSPC:  # slots become free again
-            target.rule_out_native(buffer, refusal.why)
-        return refusal.why
+        target = self.target
+        by_device, where = target.by_device, (measure.buffer_start, measure.buffer_end)
+        why = target.register_native(self.buffer, *where, write=self._write)
+        if target.by_device is not by_device:
+            self._refresh_all()
+        return why
+
+    def _reads_device(self, measure: Any, terms: Terms) -> bool:
+        """Return whether the native route would read the file's block device in its place."""
+        if self._write or self.target.kind != "file" or terms.route not in (None, Route.NATIVE):
+            return False
+        refusals = self._refusals or self._learn()
+        if refusals[Route.NATIVE] is not None or measure.file_start >= measure.file_size:
+            return False
+        possible = measure.nbytes > 0 and self._register_native(measure) is None
+        return possible and self.target.by_device
+
+    def _layout(self, segments: Segments, measure: Any, terms: Terms) -> Layout | str:
+        """Return where the file lies on its block device, or why it is not to be read there."""
+        pinnable = self.buffer.address is not None and not self.buffer.pin_refusal
+        if measure.nbytes <= SMALL and terms.route is None and pinnable:
+            return SMALL_IS_DIRECT
+        return self.target.layout(segments, measure)
 
     def _is_cached(self, measure: Any) -> bool:
         size = measure.file_end - measure.file_start
@@ -411,7 +440,9 @@ class Link:
         record.route = Route.DIRECT
         record.reason = REASONS[self.direction, Route.DIRECT]
         record.rejected = (
-            {} if terms.route or not refusals else {Route.NATIVE: str(refusals[Route.NATIVE])}
+            {}
+            if terms.route or not refusals
+            else {Route.NATIVE: refusals[Route.NATIVE] or SMALL_IS_DIRECT}
         )
         record.registered = False
         record.registration = registration
@@ -443,7 +474,9 @@ class Link:
             if target.owner != process.pid or buffer is None or buffer.closing:
                 self._check_open()
             if terms.audit == "always":
-                self._check_audit(segments, terms)
+                audit.check_possible(
+                    self.buffer, segments, terms, target.stream, target.path, self._write
+                )
             if target.stream is not None:
                 return await self._move_stream(segments, terms, waiter, begun)
             if segments.count > 1:
@@ -500,11 +533,14 @@ class Link:
     async def _move(
         self, segments: Segments, terms: Terms, waiter: Waiter, begun: float
     ) -> Transfer:
-        target, renewals, failed = self.target, 0, (0, -1)
+        target, renewals, failed, reads = self.target, 0, (0, -1), 0
         while True:
             measure = self._measure(segments)
-            plan = self._choose(terms, measure)
-            job = self._job(plan.route, segments, measure)
+            layout: Layout | str | None = UNSTEADY if reads == READS else None
+            if layout is None and self._reads_device(measure, terms):
+                layout = await waiter.call(partial(self._layout, segments, measure, terms))
+            plan = self._choose(terms, measure, layout)
+            job = self._job(plan.route, segments, measure, layout)
             audited = AUDIT_OFF if terms.audit == "off" else NOT_AUDITED
             starts_past_the_end = not self._write and measure.file_start >= measure.file_size
             if not measure.nbytes or (starts_past_the_end and segments.count == 1):
@@ -518,12 +554,15 @@ class Link:
                 await self._await_fences(plan, measure, terms, waiter, begun)
             refusal = target.direct_refusal
             if plan.route is Route.NATIVE or terms.audit == "always":
-                audited = await self._run_audited(plan, job, segments, terms, waiter)
+                audited = await self._run_audited(job, segments, terms, waiter)
             else:
                 await self._run(job, waiter)
             result = job.result
             if job.interruption is not None:
                 raise with_nbytes(job.interruption, result.nbytes)
+            if job.moved:
+                reads += 1
+                continue
             if result.error or result.short_segment >= 0:
                 self._check_there(plan, segments, result)
             if not result.error:
@@ -533,7 +572,7 @@ class Link:
                 bad_medium = result.error == errno.EIO and failed == before
                 if result.error in _AFTER_RESETS and not bad_medium and renewals < _RENEWALS:
                     renewals += 1
-                    if target.engine.renew_native(job.buffer, self._core.fd):
+                    if target.engine.renew_native(job.buffer, job.core.fd):
                         continue
             if not self._learn_from(plan, job):
                 raise self._failure(plan, result, result.error)
@@ -578,7 +617,9 @@ class Link:
         except TimeoutError as error:
             raise with_nbytes(error, 0) from None
 
-    def _job(self, route: Route, segments: Segments, measure: Any) -> Job:
+    def _job(
+        self, route: Route, segments: Segments, measure: Any, layout: Layout | str | None
+    ) -> Job:
         """Return the job of moving measured segments by a route."""
         target = self.target
         core = ffi.new("struct dmb_job *", self._core[0])
@@ -590,8 +631,12 @@ class Link:
         job = Job(core, segments.array, segments.count, measure, buffer, route, target.path)
         if route is Route.BUFFERED:
             core.fd = core.plain_fd
-        elif target.namespace is not None:
-            job.limit = target.namespace.limit
+        elif target.namespace is not None or route is Route.NATIVE:
+            job.limit = target.request_limit()
+        fit = measure.native if route is Route.NATIVE else measure.direct
+        job.by_cpu = route not in ZERO_COPY or fit.with_edges > 0
+        if route is Route.NATIVE and isinstance(layout, Layout):
+            layout.apply(job)
         if self._direct is not None:
             job.on_zram = self._direct.on_zram
         if measure.off_block and route is Route.DIRECT:
@@ -608,8 +653,7 @@ class Link:
         if not target.cache_watched and job.route is not Route.BUFFERED:
             start, size = measure.file_start, measure.file_end - measure.file_start
             watch = target.cache_to_watch(start, size)
-        fit = measure.native if job.route is Route.NATIVE else measure.direct
-        if job.route in ZERO_COPY and not fit.with_edges:
+        if not job.by_cpu:
             await waiter.run(target.engine, job)
         else:
             # READ too for a read: what is copied may begin and end within a cache line.
@@ -619,6 +663,8 @@ class Link:
         if watch and not job.result.error:
             target.saw_cache(start, size)
             self._refresh_all()
+        if job.changed is not None and job.interruption is None:
+            job.moved = await waiter.call(job.changed)
 
     # -- judging
 
@@ -666,7 +712,7 @@ class Link:
         if plan.route is not Route.BUFFERED and now and not refusal:
             route, reason = Route.BUFFERED, now
         elif plan.route in ZERO_COPY and not result.straight:
-            route, reason = Route.STAGED, "the file ended before its first whole block"
+            route, reason = Route.STAGED, "no whole block of it was in the file"
         else:
             return plan.route, plan.reason
         if route not in ALLOWED[terms.require]:
@@ -713,62 +759,15 @@ class Link:
 
     # -- proof of arrival: see audit.py
 
-    def _check_audit(self, segments: Segments, terms: Terms) -> None:
-        """Refuse audit="always" where there is nothing to compare with."""
-        if self.target.stream is not None:
-            text = (
-                f"audit='always' reads everything a second time, which {self.target.stream} does "
-                "not allow; leave it out"
-            )
-            raise os_error(errno.ESPIPE, text, self.target.path)
-        obstacle = audit.obstacle(self.buffer, segments, self._write, terms.fence)
-        if obstacle is not None and any(size for _, _, size in segments):
-            raise RouteUnavailable(f"audit='always' is impossible: {obstacle}", self.target.path)
-
-    async def _run_audited(
-        self, plan: Plan, job: Job, segments: Segments, terms: Terms, waiter: Waiter
-    ) -> str:
+    async def _run_audited(self, job: Job, segments: Segments, terms: Terms, waiter: Waiter) -> str:
         """Run the job, and compare the bytes where that is due; return what the record reports."""
-        target, native = self.target, plan.route is Route.NATIVE
-        pair = job.buffer.exporter, target.device()
-        why_not = audit.why_not(job.buffer, segments, terms, pair, self.direction)
-        if why_not is not None:
-            await self._run(job, waiter)
-            return why_not
-        with ExitStack() as stack:
-            try:
-                reference = stack.enter_context(target.reference())
-            except OSError as error:
-                text = f"the file cannot be opened again to read it ({error.strerror})"
-                if terms.audit == "always":
-                    text = f"audit='always' is impossible: {text}"
-                    raise with_nbytes(RouteUnavailable(text, target.path), 0) from None
-                await self._run(job, waiter)
-                return f"not audited: {text}"
-            check = audit.Check(
-                job.buffer,
-                segments,
-                reference,
-                write=self._write,
-                file_size=job.measure.file_size,
-                limit=None if terms.audit == "always" else audit.LIMIT,
-                path=target.path,
-            )
-            await waiter.call(check.prepare)
-            await self._run(job, waiter)
-            result = job.result
-            if result.error or job.interruption or (result.short_segment >= 0 and segments.whole):
-                return NOT_AUDITED
-            try:
-                text = await waiter.call(partial(check.compare, result.nbytes))
-            except IntegrityError as error:
-                if native:
-                    audit.PAIRS.mark(*pair, f"an audit found wrong bytes: {error.strerror}")
-                    self._refresh_all()
-                raise
-            if native and result.straight:
-                audit.PAIRS.show(*pair, self.direction)
-            return text
+        pair = job.buffer.exporter, self.target.device()
+        run = partial(self._run, job, waiter)
+        try:
+            return await audit.run(job, segments, terms, waiter, pair, self.target.reference, run)
+        except IntegrityError:
+            self._refresh_all()
+            raise
 
     # -- streams
 

@@ -20,6 +20,9 @@ Require = Literal["zero-copy", "uncached", "any"]
 Prefer = Literal["zero-copy", "fastest"]
 Audit = Literal["first", "always", "off"]
 
+SMALL = 1 << 20
+"""Bytes of a request that may go by one system call without a ring."""
+
 NOT_AUDITED = "not audited: only the native route is, unless audit='always'"
 AUDIT_OFF = "not audited: audit='off'"
 

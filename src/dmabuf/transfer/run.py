@@ -83,6 +83,20 @@ class Segments:
             nbytes -= size
         return offset + size
 
+    def error(self, index: int, limit: int, *, overlaps: bool) -> ValueError:
+        """Return the error for a segment that overlaps another in the file, or leaves a buffer.
+
+        `limit` is the size of the buffer in bytes.
+        """
+        offset, start, size = self.at(index)
+        which = f"file_offset={offset} buffer_offset={start} size={size}"
+        if self.whole:
+            which = f"segment {index} ({which})"
+        if overlaps:
+            return ValueError(f"{which} overlaps another segment in the file")
+        text = f"leaves the buffer of {limit} bytes or the largest file offset, 2^63-1"
+        return ValueError(f"{which} {text}")
+
     def overlap(self) -> bool:
         """Return whether two segments overlap in the buffer."""
         end = 0

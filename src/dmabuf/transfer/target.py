@@ -15,15 +15,18 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from dmabuf.errors import ClosedError, os_error
-from dmabuf.kernel import files, log, nvme, process
+from dmabuf.kernel import files, log, nvme, proc, process
 from dmabuf.memory import Buffer
 from dmabuf.sizes import OFFSET_MAX
 from dmabuf.transfer import audit
 from dmabuf.transfer.engine import Engine
+from dmabuf.transfer.layout import ONLY_READS, Disk, Layout, disk_of
 from dmabuf.transfer.reference import NamespaceReference, Reference, open_reference
 from dmabuf.transfer.ring import why_not_native
+from dmabuf.transfer.run import Segments
 
 FLAGS: dict[str, int] = {
     "r": os.O_RDONLY,
@@ -53,7 +56,12 @@ class Target:
     """Whether O_DIRECT was seen to pass by the page cache."""
     no_slots: str | None = None
     """Why memory that is less aligned than the file's blocks must not be registered."""
+    by_device = False
+    """Whether dma-bufs can be registered for the block device of the file at most, not for it."""
     _direct: files.Direct | None = None
+    _disk: Disk | str | None = None
+    """The open block device that holds the file, or why it cannot be had; None: not opened yet."""
+    _native_limit: int | None = None
     _plain = -1
     """Another descriptor without O_DIRECT, once one was needed beside `fd`."""
     _no_native: weakref.WeakKeyDictionary[Buffer, str] | None = None
@@ -319,6 +327,7 @@ class Target:
             # No call, so no exception, between this and any().
             self.fd, self._plain, self._direct = -1, -1, None
             any(closing)
+            self._disk = None  # which closes the device after the last file on it
 
     # -- facts about O_DIRECT and the native route
 
@@ -361,11 +370,65 @@ class Target:
         known = self.engine.no_native() or (self._no_native and self._no_native.get(buffer))
         return known or audit.PAIRS.refusal(buffer.exporter, self.device())
 
+    def register_native(self, buffer: Buffer, start: int, end: int, *, write: bool) -> str | None:
+        """Register a part of a dma-buf for the file or its block device; return why not."""
+        why = self.no_native(buffer)  # an audit may have ruled the pair out meanwhile
+        if why is not None:
+            return why
+        refusal = None
+        if not self.by_device:
+            refusal = self.engine.native_refusal(buffer, self.direct().fd, start, end)
+            if refusal and self.kind == "file" and refusal.errno == errno.EOPNOTSUPP:
+                self.by_device = True
+        if self.by_device:
+            disk = ONLY_READS if write else self.disk()
+            if isinstance(disk, str):
+                return disk
+            refusal = disk.native_refusal(buffer, start, end)
+        if refusal is None:
+            return None
+        if refusal.errno != errno.ENOSPC:  # slots become free again
+            self.rule_out_native(buffer, refusal.why)
+        return refusal.why
+
+    def request_limit(self) -> int:
+        """Return the maximum bytes of a passthrough or native request; 0 if it is not known."""
+        if self.namespace is not None:
+            return self.namespace.limit
+        if self._native_limit is None:
+            kib = proc.number(self.device(), "queue/max_hw_dmabuf_sectors_kb")
+            self._native_limit = (kib or 0) << 10
+        return self._native_limit
+
     def rule_out_native(self, buffer: Buffer, why: str) -> None:
         """Remember why a dma-buf cannot be registered for the file."""
         if self._no_native is None:
             self._no_native = weakref.WeakKeyDictionary()
         self._no_native[buffer] = why
+
+    def disk(self) -> Disk | str:
+        """Return the open block device that holds the file, or why it cannot be read."""
+        disk = self._disk
+        if disk is None:
+            try:
+                disk = disk_of(self.engine, self.fd)
+            except OSError as error:
+                disk = str(error.strerror)
+            self._disk = disk
+        return disk
+
+    def layout(self, segments: Segments, measure: Any) -> Layout | str:
+        """Return where measured segments lie on the file's device, or why it cannot be read.
+
+        It writes the file's dirty pages out first.
+        """
+        disk = self.disk()
+        if isinstance(disk, str):
+            return disk
+        try:
+            return Layout(self.fd, disk, segments, measure)
+        except OSError as error:
+            return str(error.strerror)
 
     def learn_about_native(self, buffer: Buffer, error: int) -> bool:
         """Record an errno of a native request; return whether it rules the route out.
