@@ -310,6 +310,7 @@ def test_closing_ends_the_wait_for_a_peer(run, buf):
         async with anyio.create_task_group() as group:
             group.start_soon(transfer)
             await begun.wait()
+            await turns()  # until it waits for the peer
             await file.aclose()
         os.close(write)
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import anyio
+import pytest
 
 import dmabuf
 from dmabuf import aio
@@ -52,6 +53,45 @@ def test_threads(cold_path, buf):
     with dmabuf.open(cold_path, "r+") as file:
         together(lambda number: work(file, buf, number), WORKERS)
     check(cold_path, buf)
+
+
+@pytest.mark.parametrize("route", [None, "staged", "buffered"])
+@pytest.mark.parametrize("old", [0, SIZE])
+def test_writers_of_a_file_that_grows(tmp_path, buf, route, old):
+    """Their ranges meet inside pages, and the file grows under each of them."""
+    path = tmp_path / "file"
+    path.write_bytes(pattern(old, 2))
+    with dmabuf.open(path, "r+") as file:
+
+        def write(number):
+            at = number * PART
+            transfer = file.write_from(buf, PART, file_offset=at, buffer_offset=at, route=route)
+            assert transfer.nbytes == PART
+
+        together(write, WORKERS)
+    assert_same(path.read_bytes(), poison(SIZE), "the file")
+
+
+def test_writers_that_fail_take_nothing_from_those_that_do_not(tmp_path, buf):
+    """Odd ones are refused before they begin, by a file offset that no file has."""
+    path = tmp_path / "file"
+    with dmabuf.open(path, "w") as file:
+
+        def write(number):
+            at = number * PART
+            if number % 2:
+                with pytest.raises(OSError):
+                    file.write_from(buf, PART, file_offset=2**63 - 1 - PART)
+            else:
+                file.write_from(buf, PART, file_offset=at, buffer_offset=at)
+
+        for _ in range(5):
+            together(write, WORKERS)
+    data = path.read_bytes()
+    assert len(data) == SIZE - PART
+    for number in range(0, WORKERS, 2):
+        at = number * PART
+        assert_same(data[at : at + PART], poison(SIZE)[at : at + PART], f"part {number}")
 
 
 def test_threads_and_event_loops(cold_path, buf):
