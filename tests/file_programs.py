@@ -6,15 +6,14 @@ runs them on the file FD, and compares with the memory itself, which MEMORY is a
 """
 
 import hashlib
-import mmap
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
+import dmabuf
 from tests.support import assert_same, pattern, poison
 
 PYTHON = f"{sys.executable} -I -S"
@@ -106,13 +105,11 @@ def shell(command: str, fd: int, folder: Path) -> bytes:
     return done.stdout
 
 
-def check_readers(
-    fd: int, fill: Callable[[bytes], object], size: int, folder: Path, *, few: bool = False
-) -> None:
-    """Each reader sees what `fill` last put into the memory, all of it."""
+def check_readers(fd: int, buffer: dmabuf.Buffer, folder: Path, *, few: bool = False) -> None:
+    """Each reader sees what was last put into the buffer, all of it."""
     for seed, (name, command) in enumerate(usable(READERS, few).items()):
-        data = pattern(size, seed)
-        fill(data)
+        data = pattern(buffer.size, seed)
+        buffer.pwrite(data, 0)
         (folder / "expected").write_bytes(data)
         assert_same(shell(command, fd, folder), data, name)
     for name, command in usable({text: text for text in SUMS[: 1 if few else None]}).items():
@@ -121,43 +118,29 @@ def check_readers(
 
 
 def check_writers(
-    fd: int,
-    fill: Callable[[bytes], object],
-    look: Callable[[], bytes],
-    folder: Path,
-    *,
-    truncating: bool,
-    few: bool = False,
+    fd: int, buffer: dmabuf.Buffer, folder: Path, *, truncating: bool, few: bool = False
 ) -> None:
-    """What each writer wrote is in the memory, by `look`, where poison was before."""
+    """What each writer wrote is in the buffer, where poison was before."""
     commands = usable(WRITERS, few)
     commands |= {f"{name}, truncating": c for name, c in TRUNCATING.items() if not few}
+    size = buffer.size
     for seed, (name, command) in enumerate(commands.items()):
-        size = os.fstat(fd).st_size
         data = pattern(size, seed)
         (folder / "new").write_bytes(data)
-        fill(poison(size))
+        buffer.pwrite(poison(size), 0)
         if name.endswith(", truncating") and not truncating:
             with_error = f"({command}) >/dev/null 2>&1 && echo it worked; true"
             assert shell(with_error, fd, folder) == b"", name
-            assert_same(look(), poison(size), name)
-            continue
-        shell(command, fd, folder)
-        assert_same(look(), data, name)
+            data = poison(size)
+        else:
+            shell(command, fd, folder)
+        assert_same(buffer.pread(size, 0), data, name)
 
 
 def main(fd: int, memory: int, *, few: bool) -> None:
-    size = os.fstat(fd).st_size
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        mmap.mmap(memory, os.lseek(memory, 0, os.SEEK_END)) as view,
-    ):
-
-        def fill(data: bytes) -> None:
-            view[:] = data
-
-        check_readers(fd, fill, size, Path(folder), few=few)
-        check_writers(fd, fill, lambda: view[:], Path(folder), truncating=True, few=few)
+    with tempfile.TemporaryDirectory() as folder, dmabuf.from_fd(memory) as buffer:
+        check_readers(fd, buffer, Path(folder), few=few)
+        check_writers(fd, buffer, Path(folder), truncating=True, few=few)
 
 
 if __name__ == "__main__":

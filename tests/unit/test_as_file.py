@@ -92,18 +92,6 @@ def test_a_memfd_is_the_file(buf):
         assert os.lseek(buf.fileno(), 0, os.SEEK_CUR) == 0, "the position is its own"
 
 
-def test_programs_on_a_memfd(buf, tmp_path):
-    def look():
-        return buf.pread(SIZE, 0)
-
-    def fill(data):
-        buf.pwrite(data, 0)
-
-    with dmabuf.as_file(buf) as file:
-        check_readers(file.fileno(), fill, SIZE, tmp_path)
-        check_writers(file.fileno(), fill, look, tmp_path, truncating=False)
-
-
 @pytest.mark.parametrize("mode", ["r", "w", "r+"])
 def test_modes(buf, mode):
     plain = mode.replace("r+", "rw")
@@ -124,6 +112,14 @@ def test_what_is_refused(buf):
 
 def opened(buf, way):
     return dmabuf.as_file(buf) if way == "memfd" else by_fuse(buf)
+
+
+@needs("fuse")
+@pytest.mark.parametrize("way", ["memfd", "fuse"])
+def test_programs(buf, tmp_path, way):
+    with opened(buf, way) as file:
+        check_readers(file.fileno(), buf, tmp_path)
+        check_writers(file.fileno(), buf, tmp_path, truncating=way == "fuse")
 
 
 @needs("fuse")
@@ -257,19 +253,6 @@ def test_a_memfd_that_may_not_be_opened_again():
 
 
 # -- by FUSE
-
-
-@needs("fuse")
-def test_programs_on_a_file_by_fuse(buf, tmp_path):
-    def look():
-        return buf.pread(SIZE, 0)
-
-    def fill(data):
-        buf.pwrite(data, 0)
-
-    with by_fuse(buf) as file:
-        check_readers(file.fileno(), fill, SIZE, tmp_path)
-        check_writers(file.fileno(), fill, look, tmp_path, truncating=True)
 
 
 @needs("fuse")

@@ -2,15 +2,13 @@
 
 import array
 import ctypes
-import errno
 import io
 import os
 
 import pytest
 
 from dmabuf.errors import ClosedError
-from dmabuf.memory import Buffer, allocate
-from tests.support import raises_errno
+from dmabuf.memory import allocate
 
 SIZE = 8192
 
@@ -86,18 +84,6 @@ def test_writing(raw):
     raw.flush()
 
 
-def test_a_write_that_does_not_fit_whole_writes_nothing(raw):
-    for offset, data in [(SIZE - 2, b"xyz"), (SIZE, b"x"), (0, bytes(SIZE + 1)), (2**62, b"x")]:
-        raw.seek(offset)
-        with raises_errno(errno.ENOSPC, "do not fit into the 8192 bytes"):
-            raw.write(data)
-        assert raw.tell() == offset
-        with raises_errno(errno.ENOSPC, "nothing was written"):
-            raw.pwritev([b"", data], offset)
-    assert raw.write(b"") == 0
-    assert raw.pread(SIZE, 0) == CONTENT
-
-
 def test_seeking(raw):
     assert raw.seek(10) == 10
     assert raw.seek(-3, os.SEEK_CUR) == 7
@@ -109,18 +95,6 @@ def test_seeking(raw):
         with pytest.raises(ValueError):
             raw.seek(*wrong)
     assert raw.tell() == 2**63 - 1
-
-
-def test_truncate_changes_no_size(raw):
-    assert raw.truncate(SIZE) == SIZE
-    raw.seek(0, os.SEEK_END)
-    assert raw.truncate() == SIZE
-    raw.seek(5)
-    shorter = (None, 0) if isinstance(raw, Buffer) else ()
-    for size in (*shorter, SIZE + 1, -1):
-        with raises_errno(errno.EINVAL, "is fixed at 8192"):
-            raw.truncate(size)
-    assert raw.pread(SIZE, 0) == CONTENT
 
 
 @pytest.mark.parametrize("wrong", [True, False, 1.0, b"1", None])

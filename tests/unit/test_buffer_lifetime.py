@@ -23,28 +23,6 @@ def buf():
         yield buffer
 
 
-def test_closing_gives_everything_back():
-    before = held()
-    buffer = allocate(SIZE, exporter="memfd")
-    assert held() != before
-    buffer.close()
-    assert held() == before
-    buffer.close()
-
-
-def test_a_view_in_a_map_keeps_it_open(buf):
-    with buf.map("rw") as view:
-        with pytest.raises(
-            BufferError, match=r"cannot close <.*: exported pointers exist.*delete them"
-        ) as error:
-            buf.close()
-        assert not isinstance(error.value, BusyError)
-        assert not buf.closed
-        view[:3] = b"abc"
-    assert buf.read(3) == b"abc"
-    buf.close()
-
-
 def test_a_slice_that_outlives_its_map_keeps_it_open(buf):
     called = []
     buf.on_close(lambda: called.append(1))

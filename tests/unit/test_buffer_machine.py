@@ -97,7 +97,7 @@ class BufferMachine(RuleBasedStateMachine):
             return
         count = model.pwrite(data, model.position)
         if count is None:
-            with raises_errno(errno.ENOSPC):
+            with raises_errno(errno.ENOSPC, f"do not fit into the {model.size} bytes"):
                 file.write(data)
         else:
             assert file.write(data) == count
@@ -121,7 +121,7 @@ class BufferMachine(RuleBasedStateMachine):
             return
         count = model.pwrite(b"".join(parts), offset)
         if count is None:
-            with pytest.raises(OSError):
+            with raises_errno(errno.ENOSPC, "nothing was written"):
                 file.pwritev(parts, offset)
         else:
             assert file.pwritev(parts, offset) == count
@@ -149,7 +149,7 @@ class BufferMachine(RuleBasedStateMachine):
             assert file.truncate(size) == wanted
             model.end = wanted
         else:
-            with raises_errno(errno.EINVAL):
+            with raises_errno(errno.EINVAL, f"is fixed at {model.size}"):
                 file.truncate(size)
 
     @rule(offset=st.integers(0, SIZE), data=DATA, keep=st.booleans())
