@@ -9,51 +9,36 @@ processes all at once. Every process reads all bytes and compares their checksum
 and the store are killed, the others compare again, and a new process loads the model.
 
 Both are measured with processes that are started, and that are forked from one that has imported.
-Prints the median of the rounds with the lowest and the highest: the first call; the longest of the
-others; the proportional set size (smaps_rollup) of all processes and the store, divided by the
-size of the model; the part of it that is the model's own mappings; what the load has added to what
-the processes had before; and the pages of the file that are left in the page cache.
+Prints the median of the rounds with the lowest and the highest: the first call, beside an ordinary
+load just before; the longest of the others; the proportional set size (smaps_rollup) of all
+processes and the store, divided by the size of the model; the part of it that is the model's own
+mappings; what the load has added to what the processes had before; and the pages of the file that
+are left in the page cache.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from common import GIB, MIB, FailedError, Spread, cached, drop, machine
+from shared_worker import work
 
 from dmabuf.sizes import parse_size
 
 TENSORS = 256
-
-
-def work(path: str, socket: str, orders: Iterable[str], tell: Callable[[str], object]) -> None:
-    """Load the model and compute its checksum, as orders come."""
-    from dmabuf import safetensors
-
-    tell("imported")
-    for order in orders:
-        begun = time.perf_counter()
-        if order == "load\n":
-            model = safetensors.load(path, framework="np", shared=socket)
-            tell(f"{time.perf_counter() - begun} {len(model.transfers)}")
-        else:
-            total = 0
-            for name in sorted(model):
-                total = zlib.crc32(model.raw(name).data, total)
-            tell(str(total))
 
 
 class Worker:
@@ -73,7 +58,8 @@ class Worker:
                     work(str(path), str(socket), given, lambda text: _write(reply, text))
                 os._exit(0)
         else:
-            command = [sys.executable, __file__, "work", str(path), str(socket)]
+            program = Path(__file__).with_name("shared_worker.py")
+            command = [sys.executable, *map(str, (program, path, socket))]
             self._process = subprocess.Popen(command, stdin=orders, stdout=reply)
             self.pid = self._process.pid
         os.close(orders)
@@ -175,6 +161,9 @@ def measure(path: Path, folder: Path, count: int, expected: int, forked: bool) -
     """Return the figures of one round."""
     drop(str(path))
     socket = folder / "store.sock"
+    with working(path, socket, 1, forked) as [one]:
+        one.tell("own")
+        alone = float(one.told())
     with working(path, socket, count, forked) as workers:
         before = sum(proportional(one.pid)[0] for one in workers)
         calls = []
@@ -204,7 +193,8 @@ def measure(path: Path, folder: Path, count: int, expected: int, forked: bool) -
     seconds = [float(one) for one, _ in calls]
     return {
         "first call, s": seconds[0],
-        "first call, GB/s": size / seconds[0] / 1e9,
+        "a load of its own, s": alone,
+        "first call / a load of its own": seconds[0] / alone,
         "longest other call, one by one, ms": 1e3 * max(seconds[1:]),
         "longest other call, all at once, ms": 1e3 * max(together),
         "total PSS / model": sum(total for total, _ in figures) / size,
@@ -227,6 +217,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     rounds: dict[str, list[dict[str, float]]] = {"started": [], "forked": []}
+    gc.freeze()  # a collection in a forked process would copy what it shares
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         path = Path(name, "model.safetensors")
         expected = write_model(path, options.size)
@@ -248,7 +239,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["work"]:
-        work(sys.argv[2], sys.argv[3], sys.stdin, lambda text: print(text, flush=True))
-    else:
-        main()
+    main()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import dmabuf.store
+from dmabuf.kernel import uapi
 from dmabuf.memory import exporters, foreign
 from dmabuf.store import Store
 from tests.guards import needs
@@ -204,3 +205,32 @@ def test_no_exporter_takes_what_it_was_not_asked_for(store: Store) -> None:
     with raises_errno(errno.EINVAL):
         store.create("n", 4096, exporter="system", huge_pages="2MiB")
     assert (store.usage().charged, store.usage().names) == (0, 0)
+
+
+@everything
+def test_a_cached_buffer_cannot_be_written_through_a_dma_buf_either(store: Store) -> None:
+    with store.create(None, SIZE) as buffer:
+        assert buffer.is_dmabuf
+        with pytest.raises(ValueError, match="the buffer is a dma-buf"):
+            store.link(buffer, "model", cached=True)
+    buffer = store.create(None, SIZE, exporter="memfd")
+    buffer.pwrite(pattern(SIZE, 1), 0)
+    store.link(buffer, "model", cached=True)
+    with store.open("model") as buffer:
+        assert store.stat("model").in_use
+        device = exporters.open_udmabuf()
+        try:
+            for access in (os.O_RDONLY, os.O_RDWR):
+                fd = os.open(f"/proc/self/fd/{buffer.fileno()}", access)
+                try:
+                    with raises_errno(errno.EINVAL):
+                        os.close(uapi.udmabuf_create(device, fd, 0, buffer.size))
+                    with mmap.mmap(fd, mmap.PAGESIZE, prot=mmap.PROT_READ) as memory:
+                        with raises_errno(errno.EACCES):
+                            memory.madvise(mmap.MADV_REMOVE)
+                finally:
+                    os.close(fd)
+        finally:
+            os.close(device)
+        assert_same(buffer.pread(SIZE, 0), pattern(SIZE, 1), "a cached buffer")
+    assert store.stat("model").in_use is False
