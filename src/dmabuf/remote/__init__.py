@@ -15,7 +15,7 @@ named buffers (store/), the command line (cli/).
 
 ``protocol.py`` has the messages and ``channel.py`` the socket of both ends; ``address.py`` says who
 may connect to what. ``client.py``, ``file.py`` and ``session.py`` are the client's end;
-``server.py``, ``serving.py`` and ``folder.py`` the node's.
+``server.py``, ``requests.py`` and ``folder.py`` the node's.
 """
 
 from dmabuf.remote.address import Certificates, certificates_from_environment, is_url, parse_url

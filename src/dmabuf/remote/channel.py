@@ -44,6 +44,8 @@ class Channel:
         """Bytes that were received and not yet used."""
         self._out = bytearray()
         """Bytes that are sent with the next ones."""
+        self._coming = self._message = 0
+        """Bytes of data that have no header yet, and that the message begun still needs."""
         self.failed = False
         """Whether the connection cannot be used any more."""
         self.received = 0
@@ -201,36 +203,51 @@ class Channel:
         while view:
             view = view[self._patiently(partial(self._socket.send, view, flags), "receiving") :]
 
+    def announce(self, size: int) -> None:
+        """Begin to send so many bytes of data, by `send_data` and `send_file` as often as needed.
+
+        After an error the rest need not come: the message that ends the data reports it.
+        """
+        self._coming = size
+
+    def _headed(self, size: int) -> int:
+        """Return how many of the next bytes belong to one message, whose header is sent."""
+        if not self._message:
+            self._message = min(self._coming, protocol.MOST_DATA)
+            self._coming -= self._message
+            self._out += protocol.HEADER.pack(0, self._message)
+            self.flush(more=True)
+        return min(size, self._message)
+
     def send_data(self, view: memoryview) -> None:
-        """Send bytes of memory as messages of data."""
-        for start in range(0, len(view), protocol.MOST_DATA):
-            with view[start : start + protocol.MOST_DATA] as part:
-                self._out += protocol.HEADER.pack(0, len(part))
-                self.flush(more=True)
+        """Send bytes of memory."""
+        while view:
+            size = self._headed(len(view))
+            with view[:size] as part:
                 self._send_all(part)
+            self._message -= size
+            view = view[size:]
 
     def send_file(self, fd: int, offset: int, size: int) -> tuple[int, int]:
-        """Send a range of a file as messages of data, from the page cache.
+        """Send a range of a file, from the page cache.
 
         Returns how many bytes the file had, and the number of system calls. A file that shrinks
         meanwhile has fewer; then, and after an error of the file, zeros complete the message.
         """
         done = calls = 0
         while done < size:
-            left = min(size - done, protocol.MOST_DATA)
-            self._out += protocol.HEADER.pack(0, left)
-            self.flush(more=True)
-            while left:
-                once = _Sending(self._socket.fileno(), fd, offset + done, left)
-                sent = self._patiently(once, "receiving")
-                calls += 1
-                if once.ended:
-                    self._send_all(memoryview(bytes(left)))
-                    if once.error is not None:
-                        once.error.nbytes = done  # type: ignore[attr-defined]
-                        raise once.error
-                    return done, calls
-                done, left = done + sent, left - sent
+            once = _Sending(self._socket.fileno(), fd, offset + done, self._headed(size - done))
+            sent = self._patiently(once, "receiving")
+            calls += 1
+            if once.ended:
+                self._send_all(memoryview(bytes(self._message)))
+                self._message = 0
+                if once.error is not None:
+                    once.error.nbytes = done  # type: ignore[attr-defined]
+                    raise once.error
+                break
+            done += sent
+            self._message -= sent
         return done, calls
 
     # -- the greeting

@@ -117,6 +117,11 @@ class Message:
         except (TypeError, ValueError):
             raise Malformed(f"a message has no valid {key}") from None
 
+    def outcomes(self, key: str) -> list[int | Message]:
+        """Return sizes, or messages in the place of those that failed."""
+        value = self._get(key, list)
+        return [Message(one) if type(one) is dict else _number(one) for one in value]
+
     def named(self, key: str) -> list[tuple[str, int]]:
         """Return pairs of a name and a number."""
         value = self._get(key, list)
@@ -255,7 +260,7 @@ def _count(error: BaseException, name: str) -> int | None:
 
 def parse_error(message: Message, node: str) -> Exception:
     """Return the exception of a reply, which names the node."""
-    fields = message.message("error")
+    fields = message.message("error") if "error" in message else message
     kind, text = fields.text("kind"), fields.text("text")
     number, nbytes = fields.number("errno"), fields.number("nbytes")
     path = f"dmabuf://{node}/{fields.text('path')}"

@@ -16,7 +16,7 @@ from dmabuf.errors import os_error
 from dmabuf.remote.address import Address, Certificates, needs_certificates, parse_address
 from dmabuf.remote.channel import Channel
 from dmabuf.remote.folder import Folder
-from dmabuf.remote.serving import Client, Shared
+from dmabuf.remote.requests import Client, Shared
 from dmabuf.store import Server, listening
 
 log = logging.getLogger("dmabuf.remote")

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from dmabuf.copying import CopySide, Meter
 from dmabuf.errors import ClosedError, IntegrityError, RouteUnavailable, TransferError, os_error
@@ -26,6 +26,7 @@ REASONS: dict[Direction, str] = {
 }
 _THROUGH_SOCKETS = "the engine tcp moves bytes through the buffers of a socket"
 REJECTED = {Route.NATIVE: _THROUGH_SOCKETS, Route.DIRECT: _THROUGH_SOCKETS}
+_NOT_AUDITED = "not audited: the first transfer was, or audit='off'"
 _UNDEFINED = "the content of the buffer's range is undefined"
 
 _KINDS: dict[str, type] = {"str": str, "int": int, "bool": bool}
@@ -162,6 +163,55 @@ class Session:
             raise Malformed("fewer bytes came than the node reports")
         return self.check(found)
 
+    def receive_names(
+        self,
+        channel: Channel,
+        buffer: Buffer,
+        view: memoryview,
+        names: Sequence[tuple[str, int, int]],
+        limit: int,
+    ) -> list[RemoteTransfer | OSError]:
+        """Receive the contents of names into their places of a view, and return their outcomes.
+
+        Args:
+            channel: the connection, on which the request was sent.
+            buffer: the buffer.
+            view: its memory.
+            names: for each its name, its place in the view, and the room there.
+            limit: how many bytes of each to compare with the checksum of the other end.
+        """
+        begun, places = time.perf_counter(), list[Place]()
+        told = self.check(channel.receive_message()).outcomes("names")
+        if len(told) != len(names):
+            raise Malformed("other names were answered than requested")
+        for one, (_, start, room) in zip(told, names, strict=True):
+            if isinstance(one, Message):
+                continue
+            if one > room:
+                raise Malformed("more data came than was requested")
+            if places and places[-1][0] + places[-1][1] == start:  # received at once
+                places[-1] = places[-1][0], places[-1][1] + one
+            else:
+                places.append((start, one))
+        reply = self.receive(channel, view, places, names[0][0])
+        side, digests = protocol.parse_side(reply), reply.text("checksum").split()
+        seconds, outcomes = time.perf_counter() - begun, list[RemoteTransfer | OSError]()
+        sides: dict[int, CopySide] = {}
+        for one, (name, start, _) in zip(told, names, strict=True):
+            if isinstance(one, Message):
+                error = protocol.parse_error(one, self.name)
+                outcomes.append(error if isinstance(error, OSError) else OSError(str(error)))
+                continue
+            audited = _NOT_AUDITED
+            if limit and one:
+                with view[start : start + min(limit, one)] as part:
+                    audited = self._compare(digests.pop(0) if digests else "", [part], one, name)
+                self._audited.add((buffer.exporter, "read"))
+            if one not in sides:
+                sides[one] = replace(side, nbytes=one, copied=one if side.copied else 0)
+            outcomes.append(self._record("read", one, audited, seconds, sides[one]))
+        return outcomes
+
     def send(
         self,
         channel: Channel,
@@ -173,8 +223,10 @@ class Session:
         """Send the data of a request that was sent, and return the reply."""
         self.check(channel.receive_message())
         done, cursor, left = 0, _Cursor(view, places), sum(size for _, size in places)
+        channel.announce(left)
         try:
-            while left and not channel.is_readable():  # an error comes early
+            # Whole messages, between which an error of the node may come.
+            while left and not channel.is_readable():
                 for part in cursor.take(min(left, protocol.MOST_DATA)):
                     with part:
                         channel.send_data(part)
@@ -222,25 +274,34 @@ class Session:
         Raises IntegrityError.
         """
         nbytes, side = reply.number("nbytes"), protocol.parse_side(reply)
-        audited = "not audited: the first transfer was, or audit='off'"
-        if limit and nbytes:
-            digest = hashlib.blake2b(digest_size=16)
-            left = compared = min(limit, nbytes)
+        audited, parts, left = _NOT_AUDITED, list[memoryview](), min(limit, nbytes)
+        if left:
             for start, size in places:
-                with view[start : start + min(size, left)] as part:
-                    digest.update(part)
-                    left -= len(part)
-            if digest.hexdigest() != reply.text("checksum"):
-                text = f"the first {compared} bytes differ from those at the other end, by checksum"
-                raise IntegrityError(text, path)
+                parts.append(view[start : start + min(size, left)])
+                left -= len(parts[-1])
+            audited = self._compare(reply.text("checksum"), parts, nbytes, path)
             self._audited.add((buffer.exporter, direction))
-            audited = f"{format_size(compared)} compared by a checksum of the other end"
-            if compared < nbytes:
-                audited += f"; {format_size(nbytes)} were moved"
+        return self._record(direction, nbytes, audited, time.perf_counter() - begun, side)
+
+    def _compare(self, expected: str, parts: Sequence[memoryview], nbytes: int, path: str) -> str:
+        """Compare memory with a checksum of the other end; return a sentence for the record."""
+        digest, compared = hashlib.blake2b(digest_size=16), 0
+        for part in parts:
+            digest.update(part)
+            compared += len(part)
+            part.release()
+        if digest.hexdigest() != expected:
+            text = f"the first {compared} bytes differ from those at the other end, by checksum"
+            raise IntegrityError(text, path)
+        text = f"{format_size(compared)} compared by a checksum of the other end"
+        return text if compared == nbytes else f"{text}; {format_size(nbytes)} were moved"
+
+    def _record(
+        self, direction: Direction, nbytes: int, audited: str, seconds: float, side: CopySide
+    ) -> RemoteTransfer:
         return RemoteTransfer(
-            nbytes, Route.STAGED, REASONS[direction], REJECTED, False, "no ring was used",
-            time.perf_counter() - begun, 1, 0, nbytes, audited,
-            transport=self.transport, remote=side,
+            nbytes, Route.STAGED, REASONS[direction], REJECTED, False, "no ring was used", seconds,
+            1, 0, nbytes, audited, transport=self.transport, remote=side,
         )  # fmt: skip
 
 

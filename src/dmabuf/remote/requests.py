@@ -261,6 +261,7 @@ class Client:
         self, file: File, segments: Sequence[tuple[int, int]], begun: float
     ) -> CopySide:
         fd, done, calls = file.fileno(), 0, 0
+        self._channel.announce(sum(size for _, size in segments))
         for offset, size in segments:
             sent, count = self._channel.send_file(fd, offset, size)
             done, calls = done + sent, calls + count
@@ -276,6 +277,7 @@ class Client:
         source = _RangesSource(file, segments, terms)
         with self._shared.pools.take(total) as pool:
             ahead = total > pool[0].size
+            self._channel.announce(total)
             with Reader(source, pool, total, whole=True, ahead=ahead) as reader:
                 while True:
                     filled = reader.take()
@@ -328,50 +330,54 @@ class Client:
 
     # -- names of the store
 
-    def _do_fetch(self, request: Message) -> None:
+    def _do_fetch(self, request: Message) -> dict[str, object]:
         names, limit = request.named("names"), request.number("checksum")
         if self._shared.server is None:
             raise os_error(errno.EOPNOTSUPP, _NO_STORE)
-        lent = self._shared.server.lend([name for name, _ in names])
-        try:
-            while lent:
-                found = lent.pop(0)
-                name, room = names[-len(lent) - 1]
-                try:
-                    reply = self._send_name(name, room, found, limit)
-                except OSError as error:
-                    if self._channel.failed:
-                        raise
-                    reply = protocol.pack(error=protocol.error_fields(error, name))
-                self._channel.send(reply, more=bool(lent))
-        finally:
-            for found in lent:
-                if not isinstance(found, OSError) and found.fd >= 0:
-                    os.close(found.fd)
-
-    def _send_name(self, name: str, room: int, lent: Lent | OSError, limit: int) -> bytes:
-        """Send the content of a name, and return the reply that ends it."""
-        if isinstance(lent, OSError):
-            raise lent
         begun = time.perf_counter()
-        if lent.fd < 0 or not self._channel.sends_files:
-            if lent.fd >= 0:
-                os.close(lent.fd)
-            with self._shared.store.open(name, trusted=None) as buffer:
-                size = _fitting(name, min(lent.length, buffer.size), room)
-                with buffer.map("r", 0, size) as view:
-                    self._channel.send_data(view)
-                    digest = _checksum(iter([view[: min(limit, size)]])) if limit else ""
-            side = _side(size, Route.BUFFERED, "the CPU copies into the socket", 1, size, begun)
-            return protocol.pack(**_reply(side, digest))
-        try:
-            size = _fitting(name, lent.length, room)
-            sent, calls = self._channel.send_file(lent.fd, 0, size)
-            digest = _checksum_of_file(lent.fd, [(0, sent)], limit)
-        finally:
-            os.close(lent.fd)
-        side = _side(sent, Route.BUFFERED, _FROM_MEMORY, calls, 0, begun)
-        return protocol.pack(**_reply(side, digest))
+        with ExitStack() as stack:
+            found: list[Lent | OSError] = []
+            for (name, room), lent in zip(
+                names, self._shared.server.lend([name for name, _ in names]), strict=True
+            ):
+                if not isinstance(lent, OSError):
+                    if lent.fd >= 0:
+                        stack.callback(os.close, lent.fd)
+                    if lent.length > room:
+                        text = f"its {lent.length} bytes do not fit into the {room} of the buffer"
+                        lent = os_error(errno.ENOSPC, text, name)
+                found.append(lent)
+            told = [
+                protocol.error_fields(one, name) if isinstance(one, OSError) else one.length
+                for one, (name, _) in zip(found, names, strict=True)
+            ]
+            self._channel.send(protocol.pack(names=told), more=True)
+            lengths = [0 if isinstance(one, OSError) else one.length for one in found]
+            total = sum(lengths)
+            self._channel.announce(total)
+            calls, copied, digests = 0, 0, list[str]()
+            for one, (name, _) in zip(found, names, strict=True):
+                if isinstance(one, OSError):
+                    continue
+                if one.fd < 0 or not self._channel.sends_files:
+                    digests.append(self._send_mapped(name, one.length, limit))
+                    calls, copied = calls + 1, copied + one.length
+                    continue
+                calls += self._channel.send_file(one.fd, 0, one.length)[1]
+                if limit:
+                    digests.append(_checksum_of_file(one.fd, [(0, one.length)], limit))
+        reason = "the CPU copies into the socket" if copied else _FROM_MEMORY
+        side = _side(total, Route.BUFFERED, reason, calls, copied, begun)
+        return _reply(side, " ".join(digests))
+
+    def _send_mapped(self, name: str, length: int, limit: int) -> str:
+        """Send the content of a name from its mapping, and return its checksum."""
+        with (
+            self._shared.store.open(name, trusted=None) as buffer,
+            buffer.map("r", 0, length) as view,
+        ):
+            self._channel.send_data(view)
+            return _checksum(iter([view[: min(limit, length)]])) if limit else ""
 
     def _do_publish(self, request: Message) -> dict[str, object] | None:
         name, size = request.text("name"), request.number("size")
@@ -566,13 +572,6 @@ def _check_apart(ranges: Sequence[tuple[int, int]]) -> None:
 
 def _pages(offset: int, size: int) -> int:
     return -(-(offset + size) // files.PAGE) - offset // files.PAGE
-
-
-def _fitting(name: str, size: int, room: int) -> int:
-    if size > room:
-        text = f"its {size} bytes do not fit into the {room} of the buffer; nothing was sent"
-        raise os_error(errno.ENOSPC, text, name)
-    return size
 
 
 # -- replies
