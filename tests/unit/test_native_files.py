@@ -21,6 +21,7 @@ import pytest
 import dmabuf
 from dmabuf import Route, aio
 from dmabuf.kernel import extents, files, uapi
+from dmabuf.transfer.audit import PAIRS
 from dmabuf.transfer.layout import READS, SMALL_IS_DIRECT, UNSTEADY, Layout
 from tests import emulation
 from tests.guards import demand
@@ -437,6 +438,70 @@ def test_a_change_during_the_audit_is_no_wrong_byte(path, buf, engine):
         Layout.changed = real
     assert acted == [False] and transfer.route is Route.NATIVE and "every byte" in transfer.audited
     assert content(buf) == path.read_bytes()
+
+
+# -- errors
+
+
+def test_a_bad_block_is_named_by_its_place_in_the_file(path, buf, engine):
+    fd = os.open(path, os.O_RDONLY)
+    first = extents.extents_of(fd, 0, SIZE, flush=True)[0]
+    os.close(fd)
+    assert first.place > SIZE
+    bad = first.place + 2 * PAGE
+
+    def answer(completion):
+        hit = completion.offset <= bad < completion.offset + completion.size
+        return -errno.EIO if hit else completion.result
+
+    buf.pwrite(poison(SIZE), 0)
+    text = f"file offset {2 * PAGE}, after {2 * PAGE} bytes: "
+    with (
+        dmabuf.open(path, engine=engine) as file,
+        Filter(answer),
+        pytest.raises(OSError, match=text) as caught,
+    ):
+        file.read_into(buf)
+    assert caught.value.errno == errno.EIO and caught.value.filename == str(path)
+    assert content(buf)[: 2 * PAGE] == path.read_bytes()[: 2 * PAGE]
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.ENODEV])
+def test_a_reset_and_a_drive_that_is_gone(path, buf, engine, number):
+    left = [1]
+
+    def answer(completion):
+        if not completion.straight or not left[0]:
+            return completion.result
+        left[0] -= 1
+        return -number
+
+    with dmabuf.open(path, engine=engine) as file, Filter(answer):
+        assert file.read_into(buf).route is Route.NATIVE
+        assert content(buf) == path.read_bytes() and left == [0]
+        left[0] = 1000
+        with pytest.raises(OSError, match="the device was removed, or") as caught:
+            file.read_into(buf)
+        assert (caught.value.errno, caught.value.nbytes) == (errno.ENODEV, 0)
+
+
+def test_an_audit_that_finds_wrong_bytes(path, buf, engine):
+    run = engine.run
+
+    def spoil(job):
+        job = run(job)
+        os.pwrite(buf.slabs[0].fd, b"wrong", 5 * PAGE)
+        return job
+
+    engine.run = spoil
+    with dmabuf.open(path, engine=engine) as file:
+        with pytest.raises(dmabuf.IntegrityError, match=f"the first at file offset {5 * PAGE}"):
+            file.read_into(buf, audit="always")
+        engine.run = run
+        transfer = file.read_into(buf)
+    assert transfer.route is Route.STAGED and "wrong bytes" in transfer.rejected[Route.NATIVE]
+    assert content(buf) == path.read_bytes()
+    PAIRS.forget()
 
 
 # -- refusals
