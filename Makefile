@@ -138,13 +138,14 @@ $(PEERS)/ready: benchmarks/requirements.txt benchmarks/requirements-kvikio.txt p
 integrations: $(OTHERS)/ready
 	$(OTHERS)/bin/python -m pytest tests/integrations $(IN_TORCH)
 
-IN_TORCH := tests/unit/test_checkpoint.py
+IN_TORCH := tests/unit/test_checkpoint.py tests/unit/test_kvikio.py
 
-$(OTHERS)/ready: tests/integrations/requirements.txt pyproject.toml setup.py csrc/core.h $(wildcard csrc/*.c csrc/*.h)
+$(OTHERS)/ready: tests/integrations/requirements.txt benchmarks/requirements-kvikio.txt pyproject.toml setup.py csrc/core.h $(wildcard csrc/*.c csrc/*.h)
 	tools/install-system-packages gcc libc6-dev liburing-dev python3-dev python3-venv
 	test -x $(OTHERS)/bin/python || $(PYTHON) -m venv $(OTHERS)
 	$(OTHERS)/bin/python -m pip install --quiet setuptools cffi
 	$(OTHERS)/bin/python -m pip install --quiet -r tests/integrations/requirements.txt
+	$(OTHERS)/bin/python -m pip install --quiet --no-deps -r benchmarks/requirements-kvikio.txt
 	$(OTHERS)/bin/python -m pip install --quiet --no-build-isolation --editable '.[test]'
 	touch $@
 

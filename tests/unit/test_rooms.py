@@ -30,10 +30,11 @@ FLOORS = {
     "mount": 5,
     "inspect": 5,
     "integrations": 5,
+    "compat": 5,
     "remote": 5,
     "cli": 6,
 }
-PUBLIC = {"store", "safetensors", "devices", "aio", "integrations", "remote"}
+PUBLIC = {"store", "safetensors", "devices", "aio", "integrations", "compat", "remote"}
 """Rooms that users import by name. Above floor 4 they may be used beside each other."""
 BESIDE = {
     ("mount", "store"), ("aio", "copying"), ("inspect", "devices"), ("inspect", "store"),

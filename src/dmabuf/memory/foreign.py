@@ -311,8 +311,8 @@ _READ_ONLY = 1
 """DLPACK_FLAG_BITMASK_READ_ONLY."""
 
 
-class _Tensor(NamedTuple):
-    """The memory of a tensor, in bytes."""
+class HostMemory(NamedTuple):
+    """The memory of an array or tensor that the CPU reaches, in bytes."""
 
     address: int
     size: int
@@ -336,6 +336,22 @@ def from_dlpack(tensor: Any) -> Window:
             device, or is not contiguous; or the DLPack version is newer than 1.x.
         TypeError: there is no ``__dlpack__``; and what the tensor's own ``__dlpack__`` raises.
     """
+    found = find_memory(tensor)
+    place = find_buffer(found.address, found.size)
+    if place is None:
+        raise BufferError(
+            f"the {found.size} bytes of this {_kind(tensor)} are not in a Buffer: copy them "
+            "into one, such as by buffer.asarray(dtype, shape)[...] = it"
+        )
+    buffer, offset = place
+    return buffer.open("r" if found.read_only else None, offset, found.size)
+
+
+def find_memory(tensor: Any) -> HostMemory:
+    """Return where the memory of anything with ``__dlpack__`` is; valid while ``tensor`` exists.
+
+    Raises BufferError and TypeError as from_dlpack() does, but not for memory outside of Buffers.
+    """
     if not hasattr(tensor, "__dlpack__") or not hasattr(tensor, "__dlpack_device__"):
         raise TypeError(f"an array or tensor with __dlpack__ is needed, not {_kind(tensor)}")
     device = int(tensor.__dlpack_device__()[0])
@@ -348,22 +364,14 @@ def from_dlpack(tensor: Any) -> Window:
         capsule = tensor.__dlpack__(max_version=(_MAJOR, 0))
     except TypeError:  # of a library before DLPack 1.0, as the array API standard has it
         capsule = tensor.__dlpack__()
-    found = _look_into(capsule)
-    place = find_buffer(found.address, found.size)
-    if place is None:
-        raise BufferError(
-            f"the {found.size} bytes of this {_kind(tensor)} are not in a Buffer: copy them "
-            "into one, such as by buffer.asarray(dtype, shape)[...] = it"
-        )
-    buffer, offset = place
-    return buffer.open("r" if found.read_only else None, offset, found.size)
+    return _look_into(capsule)
 
 
 def _kind(tensor: object) -> str:
     return f"{type(tensor).__module__}.{type(tensor).__name__}"
 
 
-def _look_into(capsule: object) -> _Tensor:
+def _look_into(capsule: object) -> HostMemory:
     c = _capsules()
     if c.is_valid(capsule, b"dltensor_versioned"):
         managed = c.Versioned.from_address(c.pointer_of(capsule, b"dltensor_versioned"))
@@ -418,7 +426,7 @@ def _capsules() -> SimpleNamespace:
     )
 
 
-def _place_of(tensor: Any, read_only: bool) -> _Tensor:
+def _place_of(tensor: Any, read_only: bool) -> HostMemory:
     if tensor.device_type not in _HOSTS:
         raise BufferError(f"the tensor is in a device's memory, type {tensor.device_type}")
     shape = [tensor.shape[axis] for axis in range(tensor.ndim)]
@@ -433,4 +441,4 @@ def _place_of(tensor: Any, read_only: bool) -> _Tensor:
                 )
             step *= shape[axis]
     bits = count * tensor.bits * tensor.lanes
-    return _Tensor((tensor.data or 0) + tensor.byte_offset, -(-bits // 8), read_only)
+    return HostMemory((tensor.data or 0) + tensor.byte_offset, -(-bits // 8), read_only)
