@@ -304,6 +304,8 @@ _GUARDS: dict[str, Callable[[], str | None]] = {
     "gcc": lambda: _program("gcc", "gcc"),
     "av": lambda: _python("av", "pip install av"),
     "torch": lambda: _python("torch", "pip install torch; its CPU build is 200 MB"),
+    "gguf": lambda: _python("gguf", "pip install gguf"),
+    "pyarrow": lambda: _python("pyarrow", "pip install pyarrow"),
     "cuda-bindings": _cuda_bindings,
     "gstreamer": _gstreamer,
     "sentence_model": _sentence_model,

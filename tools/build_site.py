@@ -19,7 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES, SITE = ROOT / "build" / "pages", ROOT / "build" / "site"
 PUBLIC = [
     "dmabuf",
-    *(f"dmabuf.{room}" for room in ("aio", "safetensors", "store", "remote", "mount", "inspect")),
+    *(
+        f"dmabuf.{room}"
+        for room in ("aio", "safetensors", "formats", "store", "remote", "mount", "inspect")
+    ),
     *(f"dmabuf.devices.{kind}" for kind in ("v4l2", "drm", "vulkan", "cuda", "vfio")),
 ]
 """The modules whose `__all__` is the public interface."""

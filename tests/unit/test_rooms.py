@@ -25,6 +25,7 @@ FLOORS = {
     "aio": 4,
     "copying": 4,
     "safetensors": 5,
+    "formats": 5,
     "devices": 5,
     "store": 5,
     "mount": 5,
@@ -34,7 +35,9 @@ FLOORS = {
     "remote": 5,
     "cli": 6,
 }
-PUBLIC = {"store", "safetensors", "devices", "aio", "integrations", "compat", "remote"}
+PUBLIC = {
+    "store", "safetensors", "formats", "devices", "aio", "integrations", "compat", "remote",
+}  # fmt: skip
 """Rooms that users import by name. Above floor 4 they may be used beside each other."""
 BESIDE = {
     ("mount", "store"), ("aio", "copying"), ("inspect", "devices"), ("inspect", "store"),

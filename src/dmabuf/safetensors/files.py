@@ -45,12 +45,13 @@ _WEIGHTS = re.compile(
     r"(?P<stem>.+?)(?:\.(?P<before>[a-zA-Z]\w*))?(?:-(?P<number>\d{4,})-of-(?P<count>\d{4,}))?"
     r"(?:\.(?P<after>[a-zA-Z]\w*))?\.safetensors(?P<index>\.index(?:\.(?P<of_index>\w+))?\.json)?"
 )
+_FORMATS = "load it with dmabuf.formats"
 _MISFITS = (
-    (b"PK\3\4", "a zip archive, as torch.save and numpy.savez write"),
+    (b"PK\3\4", f"a zip archive, as torch.save and numpy.savez write; {_FORMATS}"),
     (b"\x80", "a pickle, as old versions of torch.save write; load it with torch.load"),
-    (b"GGUF", "a GGUF file"),
-    (b"\x93NUMPY", "a NumPy array"),
-    (b"ARROW1", "an Arrow file"),
+    (b"GGUF", f"a GGUF file; {_FORMATS}"),
+    (b"\x93NUMPY", f"a NumPy array; {_FORMATS}"),
+    (b"ARROW1", f"an Arrow file; {_FORMATS}"),
     (b"\x89HDF", "an HDF5 file, as Keras writes"),
     (b"\x89PNG", "a PNG image"),
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself; run git lfs pull"),
