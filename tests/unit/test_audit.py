@@ -380,8 +380,3 @@ def test_a_word_that_means_nothing(file, buf):
     for direction in DIRECTIONS:
         with pytest.raises(ValueError, match="'first', 'always', 'off'"):
             move(file, direction, buf, audit="sometimes")
-
-
-def test_nothing_to_move(file, buf):
-    assert file.read_into(buf, 0, audit="always").nbytes == 0
-    assert "not audited" in file.read_into(buf, file_offset=SIZE, size=10, audit="always").audited

@@ -188,12 +188,6 @@ def test_processes_that_are_not_listed(machine: FakeMachine) -> None:
     assert "hides other users' processes (hidepid)" in census.refusals[0]
 
 
-def test_kernel_threads_are_not_processes(machine: FakeMachine) -> None:
-    machine.process(2, "kthreadd", flags=KTHREAD)
-    machine.process(9, "ended", state="Z")
-    assert look(machine).processes == 2
-
-
 def test_a_process_whose_first_thread_has_ended(machine: FakeMachine) -> None:
     """Its descriptors and mappings are those of the remaining threads."""
     machine.process(20, "early", state="Z", threads=2)
