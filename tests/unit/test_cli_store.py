@@ -16,7 +16,7 @@ import pytest
 import dmabuf.store
 from tests.guards import needs
 from tests.serving import as_a_program, in_a_thread, served_by
-from tests.support import assert_same, pattern
+from tests.support import assert_same, pattern, wait_until
 from tests.unit.command import dmabuf as command
 from tests.unit.command import finish, start
 
@@ -276,7 +276,8 @@ def test_metrics_for_prometheus_go_on_over_a_replacement(path: Path) -> None:
         told = figures()
         assert told["dmabuf_store_memory_bytes"] == 4096
         assert told["dmabuf_store_clients"] == told["dmabuf_store_names"] == 1
-        assert told['dmabuf_store_requests_total{operation="create",result="ok"}'] == 1
+        created = 'dmabuf_store_requests_total{operation="create",result="ok"}'
+        wait_until(lambda: figures().get(created) == 1)  # it is counted after the reply
         with as_a_program(path, *options, "--replace"):
             assert first.wait(timeout=100) == 0
             assert figures()["dmabuf_store_memory_bytes"] == 4096
