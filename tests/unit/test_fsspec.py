@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import random
 import resource
 import signal
 
@@ -227,6 +228,25 @@ def test_nothing_of_a_direct_file_is_in_the_page_cache(direct, tmp_path):
         drop_cache(plain.fileno())
         direct.cp_file(str(path), str(path) + "2")
         assert cached(plain.fileno()) == 0
+
+
+@pytest.mark.parametrize("block_size", ["4KiB", "64KiB", "8MiB"])
+def test_reads_of_every_size_and_order(tmp_path, block_size):
+    direct = DirectFileSystem(block_size=block_size, skip_instance_cache=True)
+    path = tmp_path / "file"
+    data = pattern(5_000_003, 3)
+    path.write_bytes(data)
+    dice = random.Random(4)
+    with direct.open(str(path)) as file:
+        for _ in range(300):
+            if dice.random() < 0.2:
+                file.seek(dice.randrange(len(data)))
+            at = file.tell()
+            size = dice.choice([1, 100, 4096, 5000, 131_072, 400_000, 1_000_000])
+            assert_same(file.read(size), data[at : at + size], f"{size} at {at}")
+    with direct.open(str(path)) as file:  # each after the other, to the end
+        parts = iter(lambda: file.raw.read(100_000), b"")
+        assert_same(b"".join(parts), data, "all")
 
 
 def test_memory_of_a_buffer_is_read_without_a_copy(tmp_path):

@@ -94,7 +94,9 @@ class Staging:
             if self._closed:
                 raise ClosedError("these staging blocks are closed")
             block = self._idle.pop() if self._idle else None
-        block = block or allocate(self._size, name="dmabuf staging")
+        if block is None:
+            block = allocate(self._size, name="dmabuf staging")
+            block.closes_unasked = True
         try:
             yield block
         finally:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import io
+import mmap
 import os
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -16,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import isfilelike, stringify_path
 
+from dmabuf._core import address_of
 from dmabuf.copying import Replacement, Staging, copy
 from dmabuf.integrations.whole_file import WholeFile
 from dmabuf.kernel import log
-from dmabuf.memory import Buffer, allocate
+from dmabuf.memory import Buffer, allocate, find_buffer
 from dmabuf.sizes import parse_size
 from dmabuf.transfer import File, Require, Terms
 
@@ -134,13 +136,18 @@ class DirectReader(io.BufferedReader):
 
 
 class _Reading(io.RawIOBase):
-    """The file below a DirectReader."""
+    """The file below a DirectReader, which reads ahead of reads that follow each other."""
 
     def __init__(self, path: str, terms: Terms, block_size: int) -> None:
         self.name, self._terms = path, terms
         self._staging = Staging(block_size)
         self._file = File(path)
         self._position = 0
+        self._end = -1  # where the last transfer ended in the file
+        self._ahead = 0  # bytes of the next transfer, if it follows the last one
+        self._block_size = block_size
+        self._block: Buffer | None = None
+        self._start = self._held = 0  # the range of the file in the block
         if self._file.size is None:
             self._file.close()
             raise OSError(
@@ -167,14 +174,47 @@ class _Reading(io.RawIOBase):
 
     def readinto(self, buffer: WriteableBuffer, /) -> int:
         with memoryview(buffer) as view, view.cast("B") as raw:
-            got = self._staging.read(self._file, raw, self._position, self._terms)
+            got = self._from_block(raw) or self._fetch(raw)
         self._position += got
         return got
+
+    def _from_block(self, raw: memoryview) -> int:
+        """Copy what the block holds at the position, and return how many bytes."""
+        done = self._position - self._start
+        size = min(len(raw), self._held - done) if done >= 0 else 0
+        if size <= 0 or self._block is None:
+            return 0
+        with self._block.map("r", self._start % mmap.PAGESIZE + done, size) as view:
+            raw[:size] = view
+        return size
+
+    def _fetch(self, raw: memoryview) -> int:
+        """Read from the file, and return how many bytes of `raw` that filled."""
+        at, follows = self._position, self._position == self._end
+        self._ahead = min(4 * max(self._ahead, len(raw)), self._block_size) if follows else 0
+        in_place = self._ahead <= len(raw) or self._terms.require == "zero-copy"
+        if in_place or find_buffer(address_of(raw), len(raw)) is not None:
+            got = self._staging.read(self._file, raw, at, self._terms)
+            self._end = at + got
+            return got
+        if self._block is None:
+            self._block = allocate(self._block_size, name="dmabuf read-ahead")
+            self._block.closes_unasked = True
+        start = at % mmap.PAGESIZE
+        size = min(self._ahead, self._block_size - start)
+        self._held = 0  # until the transfer has ended well
+        done = self._file.read_into(
+            self._block, size, file_offset=at, buffer_offset=start, terms=self._terms
+        )
+        self._start, self._held, self._end = at, done.nbytes, at + done.nbytes
+        return self._from_block(raw)
 
     def close(self) -> None:
         if not self.closed:
             self._file.close()
             self._staging.close()
+            if self._block is not None:
+                self._block.close()
         super().close()
 
 
