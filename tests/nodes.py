@@ -131,6 +131,11 @@ def lying_node(behave: Callable[[Peer], None], hello: bytes = HELLO) -> Iterator
             thread.join()
 
 
+def url_of(path: Path) -> str:
+    """The URL of a node at a Unix socket."""
+    return f"dmabuf://{str(path).replace('/', '%2F')}"
+
+
 def sizes(folder: Path) -> dict[str, int]:
     """The files of a folder and their sizes."""
     return {name: os.stat(folder / name).st_size for name in sorted(os.listdir(folder))}

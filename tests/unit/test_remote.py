@@ -12,7 +12,7 @@ import pytest
 import dmabuf
 from dmabuf import remote
 from dmabuf.remote import Node
-from tests.nodes import certificates, node, sizes
+from tests.nodes import certificates, node, sizes, url_of
 from tests.serving import as_a_program
 from tests.support import (
     assert_same,
@@ -387,7 +387,7 @@ def test_cp_to_and_from_a_node(folder: Path, tmp_path: Path, capsys) -> None:
         tmp_path / "s.sock", "--listen", f"unix:{tmp_path}/n.sock", "--files", folder
     ) as process:
         assert process.stderr.readline().startswith("listening at unix:")
-        host = f"dmabuf://{tmp_path}/n.sock".replace("/", "%2F").replace("%2F%2F", "//", 1)
+        host = url_of(tmp_path / "n.sock")
         ended = command(capsys, "cp", "--verify", f"{host}/a.bin", tmp_path)
         assert (ended.status, ended.err) == (0, "")
         assert "at the node" in ended.out
@@ -419,3 +419,51 @@ def test_options_of_serve_that_do_not_fit(words: list[str], told: str, capsys) -
     ended = command(capsys, "serve", *words)
     assert ended.status == 2
     assert told in ended.err
+
+
+# -- models
+
+
+def test_a_model_at_a_node_is_loaded(folder: Path, tmp_path: Path) -> None:
+    import numpy
+
+    from dmabuf import safetensors
+
+    arrays = {f"t{number}": numpy.arange(number * 7919 + 1, dtype="f4") for number in range(20)}
+    safetensors.save_file(arrays, folder / "m.safetensors", metadata={"a": "b"})
+    safetensors.save_file({"other": numpy.ones(5)}, folder / "n.safetensors")
+    address = f"unix:{tmp_path / 'node.sock'}"
+    host = url_of(tmp_path / "node.sock")
+    with node(folder, address):
+        model = safetensors.load(f"{host}/m.safetensors", framework="np", require="uncached")
+        assert {name: tensor.tobytes() for name, tensor in model.items()} == {
+            name: array.tobytes() for name, array in arrays.items()
+        }
+        assert model.metadata == {"a": "b"}
+        assert model.transfers[0].transport == "unix"
+        both = [f"{host}/{name}.safetensors" for name in "mn"]
+        some = safetensors.load(both, tensors=["t3", "other"], framework="np")
+        assert sorted(some) == ["other", "t3"]
+        assert some["t3"].tobytes() == arrays["t3"].tobytes()
+        with pytest.raises(FileNotFoundError):
+            safetensors.load(f"{host}/none", framework="np")
+        with pytest.raises(ValueError, match=r"load dmabuf://.*a\.bin: it has"):
+            safetensors.load(f"{host}/a.bin", framework="np")
+        del model, some
+
+
+def test_a_model_that_changes_after_its_header_was_read(folder: Path, tmp_path: Path) -> None:
+    import numpy
+
+    from dmabuf import safetensors
+
+    path = folder / "m.safetensors"
+    safetensors.save_file({"t": numpy.ones(1 << 20, "f4")}, path)
+    host = url_of(tmp_path / "node.sock")
+    with node(folder, f"unix:{tmp_path / 'node.sock'}"):
+        with pytest.raises(ValueError, match="changed after its header"):
+            safetensors.load(
+                f"{host}/m.safetensors",
+                framework="np",
+                progress=lambda *_: os.utime(path, ns=(1, 1)),
+            )

@@ -42,7 +42,7 @@ PUBLIC = {
 BESIDE = {
     ("mount", "store"), ("aio", "copying"), ("inspect", "devices"), ("inspect", "store"),
     ("safetensors", "devices"), ("safetensors", "store"), ("integrations", "store"),
-    ("remote", "store"),
+    ("safetensors", "remote"), ("remote", "store"),
 }  # fmt: skip
 """Rooms that use another room of their own floor, never the other way round."""
 

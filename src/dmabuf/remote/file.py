@@ -79,6 +79,12 @@ class RemoteFile(Verbs[RemoteTransfer], Uncopyable, instead="open its path again
         self._check_open()
         return self._session.ask("size", file=self._number).number("size")
 
+    @property
+    def modified_ns(self) -> int:
+        """When the file was last modified, in nanoseconds since 1970, by the node's clock."""
+        self._check_open()
+        return self._session.ask("size", file=self._number).number("modified_ns")
+
     def readable(self) -> bool:
         """Return whether bytes can be read from it into a buffer."""
         return self.mode in ("r", "r+")

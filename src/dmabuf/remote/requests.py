@@ -212,7 +212,8 @@ class Client:
         return {}
 
     def _do_size(self, request: Message) -> dict[str, object]:
-        return {"size": self._served(request).file.size or 0}
+        file = self._served(request).file
+        return {"size": file.size or 0, "modified_ns": os.fstat(file.fileno()).st_mtime_ns}
 
     def _do_flush(self, request: Message) -> dict[str, object]:
         self._served(request).file.target.flush()

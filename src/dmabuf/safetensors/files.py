@@ -2,7 +2,7 @@
 
 A model is a file, several, the index of a sharded one, or a folder that holds one of these under a
 name that transformers, diffusers or PEFT give it. A single file may also be open already, or be in
-memory.
+memory. Files of other nodes are named by URLs.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from dmabuf.errors import os_error
-from dmabuf.memory import Buffer
+from dmabuf.memory import Buffer, allocate
 from dmabuf.safetensors.header import LONGEST, Entry, Malformed, parse, parse_object
 from dmabuf.safetensors.layout import UNIT
 from dmabuf.sizes import round_up
 from dmabuf.transfer import Engine, File
+
+if TYPE_CHECKING:
+    from dmabuf.remote import RemoteFile
 
 Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 Bytes = bytes | bytearray | memoryview
@@ -77,6 +80,8 @@ class Part:
     """The caller's descriptor of it."""
     memory: Buffer | memoryview | None = None
     """What holds it."""
+    modified_ns: int | None = None
+    """When a file of another node, whose URL is the path, was modified; else None."""
 
     def open(self, engine: Engine | None) -> File:
         """Open the file.
@@ -85,6 +90,8 @@ class Part:
             ValueError: it is not the one whose header was read, or it has changed.
             OSError: as `dmabuf.open`.
         """
+        if self.modified_ns is not None:
+            raise ValueError(f"open {self.path}: a file of another node is only loaded: use load()")
         file = File(self.path if self.fd is None else self.fd, engine=engine)
         try:
             self.check(file.fileno())
@@ -99,6 +106,16 @@ class Part:
         with self.open(engine) as file:
             yield file
             self.check(file.fileno())
+
+    @contextmanager
+    def reading_at_a_node(self) -> Iterator[RemoteFile]:
+        """Open the file of another node for a block that reads it; raises as `reading`."""
+        with _at_a_node(self.path) as there:
+            for reads in (True, False):
+                if (there.size, there.modified_ns) != (self.size, self.modified_ns):
+                    raise ValueError(f"load {self.path}: it changed after its header was read")
+                if reads:
+                    yield there
 
     def check(self, fd: int) -> None:
         """Raise ValueError if the open file is not the one whose header was read, or changed."""
@@ -139,11 +156,11 @@ def read_parts(
     files = set()
     for path in paths:
         part, about = _read(path, None)
-        assert part.status is not None
-        number = part.status.st_dev, part.status.st_ino
-        if owner is None and number in files:
-            continue  # the same file by another path
-        files.add(number)
+        if part.status is not None:
+            number = part.status.st_dev, part.status.st_ino
+            if owner is None and number in files:
+                continue  # the same file by another path
+            files.add(number)
         metadata |= about
         if owner is not None:
             part = _only(part, {name for name in part.entries if owner.get(name) == path})
@@ -316,6 +333,8 @@ def _read_lone(source: object) -> tuple[Part, dict[str, str]] | None:
 
 def _read(path: str, fd: int | None) -> tuple[Part, dict[str, str]]:
     """Return a file with all its tensors, and its metadata."""
+    if fd is None and path.startswith("dmabuf://"):
+        return _read_at_a_node(path)
     status = os.stat(path) if fd is None else os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):  # opening a FIFO would wait for its writer
         number = errno.EISDIR if stat.S_ISDIR(status.st_mode) else errno.EINVAL
@@ -327,6 +346,28 @@ def _read(path: str, fd: int | None) -> tuple[Part, dict[str, str]]:
         return _read_open(path, fd, status, given=True)
     except OSError as error:
         raise os_error(error.errno or errno.EIO, f"load: {error.strerror}", path) from None
+
+
+@contextmanager
+def _at_a_node(url: str) -> Iterator[RemoteFile]:
+    from dmabuf.remote import open_url  # which loads ssl
+
+    node, file = open_url(url)
+    with node:
+        yield file
+
+
+def _read_at_a_node(url: str) -> tuple[Part, dict[str, str]]:
+    """Return a file of another node with all its tensors, and its metadata."""
+
+    def read(at: int, size: int) -> bytes:
+        with allocate(max(size, 1), exporter="memfd") as buffer:
+            return buffer.pread(file.read_into(buffer, size, file_offset=at).nbytes, 0)
+
+    with _at_a_node(url) as file:
+        modified_ns = file.modified_ns
+        part, metadata = _parse(url, file.size, read)
+    return replace(part, modified_ns=modified_ns), metadata
 
 
 def _read_open(

@@ -153,7 +153,8 @@ def load(
             (``model.safetensors.index.json``), or a folder that holds one of these by a name of
             transformers, diffusers or PEFT, or all shards of a model without an index. Or one
             file that is open (its descriptor), or in memory: bytes, or a Buffer, over which the
-            tensors are then made without a copy, unless ``buffer`` or ``alignment`` is given.
+            tensors are then made without a copy, unless ``buffer`` or ``alignment`` is given. A
+            file of another node is named by its URL, dmabuf://HOST:PORT/PATH (dmabuf.remote).
         tensors: the names of the wanted tensors; None for all.
         framework: "pt" for PyTorch tensors, "np" for NumPy arrays.
         variant: of the weights in a folder: "fp16" for ``model.fp16.safetensors`` and the like.
@@ -243,15 +244,21 @@ def _fill(
         if progress is not None:
             progress(total, total)
         return ()
-    if engine is None and len(reads) > 1:
+    remote = any(part.modified_ns is not None for part, _ in reads)
+    if engine is None and len(reads) > 1 and not remote:
         openers = [(part.reading, one) for part, one in reads]
         found = read_together(openers, buffer, terms, at_once=OPEN_AT_ONCE, progress=progress)
         return tuple(found)
     transfers: list[Transfer] = []
+    done: Transfer
     for part, one in reads:
         report = part_of(progress, sum(done.nbytes for done in transfers), total)
-        with part.reading(engine) as file:
-            done = file.read_segments(buffer, one, terms=terms, progress=report)
+        if part.modified_ns is not None:
+            with part.reading_at_a_node() as there:
+                done = there.read_segments(buffer, one, terms=terms, progress=report)
+        else:
+            with part.reading(engine) as file:
+                done = file.read_segments(buffer, one, terms=terms, progress=report)
         if done.nbytes < sum(one[2::3]):  # of a single segment, which may be short there
             text = f"load {part.path}: it became shorter after its header was read"
             raise ShortReadError(text, 0, done.nbytes)
