@@ -98,15 +98,18 @@ unit-busy: $(VENV)/ready
 
 # The coverage of the unit tests: Python, subprocesses included, and the C core.
 COVERAGE := $(CURDIR)/build/coverage
+COUNTING := CFLAGS="--coverage -fprofile-update=atomic" LDFLAGS=--coverage
 coverage: $(VENV)/ready
 	tools/install-system-packages $(UNIT_PACKAGES)
 	rm -rf $(COVERAGE) $(VENV)/ready
-	CFLAGS="--coverage -fprofile-update=atomic" LDFLAGS=--coverage \
-		$(BIN)/python setup.py -q build_ext --inplace --force --build-temp $(COVERAGE)/core
-	-$(BIN)/coverage run --data-file=$(COVERAGE)/data -m pytest --timeout 1200 $(TESTS)
+	$(COUNTING) $(BIN)/python setup.py -q build_ext --inplace --force --build-temp $(COVERAGE)/core
+	$(COUNTING) DMABUF_TESTS_OBJECTS=$(COVERAGE)/tests $(BIN)/python tests/core.py
+	-DMABUF_TESTS_OBJECTS=$(COVERAGE)/tests $(BIN)/coverage run --data-file=$(COVERAGE)/data \
+		-m pytest --timeout 1200 $(TESTS)
 	$(BIN)/coverage combine --quiet --data-file=$(COVERAGE)/data
 	$(BIN)/coverage report --data-file=$(COVERAGE)/data >$(COVERAGE)/python.txt
-	$(BIN)/gcovr --root . --filter csrc/ --txt $(COVERAGE)/core.txt $(COVERAGE)/core
+	$(BIN)/gcovr --root . --filter csrc/ --exclude csrc/tests/ --txt $(COVERAGE)/core.txt \
+		$(COVERAGE)/core $(COVERAGE)/tests
 	$(MAKE) $(VENV)/ready
 	@echo "Python, lines and branches: build/coverage/python.txt"; tail -n 1 $(COVERAGE)/python.txt
 	@echo "C core, lines: build/coverage/core.txt"; tail -n 2 $(COVERAGE)/core.txt

@@ -22,7 +22,9 @@ from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
-FOLDER = ROOT / "build/testing-core"
+OBJECTS = os.environ.get("DMABUF_TESTS_OBJECTS")
+"""A folder where the compiler's objects stay: `make coverage` reads what they have counted."""
+FOLDER = Path(OBJECTS) if OBJECTS else ROOT / "build/testing-core"
 VIRTUAL = os.environ.get("DMABUF_TESTS_CORE") == "virtual"
 
 
@@ -42,7 +44,7 @@ def _compile(target: Path) -> None:
         str(CSRC), testing=not VIRTUAL, virtual=VIRTUAL
     )
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        os.replace(made.compile(tmpdir=folder), target)
+        os.replace(made.compile(tmpdir=OBJECTS or folder), target)
 
 
 def build() -> Path:
