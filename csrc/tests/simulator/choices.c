@@ -112,20 +112,17 @@ _Noreturn void broken(const char *format, ...)
 
 /* -- for Python */
 
-void virtual_begin(uint64_t seed, const struct faults *faults)
-{
-	choices_from_seed(seed);
-	world.faults = *faults;
-	world.failing = true;
-	world.lies = 0;
-}
-
 uint32_t virtual_lies(void)
 {
 	uint32_t lies = (uint32_t)world.lies;
 
 	world.lies = 0;
 	return lies;
+}
+
+void virtual_loud(int loud)
+{
+	world.loud = loud;
 }
 
 uint64_t virtual_history(void)

@@ -35,6 +35,8 @@ void virtual_begin(uint64_t seed, const struct faults *faults);
 uint32_t virtual_in_flight(uint64_t address, uint64_t size);
 /* Return the number of lies since the last call. */
 uint32_t virtual_lies(void);
+/* Print everything that happens, or stop that. */
+void virtual_loud(int loud);
 /* Return a hash of everything that happened since the beginning. */
 uint64_t virtual_history(void);
 

@@ -294,7 +294,7 @@ static void others(void)
 		cut_file();
 	if (world.failing && chance(world.faults.reset)) {
 		world.resets++;
-		happened("reset", world.resets, 0, 0);
+		happened("reset", 0, 0, 0);
 	}
 	if (!world.others || !chance(150))
 		return;
@@ -748,6 +748,15 @@ unsigned pages_count(uint64_t start, uint64_t end)
 	for (unsigned page = (unsigned)(start / VIRTUAL_PAGE); page < page_after(end); page++)
 		count += world.file.pages[page] != ABSENT;
 	return count;
+}
+
+void virtual_begin(uint64_t seed, const struct faults *faults)
+{
+	choices_from_seed(seed);
+	world.faults = *faults;
+	world.failing = true;
+	world.lies = 0;
+	kernel.numbers = 0;
 }
 
 uint32_t virtual_in_flight(uint64_t address, uint64_t size)
