@@ -374,7 +374,8 @@ class BaseFile(Uncopyable, Verbs[Result]):
     ) -> Plan:
         """Return the route that a transfer with these arguments would take, and why.
 
-        It moves nothing.
+        It moves nothing. Of a file that can be read natively through its block device it writes the
+        dirty pages out, which takes as long as fdatasync(2).
 
         Raises:
             RouteUnavailable, OSError, ValueError: as the transfer itself would.
