@@ -317,16 +317,18 @@ def zero(path, number):
 
 
 def defragment(path, number):
-    """Swap blocks with another file (EXT4_IOC_MOVE_EXT), which overwrites those that it gets.
+    """Swap blocks with another file, which overwrites those that it gets."""
+    swap(path)
+    (path.parent / "donor").write_bytes(b"foreign!" * (2 * PAGE))
+    sync(path)
 
-    The file's ctime does not change.
-    """
+
+def swap(path):
+    """Swap blocks with another file (EXT4_IOC_MOVE_EXT): the file's ctime does not change."""
     with path.open("r+b") as file, (path.parent / "donor").open("w+b") as donor:
         os.posix_fallocate(donor.fileno(), 0, SIZE)
         move = struct.pack("=IIQQQQ", 0, donor.fileno(), 0, 0, 64, 0)
         fcntl.ioctl(file, 0xC028660F, bytearray(move))
-        donor.write(b"foreign!" * (2 * PAGE))
-    sync(path)
 
 
 def append(path, number):
@@ -415,6 +417,29 @@ def test_a_file_that_goes_on_changing(path, buf, far, adversary):
             file.read_into(far, SIZE)
         assert file.read_into(far, SIZE).route is Route.NATIVE
         assert content(far) == path.read_bytes()
+
+
+@pytest.mark.parametrize("lookup", [1, 2])
+def test_blocks_that_move_between_the_flush_and_the_lookup(path, buf, engine, monkeypatch, lookup):
+    """The new blocks are known then, and the device does not have the bytes yet."""
+    real, lookups = uapi.ioctl, []
+
+    def ioctl(fd, request, argument):
+        if request == uapi.FS_IOC_FIEMAP and struct.unpack_from("=I", argument, 16)[0]:
+            lookups.append(fd)
+            if len(lookups) == lookup:
+                real(fd, request, bytearray(argument))
+                swap(path)
+                struct.pack_into("=I", argument, 16, 0)
+        return real(fd, request, argument)
+
+    with dmabuf.open(path, engine=engine) as file:
+        file.read_into(buf)
+        monkeypatch.setattr(uapi, "ioctl", ioctl)
+        buf.pwrite(poison(SIZE), 0)
+        transfer = file.read_into(buf)
+    assert_same(content(buf), path.read_bytes(), f"{transfer}")
+    assert transfer.route is Route.NATIVE and len(lookups) == 2 * lookup
 
 
 def test_a_change_during_the_audit_is_no_wrong_byte(path, buf, engine):

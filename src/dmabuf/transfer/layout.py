@@ -10,6 +10,7 @@ before. Otherwise the range is read again.
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import time
 import weakref
@@ -18,7 +19,7 @@ from typing import Any
 
 from dmabuf._core import ffi
 from dmabuf.errors import os_error
-from dmabuf.kernel import extents
+from dmabuf.kernel import extents, files
 from dmabuf.memory import Buffer
 from dmabuf.transfer.engine import Engine, Job
 from dmabuf.transfer.ring import Refusal
@@ -83,11 +84,11 @@ def disk_of(engine: Engine, file: int) -> Disk:
 class Layout:
     """Where a range of a file lay on its device before a read."""
 
-    def __init__(self, file: int, disk: Disk, segments: Segments, measure: Any) -> None:
+    def __init__(self, file: files.Direct, disk: Disk, segments: Segments, measure: Any) -> None:
         """Write the file's dirty pages out, and look its extents up.
 
         Args:
-            file: the file's descriptor, which is open longer than this.
+            file: the file, opened with O_DIRECT for longer than this.
             disk: its block device.
             segments: what is to be read of it; a part of it is before the end of the file.
             measure: the core's struct dmb_measure of the segments.
@@ -96,10 +97,10 @@ class Layout:
             OSError: with the reason why the device cannot be read in the file's place.
         """
         size = measure.file_size
-        self._file, self._disk, self.path = file, disk, disk.path
+        self._file, self._disk, self.path = file.fd, disk, disk.path
         self._range = measure.file_start, min(measure.file_end, size)
-        self._state = _settled_state(file)._replace(size=size)
-        self._extents = extents.extents_of(file, *self._range, flush=True)
+        self._state = _settled_state(file.fd)._replace(size=size)
+        self._extents = _settled_extents(file, *self._range)
         self._written = _joined(self._extents)
         self._array: Any = ffi.new("struct dmb_extent[]", [part[:3] for part in self._written])
         self._nbytes = self._holes = 0
@@ -156,6 +157,28 @@ def _settled_state(file: int) -> extents.State:
             text = "the file changed a moment ago: another change might not show in its ctime"
             raise os_error(errno.EBUSY, text, None)
         time.sleep(0.001)
+
+
+def _settled_extents(file: files.Direct, start: int, end: int) -> list[extents.Extent]:
+    """Return the extents of a range once the device has the bytes of each.
+
+    e4defrag (EXT4_IOC_MOVE_EXT) gives a page other blocks, and marks it dirty afterwards. It holds
+    the inode's lock meanwhile, which a read with O_DIRECT takes, too. So what moved before the
+    first lookup is dirty after that read, and the second lookup writes it out. What moved later
+    makes the two lookups differ.
+
+    Raises:
+        OSError: EBUSY, they differed again and again; another errno, as `extents.extents_of`.
+    """
+    align = file.alignment.offset
+    with mmap.mmap(-1, align) as memory:
+        for _ in range(READS):
+            before = extents.extents_of(file.fd, start, end, flush=True)
+            os.preadv(file.fd, [memory], start // align * align)
+            found = extents.extents_of(file.fd, start, end, flush=True)
+            if found == before:
+                return found
+    raise os_error(errno.EBUSY, "another program moves the blocks of the file", None)
 
 
 def _joined(found: list[extents.Extent]) -> list[extents.Extent]:

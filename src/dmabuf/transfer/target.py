@@ -426,7 +426,7 @@ class Target:
         if isinstance(disk, str):
             return disk
         try:
-            return Layout(self.fd, disk, segments, measure)
+            return Layout(self.direct(), disk, segments, measure)
         except OSError as error:
             return str(error.strerror)
 
