@@ -9,6 +9,7 @@ import pytest
 import safetensors.numpy
 
 import dmabuf
+from dmabuf import formats
 from dmabuf import safetensors as models
 from tests.guards import needs
 from tests.kernel.conftest import BUFFERS, PINNED, heap_read_only
@@ -97,6 +98,45 @@ def test_a_model_goes_in_and_out(kind, model, tmp_path):
         if kind in PINNED:
             assert str(loaded.transfers[0].route) == "direct"
             assert loaded.transfers[0].copied < 8192
+
+
+@everything
+@pytest.mark.parametrize("kind", BUFFERS)
+def test_shards_and_snapshots_go_through_every_kind_of_buffer(kind, model, tmp_path):
+    models.save_sharded(model, tmp_path / "shards", max_shard_size="300KiB")
+    with BUFFERS[kind](1 << 22) as buffer:
+        loaded = models.load(tmp_path / "shards", buffer=buffer, framework="np")
+        assert len(loaded.transfers) > 3
+        for name, value in model.items():
+            assert_same(loaded[name].tobytes(), value.tobytes(), name)
+        if kind in PINNED:
+            assert {str(one.route) for one in loaded.transfers} == {"direct"}
+        del loaded
+        for _ in range(2):
+            models.save_async(model, tmp_path / "whole", buffer=buffer).result()
+            found = models.load(buffer, framework="np")  # the snapshot is the file
+            for name, value in model.items():
+                assert_same(found[name].tobytes(), value.tobytes(), name)
+            del found
+            assert (tmp_path / "whole").read_bytes() == safetensors.numpy.save(model)
+
+
+@everything
+@pytest.mark.parametrize("exporter", ["udmabuf", "system", "memfd"])
+def test_single_tensors_slices_and_other_formats(exporter, model, tmp_path):
+    safetensors.numpy.save_file(model, tmp_path / "x")
+    with models.safe_open(tmp_path / "x", "np", exporter=exporter) as opened:
+        for name, value in model.items():
+            assert_same(opened.get_tensor(name).tobytes(), value.tobytes(), name)
+        part = opened.get_slice("layer.3")[5:9000:7]
+        assert_same(part.tobytes(), model["layer.3"][5:9000:7].tobytes(), "a slice")
+        del part
+    np.savez(tmp_path / "x.npz", **model)
+    loaded = formats.load(tmp_path / "x.npz", exporter=exporter)
+    assert loaded.buffer.exporter == exporter
+    for name, value in model.items():
+        assert_same(loaded.content[name].tobytes(), value.tobytes(), name)
+    del loaded
 
 
 @needs("udmabuf")

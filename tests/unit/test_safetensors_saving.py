@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -29,9 +30,11 @@ from tests.support import (
     in_child,
     let_go,
     pattern,
+    poison,
     raises_errno,
     run,
 )
+from tests.unit.interrupting import Interruptions
 
 pytestmark = pytest.mark.usefixtures("leaves_nothing")
 
@@ -162,6 +165,29 @@ def test_a_full_disk_is_found_before_anything_is_written(tmp_path):
         let_go(lambda: run("umount", tmp_path))
 
 
+@pytest.mark.filterwarnings("ignore:unclosed <dmabuf.Buffer:ResourceWarning")
+@pytest.mark.parametrize("inside", [True, False], ids=["in a buffer", "elsewhere"])
+def test_an_interrupt_at_any_point(path, inside):
+    """Whatever it was in the middle of: the old file or the new, and nothing is left."""
+    tensors = {"a": some(18 * MIB, 1), "b": some(10, 2)}
+    with dmabuf.allocate("32MiB", exporter="memfd") as buffer:
+        if inside:
+            buffer.pwrite(safetensors.numpy.save(tensors), 0)
+            tensors = dict(models.load(buffer, framework="np"))
+        with Interruptions((), saving) as points:
+            models.save(tensors, path)
+        before = held()
+        for number in range(1, points.seen, max(1, points.seen // 25)):
+            models.save(OLD, path)
+            with Interruptions({number}, saving), suppress(KeyboardInterrupt):
+                models.save(tensors, path)
+            assert held() == before
+            found = set(safetensors.numpy.load_file(path))
+            assert found in ({"a", "b"}, {"old"})
+            assert os.listdir(path.parent) == [path.name]
+        tensors.clear()
+
+
 # -- in the background
 
 
@@ -189,6 +215,7 @@ def test_tensors_may_change_as_soon_as_it_returns(path):
 
 def test_a_given_buffer_is_used_again_and_again(path):
     with dmabuf.allocate("32MiB", exporter="memfd") as buffer:
+        buffer.pwrite(poison(buffer.size), 0)
         before = held()
         for step in range(3):
             gate = Gate()
@@ -198,11 +225,18 @@ def test_a_given_buffer_is_used_again_and_again(path):
             gate.open()
             handle.result()
             assert_holds(path, {"a": some(MIB, step)})
+            end = path.stat().st_size
+            assert buffer.pread(end, 0) == path.read_bytes()
+            assert buffer.pread(-end % 4096, end) == bytes(-end % 4096)
         assert held() == before
         with pytest.raises(ValueError, match="the snapshot needs 33558528 bytes, the buffer has"):
             models.save_async({"a": np.zeros(32 * MIB, "u1")}, path, buffer=buffer)
         with pytest.raises(TypeError, match=r"must be a dmabuf\.Buffer, not bytearray"):
             models.save_async(MODEL, path, buffer=bytearray(1 << 20))
+        inside = buffer.asarray("u1", 100, 5 * MIB)
+        with pytest.raises(ValueError, match="tensors lie in the snapshot's buffer"):
+            models.save_async({"a": some(6 * MIB, 1), "b": inside}, path, buffer=buffer)
+        del inside
 
 
 def test_saves_of_one_path_run_in_their_order(path):

@@ -79,9 +79,17 @@ class Layout:
         """Of the file, in bytes."""
 
     def copy_to(self, buffer: Buffer) -> None:
-        """Copy the whole file into a buffer, with zeros up to the end of its last page."""
+        """Copy the whole file into a buffer, with zeros up to the end of its last page.
+
+        Raises:
+            ValueError: a tensor lies there itself; nothing was copied.
+        """
+        numpy = sys.modules["numpy"]
         with buffer.map("w", 0, round_up(self.size, UNIT)) as view:
-            target = sys.modules["numpy"].frombuffer(view, "u1")
+            target = numpy.frombuffer(view, "u1")
+            if any(numpy.may_share_memory(target, raw) for _, raw in self.parts):
+                del target
+                raise ValueError("save: tensors lie in the snapshot's buffer; give another one")
             for at, raw in self.parts:
                 for begin in range(0, raw.nbytes, _COPY):
                     part = raw[begin : begin + _COPY]
@@ -234,7 +242,12 @@ def _whole_pages(replacement: Replacement, size: int, engine: Engine | None) -> 
     with File(replacement.temporary, "w", engine=engine) as file:
         room = growth.Growth(file.fileno(), file.target.path)
         room.allocate(padded, padded, lambda: [(0, padded)])
-        yield file
+        try:
+            yield file
+        except BaseException:
+            with suppress(OSError):  # one that is written in place gives its room back
+                os.ftruncate(file.fileno(), 0)
+            raise
         if padded != size:
             os.ftruncate(file.fileno(), size)
         os.fsync(file.fileno())
@@ -334,11 +347,9 @@ def _write_chunks(
             slot = free.pop()
             try:
                 with buffer.map("w", slot * block, chunk.size) as view:
-                    target, end = numpy.frombuffer(view, "u1"), 0
+                    target = numpy.frombuffer(view, "u1")
                     for at, raw in chunk.parts:
-                        end = at + raw.nbytes
-                        target[at:end] = raw
-                    target[end:] = 0
+                        target[at : at + raw.nbytes] = raw
                     del target
                 return file.write_from(
                     buffer,
