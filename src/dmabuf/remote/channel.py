@@ -118,25 +118,31 @@ class Channel:
 
     def await_message(self) -> bool:
         """Wait without limit; return whether there are bytes to read, not the end."""
-        if self._spare or (isinstance(self._socket, ssl.SSLSocket) and self._socket.pending()):
-            return True
-        try:
-            poll = select.poll()
-            poll.register(self._socket, select.POLLIN)
-            poll.poll()
-            if isinstance(self._socket, ssl.SSLSocket):
-                return True
-            return bool(self._socket.recv(1, socket.MSG_PEEK))
-        except OSError:
-            return False
+        while not self.is_readable(None):
+            pass
+        return bool(self._spare)
 
-    def is_readable(self) -> bool:
-        """Return whether there are bytes to read, or the end."""
-        if self._spare or (isinstance(self._socket, ssl.SSLSocket) and self._socket.pending()):
+    def is_readable(self, milliseconds: int | None = 0) -> bool:
+        """Return whether there are bytes to read, or the end; None waits without limit.
+
+        TLS has messages of its own, so what can be read is read: into the spare bytes.
+        """
+        if self._spare:
             return True
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
-        return bool(poll.poll(0))
+        if not (self._tls_pending() or poll.poll(milliseconds)):
+            return False
+        try:
+            self._spare = self._room[: self._socket.recv_into(self._room)]
+        except (BlockingIOError, TimeoutError):
+            return False
+        except OSError:  # as the next call reports
+            self._spare = self._room[:0]
+        return True
+
+    def _tls_pending(self) -> int:
+        return self._socket.pending() if isinstance(self._socket, ssl.SSLSocket) else 0
 
     # -- receiving
 

@@ -387,7 +387,7 @@ class Client:
             raise os_error(errno.EROFS, "the node serves for reading only", name)
         store, begun = self._shared.store, time.perf_counter()
         check_name(name)
-        buffer = store.create(None, size, mode=mode, trusted=True)
+        buffer, linked = store.create(None, size, mode=mode, trusted=True), False
         try:
             data = _DataSource(self._channel, size, Terms())
             with buffer.map("rw", 0, size) as view:
@@ -396,11 +396,13 @@ class Client:
                 limit = min(request.number("checksum"), size)
                 digest = _checksum(iter([view[:limit]])) if limit else ""
             store.link(buffer, name, replace=replaced, length=size)
-        except BaseException:
-            with suppress(OSError, ValueError):
-                store.discard(buffer)
-            raise
-        buffer.close()
+            linked = True
+        finally:
+            if linked:
+                buffer.close()
+            else:
+                with suppress(OSError, ValueError):
+                    store.discard(buffer)
         side = _side(size, Route.BUFFERED, "the kernel copies into the memory", 1, size, begun)
         return _reply(side, digest)
 
