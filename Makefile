@@ -84,7 +84,7 @@ c-tests: $(VENV)/ready
 TESTS := tests/unit
 WORKERS := 2
 UNIT := -m pytest --numprocesses $(WORKERS) --dist worksteal
-UNIT_PACKAGES := fio fuse3 openssl rsync systemd xxd
+UNIT_PACKAGES := fio fuse3 iproute2 openssl rsync systemd xxd
 unit: $(VENV)/ready
 	tools/install-system-packages $(UNIT_PACKAGES)
 	$(BIN)/python $(UNIT) $(TESTS)

@@ -231,6 +231,23 @@ def _root() -> str | None:
     return None if os.geteuid() == 0 else "not root (lab/run is)"
 
 
+def _netns() -> str | None:
+    """Return why network namespaces with a limited link cannot be made."""
+    problem = _root() or _program("ip", "iproute2") or _program("tc", "iproute2")
+    if problem:
+        return problem
+    name = f"dmabuf-guard-{os.getpid()}"
+    tbf = ["qdisc", "add", "dev", "lo", "root", "tbf", "rate", "1mbit", "burst", "9kb", "latency"]
+    try:
+        for command in (["ip", "netns", "add", name], ["tc", "-n", name, *tbf, "1ms"]):
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                return f"{command[0]}: {done.stderr.strip()} (a kernel with NET_NS and NET_SCH_TBF)"
+    finally:
+        subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+    return None
+
+
 def _fuse() -> str | None:
     if not os.path.exists("/dev/fuse") and required("fuse"):
         subprocess.run(["modprobe", "fuse"], check=False)
@@ -300,6 +317,8 @@ _GUARDS: dict[str, Callable[[], str | None]] = {
     "pyfuse3": _pyfuse3,
     "rsync": lambda: _program("rsync", "rsync"),
     "fio": lambda: _program("fio", "fio"),
+    "netns": _netns,
+    "openssl": lambda: _program("openssl", "openssl"),
     "xxd": lambda: _program("xxd", "xxd"),
     "gcc": lambda: _program("gcc", "gcc"),
     "av": lambda: _python("av", "pip install av"),

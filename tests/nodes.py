@@ -29,8 +29,10 @@ def node(
         yield listener
 
 
-def certificates(folder: Path, name: str, authority: str = "authority") -> remote.Certificates:
-    """Certificates for 127.0.0.1, signed by an authority; both are made where they are missing."""
+def certificates(
+    folder: Path, name: str, authority: str = "authority", host: str = "127.0.0.1"
+) -> remote.Certificates:
+    """Certificates for a host, signed by an authority, which is made where it is missing."""
 
     def openssl(*arguments: object) -> None:
         subprocess.run(["openssl", *map(str, arguments)], check=True, capture_output=True)
@@ -40,10 +42,9 @@ def certificates(folder: Path, name: str, authority: str = "authority") -> remot
     if not root.with_suffix(".pem").exists():
         paths = ["-keyout", root.with_suffix(".key"), "-out", root.with_suffix(".pem")]
         openssl(*new, "-x509", "-subj", f"/CN={authority}", *paths)
-    address = "127.0.0.2" if name == "elsewhere" else "127.0.0.1"
     paths = ["-keyout", rest.with_suffix(".key"), "-out", rest.with_suffix(".pem")]
     openssl(
-        *new, "-x509", "-subj", f"/CN={name}", "-addext", f"subjectAltName=IP:{address}",
+        *new, "-x509", "-subj", f"/CN={name}", "-addext", f"subjectAltName=IP:{host}",
         "-addext", "basicConstraints=critical,CA:FALSE",
         "-CA", root.with_suffix(".pem"), "-CAkey", root.with_suffix(".key"), *paths,
     )  # fmt: skip

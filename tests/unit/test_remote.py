@@ -12,12 +12,12 @@ import pytest
 import dmabuf
 from dmabuf import remote
 from dmabuf.remote import Node
+from tests.guards import demand
 from tests.nodes import certificates, node, sizes, url_of
 from tests.serving import as_a_program
 from tests.support import (
     assert_same,
     drop_cache,
-    has_program,
     in_child,
     pattern,
     poison,
@@ -30,9 +30,6 @@ SIZE = (9 << 20) + 4097
 DATA = pattern(SIZE, 5)
 
 pytestmark = pytest.mark.usefixtures("leaves_nothing")
-needs_openssl = pytest.mark.skipif(
-    not has_program("openssl"), reason="needs openssl: apt install openssl"
-)
 
 
 @pytest.fixture
@@ -76,10 +73,12 @@ def check_reads(there: Node, big: dmabuf.Buffer, path: Path, **how: object) -> s
     return routes
 
 
-@pytest.mark.parametrize("transport", ["tcp", "unix", pytest.param("tls", marks=needs_openssl)])
+@pytest.mark.parametrize("transport", ["tcp", "unix", "tls"])
 def test_a_file_is_read_and_written_over(
     transport: str, folder: Path, tmp_path: Path, big: dmabuf.Buffer
 ) -> None:
+    if transport == "tls":
+        demand("openssl")
     address = f"unix:{tmp_path / 'node.sock'}" if transport == "unix" else "127.0.0.1:0"
     known = certificates(tmp_path, "node") if transport == "tls" else None
     mine = certificates(tmp_path, "client") if transport == "tls" else None

@@ -17,19 +17,16 @@ import pytest
 
 import dmabuf
 from dmabuf import remote
+from tests.guards import needs
 from tests.nodes import HELLO, Peer, certificates, lying_node, node, sizes
 from tests.serving import as_a_program
-from tests.support import assert_same, has_program, pattern, poison, together, wait_until
+from tests.support import assert_same, pattern, poison, together, wait_until
 
 MIB = 1 << 20
 SIZE = 4 * MIB
 DATA = pattern(SIZE, 6)
 SOON = 0.3
 """Seconds after which an end that does nothing is given up."""
-
-needs_openssl = pytest.mark.skipif(
-    not has_program("openssl"), reason="needs openssl: apt install openssl"
-)
 
 
 @pytest.fixture
@@ -510,11 +507,11 @@ def test_a_disk_that_is_full(folder: Path, big: dmabuf.Buffer) -> None:
 # -- certificates
 
 
-@needs_openssl
+@needs("openssl")
 def test_certificates(folder: Path, tmp_path: Path) -> None:
     mine, its = certificates(tmp_path, "client"), certificates(tmp_path, "node")
     other = certificates(tmp_path, "stranger", "other authority")
-    elsewhere = certificates(tmp_path, "elsewhere")
+    elsewhere = certificates(tmp_path, "elsewhere", host="127.0.0.2")
     with node(folder, certificates=its) as listener:
         with remote.connect(listener.address, certificates=mine) as there:
             assert there.open("a.bin").size == SIZE
@@ -549,7 +546,7 @@ def test_certificates(folder: Path, tmp_path: Path) -> None:
     assert caught.value.errno in (errno.EPROTO, errno.ECONNRESET)
 
 
-@needs_openssl
+@needs("openssl")
 def test_certificates_of_the_environment(tmp_path: Path, monkeypatch) -> None:
     mine = certificates(tmp_path, "client")
     monkeypatch.setenv("DMABUF_CERTIFICATE", mine.certificate)
