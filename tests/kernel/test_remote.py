@@ -70,17 +70,15 @@ def test_names_of_a_store_that_are_dma_bufs(tmp_path: Path, kind: str) -> None:
         dmabuf.store.connect(tmp_path / "store.sock") as store,
         dmabuf.allocate(SIZE, **KINDS[kind]) as buffer,
     ):
-        how = {key: value for key, value in KINDS[kind].items() if key != "huge_pages"}
         for number in range(3):
-            with store.create(f"n{number}", SIZE // 4, mode=0o600, **how) as made:
-                made.pwrite(DATA[number : number + SIZE // 4], 0)
+            with store.create(f"n{number}", MIB, **KINDS[kind]) as made:
+                made.pwrite(DATA[number : number + MIB], 0)
         buffer.pwrite(poison(SIZE), 0)
-        wanted = [(f"n{number}", number * (SIZE // 4), SIZE // 4) for number in range(3)]
-        assert [one.nbytes for one in there.fetch_many(wanted, buffer, audit="always")] == (
-            [SIZE // 4] * 3
-        )
-        expected = b"".join(DATA[number : number + SIZE // 4] for number in range(3))
-        expected += poison(SIZE)[3 * (SIZE // 4) :]
+        wanted = [(f"n{number}", number * MIB, MIB) for number in range(3)]
+        outcomes = there.fetch_many(wanted, buffer, audit="always")
+        assert [one.nbytes for one in outcomes] == [MIB] * 3
+        expected = b"".join(DATA[number : number + MIB] for number in range(3))
+        expected += poison(SIZE)[3 * MIB :]
         assert_same(buffer.pread(SIZE, 0), expected, kind)
         there.publish("back", buffer, audit="always")
         with store.open("back") as made:

@@ -264,6 +264,9 @@ def test_an_address_beyond_this_machine_needs_certificates(folder: Path) -> None
             remote.serving(address, folder).__enter__()
     with pytest.raises(PermissionError, match="certificates are needed"):
         remote.connect("192.0.2.1:7777")
+    with remote.serving("localhost:0", folder) as listener:
+        with remote.connect(listener.address) as there, there.open("a.bin") as file:
+            assert file.size == SIZE
     for wrong in ("host", "host:", "1:2:3", "unix:", "host:99999", ":80"):
         with pytest.raises(ValueError, match="invalid address"):
             remote.connect(wrong)
@@ -312,6 +315,15 @@ def test_names_of_the_store(there: Node, folder: Path, big: dmabuf.Buffer) -> No
     with dmabuf.store.connect(folder.parent / "store.sock") as store:
         with store.open("one") as buffer:
             assert_same(buffer.pread(20, 0), poison(20), "the name in the node's store")
+    for act in (
+        lambda: there.fetch(5, big),
+        lambda: there.publish("a\0", big, 1),
+        lambda: there.remove(""),
+        lambda: there.publish("a", big, 1, mode=0o7777),
+        lambda: there.publish("a", big, 0),
+    ):
+        with pytest.raises((OSError, ValueError), match=r"invalid|not a range"):
+            act()
     there.remove("one")
     with pytest.raises(FileNotFoundError):
         there.remove("one")

@@ -499,7 +499,7 @@ def test_a_disk_that_is_full(folder: Path, big: dmabuf.Buffer) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
             signal.signal(signal.SIGXFSZ, ignored)
         assert caught.value.errno == errno.EFBIG
-        assert caught.value.filename.endswith("/new")
+        assert caught.value.filename == f"dmabuf://{there.address}/new"
         assert sizes(folder) == {"a.bin": SIZE}
         assert there.ls() == []  # the connection is in order
 
@@ -556,3 +556,18 @@ def test_certificates_of_the_environment(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("DMABUF_AUTHORITY", mine.authority)
     assert remote.certificates_from_environment() == mine
     assert stat.S_ISREG(os.stat(mine.key).st_mode)
+
+
+def test_a_batch_that_fails_while_others_are_under_way(big: dmabuf.Buffer) -> None:
+    def behave(peer: Peer) -> None:
+        for _ in range(2):
+            peer.receive()
+        for _ in range(2):
+            peer.send(error={"kind": "OSError", "errno": 5, "text": "no", "path": "", "nbytes": 0,
+                             "file_offset": None, "index": None})  # fmt: skip
+        peer.ended()
+
+    with lying_node(behave) as address, remote.connect(address) as there:
+        with pytest.raises(OSError, match="no"):
+            there.fetch_many([("n", 0, 10)] * 300, big)
+        assert there.closed  # the next reply would be that of another request

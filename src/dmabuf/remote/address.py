@@ -16,6 +16,9 @@ from dmabuf.errors import os_error
 SCHEME = "dmabuf://"
 _UNIX = "unix:"
 
+Target = tuple[socket.AddressFamily, str | tuple[str, int]]
+"""A family and an address of it, as connect(2) takes it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Certificates:
@@ -87,16 +90,14 @@ class Address(NamedTuple):
             return f"{_UNIX}{self.path}"
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
-    def resolve(self, *, listen: bool) -> tuple[socket.AddressFamily, tuple[str, int]]:
-        """Return the family and the numeric address. Raises OSError for an unknown host."""
-        flags = socket.AI_PASSIVE if listen else 0
+    def resolve(self) -> list[Target]:
+        """Return the numeric addresses of the host. Raises OSError(EHOSTUNREACH) if unknown."""
         try:
-            found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM, flags=flags)
+            found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
         except (socket.gaierror, UnicodeError) as error:
             text = f"resolve the host: {getattr(error, 'strerror', None) or error}"
             raise os_error(errno.EHOSTUNREACH, text, str(self)) from None
-        family, _, _, _, where = found[0]
-        return family, (str(where[0]), int(where[1]))
+        return [(family, (str(where[0]), int(where[1]))) for family, _, _, _, where in found]
 
 
 def parse_address(text: str) -> Address:
@@ -131,6 +132,8 @@ def is_url(text: object) -> bool:
     return isinstance(text, str) and text.startswith(SCHEME)
 
 
-def needs_certificates(host: str) -> bool:
-    """Return whether an address, in numbers, can be reached from other machines."""
-    return not ipaddress.ip_address(host.partition("%")[0]).is_loopback
+def needs_certificates(target: str | tuple[str, int]) -> bool:
+    """Return whether a socket's address can be reached from other machines."""
+    if isinstance(target, str):
+        return False
+    return not ipaddress.ip_address(target[0].partition("%")[0]).is_loopback

@@ -18,6 +18,7 @@ from dmabuf.remote import protocol
 from dmabuf.remote.address import (
     Address,
     Certificates,
+    Target,
     certificates_from_environment,
     needs_certificates,
     parse_address,
@@ -26,9 +27,9 @@ from dmabuf.remote.address import (
 )
 from dmabuf.remote.channel import Channel
 from dmabuf.remote.file import RemoteFile
-from dmabuf.remote.session import RemoteTransfer, Session, check_terms, mapped
+from dmabuf.remote.session import RemoteTransfer, Reported, Session, check_terms, mapped
 from dmabuf.sizes import Size, parse_size
-from dmabuf.store import Status
+from dmabuf.store import Status, check_name
 from dmabuf.transfer import Audit, Mode, Terms, terms_of
 
 _BATCH = 128
@@ -105,12 +106,13 @@ def open_url(url: str, mode: Mode = "r") -> tuple[Node, RemoteFile]:
 def _connected(
     where: Address, certificates: Certificates | None, trusted: bool, timeout: float
 ) -> socket.socket:
-    target: str | tuple[str, int]
+    targets: Sequence[Target]
     if where.path is not None:
-        family, target = socket.AF_UNIX, where.path
+        targets = [(socket.AF_UNIX, where.path)]
     else:
-        family, target = where.resolve(listen=False)
-        if certificates is None and not trusted and needs_certificates(target[0]):
+        targets = where.resolve()
+        beyond = any(needs_certificates(target) for _, target in targets)
+        if certificates is None and not trusted and beyond:
             certificates = certificates_from_environment()
             if certificates is None and not trusted_by_environment():
                 text = (
@@ -119,19 +121,21 @@ def _connected(
                 )
                 raise os_error(errno.EACCES, text, str(where))
     context = None if certificates is None else certificates.context(server=False)
-    made = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        made.settimeout(timeout)
-        made.connect(target)
-        if context is not None:
-            made = context.wrap_socket(made, server_hostname=where.host)
-    except OSError as error:
-        made.close()
-        raise _refused(error, where, timeout) from None
-    except BaseException:
-        made.close()
-        raise
-    return made
+    for family, target in targets:
+        made = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            made.settimeout(timeout)
+            made.connect(target)
+            if context is not None:
+                made = context.wrap_socket(made, server_hostname=where.host)
+            return made
+        except OSError as error:
+            made.close()
+            failure = _refused(error, where, timeout)
+        except BaseException:
+            made.close()
+            raise
+    raise failure
 
 
 def _refused(error: OSError, where: Address, timeout: float) -> OSError:
@@ -244,7 +248,8 @@ class Node(Uncopyable, instead="call dmabuf.remote.connect() again"):
             file.commit(sync=sync)
 
     def _open(self, path: str, how: str, mode: str) -> RemoteFile:
-        reply = self._session.ask("open", path=os.fspath(path), mode=how)
+        path = os.fsdecode(path)
+        reply = self._session.ask("open", path=path, mode=how)
         return RemoteFile(self._session, path, mode, reply.number("file"))
 
     # -- names of the node's store
@@ -316,6 +321,7 @@ class Node(Uncopyable, instead="call dmabuf.remote.connect() again"):
         places = list[tuple[str, int, int]]()
         for name, start, size in wanted:
             room = max(into.size - start, 0) if size is None else size
+            check_name(name)
             if start + room > into.size:
                 text = f"fetch {name!r}: buffer_offset={start} size={room} leaves the buffer"
                 raise ValueError(f"{text} of {into.size} bytes")
@@ -346,7 +352,12 @@ class Node(Uncopyable, instead="call dmabuf.remote.connect() again"):
             for index, batch in enumerate(batches):
                 audited = limit if terms.audit == "always" or not index else 0
                 shifted = [(name, start - first, room) for name, start, room in batch]
-                outcomes += session.receive_names(channel, into, view, shifted, audited)
+                try:
+                    outcomes += session.receive_names(channel, into, view, shifted, audited)
+                except Reported:
+                    if len(requests) > 1:  # whose replies are under way
+                        channel.close()
+                    raise
                 for request in requests[index + 2 : index + 3]:
                     channel.send(request)
         return outcomes
@@ -388,9 +399,16 @@ class Node(Uncopyable, instead="call dmabuf.remote.connect() again"):
         if not nbytes or start + nbytes > buffer.size:
             text = f"publish {name!r}: buffer_offset={start} size={nbytes}"
             raise ValueError(f"{text} is not a range with bytes of the buffer of {buffer.size}")
+        if not 0 <= mode <= 0o777:
+            raise ValueError(f"publish {name!r}: invalid mode {mode:#o}: use permission bits")
         limit = session.audit_limit(buffer, terms, "write")
         request = protocol.pack(
-            op="publish", name=name, size=nbytes, mode=mode, replace=replace, checksum=limit
+            op="publish",
+            name=check_name(name),
+            size=nbytes,
+            mode=mode,
+            replace=replace,
+            checksum=limit,
         )
         place = [(0, nbytes)]
         with (
@@ -403,7 +421,7 @@ class Node(Uncopyable, instead="call dmabuf.remote.connect() again"):
 
     def remove(self, name: str) -> None:
         """Remove a name from the node's store. Raises OSError, such as ENOENT."""
-        self._session.ask("remove", name=name)
+        self._session.ask("remove", name=check_name(name))
 
     def ls(self) -> list[Status]:
         """Return the status of every name of the node's store, sorted by name."""

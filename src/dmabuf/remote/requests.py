@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import islice
 
 from dmabuf.copying import CopySide, Reader, Source
@@ -26,7 +27,7 @@ from dmabuf.remote.protocol import Malformed, Message
 from dmabuf.sizes import OFFSET_MAX
 from dmabuf.store import Lent, Server, Store, check_name
 from dmabuf.store import connect as connect_store
-from dmabuf.transfer import File, Plan, Route, Terms
+from dmabuf.transfer import Direction, File, Plan, Route, Terms
 
 log = logging.getLogger("dmabuf.remote")
 
@@ -58,47 +59,38 @@ class Pools:
     """The staging blocks of all clients: pinned memory between a file and a socket."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._free: list[list[Buffer]] = []
-        self._made = 0
+        self._large = threading.BoundedSemaphore(_POOLS)
+        self._free: deque[list[Buffer]] = deque()
 
     @contextmanager
     def take(self, total: int) -> Iterator[list[Buffer]]:
         """Give blocks for a request of so many bytes."""
-        pool: list[Buffer] | None = None
-        with self._lock:
-            large = total > _SMALL_BLOCK and (self._free or self._made < _POOLS)
-            if large and self._free:
-                pool = self._free.pop()
-            elif large:
-                self._made += 1
+        large = total > _SMALL_BLOCK and self._large.acquire(blocking=False)
+        pool: list[Buffer] = []
         try:
-            if pool is None and large:
-                pool = _allocated(_BLOCK, _BLOCKS)
-        except BaseException:
-            with self._lock:
-                self._made -= 1
-            raise
-        if pool is not None:
-            try:
-                yield pool
-            finally:
-                with self._lock:
-                    self._free.append(pool)
-            return
-        small = _allocated(_SMALL_BLOCK, 2 if total > _SMALL_BLOCK else 1)
-        try:
-            yield small
+            if large:
+                with suppress(IndexError):
+                    pool = self._free.pop()
+                pool = pool or _allocated(_BLOCK, _BLOCKS)
+            else:
+                pool = _allocated(_SMALL_BLOCK, 2)
+            yield pool
         finally:
-            for block in small:
-                block.close()
+            if large:
+                self._free.extend([pool] if pool else [])
+                self._large.release()
+            else:
+                _close(pool)
 
     def close(self) -> None:
         """Free the memory."""
-        with self._lock:
-            for block in (block for pool in self._free for block in pool):
-                block.close()
-            self._free.clear()
+        for pool in self._free:
+            _close(pool)
+
+
+def _close(pool: list[Buffer]) -> None:
+    for block in pool:
+        block.close()
 
 
 def _allocated(size: int, count: int) -> list[Buffer]:
@@ -227,10 +219,12 @@ class Client:
             size = min(size, max(0, (file.size or 0) - offset))
             if self._is_sendable(file, [(offset, size)], terms):
                 return _plan_fields(Plan(Route.BUFFERED, _FROM_CACHE, _INSTEAD))
+        verb: Direction = "read" if direction == "read" else "write"
         with self._shared.pools.take(size) as pool:
-            part, verb = min(size, pool[0].size), "read" if direction == "read" else "write"
-            plan = file.plan(pool[0], verb, size=part, file_offset=offset, terms=terms)  # type: ignore[arg-type]
-        return _plan_fields(plan)
+            part = min(size, pool[0].size)
+            return _plan_fields(
+                file.plan(pool[0], verb, size=part, file_offset=offset, terms=terms)
+            )
 
     # -- reading a file
 
@@ -304,13 +298,13 @@ class Client:
             for offset, size in segments[:1]:
                 part = min(size, pool[0].size)
                 file.plan(pool[0], "write", size=part, file_offset=offset, terms=terms)
-            received = self._receive(data, lambda: _write_all(file, segments, terms, data, pool))
-        if not received:
-            return None
+            write = partial(_write_all, file, segments, terms, data, pool)
+            if not self._receive(data, served.path, write):
+                return None
         digest = _checksum_of_file(file.fileno(), segments, request.number("checksum"))
         return _reply(_by_socket(data), digest)
 
-    def _receive(self, data: _DataSource, work: Callable[[], None]) -> bool:
+    def _receive(self, data: _DataSource, path: str, work: Callable[[], None]) -> bool:
         """Have the client send its data, which `work` takes; return whether it took all.
 
         Otherwise the client has the error as its reply.
@@ -323,7 +317,7 @@ class Client:
         except (OSError, ValueError) as error:
             if self._channel.failed:
                 raise
-            self._channel.send(protocol.pack(error=protocol.error_fields(error, "")))
+            self._channel.send(protocol.pack(error=protocol.error_fields(error, path)))
             data.drain()
             return False
         data.finish()
@@ -361,7 +355,7 @@ class Client:
                 if isinstance(one, OSError):
                     continue
                 if one.fd < 0 or not self._channel.sends_files:
-                    digests.append(self._send_mapped(name, one.length, limit))
+                    digests.append(self._send_mapped(name, one, limit))
                     calls, copied = calls + 1, copied + one.length
                     continue
                 calls += self._channel.send_file(one.fd, 0, one.length)[1]
@@ -371,14 +365,14 @@ class Client:
         side = _side(total, Route.BUFFERED, reason, calls, copied, begun)
         return _reply(side, " ".join(digests))
 
-    def _send_mapped(self, name: str, length: int, limit: int) -> str:
+    def _send_mapped(self, name: str, lent: Lent, limit: int) -> str:
         """Send the content of a name from its mapping, and return its checksum."""
         with (
-            self._shared.store.open(name, trusted=None) as buffer,
-            buffer.map("r", 0, length) as view,
+            self._shared.store.open(name, trusted=None, number=lent.number) as buffer,
+            buffer.map("r", 0, lent.length) as view,
         ):
             self._channel.send_data(view)
-            return _checksum(iter([view[: min(limit, length)]])) if limit else ""
+            return _checksum(iter([view[: min(limit, lent.length)]])) if limit else ""
 
     def _do_publish(self, request: Message) -> dict[str, object] | None:
         name, size = request.text("name"), request.number("size")
@@ -391,7 +385,7 @@ class Client:
         try:
             data = _DataSource(self._channel, size, Terms())
             with buffer.map("rw", 0, size) as view:
-                if not self._receive(data, lambda: data.read_into(view)):
+                if not self._receive(data, name, partial(data.read_into, view)):
                     return None
                 limit = min(request.number("checksum"), size)
                 digest = _checksum(iter([view[:limit]])) if limit else ""

@@ -232,8 +232,8 @@ def bound(
                 raise ValueError(f"{where}: a Unix socket takes no certificates; leave them out")
             made = stack.enter_context(listening(where.path, kind=socket.SOCK_STREAM))
         else:
-            family, target = where.resolve(listen=True)
-            if context is None and not trusted_network and needs_certificates(target[0]):
+            family, target = where.resolve()[0]
+            if context is None and not trusted_network and needs_certificates(target):
                 text = (
                     "listen: certificates are needed beyond this machine; give --certificate, "
                     "--key and --authority"

@@ -26,7 +26,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
 from typing import NamedTuple
 
-from dmabuf.kernel import proc
+from dmabuf.kernel import files, proc, uapi
 from dmabuf.store import place, protocol
 from dmabuf.store.memory import Memory, make, rounded
 from dmabuf.store.names import READ, WRITE, Entry, Names, Peer
@@ -115,9 +115,12 @@ class Lent(NamedTuple):
     """A name's memory, for another thread of the server's process."""
 
     fd: int
-    """A copy of the memory file's descriptor, the caller's to close; -1 if there are dma-bufs."""
+    """A copy of the memory file's descriptor, the caller's to close; -1 where sendfile(2) cannot
+    be used, because there are dma-bufs, or hugetlbfs pages: then `open` it."""
     length: int
     """Bytes of content."""
+    number: int
+    """Status.number."""
 
 
 class Server:
@@ -228,10 +231,11 @@ class Server:
         try:
             entry = self._names.open(name, Peer(os.geteuid(), os.getegid()), "r")
             assert entry.memory is not None
-            memory = entry.memory
+            fd = entry.memory.memfd
             self._used(entry)
-            shared = memory.slabs or memory.memfd is None
-            return Lent(-1 if shared else os.dup(memory.memfd or 0), entry.length)
+            if entry.memory.slabs or fd is None or _is_hugetlbfs(fd):
+                fd = None
+            return Lent(-1 if fd is None else os.dup(fd), entry.length, entry.number)
         except Refusal as refusal:
             return OSError(refusal.errno, refusal.text, name)
         except OSError as error:
@@ -684,6 +688,10 @@ class Server:
             self._stopping.set()
         self._clients.add(client)
         self._drop(client)
+
+
+def _is_hugetlbfs(fd: int) -> bool:
+    return uapi.MEMORY_FILESYSTEMS.get(files.filesystem_of(fd)) == "hugetlbfs"
 
 
 def _make_after(
