@@ -39,6 +39,13 @@ simulate: $(VENV)/ready
 	$(BIN)/python -m tests.simulator --seconds $$(($(SECONDS) / 4)) --seed $(or $(SEED),$$(date +%s)000)
 	$(MAKE) -s -C csrc simulate SECONDS=$$(($(SECONDS) * 3 / 4)) $(if $(SEED),SEED=$(SEED))
 
+# Random input for the parsers and the store's server for half of the time, then libFuzzer on the core.
+.PHONY: fuzz
+fuzz: $(VENV)/ready
+	tools/install-system-packages clang libclang-rt-dev
+	$(BIN)/python -m tests.fuzz --seconds $$(($(SECONDS) / 2)) --seed $(or $(SEED),$$(date +%s)000)
+	$(MAKE) -s -C csrc fuzz SECONDS=$$(($(SECONDS) / 2))
+
 # Faults put into the core and the package, which the simulators have to find; small changes of
 # csrc/batch.c, which they should notice.
 .PHONY: mutants

@@ -108,6 +108,8 @@ MALFORMED = {
     "two objects": (two('{"a":{@}}{}'), b"ab", "not valid JSON"),
     "zeros after it": (two('{"a":{@}}\0\0'), b"ab", "not valid JSON"),
     "not UTF-8": (b'{"\xff":{}}', b"", "not valid JSON"),
+    "half a pair of surrogates": (two('{"a\\ud800":{@}}'), b"ab", "not valid JSON"),
+    "half a pair in metadata": (two('{"__metadata__":{"\\ud800":""},"a":{@}}'), b"ab", "not valid"),
     "a control character": (two('{"a\x01":{@}}'), b"ab", "not valid JSON"),
     "thousands of digits": (two('{"a":{@,"x":#}}').replace("#", "9" * 5000), b"ab", "not valid"),
     "a nest": ('{"a":' + "[" * 100_000, b"", "not valid JSON"),

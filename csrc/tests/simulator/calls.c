@@ -208,11 +208,12 @@ int __wrap_eventfd_write(int fd, eventfd_t value)
 
 long __wrap_syscall(long number, ...)
 {
-	long a[6], rc;
+	const int count = number == SYS_statx ? 5 : number == SYS_mbind ? 6 : 4;
+	long a[6] = {0}, rc;
 	va_list arguments;
 
 	va_start(arguments, number);
-	for (int i = 0; i < 6; i++)
+	for (int i = 0; i < count; i++)
 		a[i] = va_arg(arguments, long);
 	va_end(arguments);
 	if (number == SYS_io_uring_register)
