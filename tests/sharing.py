@@ -10,6 +10,7 @@ import functools
 import mmap
 import os
 import random
+import select
 import signal
 import struct
 import sys
@@ -21,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dmabuf.store import Store, connect
-from tests.support import pattern, wait_until
+from tests.support import PATIENCE, pattern, wait_until
 
 STEPS = [
     f"{when} {name}"
@@ -111,22 +112,32 @@ class Child:
                 kept = work(lambda told: os.write(writing, told + b"\n"))
                 signal.pause()
                 del kept
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(99)
         os.close(writing)
-        self._told = os.fdopen(reading, "rb")
+        self._reading, self._read = reading, b""
 
     def told(self) -> bytes:
         """Return what it tells next."""
-        line = self._told.readline()
-        assert line, "the child has ended"
-        return line[:-1]
+        while b"\n" not in self._read:
+            assert select.select([self._reading], [], [], PATIENCE)[0], "the child tells nothing"
+            more = os.read(self._reading, 4096)
+            assert more, "the child has ended"
+            self._read += more
+        line, _, self._read = self._read.partition(b"\n")
+        return line
 
     def kill(self) -> None:
         """Kill it, and wait for its end."""
         os.kill(self.pid, signal.SIGKILL)
         assert os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]) == -signal.SIGKILL
-        self._told.close()
+        self.close()
+
+    def close(self) -> None:
+        """Close what it tells by; it has ended."""
+        os.close(self._reading)
 
 
 # -- the soak

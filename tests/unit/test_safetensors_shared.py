@@ -247,32 +247,58 @@ def test_a_worker_that_writes_all_the_same_is_ended_by_the_kernel(path: Path, se
     assert os.waitstatus_to_exitcode(os.waitpid(child.pid, 0)[1]) == -signal.SIGSEGV
     with pytest.raises(AssertionError, match="has ended"):
         child.told()
-    child._told.close()
+    child.close()
     check(load(path, served))
 
 
 # -- races and ends
 
 
-def test_processes_that_race_load_once(path: Path, socket: Path) -> None:
+def test_processes_that_race_load_once(path: Path, tmp_path: Path) -> None:
     def race(tell) -> models.Tensors:
+        filled: list[int] = []
+
+        def progress(done: int, total: int | None) -> None:
+            filled.append(done)
+            os.read(held, 1)
+
+        tell(b"ready")
         os.read(start, 1)
-        model = load(path, socket)
+        model = load(path, tmp_path / "s", progress=progress)
         check(model)
-        tell(b"%d %d" % (len(model.transfers), memory(model)[1]))
+        tell(b"%d %d" % (bool(filled), memory(model)[1]))
         return model
 
-    start, go = os.pipe()
-    children = [Child(race) for _ in range(5)]
+    (start, go), (held, release) = os.pipe(), os.pipe()
+    children = [Child(race) for _ in range(5)]  # before this process has the server's memory
     try:
-        os.write(go, b"x" * len(children))
-        told = [child.told().split() for child in children]
-        assert sorted(loaded for loaded, _ in told) == [b"0"] * 4 + [b"1"]
-        assert len({number for _, number in told}) == 1
-        assert len(servers(socket)) == 1
+        with in_a_thread(tmp_path / "s") as server:
+            assert {child.told() for child in children} == {b"ready"}
+            os.write(go, b"x" * len(children))
+            wait_until(lambda: server.clients == len(children))
+            os.write(release, b"x" * 1000)
+            told = [child.told().split() for child in children]
+            assert sorted(filled for filled, _ in told) == [b"0"] * 4 + [b"1"]
+            assert len({number for _, number in told}) == 1
     finally:
-        os.close(start)
-        os.close(go)
+        for fd in (start, go, held, release):
+            os.close(fd)
+        for child in children:
+            child.kill()
+
+
+def test_a_process_that_forks_while_it_loads(path: Path, served: Path) -> None:
+    children: list[Child] = []
+
+    def progress(done: int, total: int | None) -> None:
+        if not children:
+            children.append(Child(lambda tell: tell(b"forked")))
+            assert children[0].told() == b"forked"
+
+    try:
+        check(load(path, served, progress=progress))
+        check(load(path, served))
+    finally:
         for child in children:
             child.kill()
 

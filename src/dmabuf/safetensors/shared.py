@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import mmap
 import os
 from array import array
 from collections.abc import Callable, Sequence
@@ -108,6 +109,9 @@ def _make(
     end = at + len(note) + _WORD
     buffer = store.create(None, end, exporter="memfd", trusted=True)
     try:
+        with buffer.view(0, buffer.size) as view:
+            assert isinstance(view.obj, mmap.mmap)
+            view.obj.madvise(mmap.MADV_DONTFORK)  # a child's writable mapping forbids the seal
         made = fill(buffer)
         buffer.pwrite(note + at.to_bytes(_WORD, "little"), at)
         return store.link(buffer, name, replace=False, length=end, cached=True), made
