@@ -22,7 +22,7 @@ import dmabuf
 from dmabuf import Route, aio
 from dmabuf.kernel import extents, files, uapi
 from dmabuf.transfer.audit import PAIRS
-from dmabuf.transfer.layout import READS, SMALL_IS_DIRECT, UNSTEADY, Layout
+from dmabuf.transfer.layout import ONLY_READS, READS, SMALL_IS_DIRECT, UNSTEADY, Layout
 from tests import emulation
 from tests.guards import demand
 from tests.support import (
@@ -266,6 +266,14 @@ def test_small_reads_stay_direct_where_they_can(path, engine):
             assert transfer.rejected == {Route.NATIVE: SMALL_IS_DIRECT}
             assert file.plan(buf, size=PAGE).rejected == transfer.rejected
         assert file.read_into(buf, PAGE, route="native").route is Route.NATIVE
+        with dma_buf(2 << 20) as other, dmabuf.open(path, "r+", engine=engine) as writer:
+            for size in (PAGE, 100, 7 * PAGE):
+                plan = writer.plan(other, "write", size=size)
+                assert plan.rejected[Route.NATIVE] == ONLY_READS
+                assert writer.write_from(other, size).rejected == plan.rejected
+                plan = writer.plan(other, size=size)
+                assert plan.rejected[Route.NATIVE] == SMALL_IS_DIRECT
+                assert writer.read_into(other, size).rejected == plan.rejected
         write(path, pattern(2 << 20, 4))
         assert file.read_into(buf).route is Route.NATIVE
         assert content(buf) == pattern(2 << 20, 4)

@@ -171,7 +171,7 @@ class Link:
         passthrough = target.namespace is not None
         no_cache = "NVMe passthrough goes past the page cache; a passthrough device has none"
         refusals = {
-            Route.NATIVE: no_direct or target.no_native(buffer),
+            Route.NATIVE: no_direct or target.no_native(buffer, write=self._write),
             Route.DIRECT: no_mapping or no_direct or buffer.pin_refusal,
             Route.STAGED: no_mapping or no_direct,
             Route.BUFFERED: no_cache if passthrough else no_mapping,
@@ -182,8 +182,7 @@ class Link:
         self._small = None
         # NVMe passthrough supports neither pread nor pwrite.
         proven = (direct.proven or target.cache_watched) and not passthrough
-        slow_native = refusals[Route.NATIVE] or target.by_device
-        if proven and slow_native and not refusals[Route.DIRECT]:
+        if proven and (refusals[Route.NATIVE] or target.by_device) and not refusals[Route.DIRECT]:
             self._small = self._core
         self._refusals = refusals
         return refusals
@@ -230,7 +229,7 @@ class Link:
                 segments = self._joined(segments)
             measure, layout = self._measure(segments), None
             if self._reads_device(measure, terms):
-                layout = self._layout(segments, measure, terms)
+                layout = self.target.layout(segments, measure)
             return self._choose(terms, measure, layout)
         finally:
             self.users.discard(token)
@@ -323,8 +322,8 @@ class Link:
         fit = measure.native if route is Route.NATIVE else measure.direct
         if route is Route.NATIVE:
             why = self._register_native(measure)
-            if why is None and self.target.by_device:
-                why = self._no_device(layout, terms)
+            if self.target.by_device and not self._write:
+                why = self._no_device(layout, terms, measure, why)
             if why is not None:
                 return why
             if fit.with_edges and self.buffer.address is None:
@@ -341,20 +340,23 @@ class Link:
             )
         return None
 
-    def _no_device(self, layout: Layout | str | None, terms: Terms) -> str | None:
-        """Return why the file's block device cannot be read in its place; None where it can."""
-        if not isinstance(layout, Layout):
-            return layout or "nothing of the range was looked for on the device"
+    def _no_device(
+        self, layout: Layout | str | None, terms: Terms, measure: Any, why: str | None
+    ) -> str | None:
+        """Return why the file's block device is not read; `why` is why nothing is registered."""
+        if self._is_small(measure, terms):
+            return SMALL_IS_DIRECT
+        if why is not None or not isinstance(layout, Layout):
+            return why or str(layout or "nothing of the range was looked for on the device")
         if self.buffer.address is None:
             return layout.objection(_NOT_MAPPED)
         return layout.objection(None if terms.fence else "fence=False keeps the CPU out")
 
     def _register_native(self, measure: Any) -> str | None:
         """Register the dma-bufs touched; return why that is refused."""
-        target = self.target
-        by_device, where = target.by_device, (measure.buffer_start, measure.buffer_end)
-        why = target.register_native(self.buffer, *where, write=self._write)
-        if target.by_device is not by_device:
+        by_device, where = self.target.by_device, (measure.buffer_start, measure.buffer_end)
+        why = self.target.register_native(self.buffer, *where, write=self._write)
+        if self.target.by_device is not by_device:
             self._refresh_all()
         return why
 
@@ -366,14 +368,12 @@ class Link:
         if refusals[Route.NATIVE] is not None or measure.file_start >= measure.file_size:
             return False
         possible = measure.nbytes > 0 and self._register_native(measure) is None
-        return possible and self.target.by_device
+        return possible and self.target.by_device and not self._is_small(measure, terms)
 
-    def _layout(self, segments: Segments, measure: Any, terms: Terms) -> Layout | str:
-        """Return where the file lies on its block device, or why it is not to be read there."""
-        pinnable = self.buffer.address is not None and not self.buffer.pin_refusal
-        if measure.nbytes <= SMALL and terms.route is None and pinnable:
-            return SMALL_IS_DIRECT
-        return self.target.layout(segments, measure)
+    def _is_small(self, measure: Any, terms: Terms) -> bool:
+        """Return whether a read goes direct rather than native because it is small."""
+        small = measure.nbytes <= SMALL and terms.route is None
+        return small and self.buffer.address is not None and not self.buffer.pin_refusal
 
     def _is_cached(self, measure: Any) -> bool:
         size = measure.file_end - measure.file_start
@@ -538,7 +538,7 @@ class Link:
             measure = self._measure(segments)
             layout: Layout | str | None = UNSTEADY if reads == READS else None
             if layout is None and self._reads_device(measure, terms):
-                layout = await waiter.call(partial(self._layout, segments, measure, terms))
+                layout = await waiter.call(partial(target.layout, segments, measure))
             plan = self._choose(terms, measure, layout)
             job = self._job(plan.route, segments, measure, layout)
             audited = AUDIT_OFF if terms.audit == "off" else NOT_AUDITED

@@ -358,7 +358,7 @@ class Target:
             os.close(direct.fd)
         return self._direct
 
-    def no_native(self, buffer: Buffer) -> str | None:
+    def no_native(self, buffer: Buffer, *, write: bool) -> str | None:
         """Return why no range of a buffer can take the native route; None if one may."""
         if not buffer.is_dmabuf:
             return "the buffer is a memfd, which is not a dma-buf"
@@ -368,11 +368,13 @@ class Target:
                 "namespace's block device instead"
             )
         known = self.engine.no_native() or (self._no_native and self._no_native.get(buffer))
+        if write and self.by_device:
+            known = known or ONLY_READS
         return known or audit.PAIRS.refusal(buffer.exporter, self.device())
 
     def register_native(self, buffer: Buffer, start: int, end: int, *, write: bool) -> str | None:
         """Register a part of a dma-buf for the file or its block device; return why not."""
-        why = self.no_native(buffer)  # an audit may have ruled the pair out meanwhile
+        why = self.no_native(buffer, write=write)  # an audit may have ruled the pair out meanwhile
         if why is not None:
             return why
         refusal = None
