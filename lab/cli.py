@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from lab import devices, guest, host, packages, prepare, project
+from lab import devices, guest, host, modules, packages, prepare, project
 from lab.cache import Cache
 from lab.host import LabError
 
@@ -91,6 +91,8 @@ def _run(options: argparse.Namespace, command: Sequence[str]) -> int:
         cache.forget()
         root = prepare.root(cache)
         kernel = prepare.kernel(cache, options.kernel, refresh=options.prepare)
+        wanted = [name for device in options.devices for name in devices.DEVICES[device].built]
+        built = modules.built(cache, root, kernel, wanted)
         ready = project.prepare(cache, root, CHECKOUT)
     if options.prepare:
         return 0
@@ -103,5 +105,6 @@ def _run(options: argparse.Namespace, command: Sequence[str]) -> int:
         options.timeout,
         options.out,
         tuple(devices.DEVICES[name] for name in options.devices),
+        built,
     )
     return guest.run(cache, job)

@@ -20,6 +20,8 @@ class Device:
     """Files for QEMU in its working folder, each by name and size in bytes."""
     modules: tuple[str, ...] = ()
     """What modprobe loads before COMMAND, each with its parameters."""
+    built: tuple[str, ...] = ()
+    """Those of them that Debian's kernels lack: names in modules.py, which builds them."""
 
 
 DEVICES = {
@@ -30,6 +32,12 @@ DEVICES = {
             "vivid n_devs=3 node_types=0x20101,0x1,0x1 multiplanar=1,2,1 allocators=0,0,1 "
             "num_inputs=1,1,1 input_types=0,0,0 num_outputs=1,0,0 no_error_inj=1",
         ),
+    ),
+    "codecs": Device(
+        "an encoder, a stateful and a stateless decoder by the kernel's vicodec, and a converter "
+        "by vim2m, which are built from Debian's kernel source",
+        modules=("v4l2-mem2mem", "vicodec", "vim2m"),
+        built=("v4l2-mem2mem", "vicodec", "vim2m"),
     ),
     "drm": Device(
         "a display by bochs, a GPU without 3D by virtio-gpu and one without a screen by vgem; "

@@ -5,6 +5,7 @@ import ctypes
 import os
 import re
 import selectors
+import shutil
 import signal
 import subprocess
 import sys
@@ -72,6 +73,8 @@ class Run:
     timeout: float
     out: Path | None = None
     devices: tuple[Device, ...] = ()
+    built: Path | None = None
+    """A folder with the modules that were built for the devices."""
 
 
 class Stopped(BaseException):
@@ -124,6 +127,8 @@ def _lay_out(job: Run, folder: Path, token: str) -> None:
     (lab / "argv").write_bytes(b"".join(os.fsencode(word) + b"\0" for word in job.command))
     modules = [module for device in job.devices for module in device.modules]
     (lab / "modules").write_text("".join(f"{module}\n" for module in modules))
+    if job.built:
+        shutil.copytree(job.built, lab / "built")
     pairs = environment(os.environb)
     (lab / "env").write_bytes(b"".join(b"%s=%s\0" % pair for pair in pairs.items()))
     make_image(lab, folder / "project", 2 << 30, "project")

@@ -18,8 +18,11 @@ KERNEL = "linux-image-amd64"
 GUEST_BASE = ("bash", "busybox-static", "iproute2", "kmod", "mount", "procps", "util-linux")
 """What the guest's own start needs."""
 
-GUEST_BUILD = ("gcc", "libc6-dev", "liburing-dev", "linux-libc-dev", "python3-dev")
-"""What building the extension needs, with the tools in the guest's root."""
+GUEST_BUILD = (
+    *("gcc", "libc6-dev", "liburing-dev", "linux-libc-dev", "make", "python3-dev"),
+    "libelf1t64",  # the headers of a kernel have a tool that needs it
+)
+"""What building the extension and kernel modules needs, with the tools in the guest's root."""
 
 GUEST_TESTS = (
     "btrfs-progs",
@@ -28,6 +31,8 @@ GUEST_TESTS = (
     "fuse3",
     "glslang-tools",
     "liburing2",
+    "libva-dev",
+    "libva-drm2",
     "libvulkan1",
     "mesa-vulkan-drivers",
     "numactl",
@@ -45,6 +50,21 @@ GUEST_TESTS = (
 
 GUEST = tuple(sorted({*GUEST_BASE, *GUEST_BUILD, *GUEST_TESTS}))
 """Every package of the guest's root filesystem, on top of Debian's minimal set."""
+
+_TESTS = "drivers/media/test-drivers"
+
+MODULES: dict[str, tuple[str, ...]] = {
+    "v4l2-mem2mem": ("drivers/media/v4l2-core/v4l2-mem2mem.c",),
+    "vicodec": tuple(
+        f"{_TESTS}/vicodec/{name}"
+        for name in (
+            *("vicodec-core.c", "codec-fwht.c", "codec-fwht.h"),
+            *("codec-v4l2-fwht.c", "codec-v4l2-fwht.h"),
+        )
+    ),
+    "vim2m": (f"{_TESTS}/vim2m.c",),
+}
+"""Modules that Debian's kernels lack, and their files in the kernel's source."""
 
 EARLY_MODULES = ("virtio_pci", "virtio_blk", "ext4")
 """What a kernel must load, or have built in, before the root filesystem is there."""

@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lab import host, packages
@@ -45,6 +45,10 @@ class Kernel:
     """An ext4 image for /usr/lib/modules; None if all is built in."""
     early: tuple[Path, ...]
     """Modules for the initrd, decompressed, in the order to load them."""
+    suite: str = ""
+    """The suite that it is from, if any."""
+    version: str = ""
+    """The version of its package."""
 
 
 def make_image(folder: Path, image: Path, spare: int, label: str) -> None:
@@ -192,11 +196,12 @@ def _suite_kernel(cache: Cache, suite: str, refresh: bool) -> Kernel:
     assert known is not None
     path = cache.folder / f"kernel-{known['version']}"
     os.utime(path)
-    return _kernel_piece(path, path / "vmlinuz", known["release"])
+    made = _kernel_piece(path, path / "vmlinuz", known["release"])
+    return replace(made, suite=suite, version=known["version"])
 
 
-def _ask_suite(folder: Path, suite: str) -> dict[str, str]:
-    """Ask apt, with lists of its own for that one suite, for the newest kernel."""
+def apt_lists(folder: Path, suite: str) -> None:
+    """Make a folder in which :func:`apt` uses lists of its own, for that one suite."""
     for name in ("lists/partial", "cache/archives/partial"):
         (folder / name).mkdir(parents=True)
     (folder / "status").touch()
@@ -217,9 +222,14 @@ def _ask_suite(folder: Path, suite: str) -> dict[str, str]:
     }
     lines = [f'{name} "{value}";\n' for name, value in settings.items()]
     (folder / "apt.conf").write_text("".join(lines))
+    apt(folder, "apt-get", "update", "-q", "--error-on=any")
+
+
+def _ask_suite(folder: Path, suite: str) -> dict[str, str]:
+    """Ask apt for the newest kernel."""
     with host.step(f"asking {suite} for its newest kernel"):
-        _apt(folder, "apt-get", "update", "-q", "--error-on=any")
-        record = _apt(folder, "apt-cache", "show", "--no-all-versions", packages.KERNEL)
+        apt_lists(folder, suite)
+        record = apt(folder, "apt-cache", "show", "--no-all-versions", packages.KERNEL)
     version = re.search(r"^Version: (\S+)$", record, re.MULTILINE)
     release = re.search(r"\blinux-image-(\d\S*-amd64)\b", record)
     if not version or not release:
@@ -227,19 +237,20 @@ def _ask_suite(folder: Path, suite: str) -> dict[str, str]:
     return {"version": version[1].replace(":", "+"), "release": release[1]}
 
 
-def _apt(folder: Path, *argv: str) -> str:
+def apt(folder: Path, *argv: str) -> str:
+    """Run a tool of apt with the lists of :func:`apt_lists`, in the folder."""
     return host.run(argv, env={"APT_CONFIG": str(folder / "apt.conf")}, cwd=folder)
 
 
-def _make_suite_kernel(apt: Path, known: dict[str, str], folder: Path) -> None:
+def _make_suite_kernel(place: Path, known: dict[str, str], folder: Path) -> None:
     release = known["release"]
     only = "-o=APT::Cache::ShowOnlyFirstOr=true"
-    tree = _apt(apt, "apt-cache", "depends", "--recurse", "--important", only, packages.KERNEL)
+    tree = apt(place, "apt-cache", "depends", "--recurse", "--important", only, packages.KERNEL)
     wanted = re.compile(rf"linux-\w+-{re.escape(release)}")
     names = [row for row in tree.splitlines() if wanted.fullmatch(row)]
-    _apt(apt, "apt-get", "download", "-q", *names)
+    apt(place, "apt-get", "download", "-q", *names)
     unpacked = folder / "unpacked"
-    for deb in apt.glob("*.deb"):
+    for deb in place.glob("*.deb"):
         host.run(["dpkg-deb", "-x", deb, unpacked])
     base = folder / "base"
     (base / "lib/modules").mkdir(parents=True)

@@ -130,6 +130,19 @@ def _vivid() -> str | None:
     return None if vivid_node() else f"no camera by vivid ({fix})"
 
 
+def _codecs() -> str | None:
+    names = {path.read_text().strip() for path in Path("/sys/class/video4linux").glob("*/name")}
+    if {"stateful-encoder", "stateful-decoder", "vim2m"} <= names:
+        return None
+    return "no codecs by vicodec and vim2m (lab/run --devices codecs)"
+
+
+def _libva() -> str | None:
+    if not os.path.exists("/usr/include/va/va_backend.h"):
+        return "no headers of libva (apt install libva-dev; lab/run has it)"
+    return _program("gcc", "gcc")
+
+
 def _vulkan() -> str | None:
     """Look for the binding, and a driver that shares memory and fences."""
     try:
@@ -300,7 +313,9 @@ _GUARDS: dict[str, Callable[[], str | None]] = {
     "vfio": lambda: (
         None if vfio_address() else "no ivshmem device by vfio-pci (lab/run --devices vfio)"
     ),
+    "codecs": _codecs,
     "vulkan": _vulkan,
+    "libva": _libva,
     "hugepages": _hugepages,
     "io_uring": _io_uring,
     "nvme": _nvme,

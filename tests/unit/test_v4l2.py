@@ -458,5 +458,6 @@ def test_a_module_loads_no_library_of_its_world(module):
         "sorted(name for name in loaded if name.startswith('dmabuf.devices.')))"
     )
     ours = {"cuda": ["staging"], "staging": [], "vulkan": [], "vfio": ["node"]}
+    ours["v4l2"] = ["codec", "frames", "node", "video"]
     names = sorted({"lifetime", module, *ours.get(module, ["frames", "node"])})
     assert in_child(source) == f"[] {[f'dmabuf.devices.{name}' for name in names]}\n"

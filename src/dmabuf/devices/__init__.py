@@ -1,6 +1,6 @@
 """Devices that share memory with a Buffer: one module for each world of devices.
 
-- ``v4l2``: cameras that write frames into Buffers.
+- ``v4l2``: cameras that write frames into Buffers, and codecs that read and write them.
 - ``drm``: displays and GPUs by Linux's DRM; their memory as Buffers, Buffers on a screen.
 - ``vulkan``: Buffers as VkBuffers, device memory as Buffers, and fences between the two.
 - ``cuda``: files into and out of the memory of a CUDA device, and Buffers for its kernels.
@@ -13,6 +13,6 @@ it, and raises ImportError with the ``pip install`` command where the library is
 
 What may enter: code that turns the memory of one kind of device into a Buffer, or lets such a
 device use a Buffer. A world is one file. What several worlds need is in ``lifetime``,
-``node`` and ``frames`` (pixel formats, and the pictures of cameras).
+``node``, ``frames`` (pixel formats, and the pictures of cameras) and ``video`` (V4L2's queues).
 The bytes themselves move by a File; nothing here submits I/O to storage.
 """

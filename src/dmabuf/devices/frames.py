@@ -196,6 +196,8 @@ class Filled(NamedTuple):
     time_ns: int | None
     error: bool
     spans: tuple[tuple[int, int], ...]
+    keyframe: bool = False
+    last: bool = False
 
 
 class Frame(Uncopyable, instead="copy its bytes, or write them to a file"):
@@ -234,6 +236,8 @@ class Frame(Uncopyable, instead="copy its bytes, or write them to a file"):
         """The same in nanoseconds since 1970 (time.time_ns); None unless ``clock`` is monotonic."""
         self.error = filled.error
         """Whether the driver reports that some bytes may be wrong."""
+        self.keyframe = filled.keyframe
+        """Whether the driver marks the frame as one at which a decoder can begin."""
         self.lost = lost
         """The number of frames lost just before this one."""
         self.released = False
