@@ -239,6 +239,9 @@ def test_nothing_outside_the_folder_is_opened(there: Node, folder: Path, tmp_pat
         assert caught.value.errno == number
     with there.open("in") as file:
         assert file.size == SIZE
+    (folder / os.fsdecode(b"\xff \xc3\xa4")).write_bytes(b"odd")
+    with there.open(os.fsdecode(b"\xff \xc3\xa4")) as file:
+        assert file.size == 3
     assert sorted(os.listdir(tmp_path)) == ["secret", "served", "store.sock"]
 
 

@@ -33,7 +33,10 @@ from dmabuf.store import Status, check_name
 from dmabuf.transfer import Audit, Mode, Terms, terms_of
 
 _BATCH = 128
-"""Names in one request of fetch_many; two requests are under way."""
+"""Names in one request of fetch_many; two requests are under way.
+
+So few that the kernel holds a request that the node does not read while it sends data: else both
+ends would wait for each other."""
 
 _open: weakref.WeakSet[Session] = weakref.WeakSet()
 

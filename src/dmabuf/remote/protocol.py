@@ -159,10 +159,11 @@ def _number(value: object) -> int:
 
 def pack(**fields: object) -> bytes:
     """Return a message of JSON with its header."""
-    text = json.dumps(fields, separators=(",", ":")).encode()
-    if len(text) > MOST_JSON:
-        raise ValueError(f"a request of {len(text)} bytes: a message has at most {MOST_JSON}")
-    return HEADER.pack(len(text), 0) + text
+    text = json.dumps(fields, ensure_ascii=False, separators=(",", ":"))
+    data = text.encode(errors="surrogatepass")  # names of files need not be UTF-8
+    if len(data) > MOST_JSON:
+        raise ValueError(f"a request of {len(data)} bytes: a message has at most {MOST_JSON}")
+    return HEADER.pack(len(data), 0) + data
 
 
 # -- terms and records
