@@ -182,6 +182,17 @@ def test_segments(there: Node, folder: Path, big: dmabuf.Buffer) -> None:
     assert_same((folder / "a.bin").read_bytes(), bytes(expected), "the file")
 
 
+def test_destinations_that_overlap_are_not_audited(there: Node, big: dmabuf.Buffer) -> None:
+    segments = array("Q", [0, 0, 100, 5000, 50, 100])
+    with there.open("a.bin") as file:
+        file.read_segments(big, segments)
+        assert big.pread(50, 0) == DATA[:50]
+        assert big.pread(50, 100) == DATA[5050:5100]
+        with pytest.raises(dmabuf.RouteUnavailable, match="destinations overlap"):
+            file.read_segments(big, segments, audit="always")
+        assert "checksum" in file.read_into(big).audited
+
+
 def test_a_read_ends_with_the_file_and_a_segment_must_not(there: Node, big: dmabuf.Buffer) -> None:
     with there.open("a.bin") as file:
         assert file.read_into(big, 100, file_offset=SIZE - 10).nbytes == 10

@@ -375,6 +375,15 @@ def test_a_peer_of_another_version(listener: remote.Listener, hello: bytes, told
 
 
 def test_a_node_that_stalls(big: dmabuf.Buffer) -> None:
+    def waits(peer: Peer) -> None:
+        for _ in range(3):
+            peer.send(wait=True)
+        peer.send_data(b"x" * 100)
+        peer.send(wait=True)
+        peer.send(nbytes=100, side=SIDE, checksum="")
+
+    with lying_node(opens_then(waits)) as address, remote.connect(address) as there:
+        assert there.open("a.bin").read_into(big, 100, audit="off").nbytes == 100
     half = opens_then(lambda peer: peer.send_data(b"x" * 50))
     with lying_node(half) as address, remote.connect(address, timeout=SOON) as there:
         file = there.open("a.bin")

@@ -14,7 +14,6 @@ import ssl
 import struct
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from typing import Literal
 
@@ -27,6 +26,8 @@ Transport = Literal["tcp", "tls", "unix"]
 
 _SLICE = 0.1
 _TIMEVAL = struct.pack("@ll", 0, int(_SLICE * 1e6))
+_TELL = 5.0
+"""Seconds after which the other end is told that the reply will come."""
 _ROOM = 1024
 """Bytes that are received at once with a header; those of data among them are copied."""
 
@@ -46,6 +47,7 @@ class Channel:
         """Bytes that are sent with the next ones."""
         self._coming = self._message = 0
         """Bytes of data that have no header yet, and that the message begun still needs."""
+        self._told = time.monotonic()
         self.failed = False
         """Whether the connection cannot be used any more."""
         self.received = 0
@@ -80,11 +82,6 @@ class Channel:
     def close(self) -> None:
         """Close the connection."""
         self._socket.close()
-
-    def shut_down(self) -> None:
-        """End the connection; from any thread. The thread that uses it gets ConnectionError."""
-        with suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
 
     # -- waiting
 
@@ -173,6 +170,12 @@ class Channel:
 
     def receive(self) -> Message | int:
         """Return the next message of JSON, or how many bytes of data come next."""
+        while True:
+            found = self._receive()
+            if isinstance(found, int) or "wait" not in found:
+                return found
+
+    def _receive(self) -> Message | int:
         text, data = protocol.HEADER.unpack(self._read(protocol.HEADER.size))
         if bool(text) == bool(data) or text > protocol.MOST_JSON or data > protocol.MOST_DATA:
             raise Malformed("a message has an invalid header")
@@ -255,6 +258,13 @@ class Channel:
             done += sent
             self._message -= sent
         return done, calls
+
+    def keep_waiting(self) -> None:
+        """Tell the other end from time to time that the reply will come."""
+        now = time.monotonic()
+        if now - self._told > _TELL and not self._message:
+            self._told = now
+            self.send(protocol.pack(wait=True))
 
     # -- the greeting
 

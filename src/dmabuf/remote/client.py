@@ -331,7 +331,7 @@ class Node(Uncopyable, instead="call dmabuf.remote.connect() again"):
             places.append((name, start, room))
         if not places:
             return []
-        limit = session.audit_limit(into, terms, "read")
+        limit = session.audit_limit(into, terms, "read", [place[1:] for place in places])
         head = 1 if terms.audit == "first" and limit else 0
         batches = [places[:head]] if head else []
         batches += [places[at : at + _BATCH] for at in range(head, len(places), _BATCH)]
@@ -404,7 +404,7 @@ class Node(Uncopyable, instead="call dmabuf.remote.connect() again"):
             raise ValueError(f"{text} is not a range with bytes of the buffer of {buffer.size}")
         if not 0 <= mode <= 0o777:
             raise ValueError(f"publish {name!r}: invalid mode {mode:#o}: use permission bits")
-        limit = session.audit_limit(buffer, terms, "write")
+        limit = session.audit_limit(buffer, terms, "write", ())
         request = protocol.pack(
             op="publish",
             name=check_name(name),

@@ -246,7 +246,7 @@ class RemoteFile(Verbs[RemoteTransfer], Uncopyable, instead="open its path again
         last = max((start + size for _, (start, size) in ranges), default=0)
         places = [(start - first, size) for _, (start, size) in ranges]
         meter = meter_of(progress, sum(size for _, size in places))
-        limit = session.audit_limit(buffer, terms, direction)
+        limit = session.audit_limit(buffer, terms, direction, places)
         request = protocol.pack(
             op=direction,
             file=self._number,

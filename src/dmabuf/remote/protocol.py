@@ -7,6 +7,7 @@ JSON and the bytes of data that follow. A message has one of the two::
     8388608 bytes of data                                          as many messages as are needed
     {"nbytes": 8388608, "side": {...}}                             the reply
     {"error": {"kind": "OSError", "errno": 2, ...}}                or the reply to what failed
+    {"wait": true}                                                 before a reply that takes long
 
 The client sends data only after the reply {"go": true}, and the reply to the data follows. It may
 send requests before it has read the replies; they are carried out one after the other. After a

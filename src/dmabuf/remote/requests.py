@@ -237,7 +237,8 @@ class Client:
             side = self._send_cached(file, segments, begun)
         else:
             side = self._send_read(file, segments, terms)
-        digest = _checksum_of_file(file.fileno(), segments, request.number("checksum"))
+        limit = request.number("checksum")
+        digest = _checksum_of_file(file.fileno(), segments, limit, self._channel)
         return _reply(side, digest)
 
     def _is_sendable(self, file: File, segments: Sequence[tuple[int, int]], terms: Terms) -> bool:
@@ -301,7 +302,8 @@ class Client:
             write = partial(_write_all, file, segments, terms, data, pool)
             if not self._receive(data, served.path, write):
                 return None
-        digest = _checksum_of_file(file.fileno(), segments, request.number("checksum"))
+        limit = request.number("checksum")
+        digest = _checksum_of_file(file.fileno(), segments, limit, self._channel)
         return _reply(_by_socket(data), digest)
 
     def _receive(self, data: _DataSource, path: str, work: Callable[[], None]) -> bool:
@@ -360,7 +362,8 @@ class Client:
                     continue
                 calls += self._channel.send_file(one.fd, 0, one.length)[1]
                 if limit:
-                    digests.append(_checksum_of_file(one.fd, [(0, one.length)], limit))
+                    whole = [(0, one.length)]
+                    digests.append(_checksum_of_file(one.fd, whole, limit, self._channel))
         reason = "the CPU copies into the socket" if copied else _FROM_MEMORY
         side = _side(total, Route.BUFFERED, reason, calls, copied, begun)
         return _reply(side, " ".join(digests))
@@ -581,7 +584,9 @@ def _checksum(pieces: Iterator[bytes | memoryview]) -> str:
     return digest.hexdigest()
 
 
-def _checksum_of_file(fd: int, ranges: Sequence[tuple[int, int]], limit: int) -> str:
+def _checksum_of_file(
+    fd: int, ranges: Sequence[tuple[int, int]], limit: int, channel: Channel
+) -> str:
     """Return the checksum of the first bytes of ranges, read by plain pread(2); "" for none."""
     if not limit:
         return ""
@@ -597,6 +602,7 @@ def _checksum_of_file(fd: int, ranges: Sequence[tuple[int, int]], limit: int) ->
                 if not piece:
                     return
                 yield piece
+                channel.keep_waiting()
                 offset, size = offset + len(piece), size - len(piece)
 
     return _checksum(pieces())

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 
 from dmabuf.copying import CopySide, Meter
 from dmabuf.errors import ClosedError, IntegrityError, RouteUnavailable, TransferError, os_error
@@ -135,7 +136,6 @@ class Session:
         places: Sequence[Place],
         path: str,
         meter: Meter | None = None,
-        before: int = 0,
     ) -> Message:
         """Receive the data of a reply into a view, and return the message that ends it.
 
@@ -144,10 +144,9 @@ class Session:
             view: the memory.
             places: where in the view the bytes go, one place after the other.
             path: what the data is of, for errors.
-            meter: called with the bytes received, those `before` included.
-            before: bytes of the transfer that came before.
+            meter: called with the bytes received.
         """
-        done, cursor = before, _Cursor(view, places)
+        done, cursor = 0, _Cursor(view, places)
         try:
             while isinstance(found := channel.receive(), int):
                 for part in cursor.take(found):
@@ -159,7 +158,7 @@ class Session:
         except OSError as error:
             text = f"{error.strerror}; {_UNDEFINED}"
             raise TransferError(error.errno or errno.EIO, text, path, nbytes=done) from None
-        if "error" not in found and found.number("nbytes") != done - before:
+        if "error" not in found and found.number("nbytes") != done:
             raise Malformed("fewer bytes came than the node reports")
         return self.check(found)
 
@@ -242,8 +241,23 @@ class Session:
 
     # -- what both ends did
 
-    def audit_limit(self, buffer: Buffer, terms: Terms, direction: Direction) -> int:
-        """Return how many of the first bytes of a transfer to compare."""
+    def audit_limit(
+        self, buffer: Buffer, terms: Terms, direction: Direction, places: Sequence[Place]
+    ) -> int:
+        """Return how many of the first bytes of a transfer to compare.
+
+        Raises RouteUnavailable where all are to be, and destinations overlap.
+        """
+        ends = accumulate((start + size for start, size in sorted(places)), max)
+        if direction == "read" and any(
+            start < end
+            for (start, size), end in zip(sorted(places)[1:], ends, strict=False)
+            if size
+        ):
+            if terms.audit == "always":
+                text = "audit='always' is impossible: destinations overlap"
+                raise RouteUnavailable(text, self.name)
+            return 0
         if terms.audit == "first" and (buffer.exporter, direction) not in self._audited:
             return protocol.AUDITED
         return OFFSET_MAX if terms.audit == "always" else 0
