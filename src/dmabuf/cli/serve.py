@@ -154,12 +154,13 @@ def _listening(args: Namespace, stack: ExitStack) -> Listener | None:
     from dmabuf import remote
 
     return stack.enter_context(
-        remote.bound(
+        remote.serving(
             args.listen,
             args.files,
             certificates=remote.Certificates(*files) if all(files) else None,
             trusted_network=args.trusted_network,
             read_only=args.read_only,
+            start=False,
         )
     )
 

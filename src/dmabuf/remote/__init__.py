@@ -21,7 +21,7 @@ may connect to what. ``client.py``, ``file.py`` and ``session.py`` are the clien
 from dmabuf.remote.address import Certificates, certificates_from_environment, is_url, parse_url
 from dmabuf.remote.client import Node, connect, open_url
 from dmabuf.remote.file import RemoteFile
-from dmabuf.remote.server import Listener, bound, serving
+from dmabuf.remote.server import Listener, serving
 from dmabuf.remote.session import RemotePlan, RemoteTransfer
 
 __all__ = [
@@ -31,7 +31,6 @@ __all__ = [
     "RemoteFile",
     "RemotePlan",
     "RemoteTransfer",
-    "bound",
     "certificates_from_environment",
     "connect",
     "is_url",

@@ -224,10 +224,8 @@ class RemoteFile(Verbs[RemoteTransfer], Uncopyable, instead="open its path again
             ranges = [
                 self._range(direction, buffer, size, offset, start) for offset, start, size in held
             ]
-        if len(ranges) > protocol.MOST_SEGMENTS:
-            raise ValueError(
-                f"{len(ranges)} segments: at most {protocol.MOST_SEGMENTS} in one call"
-            )
+        if len(ranges) > protocol.MOST_PAIRS:
+            raise ValueError(f"{len(ranges)} segments: at most {protocol.MOST_PAIRS} in one call")
         return self._move(direction, buffer, ranges, terms, progress, whole=True)
 
     def _move(

@@ -36,7 +36,7 @@ understand, and then nothing but equal versions work together."""
 HEADER = struct.Struct("!II")
 MOST_JSON = 4 << 20
 MOST_DATA = 8 << 20
-MOST_SEGMENTS = 1 << 16
+MOST_PAIRS = 1 << 16
 """The most segments in one request, and the most names."""
 AUDITED = 4 << 20
 """The first bytes of a first transfer that are compared."""
@@ -110,11 +110,21 @@ class Message:
 
     def pairs(self, key: str) -> list[tuple[int, int]]:
         """Return pairs of numbers, such as offset and size."""
+        return [(_number(one), size) for one, size in self._pairs(key)]
+
+    def named(self, key: str) -> list[tuple[str, int]]:
+        """Return pairs of a name and a number."""
+        pairs = self._pairs(key)
+        if not all(type(name) is str for name, _ in pairs):
+            raise Malformed(f"a message has no valid {key}")
+        return [(str(name), size) for name, size in pairs]
+
+    def _pairs(self, key: str) -> list[tuple[object, int]]:
         value = self._get(key, list)
-        if len(value) > MOST_SEGMENTS:
-            raise Malformed(f"a message has more than {MOST_SEGMENTS} {key}")
+        if len(value) > MOST_PAIRS:
+            raise Malformed(f"a message has more than {MOST_PAIRS} {key}")
         try:
-            return [(_number(one), _number(other)) for one, other in value]
+            return [(one, _number(other)) for one, other in value]
         except (TypeError, ValueError):
             raise Malformed(f"a message has no valid {key}") from None
 
@@ -122,19 +132,6 @@ class Message:
         """Return sizes, or messages in the place of those that failed."""
         value = self._get(key, list)
         return [Message(one) if type(one) is dict else _number(one) for one in value]
-
-    def named(self, key: str) -> list[tuple[str, int]]:
-        """Return pairs of a name and a number."""
-        value = self._get(key, list)
-        if len(value) > MOST_SEGMENTS:
-            raise Malformed(f"a message has more than {MOST_SEGMENTS} {key}")
-        try:
-            pairs = [(name, _number(size)) for name, size in value]
-        except (TypeError, ValueError):
-            raise Malformed(f"a message has no valid {key}") from None
-        if not all(type(name) is str for name, _ in pairs):
-            raise Malformed(f"a message has no valid {key}")
-        return pairs
 
     def is_null(self, key: str) -> bool:
         """Return whether a field is null."""

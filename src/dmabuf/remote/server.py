@@ -175,6 +175,7 @@ def serving(
     trusted_network: bool = False,
     read_only: bool = False,
     timeout: float = 60.0,
+    start: bool = True,
 ) -> Iterator[Listener]:
     """Serve files and names to other nodes until the block ends.
 
@@ -189,37 +190,12 @@ def serving(
             address may do what clients may.
         read_only: let clients write no file, publish and remove no name.
         timeout: the most seconds to wait for a client in the middle of a request.
+        start: accept connections at once; otherwise `Listener.start` does, which gets the store.
 
     Raises:
         OSError: EACCES, an address beyond this machine without certificates; EADDRINUSE; those of
             opening the directory and the certificates.
         ValueError: an invalid address, or certificates for a Unix socket.
-    """
-    with bound(
-        address,
-        files,
-        certificates=certificates,
-        trusted_network=trusted_network,
-        read_only=read_only,
-        timeout=timeout,
-    ) as listener:
-        listener.start(store)
-        yield listener
-
-
-@contextmanager
-def bound(
-    address: str,
-    files: str | os.PathLike[str] | None = None,
-    *,
-    certificates: Certificates | None = None,
-    trusted_network: bool = False,
-    read_only: bool = False,
-    timeout: float = 60.0,
-) -> Iterator[Listener]:
-    """Give a node whose address is taken, and which accepts connections after `Listener.start`.
-
-    The arguments and errors are those of `serving`.
     """
     where = parse_address(address)
     with ExitStack() as stack:
@@ -249,4 +225,6 @@ def bound(
                 raise os_error(error.errno or errno.EIO, text, str(where)) from None
         listener = Listener(made, where, shared, context, timeout)
         stack.callback(listener.stop)
+        if start:
+            listener.start(store)
         yield listener
