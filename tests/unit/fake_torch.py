@@ -2,6 +2,7 @@
 
 import sys
 import types
+import weakref
 
 import numpy as np
 
@@ -10,9 +11,19 @@ from tests.unit.fake_device import BASE
 DTYPES = {"uint8": "u1", "float32": "<f4", "int64": "<i8", "bool": "?"}
 
 
+COPIES = weakref.WeakSet()
+"""The copies on the CPU of tensors of the device that exist now."""
+MOST = [0]
+"""The most of them at a time."""
+
+
 class Dtype:
     def __init__(self, code):
         self.code = np.dtype(code)
+
+
+class Owned(np.ndarray):
+    """An array that keeps the tensor it is of."""
 
 
 class Tensor:
@@ -21,17 +32,19 @@ class Tensor:
     address = None
     """Of what `empty` made on the device."""
 
-    def __init__(self, array, device):
-        self.array, self.device = array, device
+    layout = "strided"
+
+    def __init__(self, array, device, base=None):
+        self.array, self.device, self.base = array, device, base
 
     def __getitem__(self, index):
-        return Tensor(self.array[index], self.device)
+        return Tensor(self.array[index], self.device, self)
 
     def view(self, dtype):
-        return Tensor(self.array.view(dtype.code), self.device)
+        return Tensor(self.array.view(dtype.code), self.device, self)
 
     def reshape(self, shape):
-        return Tensor(self.array.reshape(shape), self.device)
+        return Tensor(self.array.reshape(shape), self.device, self)
 
     def data_ptr(self):
         return self.address
@@ -41,7 +54,25 @@ class Tensor:
         return self.array.nbytes
 
     def to(self, device):
-        return Tensor(self.array.copy(), device)
+        copy = Tensor(self.array.copy(), device)
+        if device == "cpu" != self.device:
+            COPIES.add(copy)
+            MOST[0] = max(MOST[0], len(COPIES))
+        return copy
+
+    dtype = property(lambda self: f"torch.{self.array.dtype.name}")
+    shape = property(lambda self: self.array.shape)
+    is_cpu = property(lambda self: self.device == "cpu")
+
+    def itself(self):
+        return self
+
+    detach = resolve_conj = resolve_neg = contiguous = itself
+
+    def numpy(self):
+        view = self.array.view(Owned)
+        view.owner = self
+        return view
 
 
 def install(monkeypatch, driver, stream=0x77):
@@ -64,7 +95,7 @@ def install(monkeypatch, driver, stream=0x77):
 
     module = types.ModuleType("torch")
     module.__version__ = "0"
-    module.dtype, module.Tensor = Dtype, Tensor
+    module.dtype, module.Tensor, module.strided = Dtype, Tensor, "strided"
     module.device, module.empty = device, empty
     module.from_numpy = lambda array: Tensor(array, "cpu")
     module.cuda = types.SimpleNamespace(

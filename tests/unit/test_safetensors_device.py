@@ -94,3 +94,23 @@ def test_a_device_that_fails_or_is_none(driver, path):
         models.load_file(path, 0)
     with models.safe_open(path, "pt", 0) as model, pytest.raises(OSError, match="illegal address"):
         model.get_tensor("weights")
+
+
+@pytest.mark.parametrize("how", ["save", "save_async"])
+def test_tensors_of_a_device_are_saved(driver, tmp_path, how):
+    """In the background, with one of them at a time on the CPU beside the snapshot."""
+    there = {
+        name: fake_torch.Tensor(value, "cuda:0")
+        for name, value in MODEL.items()
+        if value.dtype.name in fake_torch.DTYPES
+    }
+    fake_torch.MOST[0] = 0
+    if how == "save":
+        models.save(there, tmp_path / "x")
+    else:
+        models.save_async(there, tmp_path / "x").result()
+        assert fake_torch.MOST[0] == 1
+    found = safetensors.numpy.load_file(tmp_path / "x")
+    assert set(found) == set(there) and len(found) > 2
+    for name in there:
+        assert found[name].tobytes() == MODEL[name].tobytes()

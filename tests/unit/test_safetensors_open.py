@@ -143,6 +143,20 @@ def test_any_slice_is_what_numpy_slices(model, data, name):
     assert same(model.get_slice(name)[index], np.array(MODEL[name][index], copy=True))
 
 
+def test_what_is_not_aligned_in_the_file_is_aligned_in_memory(tmp_path):
+    header = b'{"a":{"dtype":"F32","shape":[3000],"data_offsets":[0,12000]}} '
+    raw = pattern(12000, 1)
+    (tmp_path / "x").write_bytes(len(header).to_bytes(8, "little") + header + raw)
+    whole = np.frombuffer(raw, "<f4")
+    with models.safe_open(tmp_path / "x", "np") as model:
+        for got, expected in [
+            (model.get_tensor("a"), whole),
+            (model.get_slice("a")[5:], whole[5:]),
+            (model.get_slice("a")[::-3], whole[::-3].copy()),
+        ]:
+            assert same(got, expected) and got.flags.aligned
+
+
 def test_only_the_pages_of_a_slice_are_read(path, monkeypatch):
     """A middle part of the columns: one array of segments, and no more bytes than it has."""
     moved = []

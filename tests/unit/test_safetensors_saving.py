@@ -427,7 +427,7 @@ def test_a_new_model_takes_the_place_of_the_old_one(tmp_path, before, after):
     (tmp_path / "other.safetensors").write_bytes(safetensors.numpy.save(OLD))
     for seed, count in enumerate((before, after, after)):
         tensors = {f"{number}": some(100, 10 * seed + number) for number in range(count)}
-        models.save_sharded(tensors, tmp_path, max_shard_size=100)
+        models.save_sharded(tensors, f"{tmp_path}/", max_shard_size=100)
         assert_holds_folder(tmp_path, tensors)
         left = set(os.listdir(tmp_path)) - {"config.json", "other.safetensors"}
         assert len(left) == (count + 1 if count > 1 else 1), left

@@ -247,7 +247,7 @@ def save_sharded(
         raise ValueError(f"invalid name={name!r}: use letters, digits, '-', '_' and '.'")
     groups = _groups(tensors, most)
     layouts = [Layout(group, metadata) for group in groups]
-    folder = os.fspath(folder)
+    folder = os.fspath(folder).rstrip("/") or "/"
     os.makedirs(folder, exist_ok=True)
     single, index = f"{name}.safetensors", f"{name}.safetensors.index.json"
     stale = _stale(folder, single, index)

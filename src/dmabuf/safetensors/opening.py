@@ -225,7 +225,9 @@ class SafeOpen:
         numpy = import_framework("np")
         nbytes, at = selection.nbytes, entry.offset
         buffer, begin = self._take(nbytes + UNIT, UNIT)
-        begin += (at + selection.first_byte()) % UNIT  # as in the file, so that pages go straight
+        phase = (at + selection.first_byte()) % UNIT
+        if phase % selection.itemsize == 0:
+            begin += phase  # as in the file, so that pages go straight
         done = begin
         for piece in selection.pieces() if nbytes else ():
             first, span = piece.inner()

@@ -59,7 +59,19 @@ class _Piece(NamedTuple):
 
     dtype: str
     shape: tuple[int, ...]
-    raw: Raw
+    raw: Raw | _Later
+
+
+class _Later:
+    """The bytes of a tensor of a device, which come to the CPU when they are asked for."""
+
+    def __init__(self, tensor: Any) -> None:
+        self._tensor = tensor
+        self.nbytes: int = tensor.nbytes
+
+    def raw(self) -> Raw:
+        """Return the bytes: contiguous, on the CPU."""
+        return _bytes_of(self._tensor)
 
 
 class Layout:
@@ -71,7 +83,7 @@ class Layout:
         pieces = {name: _piece(numpy, name, value, known) for name, value in tensors.items()}
         about = {name: (dtype, shape, raw.nbytes) for name, (dtype, shape, raw) in pieces.items()}
         header, places = make(about, metadata)
-        self.parts: list[tuple[int, Raw]] = [(0, numpy.frombuffer(header, "u1"))]
+        self.parts: list[tuple[int, Raw | _Later]] = [(0, numpy.frombuffer(header, "u1"))]
         """Offset and bytes, in the order of the file and without a gap."""
         self.parts += [(at, pieces[name].raw) for name, at in places.items()]
         at, last = self.parts[-1]
@@ -87,15 +99,20 @@ class Layout:
         numpy = sys.modules["numpy"]
         with buffer.map("w", 0, round_up(self.size, UNIT)) as view:
             target = numpy.frombuffer(view, "u1")
-            if any(numpy.may_share_memory(target, raw) for _, raw in self.parts):
-                del target
-                raise ValueError("save: tensors lie in the snapshot's buffer; give another one")
-            for at, raw in self.parts:
-                for begin in range(0, raw.nbytes, _COPY):
-                    part = raw[begin : begin + _COPY]
-                    target[at + begin : at + begin + part.nbytes] = part
+            for _, raw in self.parts:
+                if not isinstance(raw, _Later) and numpy.may_share_memory(target, raw):
+                    del target
+                    raise ValueError("save: tensors lie in the snapshot's buffer; give another one")
+            for at, part in self.parts:
+                _copy(target, at, part.raw() if isinstance(part, _Later) else part)
             target[self.size :] = 0
             del target
+
+
+def _copy(target: Raw, at: int, raw: Raw) -> None:
+    for begin in range(0, raw.nbytes, _COPY):
+        some = raw[begin : begin + _COPY]
+        target[at + begin : at + begin + some.nbytes] = some
 
 
 class _Chunk(NamedTuple):
@@ -263,7 +280,8 @@ def _divide(
     runs: list[_Run] = []
     buffer: Buffer | None = None
     low = high = 0  # the mapping of `buffer`
-    for at, raw in layout.parts:
+    for at, part in layout.parts:
+        raw = part.raw() if isinstance(part, _Later) else part
         nbytes, base = raw.nbytes, raw.base
         if base is None or (type(base) is type(raw) and base.flags.owndata):
             address = 0  # NumPy allocated the memory, so it is not in a Buffer
@@ -427,8 +445,14 @@ def _of_torch(torch: Any, name: str, tensor: Any) -> _Piece:
         if not shape:
             raise ValueError(f"tensor {name!r}: F4 is two in a byte and needs a dimension")
         shape = (*shape[:-1], shape[-1] * 2)
-    plain = tensor.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
-    return _Piece(dtype, shape, plain.reshape(-1).view(torch.uint8).numpy())
+    tensor = tensor.detach()
+    return _Piece(dtype, shape, _bytes_of(tensor) if tensor.is_cpu else _Later(tensor))
+
+
+def _bytes_of(tensor: Any) -> Raw:
+    plain = tensor.to("cpu").resolve_conj().resolve_neg().contiguous()
+    raw: Raw = plain.reshape(-1).view(sys.modules["torch"].uint8).numpy()
+    return raw
 
 
 def _known(name: str, dtype: object, called: str) -> str:
