@@ -219,11 +219,11 @@ def main() -> None:
     rounds: dict[str, list[dict[str, float]]] = {"started": [], "forked": []}
     gc.freeze()  # a collection in a forked process would copy what it shares
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
-        path = Path(name, "model.safetensors")
+        path = Path(name, "model.safetensors").absolute()
         expected = write_model(path, options.size)
         for number in range(options.rounds):
             for how, figures in rounds.items():
-                folder = Path(name, f"{how}{number}")
+                folder = path.with_name(f"{how}{number}")
                 folder.mkdir()
                 forked = how == "forked"
                 figures.append(measure(path, folder, options.workers, expected, forked))

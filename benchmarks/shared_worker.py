@@ -10,14 +10,13 @@ import time
 import zlib
 from collections.abc import Callable, Iterable
 
+import numpy  # noqa: F401 - what `load` imports at its first call
+
+from dmabuf import safetensors
+
 
 def work(path: str, socket: str, orders: Iterable[str], tell: Callable[[str], object]) -> None:
     """Carry out orders: "load" the shared model, load one of its "own", or "compare" all bytes."""
-    import numpy  # noqa: F401 - what `load` imports at its first call
-
-    from dmabuf import safetensors
-    from dmabuf.transfer import File  # noqa: F401
-
     tell("imported")
     for order in orders:
         begun = time.perf_counter()

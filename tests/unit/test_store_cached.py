@@ -99,8 +99,14 @@ def test_memory_that_others_can_write_is_not_cached(store: Store) -> None:
             "link", unnamed=store._unnamed[buffer], name="a", replace=True, length=None, cached=True
         )
     assert raised.value.errno == errno.EINVAL
-    store.link(buffer, "a", cached=True)
+    with pytest.raises(OSError, match="invalid name"):
+        store.link(buffer, "a/b", cached=True)
+    assert not buffer.closed
+    store.create("there", 1).close()
+    with pytest.raises(FileExistsError):
+        store.link(buffer, "there", replace=False, cached=True)
     assert buffer.closed
+    assert store.link(buffer, "a", cached=True).cached
 
 
 def test_a_use_is_noted(store: Store) -> None:

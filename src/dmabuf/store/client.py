@@ -187,8 +187,8 @@ class Store:
         """
         content = None if length is None else parse_size(length, "length")
         unnamed = self._number(buffer)
-        if cached:
-            _make_final(buffer, name)
+        if cached and not buffer.closed:  # by a call that failed after this
+            _make_final(buffer, check_name(name))
         result, _ = self._connection.ask(
             "link", unnamed=unnamed, name=name, replace=replace, length=content, cached=cached
         )

@@ -331,6 +331,8 @@ class Server:
         if self._idle is not None:
             waits.append(self._idle / _LOOKS)
             self._drop_idle(self._idle)
+            if self._stopping.is_set():
+                return
         for key, _ in self._selector.select(min(waits, default=None)):
             if self._left:  # the other requests are the next server's
                 break
