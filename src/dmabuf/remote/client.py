@@ -300,7 +300,8 @@ class Node(Uncopyable, instead="call dmabuf.remote.connect() again"):
         Args:
             names: for each the name, the offset in the buffer, and the bytes of room there.
             into: the destination.
-            audit, timeout: as for `fetch`.
+            audit: as for `fetch`.
+            timeout: as for `fetch`.
 
         Returns:
             For each, in the order of `names`, its record, or the OSError of the node.
@@ -386,7 +387,8 @@ class Node(Uncopyable, instead="call dmabuf.remote.connect() again"):
             buffer_offset: where in the buffer, in bytes.
             replace: whether a buffer of that name is replaced.
             mode: of the name, as for `Store.create`.
-            audit, timeout: as for `fetch`.
+            audit: as for `fetch`.
+            timeout: as for `fetch`.
 
         Raises:
             OSError: ENOSPC, the store is full, and nothing was sent; FileExistsError without
