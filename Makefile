@@ -1,14 +1,15 @@
 # For users: `make demo` and `make test`. Most other targets are parts of `make test`.
 .PHONY: demo test test-stable soak check lint types docs c-tests unit packages-tests unit-busy \
-	coverage lab-tests lab-tests-1 lab-tests-2 benchmarks integrations man schemas clean
+	coverage lab-tests lab-tests-1 lab-tests-2 benchmarks integrations integrations-vllm man schemas clean
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PEERS := .venv-peers
 OTHERS := .venv-integrations
+VLLM := .venv-vllm
 
-demo test benchmarks integrations: export PIP_DISABLE_PIP_VERSION_CHECK := 1
+demo test benchmarks integrations integrations-vllm: export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 demo: $(VENV)/ready
 	examples/demo.sh
@@ -157,17 +158,31 @@ $(PEERS)/ready: benchmarks/requirements.txt benchmarks/requirements-kvikio.txt p
 integrations: $(OTHERS)/ready
 	$(OTHERS)/bin/python -m pytest tests/integrations $(IN_TORCH)
 
+# 3.5 GB more: vLLM's build for CPUs, in a virtual environment of its own.
+integrations-vllm: $(VLLM)/ready
+	$(VLLM)/bin/python -m pytest tests/integrations/test_vllm.py
+
 IN_TORCH := tests/unit/test_checkpoint.py tests/unit/test_kvikio.py
 
-$(OTHERS)/ready: tests/integrations/requirements.txt benchmarks/requirements-kvikio.txt pyproject.toml setup.py csrc/core.h $(wildcard csrc/*.c csrc/*.h)
+$(OTHERS)/ready: $(wildcard tests/integrations/requirements*.txt) benchmarks/requirements-kvikio.txt pyproject.toml setup.py csrc/core.h $(wildcard csrc/*.c csrc/*.h)
 	tools/install-system-packages gcc libc6-dev liburing-dev python3-dev python3-venv
 	test -x $(OTHERS)/bin/python || $(PYTHON) -m venv $(OTHERS)
 	$(OTHERS)/bin/python -m pip install --quiet setuptools cffi
 	$(OTHERS)/bin/python -m pip install --quiet -r tests/integrations/requirements.txt
 	$(OTHERS)/bin/python -m pip install --quiet --no-deps -r benchmarks/requirements-kvikio.txt
+	$(OTHERS)/bin/python -m pip install --quiet --no-deps -r tests/integrations/requirements-lmcache.txt
 	$(OTHERS)/bin/python -m pip install --quiet --no-build-isolation --editable '.[test]'
 	touch $@
 
+$(VLLM)/ready: tests/integrations/requirements-vllm.txt pyproject.toml setup.py csrc/core.h $(wildcard csrc/*.c csrc/*.h)
+	tools/install-system-packages gcc libc6-dev liburing-dev python3-dev python3-venv
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet -r tests/integrations/requirements-vllm.txt
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	$(VLLM)/bin/python -m pip install --quiet ml_dtypes pytest pytest-timeout hypothesis trio
+	touch $@
+
 clean:
-	rm -rf build $(VENV) $(PEERS) $(OTHERS) .mypy_cache .pytest_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf build $(VENV) $(PEERS) $(OTHERS) $(VLLM) .mypy_cache .pytest_cache .ruff_cache .hypothesis src/*.egg-info
 	find . -name '*.so' -path './src/*' -delete

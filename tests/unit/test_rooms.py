@@ -43,6 +43,7 @@ BESIDE = {
     ("mount", "store"), ("aio", "copying"), ("inspect", "devices"), ("inspect", "store"),
     ("safetensors", "devices"), ("safetensors", "store"), ("integrations", "store"),
     ("safetensors", "remote"), ("remote", "store"),
+    ("integrations", "safetensors"),
 }  # fmt: skip
 """Rooms that use another room of their own floor, never the other way round."""
 
