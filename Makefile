@@ -47,6 +47,12 @@ fuzz: $(VENV)/ready
 	$(BIN)/python -m tests.fuzz --seconds $$(($(SECONDS) / 2)) --seed $(or $(SEED),$$(date +%s)000)
 	$(MAKE) -s -C csrc fuzz SECONDS=$$(($(SECONDS) / 2))
 
+# Analysers and valgrind on the C core.
+.PHONY: deep
+deep: $(VENV)/ready
+	tools/install-system-packages gcc clang cppcheck valgrind
+	$(MAKE) -s -C csrc deep
+
 # Faults put into the core and the package, which the simulators have to find; small changes of
 # csrc/batch.c, which they should notice.
 .PHONY: mutants

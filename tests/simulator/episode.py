@@ -220,7 +220,11 @@ class Episode:
         elif isinstance(failure, KeyboardInterrupt):
             self.counts["interrupts"] += 1
         sure = not (failure and (lies or poison))
-        self.compare(write, ranges, nbytes, sure=sure, failed=isinstance(failure, OSError))
+        try:
+            self.compare(write, ranges, nbytes, sure=sure, failed=isinstance(failure, OSError))
+        except Broken as error:
+            error.add_note(f"the transfer: {failure!r}, {call}")
+            raise
 
     def compare(
         self,
@@ -266,7 +270,9 @@ class Episode:
                 f"byte {at} is {now[at]:#x} and not {expected[at]:#x} after "
                 f"{'writing' if write else 'reading'} {ranges}, {nbytes} moved",
             )
-        reached = max((to + size for to, _, size in ranges if nbytes), default=0)
+        # A file is not cut below the place where the write's own allocation begins.
+        begun = [to for to, _, size in ranges if size and to + size > len(self.model)]
+        reached = max([to + size for to, _, size in ranges if nbytes] + [min(begun, default=0)])
         if write and failed and len(now) > max(len(self.model), reached):
             raise Broken("leaked", f"a file of {len(now)} bytes was not cut to {reached}")
         if (memory if write else file) != (self.image if write else self.model):

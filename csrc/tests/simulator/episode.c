@@ -636,6 +636,8 @@ static void make_world(void)
 	faults->latency = 1U << choose(9);
 	faults->short_count = choose(2) ? 8 * how_often : 0;
 	faults->again = choose(2) ? 8 * how_often : 0;
+	if (choose(16) == 15)
+		faults->again = 950; /* up to where the core gives up */
 	faults->error = choose(4) == 3 ? how_often : 0;
 	faults->lost = choose(16) == 15 ? 20 : 0;
 	faults->interrupt = choose(2) ? 4 * how_often : 0;

@@ -306,7 +306,8 @@ static void others(void)
 		for (unsigned i = page; i < page + count && i < page_after(file->size); i++) {
 			bring(i, true);
 			if (chance(300))
-				file->busy_until[i] = kernel.now + choose(3000000);
+				file->busy_until[i] =
+					kernel.now + choose(choose(8) == 7 ? 300000000 : 3000000);
 		}
 		break;
 	case 1:
@@ -327,9 +328,14 @@ static void answered(int error)
 		world.errors[-error] = true;
 }
 
+/* The block in which O_DIRECT counts. Of a real file it may be a page. */
 static uint64_t unit(const struct request *request)
 {
-	return !request->direct ? 1 : is_virtual(request->fd) ? world.file.block : 512;
+	if (!request->direct)
+		return 1;
+	if (is_virtual(request->fd))
+		return world.file.block;
+	return (request->offset | request->length) % VIRTUAL_PAGE ? 512 : VIRTUAL_PAGE;
 }
 
 /* A part of a request, in whole blocks; 0 and all of it are parts. */
