@@ -513,6 +513,35 @@ def test_a_disk_that_is_full(folder: Path, big: dmabuf.Buffer) -> None:
         assert there.ls() == []  # the connection is in order
 
 
+# -- event loops
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_a_call_in_an_event_loop_is_cancelled_when_nobody_writes_any_more(
+    listener: remote.Listener, backend: str
+) -> None:
+    import anyio
+
+    from dmabuf import aio
+
+    half = opens_then(lambda peer: peer.send_data(b"x" * 50))
+
+    async def read(address: str, size: int, patience: float) -> int | None:
+        there = await aio.call(lambda: remote.connect(address))
+        file = await aio.call(lambda: there.open("a.bin"))
+        done = None
+        with there, dmabuf.allocate(SIZE, exporter="memfd") as buffer:
+            with anyio.move_on_after(patience):
+                done = await aio.call(lambda: file.read_into(buffer, size))
+                assert_same(buffer.pread(SIZE, 0), DATA, "the file")
+            assert there.closed == (done is None)
+        return done and done.nbytes
+
+    assert anyio.run(read, listener.address, SIZE, 100, backend=backend) == SIZE
+    with lying_node(half) as address:
+        assert anyio.run(read, address, 100, SOON, backend=backend) is None
+
+
 # -- certificates
 
 

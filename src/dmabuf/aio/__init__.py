@@ -21,7 +21,7 @@ except ImportError as error:
     raise ImportError(f"dmabuf.aio needs anyio ({error}): pip install dmabuf[aio]") from error
 
 from dmabuf.aio.file import File, open, wait  # noqa: A004 - as dmabuf.open
-from dmabuf.aio.threads import copy, read_files, write_files
+from dmabuf.aio.threads import call, copy, read_files, write_files
 from dmabuf.aio.waiter import ready
 
-__all__ = ["File", "copy", "open", "read_files", "ready", "wait", "write_files"]
+__all__ = ["File", "call", "copy", "open", "read_files", "ready", "wait", "write_files"]

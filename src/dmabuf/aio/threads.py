@@ -39,6 +39,19 @@ async def _in_thread(function: Callable[[Callable[[], None]], T]) -> T:
     return await Loop(await loop_engine()).call(call, cancel=lambda: stop.append(True))
 
 
+async def call(function: Callable[[], T]) -> T:
+    """Call a function that blocks in a thread, and return what it returns.
+
+    For the transfers of dmabuf that have no coroutine, such as those of `dmabuf.remote`::
+
+        await dmabuf.aio.call(lambda: remote_file.read_into(buf))
+
+    Cancelling it stops the function within 100 ms where it waits for a peer, and returns when the
+    function has ended. The Node of a transfer that was stopped is closed.
+    """
+    return await _in_thread(lambda _: function())
+
+
 async def copy(
     src: SourceEnd,
     dst: TargetEnd,
