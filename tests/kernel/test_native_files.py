@@ -348,13 +348,23 @@ def defragment(foe):
 
 
 def check(got, transfer, versions):
-    """Every sector is one of this file, in its place, of a version there was, or zeros."""
+    """Every sector is one of this file, in its place, of a version there was, or zeros.
+
+    A route that is not native may go on after a short read, so a sector may be of two versions.
+    """
     for number in range(transfer.nbytes // SECTOR):
         found = got[number * SECTOR : (number + 1) * SECTOR]
         version = struct.unpack_from("<Q", found, 8)[0]
         assert version <= versions, f"sector {number}: {found[:32]!r} {transfer}"
         wanted = sector(version, number) if version else bytes(SECTOR)
-        assert_same(found, wanted, f"sector {number} of version {version}")
+        if found != wanted and transfer.route is not Route.NATIVE:
+            wanted = sector(0, number)  # without the version, in any record of 24 bytes
+            pairs = enumerate(zip(found, wanted, strict=True))
+            found = bytes(
+                mine if byte in (0, mine) or 8 <= at % 24 < 16 else byte
+                for at, (byte, mine) in pairs
+            )
+        assert_same(found, wanted, f"sector {number} of version {version}, {transfer.route}")
 
 
 @everything
