@@ -450,7 +450,7 @@ def test_paths_that_are_not_video_devices(tmp_path):
         v4l2.capture(tmp_path / "nothing")
 
 
-@pytest.mark.parametrize("module", ["cuda", "drm", "staging", "v4l2", "vfio", "vulkan"])
+@pytest.mark.parametrize("module", ["cuda", "drm", "staging", "v4l2", "vaapi", "vfio", "vulkan"])
 def test_a_module_loads_no_library_of_its_world(module):
     source = (
         f"import sys; from dmabuf.devices import {module}; loaded = sys.modules;"
@@ -459,5 +459,6 @@ def test_a_module_loads_no_library_of_its_world(module):
     )
     ours = {"cuda": ["staging"], "staging": [], "vulkan": [], "vfio": ["node"]}
     ours["v4l2"] = ["codec", "frames", "node", "video"]
+    ours["vaapi"] = ["drm", "frames", "node"]
     names = sorted({"lifetime", module, *ours.get(module, ["frames", "node"])})
     assert in_child(source) == f"[] {[f'dmabuf.devices.{name}' for name in names]}\n"

@@ -4,6 +4,7 @@
 - ``drm``: displays and GPUs by Linux's DRM; their memory as Buffers, Buffers on a screen.
 - ``vulkan``: Buffers as VkBuffers, device memory as Buffers, and fences between the two.
 - ``cuda``: files into and out of the memory of a CUDA device, and Buffers for its kernels.
+- ``vaapi``: Buffers as surfaces of video drivers by libva, and their surfaces as Buffers.
 - ``vfio``: the BARs of PCI devices as Buffers.
 - ``staging``: the pipeline between a File and memory that only a device can reach.
 
