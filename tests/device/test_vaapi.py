@@ -23,7 +23,7 @@ from tests.device.vivid import SINGLE, picture
 from tests.guards import drm_node, needs
 from tests.support import assert_same, poison
 
-RENDER = drm_node("vgem", "renderD")
+RENDER = drm_node("vgem", "render")
 SOURCE = Path(__file__).with_name("va_driver.c")
 WIDTH, HEIGHT = 200, 102
 FORMATS = ["NV12", "P010", "XR24"]
