@@ -280,6 +280,8 @@ def test_what_is_refused_at_once(path, tmp_path):
         models.save_async(MODEL, tmp_path / "no" / "x")
     with raises_errno(errno.EINVAL, "not a regular file"):
         models.save_async(MODEL, tmp_path)
+    with raises_errno(errno.ENOENT, "the path is empty"):
+        models.save_async(MODEL, "")
     with pytest.raises(TypeError, match=r"a builtins\.list"):
         models.save_async({"a": [1]}, path)
     with pytest.raises(ValueError, match="unknown exporter"):

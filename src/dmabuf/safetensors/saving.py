@@ -200,6 +200,8 @@ def save_file(
 def replacing(path: str | os.PathLike[str], force: bool) -> Iterator[Replacement]:
     """Yield the replacement of a file to be saved. Errors in the block have the file's path."""
     path = os.fspath(path)
+    if not path:
+        raise os_error(errno.ENOENT, "save: the path is empty; name a file", path)
     with suppress(FileNotFoundError):
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise os_error(errno.EINVAL, "save: it exists and is not a regular file", path)
