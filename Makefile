@@ -176,7 +176,7 @@ $(OTHERS)/ready: $(wildcard tests/integrations/requirements*.txt) benchmarks/req
 	$(OTHERS)/bin/python -m pip install --quiet setuptools cffi
 	$(OTHERS)/bin/python -m pip install --quiet -r tests/integrations/requirements.txt
 	$(OTHERS)/bin/python -m pip install --quiet --no-deps -r benchmarks/requirements-kvikio.txt
-	$(OTHERS)/bin/python -m pip install --quiet --no-deps -r tests/integrations/requirements-lmcache.txt
+	$(OTHERS)/bin/python -m pip install --quiet --no-deps -r tests/integrations/requirements-alone.txt
 	$(OTHERS)/bin/python -m pip install --quiet --no-build-isolation --editable '.[test]'
 	touch $@
 
