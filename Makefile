@@ -58,7 +58,7 @@ deep: $(VENV)/ready
 .PHONY: mutants
 mutants: $(VENV)/ready
 	$(BIN)/python -m tests.mutants
-	$(BIN)/python -m tests.mutants csrc/batch.c
+	$(BIN)/python -m tests.mutants --episodes 5000 csrc/batch.c
 
 # Install missing system packages, and make the virtual environment.
 $(VENV)/ready: pyproject.toml setup.py csrc/core.h $(wildcard csrc/*.c csrc/*.h csrc/build_ffi.py csrc/python/*.c)

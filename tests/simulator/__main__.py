@@ -20,7 +20,13 @@ KINDS = ("undetected", "in flight at return", "leaked")
 
 
 def work(
-    first: int, step: int, until: float, most: int, folder: Path, results: SimpleQueue[Result]
+    first: int,
+    step: int,
+    until: float,
+    most: int,
+    most_failures: int,
+    folder: Path,
+    results: SimpleQueue[Result],
 ) -> None:
     """Run episodes; report the counts, and of each failure its seed and its kind."""
     counts: Counter[str] = Counter()
@@ -29,7 +35,7 @@ def work(
     gc.disable()  # what the collector closes would come at any time
     with suppress(Exception):
         one(0, folder, Counter())  # what is found out once in a process
-    while number < most and time.monotonic() < until and len(failures) < 10:
+    while number < most and time.monotonic() < until and len(failures) < most_failures:
         try:
             one(seed, folder, counts)
         except Exception as error:
@@ -67,6 +73,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60, help="how long (60)")
     parser.add_argument("--episodes", type=int, default=1 << 60, help="at most so many")
     parser.add_argument("--seed", type=int, default=0, help="of the first episode (0)")
+    parser.add_argument("--failures", type=int, default=10, help="after which a process ends (10)")
     parser.add_argument("--workers", type=int, default=2, help="processes (2)")
     parser.add_argument("--loud", action="store_true", help="print everything that happens")
     options = parser.parse_args()
@@ -81,7 +88,9 @@ def main() -> int:
             place = Path(folder, str(number))
             place.mkdir()
             arguments = options.seed + number, options.workers, begun + options.seconds
-            process = Process(target=work, args=(*arguments, options.episodes, place, results))
+            process = Process(
+                target=work, args=(*arguments, options.episodes, options.failures, place, results)
+            )
             process.start()
             started.append(process)
         for _ in started:
