@@ -39,7 +39,7 @@ def waits_end():
         raise TimeoutError("a transfer waits for ever")
 
     before = signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(600)  # which replaces the alarm of pytest-timeout
+    signal.alarm(600)  # which replaces the alarm of pytest-timeout; loops renew it
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
@@ -66,8 +66,10 @@ def test_an_interrupt_anywhere_leaves_nothing_held(path, buf, move):
         counted = None
         while counted is None or counted.seen >= number:
             number += 1
+            signal.alarm(600)
             file, buffer = dmabuf.open(path, "r+"), dmabuf.allocate(SIZE, exporter="memfd")
             move(file, buffer)
+            os.truncate(path, SIZE)
             with suppress(KeyboardInterrupt), Interruptions({number}) as counted:
                 move(file, buffer)
             buffer.close()
@@ -96,6 +98,7 @@ def test_after_an_interrupt_nothing_is_pinned_and_bytes_arrive(path, what):
         before, number, counted = (pinned(), held()), 0, None
         while counted is None or counted.seen >= number:
             number += 1
+            signal.alarm(600)
             buffer, file = dmabuf.allocate(SIZE, exporter="memfd"), dmabuf.open(path)
             if what == "read":
                 file.plan(buffer)  # which opens the descriptors, and registers nothing
