@@ -187,6 +187,17 @@ def test_a_transaction_commits_all_files_or_none(place):
     assert fs.cat_file(path) == DATA
 
 
+def test_arrays_of_any_order_and_shape_are_written(place):
+    fs, path = place
+    arrays = np.zeros((0, 3)), np.arange(6, dtype=">i4").reshape(2, 3), np.float32(1.5)
+    with fs.open(path, "wb") as file:
+        for array in arrays:
+            file.write(array)
+    assert fs.cat_file(path) == b"".join(array.tobytes() for array in arrays)
+    with pytest.raises(BufferError), fs.open(path, "wb") as file:
+        file.write(np.zeros((4, 4))[:, :2])
+
+
 @pytest.mark.parametrize("mode", ["r+b", "w+b", "q"])
 def test_other_modes_are_refused(place, mode):
     fs, path = place

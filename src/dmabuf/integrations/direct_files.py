@@ -12,6 +12,7 @@ import mmap
 import os
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from pickle import PickleBuffer
 from typing import TYPE_CHECKING, Any
 
 from fsspec.implementations.local import LocalFileSystem
@@ -139,7 +140,7 @@ class _Reading(io.RawIOBase):
     """The file below a DirectReader, which reads ahead of reads that follow each other."""
 
     def __init__(self, path: str, terms: Terms, block_size: int) -> None:
-        self.name, self._terms = path, terms
+        self.name, self.mode, self._terms = path, "rb", terms
         self._staging = Staging(block_size)
         self._file = File(path)
         self._position = 0
@@ -173,7 +174,7 @@ class _Reading(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: WriteableBuffer, /) -> int:
-        with memoryview(buffer) as view, view.cast("B") as raw:
+        with PickleBuffer(buffer).raw() as raw:
             got = self._from_block(raw) or self._fetch(raw)
         self._position += got
         return got

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
+from pickle import PickleBuffer
 from typing import Any
 
 from fsspec import AbstractFileSystem
@@ -186,7 +187,7 @@ class StoreFileSystem(AbstractFileSystem):  # type: ignore[misc]
 
     def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **kwargs: object) -> None:
         """Make bytes the content of a name; ``mode`` "create" refuses one that exists."""
-        with memoryview(value) as view, view.cast("B") as raw:
+        with PickleBuffer(value).raw() as raw:
             name = _name(self._strip_protocol(path))
             self.publish(name, raw, replace=mode != "create")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from pickle import PickleBuffer
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -58,7 +59,7 @@ class WholeFile(io.RawIOBase):
             raise self.failed
         if self.closed:
             raise ValueError(f"write {self.path}: the file is closed")
-        with memoryview(data) as view, view.cast("B") as raw:
+        with PickleBuffer(data).raw() as raw:
             try:
                 self.append(raw)
             except BaseException as error:
