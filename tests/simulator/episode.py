@@ -285,7 +285,12 @@ class Episode:
     # -- an event loop
 
     def loop(self) -> None:
-        anyio.run(self.at_once, backend=self.dice.choice(["asyncio", "trio"]))
+        try:
+            anyio.run(self.at_once, backend=self.dice.choice(["asyncio", "trio"]))
+        except OSError as error:  # no memory for the loop's ring
+            self.counts["errors"] += 1
+            if error.errno != errno.ENOMEM:
+                raise
 
     async def at_once(self) -> None:
         """Run transfers in parts of the file and of the memory, and cancel some of them."""
