@@ -293,18 +293,23 @@ class Codec(Stream):
                 held.append(buffer)
             fds = [buffer.slabs[0].fd for buffer in row]
             fence.wait(fds, "read", self._timeout, path=self.path)
-            self._await(lambda: self._enqueue(item, row, spans), self._room, self._full)
-        except BaseException:
-            if all(one is not row for one, _ in self._queued.values()):
-                for buffer in held:
-                    lifetime.release(buffer)
-            raise
+            self._await(lambda: self._enqueue(item, row, spans, held), self._room, self._full)
+        finally:
+            for buffer in held:
+                lifetime.release(buffer)
         self._release_done()
 
     def _enqueue(
-        self, item: Frame | Input, row: tuple[Buffer, ...], spans: Sequence[tuple[int, int]]
+        self,
+        item: Frame | Input,
+        row: tuple[Buffer, ...],
+        spans: Sequence[tuple[int, int]],
+        held: list[Buffer],
     ) -> bool | None:
-        """Queue an input if there is a place, starting the stream first if necessary."""
+        """Queue an input if there is a place, starting the stream first if necessary.
+
+        Takes over the Buffers that are ``held``, and empties the list.
+        """
         with self._turn:
             room = self._has_room()
             if isinstance(item, Input):
@@ -317,16 +322,22 @@ class Codec(Stream):
                 self._into.on()
                 self._started = True
             self._queued[index] = row, frame  # first: an interrupt may follow the driver's call
-            try:
-                self._into.queue(index, "DMABUF", row, spans, item.timestamp_ns)
-            except OSError:
-                del self._queued[index]
-                raise
-            self._balance += 1
+            held.clear()
             if isinstance(item, Input):
                 item.sent = True
             else:
                 self._free.remove(index)
+            try:
+                self._into.queue(index, "DMABUF", row, spans, item.timestamp_ns)
+            except OSError:
+                del self._queued[index]
+                held.extend(row)
+                if isinstance(item, Input):
+                    item.sent = False
+                else:
+                    self._free.append(index)
+                raise
+            self._balance += 1
             return True
 
     def _filled(self, item: Input) -> tuple[tuple[Buffer, ...], list[tuple[int, int]]]:
