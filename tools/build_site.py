@@ -23,6 +23,7 @@ PUBLIC = [
         f"dmabuf.{room}"
         for room in ("aio", "safetensors", "formats", "store", "remote", "mount", "inspect")
     ),
+    *(f"dmabuf.{room}" for room in ("integrations", "compat.kvikio")),
     *(f"dmabuf.devices.{kind}" for kind in ("v4l2", "drm", "vulkan", "cuda", "vfio")),
 ]
 """The modules whose `__all__` is the public interface."""
