@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 import dmabuf
-from dmabuf import aio
 from dmabuf.kernel import uapi
 from dmabuf.memory import exporters
 from tests.unit.fake_kernel import FakeKernel
@@ -37,6 +36,8 @@ def move(request: pytest.FixtureRequest) -> Callable[..., dmabuf.Transfer]:
             return getattr(file, verb)(*args, **how)
 
     def in_loop(path, verb, *args, **how):
+        from dmabuf import aio  # the tests of a package run without anyio
+
         async def main():
             async with await aio.open(path, "w" if verb.startswith("write") else "r") as file:
                 return await getattr(file, verb)(*args, **how)
