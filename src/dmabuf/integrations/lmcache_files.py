@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from pickle import PickleBuffer
 
 from dmabuf.copying import read_files, write_files
 from dmabuf.errors import ClosedError
@@ -145,7 +144,7 @@ class KvFiles:
             if group and size + nbytes > self._block_size:
                 yield group
                 group, size = [], 0
-            group.append((key, PickleBuffer(view).raw()))  # ctypes, too
+            group.append((key, view))
             size += nbytes
         if group:
             yield group
@@ -157,8 +156,8 @@ class KvFiles:
         """Give a Buffer, and for each object its path, 0, its size and its place there."""
         ranges, at = [], 0
         for key, view in group:
-            ranges.append((self._path(key), 0, len(view), at))
-            at += round_up(len(view), _PAGE)
+            ranges.append((self._path(key), 0, view.nbytes, at))
+            at += round_up(view.nbytes, _PAGE)
         with self._lock:
             kept = self._idle.pop() if self._idle and at <= self._block_size else None
         buffer = kept or allocate(max(at, self._block_size), name="KV files")
@@ -176,9 +175,8 @@ class KvFiles:
             os.makedirs(folder, exist_ok=True)
         for group in self._groups(objects):
             with self._buffer(group) as (buffer, ranges):
-                for (_, view), (_, _, size, start) in zip(group, ranges, strict=True):
-                    with buffer.map("w", start, size) as memory:
-                        memory[:] = view
+                for (_, view), (_, _, _, start) in zip(group, ranges, strict=True):
+                    buffer.pwrite(view, start)
                 for outcome in write_files(ranges, buffer, terms=self._terms):
                     if isinstance(outcome, OSError):
                         raise outcome
@@ -193,7 +191,6 @@ class KvFiles:
                     whole = not isinstance(outcome, OSError) and outcome.nbytes == size
                     whole = whole and os.path.getsize(path) == size
                     if whole:
-                        with buffer.map("r", start, size) as memory:
-                            view[:] = memory
+                        buffer.preadv([view], start)
                     found.append(whole)
         return found
