@@ -1,6 +1,7 @@
 """dmabuf.compat.kvikio: the calls of KvikIO on host memory of every kind."""
 
 import array
+import gc
 import os
 import signal
 import threading
@@ -259,3 +260,22 @@ def test_after_a_fork_the_child_has_threads_of_its_own(path):
             os._exit(0 if right else 1)
         assert os.waitpid(child, 0)[1] == 0
         assert threading.active_count() > 1
+
+
+def test_views_that_an_error_keeps_in_a_cycle_are_collected(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(bytes(10_000))
+
+    def fail(memory, size=None, flags="r"):
+        try:
+            with kvikio.CuFile(path, flags) as file:
+                file.pread(memory, size).get()
+        except (ValueError, OSError) as error:
+            kept = error  # in a cycle with this frame
+            assert kept
+
+    for _ in range(5):
+        fail(memoryview(bytes(10)))
+        fail(memoryview(bytearray(10)), 11)
+        fail(memoryview(bytearray(5000)), flags="w")
+        gc.collect()  # CPython crashes here if one is left

@@ -199,7 +199,8 @@ class CuFile:
             move = self._file.read_into if direction == "read" else self._file.write_from
             return move(buffer, size, file_offset=at, buffer_offset=start).nbytes
         stage = self._staging.read if direction == "read" else self._staging.write
-        return stage(self._file, memory, at)
+        with memory:  # CPython crashes if a collection finds a view of a view in a cycle
+            return stage(self._file, memory, at)
 
 
 class _Part(NamedTuple):
@@ -225,6 +226,7 @@ def _locate(buf: object, size: int | None, offset: int, *, writable: bool) -> _M
     nbytes = max(0, rest) if size is None else parse_size(size)
     if nbytes > rest:
         text = f"{nbytes} bytes from offset {offset} are more than the buffer's {_size(memory)}"
+        del memory  # which a traceback would keep: see CuFile._move
         raise ValueError(f"invalid size: {text}")
     if isinstance(memory, _Part):
         return _Part(memory.buffer, memory.start + offset, nbytes)
@@ -251,6 +253,7 @@ def _whole(buf: object, *, writable: bool) -> _Memory:
     except BufferError as error:
         raise ValueError(f"invalid buffer: {error}") from None
     if writable and read_only:
+        del view
         raise ValueError("invalid buffer: it is read-only")
     return view
 
