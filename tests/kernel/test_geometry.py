@@ -54,7 +54,8 @@ def commands(file, buffer, disk, direction, route):
     count, nbytes = (
         now - was for now, was in zip(statistics(disk, direction), before, strict=True)
     )
-    assert nbytes == SIZE, f"{transfer}"
+    lookup = PAGE if transfer.route == "native" and file.kind == "file" else 0
+    assert SIZE <= nbytes <= SIZE + lookup, f"{transfer}"  # a lookup of extents reads a block
     return count
 
 
@@ -98,6 +99,6 @@ def test_so_does_a_file_in_one_piece(filesystem, route):
         BUFFERS["udmabuf"](SIZE) as buffer,
         dmabuf.open(path, engine=engine) as file,
     ):
-        # ext4 may place it in two pieces, around its own blocks
-        assert commands(file, buffer, disk, "read", route) <= fewest(disk, route) + 1
+        # ext4 may place it in two pieces, around its own blocks; and the lookup reads a block
+        assert commands(file, buffer, disk, "read", route) <= fewest(disk, route) + 2
     path.unlink()
