@@ -392,8 +392,9 @@ class Buffer(
 
     def end_access(self, offset: int, size: int, *, write: bool) -> None:
         """Issue END for a range of :meth:`begin_access`. Nobody is there to handle an error."""
-        if not self._closed:  # by the garbage collector, in a cycle with the view
-            _end(self.dmabufs(offset, size), _flags(True, write))
+        if self._closed or not self._is_dmabuf:  # closed by the collector, in a cycle with the view
+            return
+        _end(self.dmabufs(offset, size), _flags(True, write))
 
     def view(self, offset: int, size: int) -> memoryview:
         """Return a range of the mapping, without START and END; close() raises BufferError then."""
