@@ -115,7 +115,7 @@ class Loop:
                 await anyio.sleep(TURN_PAUSE)
             return await self._run(job)
         finally:
-            turn.end()
+            turn.others.pop(turn, None)
 
     async def _run(self, job: Job) -> Job:
         request = Batch(self, job)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import stat
 import threading
+import weakref
 
 from dmabuf._core import lib
 from dmabuf.transfer.engine import Job
@@ -23,18 +24,22 @@ from dmabuf.transfer.plan import Route
 TURN_PAUSE = 0.001
 """Seconds between two attempts to take a turn."""
 
-_lock = threading.RLock()  # a signal handler or destructor may end a turn
-_running: dict[tuple[int, int], dict[Turn, int]] = {}
-"""By file, the turns that were taken, each with the kinds of its shared pages."""
+_lock = threading.RLock()  # a signal handler may take a turn of its own
+_files: weakref.WeakValueDictionary[tuple[int, int], _Turns] = weakref.WeakValueDictionary()
 
 
 def _forget() -> None:
     global _lock
     _lock = threading.RLock()
-    _running.clear()
+    for turns in _files.values():
+        turns.clear()
 
 
 os.register_at_fork(after_in_child=_forget)
+
+
+class _Turns(dict["Turn", int]):
+    """The turns that were taken for one file, each with the kinds of its shared pages."""
 
 
 class Turn:
@@ -45,24 +50,19 @@ class Turn:
         self._kinds = lib.DMB_SHARED_CACHED if job.route is Route.BUFFERED else int(shared)
         status = os.fstat(job.core.plain_fd)
         block = stat.S_ISBLK(status.st_mode)
-        self._file = (-1, status.st_rdev) if block else (status.st_dev, status.st_ino)
+        file = (-1, status.st_rdev) if block else (status.st_dev, status.st_ino)
+        with _lock:
+            self.others = _files.setdefault(file, _Turns())
+            """The turns of the file. `others.pop(turn, None)` gives one back, if it was taken; in a
+            `finally` that is one call, which no interrupt can come before."""
 
     def taken(self) -> bool:
         """Take the turn, and return True, unless another write has to end before."""
         with _lock:
-            others = _running.setdefault(self._file, {})
             kinds = self._kinds
-            for other in others.values():
+            for other in list(self.others.values()):  # another thread may give one back
                 kinds |= other
-            if others and kinds == lib.DMB_SHARED_DIRECT | lib.DMB_SHARED_CACHED:
+            if self.others and kinds == lib.DMB_SHARED_DIRECT | lib.DMB_SHARED_CACHED:
                 return False
-            others[self] = self._kinds
+            self.others[self] = self._kinds
             return True
-
-    def end(self) -> None:
-        """Give the turn back, if it was taken."""
-        with _lock:
-            others = _running.get(self._file, {})
-            others.pop(self, None)
-            if not others:
-                _running.pop(self._file, None)

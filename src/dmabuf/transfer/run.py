@@ -195,7 +195,7 @@ class Blocking:
                 time.sleep(TURN_PAUSE)
             return engine.run(job)
         finally:
-            turn.end()
+            turn.others.pop(turn, None)
 
     async def fences(
         self,
