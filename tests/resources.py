@@ -20,6 +20,6 @@ def held() -> tuple[list[str], list[str]]:
 
 
 def pinned() -> str:
-    """Return how much memory the rings of this process pin, as /proc/self/status has it."""
+    """Return how much memory the rings of this process pin, as /proc/self/status reports it."""
     status = Path("/proc/self/status").read_text()
     return next(line for line in status.splitlines() if line.startswith("VmPin"))

@@ -1,4 +1,4 @@
-"""Codecs by the kernel's vicodec and vim2m: each byte as the driver's own MMAP run has it."""
+"""Codecs by the kernel's vicodec and vim2m: each byte equals that of the driver's own MMAP run."""
 
 import contextlib
 import errno

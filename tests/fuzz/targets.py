@@ -242,7 +242,7 @@ def store_target() -> Iterator[Try]:
     """Yield a target that sends messages to a real server."""
     with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
         path = Path(folder, "store.sock")
-        quiet = contextlib.redirect_stderr(io.StringIO())  # the server tells of each hand-over
+        quiet = contextlib.redirect_stderr(io.StringIO())  # the server logs each hand-over
         with quiet, in_a_thread(path, 16 << 20), dmabuf.store.connect(path) as good:
             good.list()
             tried = 0

@@ -465,7 +465,7 @@ static void run_small(struct flight *flight)
 
 	flight->count = 1;
 	flight->total = segment[2];
-	flight->stopped = true; /* 0 is no result */
+	flight->stopped = true; /* 0 is not a result */
 	world.failing = true;
 	if (dmb_job_run_small(&flight->job, segment[0], segment[1], segment[2], 1))
 		result.nbytes = segment[2];

@@ -75,7 +75,7 @@ def _serve_arguments(parser: Parser) -> None:
     parser.option("--key", "FILE", "The private key of that certificate.")
     text = "The authority that signed the certificates of the other nodes."
     parser.option("--authority", "FILE", text)
-    text = "Listen without TLS: whoever reaches ADDRESS may do what other nodes may."
+    text = "Listen without TLS: every host that reaches ADDRESS may use the node."
     parser.flag("--trusted-network", text)
 
 

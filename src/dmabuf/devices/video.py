@@ -318,7 +318,7 @@ def make_buffer(
 def problem_with(buffer: Buffer, size: int, form: Format, written: bool = True) -> str | None:
     """Return why a driver cannot use a buffer for a plane of ``size`` bytes, None if it can.
 
-    ``written`` tells whether the driver writes into it.
+    ``written`` is True if the driver writes into it.
     """
     if lifetime.check_buffer(buffer).closed:
         raise ClosedError("use a buffer for frames: it is closed")

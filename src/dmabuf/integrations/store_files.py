@@ -120,7 +120,7 @@ class StoreFileSystem(AbstractFileSystem):  # type: ignore[misc]
         return _time(self.info(path), "created")
 
     def modified(self, path: str) -> datetime:
-        """Return when a name's content was last written, as far as the store is told."""
+        """Return when a name's content was last written, as far as the store was informed."""
         return _time(self.info(path), "mtime")
 
     def rm_file(self, path: str) -> None:

@@ -27,7 +27,7 @@ Transport = Literal["tcp", "tls", "unix"]
 _SLICE = 0.1
 _TIMEVAL = struct.pack("@ll", 0, int(_SLICE * 1e6))
 _TELL = 5.0
-"""Seconds after which the other end is told that the reply will come."""
+"""Seconds after which a message announces to the other end that the reply will come."""
 _ROOM = 1024
 """Bytes that are received at once with a header; those of data among them are copied."""
 

@@ -59,7 +59,7 @@ def parse_object(raw: bytes, what: str, hook: Any = None) -> dict[str, Any]:
     """Return a JSON object in UTF-8; raise Malformed, which begins with `what`."""
     try:
         found = json.loads(raw.decode(), object_hook=hook)
-        if b"\\u" in raw:  # half of a surrogate pair is no text: this raises UnicodeEncodeError
+        if b"\\u" in raw:  # half of a surrogate pair is not text: this raises UnicodeEncodeError
             json.dumps(found, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise Malformed(f"{what} is not valid JSON: {error}") from None
