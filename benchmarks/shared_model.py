@@ -42,7 +42,7 @@ TENSORS = 256
 
 
 class Worker:
-    """A process that has imported all it needs, and does what it is told.
+    """A process that has imported all it needs, and carries out the commands of its parent.
 
     It is started as a program, or forked from this one.
     """

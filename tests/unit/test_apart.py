@@ -21,13 +21,19 @@ STORM = 100
 
 
 class Both:
-    """Holds the first write up until it has seen the second one complete, or for long enough."""
+    """Holds the write that comes first up until the other one completes, or for long enough."""
 
     def __init__(self):
-        self.left, self.late, self.done = STORM, False, False
+        self.first, self.left, self.late, self.done = None, STORM, False, False
+        self.begun, self.other_begins = threading.Event(), threading.Event()
+        self.other_begins.set()
 
     def __call__(self, completion):
-        if completion.offset >= CUT:
+        behind = completion.offset >= CUT
+        self.first = behind if self.first is None else self.first
+        self.begun.set()
+        self.other_begins.wait()
+        if behind != self.first:
             self.late = self.late or not self.done
         elif self.left and not self.late:
             self.left -= 1
@@ -37,14 +43,17 @@ class Both:
         return completion.result
 
 
-def in_threads(path, buffer, first, second):
-    threads = [
-        threading.Thread(target=write, args=(path, buffer, *place)) for place in (first, second)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+def in_threads(path, buffer, first, second, both):
+    """The second thread begins when the first one's requests are under way."""
+    both.other_begins.clear()
+    thread = threading.Thread(target=write, args=(path, buffer, *first))
+    thread.start()
+    both.begun.wait()
+    other = threading.Thread(target=write, args=(path, buffer, *second))
+    other.start()
+    both.other_begins.set()
+    thread.join()
+    other.join()
 
 
 def write(path, buffer, offset, size):
@@ -52,8 +61,8 @@ def write(path, buffer, offset, size):
         file.write_from(buffer, size, file_offset=offset, buffer_offset=offset)
 
 
-def in_a_loop(path, buffer, first, second):
-    async def both():
+def in_a_loop(path, buffer, first, second, both):
+    async def write_both():
         async with await aio.open(path, "r+") as file, anyio.create_task_group() as group:
             for offset, size in (first, second):
                 group.start_soon(one, file, offset, size)
@@ -61,7 +70,7 @@ def in_a_loop(path, buffer, first, second):
     async def one(file, offset, size):
         await file.write_from(buffer, size, file_offset=offset, buffer_offset=offset)
 
-    anyio.run(both)
+    anyio.run(write_both)
 
 
 def demand_blocks_of_512(path):
@@ -82,7 +91,7 @@ def test_an_edge_waits_for_whole_blocks_of_its_page(tmp_path, run):
     with dmabuf.allocate(4 * PAGE, exporter="memfd") as buffer:
         buffer.pwrite(data, 0)
         with emulation.Filter(both):
-            run(path, buffer, (0, CUT), (CUT, TAIL))
+            run(path, buffer, (0, CUT), (CUT, TAIL), both)
     assert both.done
     assert not both.late
     assert_same(path.read_bytes(), data, "both writes")

@@ -10,8 +10,8 @@
 guide.
 
 What may enter this room: the protocol between nodes, its transport, what is served, and the
-client's view of it. What does not: how a file is read at the node (transfer/, copying/), who holds
-named buffers (store/), the command line (cli/).
+client's view of it. What does not: how a file is read at the node (transfer/, copying/), the memory
+of named buffers (store/), the command line (cli/).
 
 ``protocol.py`` has the messages and ``channel.py`` the socket of both ends; ``address.py`` says who
 may connect to what. ``client.py``, ``file.py`` and ``session.py`` are the client's end;

@@ -185,6 +185,7 @@ class Blocking:
 
     async def run(self, engine: Engine, job: Job) -> Job:
         """Run a job to its end."""
+        # A transfer inside another, in a signal handler, would wait for the outer one for ever.
         if not job.measure.shared_pages or in_transfer(2):
             return engine.run(job)
         turn = Turn(job)
