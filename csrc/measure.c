@@ -148,6 +148,33 @@ static void fit(struct dmb_job *job, int route, const uint64_t *segment, struct 
 	ret->with_edges += with_edges(job, segment);
 }
 
+/* What makes a segment consist of whole blocks: see is_whole. */
+struct blocks {
+	uint64_t mask;	   /* bits of an offset or a size that lie inside a block */
+	uint64_t file_end; /* the end of the file's last whole block; a write may go past it */
+};
+
+static struct blocks blocks_of(const struct dmb_job *job)
+{
+	struct blocks blocks = {dmb_max(job->offset_align, job->memory_align) - 1, UINT64_MAX};
+
+	if ((job->base | job->slab_size) & blocks.mask)
+		blocks.mask = UINT64_MAX; /* no segment does */
+	if (job->direction == DMB_READ)
+		blocks.file_end = dmb_align_down(job->file_size, job->offset_align);
+	return blocks;
+}
+
+/*
+ * Whether a segment consists of whole blocks in the file and in memory. The device can move all of
+ * it by each route, so no route needs to be measured. Most segments are of this kind.
+ */
+static bool is_whole(const struct blocks *blocks, const uint64_t *segment)
+{
+	return !((segment[0] | segment[1] | segment[2]) & blocks->mask) &&
+	       segment[0] + segment[2] <= blocks->file_end;
+}
+
 static int size_of(const struct dmb_job *job, uint64_t *ret)
 {
 	struct stat stat;
@@ -169,6 +196,7 @@ int dmb_job_measure(const struct dmb_job *job, const uint64_t *segments, size_t 
 {
 	const uint64_t *before = NULL;
 	struct dmb_job as = *job;
+	struct blocks blocks;
 	int rc;
 
 	*ret = (struct dmb_measure){0};
@@ -179,6 +207,7 @@ int dmb_job_measure(const struct dmb_job *job, const uint64_t *segments, size_t 
 		return rc;
 	as.file_size = ret->file_size;
 	as.slot_size = job->slab_size;
+	blocks = blocks_of(&as);
 	for (size_t i = 0; i < count; i++) {
 		const uint64_t *segment = segments + 3 * i;
 		bool straight;
@@ -189,6 +218,10 @@ int dmb_job_measure(const struct dmb_job *job, const uint64_t *segments, size_t 
 		ret->shared_pages |= shared_pages(job, segment);
 		ret->joined += !before || !continues(segment, before);
 		before = segment;
+		if (is_whole(&blocks, segment)) {
+			ret->staged.with_edges++; /* the CPU copies all that is staged */
+			continue;
+		}
 		fit(&as, DMB_NATIVE, segment, &ret->native);
 		fit(&as, DMB_STAGED, segment, &ret->staged);
 		fit(&as, DMB_DIRECT, segment, &ret->direct);
