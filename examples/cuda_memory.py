@@ -1,18 +1,18 @@
-"""Read a file into a CUDA device's memory, write it to another file, and compare the two.
+"""Read a file into a GPU's memory, write it to another file, and compare the two.
 
-    python examples/cuda_memory.py model.safetensors copy.safetensors
+    python examples/cuda_memory.py model.safetensors copy.safetensors [cuda|hip|level_zero]
 
 Prints for each direction the route of the bytes, the reason and the speed. Then it reads the file
-into a buffer that CUDA kernels can use where it is. Needs an NVIDIA GPU with its driver, and
+into a buffer that kernels can use where it is. Needs a GPU with its driver, and for CUDA
 `pip install dmabuf[cuda]`.
 """
 
 import filecmp
+import importlib
 import os
 import sys
 
 import dmabuf
-from dmabuf.devices import cuda
 
 
 def show(what: str, transfer: dmabuf.Transfer) -> None:
@@ -23,9 +23,9 @@ def show(what: str, transfer: dmabuf.Transfer) -> None:
         print(f"  not {route}: {why}")
 
 
-def main(source: str, copy: str) -> None:
+def main(source: str, copy: str, runtime: str = "cuda") -> None:
     size = os.path.getsize(source)
-    with cuda.Device(0) as gpu:
+    with importlib.import_module(f"dmabuf.devices.{runtime}").Device(0) as gpu:
         print(f"{gpu.name}: {size:,} bytes of its memory")
         with gpu.allocate(size) as memory:
             with dmabuf.open(source) as file:

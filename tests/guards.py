@@ -143,6 +143,12 @@ def _libva() -> str | None:
     return _program("gcc", "gcc")
 
 
+def _level_zero_headers() -> str | None:
+    if not os.path.exists("/usr/include/level_zero/ze_api.h"):
+        return "no headers of Level Zero (apt install libze-dev)"
+    return _program("gcc", "gcc")
+
+
 def _vulkan() -> str | None:
     """Look for the binding, and a driver that shares memory and fences."""
     try:
@@ -316,6 +322,7 @@ _GUARDS: dict[str, Callable[[], str | None]] = {
     "codecs": _codecs,
     "vulkan": _vulkan,
     "libva": _libva,
+    "level-zero-headers": _level_zero_headers,
     "hugepages": _hugepages,
     "io_uring": _io_uring,
     "nvme": _nvme,

@@ -24,7 +24,10 @@ PUBLIC = [
         for room in ("aio", "safetensors", "formats", "store", "remote", "mount", "inspect")
     ),
     *(f"dmabuf.{room}" for room in ("integrations", "compat.kvikio")),
-    *(f"dmabuf.devices.{kind}" for kind in ("v4l2", "drm", "vulkan", "cuda", "vfio")),
+    *(
+        f"dmabuf.devices.{kind}"
+        for kind in ("v4l2", "drm", "vulkan", "cuda", "hip", "level_zero", "vfio")
+    ),
 ]
 """The modules whose `__all__` is the public interface."""
 WITHOUT_HEADING = "    options:\n      show_root_heading: false\n"

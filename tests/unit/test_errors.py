@@ -103,7 +103,8 @@ def test_a_handle_is_not_copied(make, again):
     "handle",
     [
         *("cuda.Device", "cuda.Memory", "cuda.Registered", "drm.Card", "drm.Image"),
-        *("staging.Staging", "v4l2.Camera", "v4l2.Frame", "vfio.Device"),
+        *("hip.Device", "level_zero.Device", "staging.Staging"),
+        *("v4l2.Camera", "v4l2.Frame", "vfio.Device"),
         *("vulkan.Device", "vulkan.Memory", "vulkan.Semaphore"),
     ],
 )

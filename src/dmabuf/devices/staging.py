@@ -3,7 +3,7 @@
 Where neither the disk nor the CPU reaches a device's memory, the bytes pass through pinned blocks
 of host memory: the disk fills one block while the device copies from the blocks before it, or
 takes one while the device fills the blocks after it. `Staging` is that pipeline for any vendor; a
-`Copier` makes the calls of a vendor's runtime. `dmabuf.devices.cuda` has the one for CUDA.
+`Copier` makes the calls of a vendor's runtime. `dmabuf.devices.gpu` has the one for GPUs.
 
 No call returns, and no block is freed, while a copy may access a block or the device's memory.
 After an error or an interrupt no new copy begins, and the exception is raised once the copies in

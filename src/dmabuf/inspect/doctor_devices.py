@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import errno
 import glob
+import importlib
 import os
 import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from importlib import metadata
 
 from dmabuf.inspect.answer import Answer
@@ -52,7 +54,8 @@ def examine_devices() -> Iterator[Answer]:
         text = "not found: only root mounts without it"
         yield Answer("fusermount3", False, text, "apt-get install fuse3")
     yield _library("Vulkan", "vulkan", _vulkan)
-    yield _library("CUDA", "cuda", _cuda)
+    for name, module in {"CUDA": "cuda", "HIP": "hip", "Level Zero": "level_zero"}.items():
+        yield _library(name, module, partial(_gpu, module))
 
 
 def _is_device(path: str) -> bool:
@@ -93,11 +96,9 @@ def _vulkan() -> str:
         return device.name
 
 
-def _cuda() -> str:
-    from dmabuf.devices import cuda
-
-    with cuda.Device(0) as device:
-        return device.name
+def _gpu(module: str) -> str:
+    with importlib.import_module(f"dmabuf.devices.{module}").Device(0) as device:
+        return str(device.name)
 
 
 def _install(extra: str) -> str:

@@ -14,7 +14,7 @@ from dmabuf.memory.arrays import import_optional
 from dmabuf.memory.as_file import BufferFile, as_file, descriptor_as_file, serve_by_fuse
 from dmabuf.memory.buffer import Buffer, Slab, Window, find_buffer
 from dmabuf.memory.exporters import allocate
-from dmabuf.memory.foreign import from_dlpack, from_fd
+from dmabuf.memory.foreign import device_memory, from_dlpack, from_fd
 
 __all__ = [
     "Buffer",
@@ -25,6 +25,7 @@ __all__ = [
     "as_file",
     "capacity",
     "descriptor_as_file",
+    "device_memory",
     "exporters",
     "find_buffer",
     "foreign",

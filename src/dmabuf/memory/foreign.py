@@ -305,14 +305,16 @@ SENDERS[Buffer] = _send
 
 _HOSTS = (1, 3, 11)
 """kDLCPU, kDLCUDAHost and kDLROCMHost: memory that the CPU reaches by its address."""
+_BRIDGES = {2: "cuda", 10: "hip", 14: "level_zero"}
+"""kDLCUDA, kDLROCM and kDLOneAPI: the modules of dmabuf.devices for them."""
 _MAJOR = 1
 """The major version of the struct that is understood; another one may have another layout."""
 _READ_ONLY = 1
 """DLPACK_FLAG_BITMASK_READ_ONLY."""
 
 
-class HostMemory(NamedTuple):
-    """The memory of an array or tensor that the CPU reaches, in bytes."""
+class TensorMemory(NamedTuple):
+    """Where the memory of an array or tensor is, in bytes; on a device by its pointer there."""
 
     address: int
     size: int
@@ -347,7 +349,7 @@ def from_dlpack(tensor: Any) -> Window:
     return buffer.open("r" if found.read_only else None, offset, found.size)
 
 
-def find_memory(tensor: Any) -> HostMemory:
+def find_memory(tensor: Any) -> TensorMemory:
     """Return where the memory of anything with ``__dlpack__`` is; valid while ``tensor`` exists.
 
     Raises BufferError and TypeError as from_dlpack() does, but not for memory outside of Buffers.
@@ -356,22 +358,45 @@ def find_memory(tensor: Any) -> HostMemory:
         raise TypeError(f"an array or tensor with __dlpack__ is needed, not {_kind(tensor)}")
     device = int(tensor.__dlpack_device__()[0])
     if device not in _HOSTS:
-        raise BufferError(
-            f"the tensor is in a device's memory (DLPack device type {device}), which is not a "
-            "Buffer's: bring it to the CPU first"
-        )
+        fix = "bring it to the CPU first"
+        if device in _BRIDGES:
+            fix = f"use from_dlpack() of a dmabuf.devices.{_BRIDGES[device]}.Device, or {fix}"
+        text = f"the tensor is in a device's memory (DLPack device type {device}), which is not a "
+        raise BufferError(f"{text}Buffer's: {fix}")
     try:
         capsule = tensor.__dlpack__(max_version=(_MAJOR, 0))
     except TypeError:  # of a library before DLPack 1.0, as the array API standard has it
         capsule = tensor.__dlpack__()
-    return _look_into(capsule)
+    return _look_into(capsule, _HOSTS)
+
+
+def device_memory(tensor: Any, kind: int, stream: int | None) -> TensorMemory:
+    """Return where the memory of a tensor on a device is; valid while ``tensor`` exists.
+
+    ``kind`` is the DLPack type of the device that it has to be on, and ``stream`` what its
+    ``__dlpack__`` gets: -1 lets it wait for no kernel. Which device of that type it is on is for
+    the caller to find out by the address, because runtimes number devices differently.
+
+    Raises BufferError for a tensor elsewhere, and otherwise what from_dlpack() raises.
+    """
+    if not hasattr(tensor, "__dlpack__") or not hasattr(tensor, "__dlpack_device__"):
+        raise TypeError(f"a tensor with __dlpack__ is needed, not {_kind(tensor)}")
+    found = int(tensor.__dlpack_device__()[0])
+    if found != kind:
+        text = f"the tensor is on a device of DLPack type {found}, not {kind}; "
+        raise BufferError(f"{text}move it to this device first")
+    try:
+        capsule = tensor.__dlpack__(stream=stream, max_version=(_MAJOR, 0))
+    except TypeError:  # of a library before DLPack 1.0
+        capsule = tensor.__dlpack__(stream=stream)
+    return _look_into(capsule, (kind,))
 
 
 def _kind(tensor: object) -> str:
     return f"{type(tensor).__module__}.{type(tensor).__name__}"
 
 
-def _look_into(capsule: object) -> HostMemory:
+def _look_into(capsule: object, kinds: tuple[int, ...]) -> TensorMemory:
     c = _capsules()
     if c.is_valid(capsule, b"dltensor_versioned"):
         managed = c.Versioned.from_address(c.pointer_of(capsule, b"dltensor_versioned"))
@@ -379,9 +404,10 @@ def _look_into(capsule: object) -> HostMemory:
             raise BufferError(
                 f"the tensor came as DLPack {managed.major}.{managed.minor}, and only 1.x is known"
             )
-        return _place_of(managed.dl_tensor, bool(managed.flags & _READ_ONLY))
+        return _place_of(managed.dl_tensor, kinds, bool(managed.flags & _READ_ONLY))
     if c.is_valid(capsule, b"dltensor"):  # DLManagedTensor begins with its DLTensor
-        return _place_of(c.Tensor.from_address(c.pointer_of(capsule, b"dltensor")), False)
+        found = c.Tensor.from_address(c.pointer_of(capsule, b"dltensor"))
+        return _place_of(found, kinds, False)
     raise BufferError(f"__dlpack__ gave no DLPack capsule that is still to be used: {capsule!r}")
 
 
@@ -426,8 +452,8 @@ def _capsules() -> SimpleNamespace:
     )
 
 
-def _place_of(tensor: Any, read_only: bool) -> HostMemory:
-    if tensor.device_type not in _HOSTS:
+def _place_of(tensor: Any, kinds: tuple[int, ...], read_only: bool) -> TensorMemory:
+    if tensor.device_type not in kinds:
         raise BufferError(f"the tensor is in a device's memory, type {tensor.device_type}")
     shape = [tensor.shape[axis] for axis in range(tensor.ndim)]
     count = math.prod(shape)
@@ -441,4 +467,4 @@ def _place_of(tensor: Any, read_only: bool) -> HostMemory:
                 )
             step *= shape[axis]
     bits = count * tensor.bits * tensor.lanes
-    return HostMemory((tensor.data or 0) + tensor.byte_offset, -(-bits // 8), read_only)
+    return TensorMemory((tensor.data or 0) + tensor.byte_offset, -(-bits // 8), read_only)
