@@ -25,6 +25,24 @@ test-stable: $(VENV)/ready
 	tools/install-system-packages $$(lab/run --apt-packages)
 	lab/run --kernel stable --devices all -- python3 -m pytest tests/kernel tests/device
 
+# Not part of `make test` either: the tests of devices on each kernel, and the table of devices that
+# they prove (docs/reference/devices.md).
+.PHONY: test-devices device-table
+DEVICE_RUNS := build/devices
+IN_GUEST := python3 -m pytest --timeout 600
+test-devices: $(VENV)/ready
+	tools/install-system-packages $$(lab/run --apt-packages)
+	rm -rf $(DEVICE_RUNS)
+	for kernel in backports stable; do \
+		lab/run --kernel $$kernel --timeout 3600 --devices all --out $(DEVICE_RUNS)/$$kernel -- \
+			sh -c '$(IN_GUEST) tests/device && $(IN_GUEST) -m device_table tests/kernel' || exit; \
+	done
+	DMABUF_DEVICE_TABLE=$(DEVICE_RUNS)/here.json $(BIN)/python -m pytest -m device_table tests/unit
+	$(MAKE) -s device-table
+
+device-table: $(VENV)/ready
+	$(BIN)/python tools/write_device_table.py $$(find $(DEVICE_RUNS) -name '*.json')
+
 TRANSFERS := 100000
 soak: $(VENV)/ready
 	$(BIN)/python -m tests.soak --count $(TRANSFERS)

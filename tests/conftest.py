@@ -20,6 +20,7 @@ import dmabuf
 from dmabuf._core import lib
 from dmabuf.transfer.audit import PAIRS
 from dmabuf.transfer.engine import Engine, default_engine
+from tests.device_table import plug_in
 from tests.guards import demand
 from tests.mounting import Mounted, mounted
 from tests.resources import held
@@ -43,6 +44,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
     Undo that a shell ignores Ctrl-C for its background jobs, because tests send it.
     """
+    plug_in(config)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.option.basetemp is None:
         folder = Path(f"/var/tmp/dmabuf-tests-{os.getpid()}")

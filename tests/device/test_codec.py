@@ -104,6 +104,7 @@ def how_of(which: str) -> dict[str, str]:
 @codecs
 @needs("dma_heap", "hugepages")
 @pytest.mark.parametrize("which", EXPORTERS)
+@pytest.mark.device_table("V4L2 codec", "import")
 def test_an_encoder(which: str, small: list[bytes], packets: list[bytes]) -> None:
     with encoder(outputs=2, **how_of(which)) as codec:
         assert (codec.kind, codec.input_format.fourcc, codec.format.fourcc) == (
@@ -124,6 +125,7 @@ def test_an_encoder(which: str, small: list[bytes], packets: list[bytes]) -> Non
 @needs("dma_heap", "hugepages")
 @pytest.mark.parametrize("which", EXPORTERS)
 @pytest.mark.parametrize("step", [None, 100_001])
+@pytest.mark.device_table("V4L2 codec", "import", "read")
 def test_a_decoder(
     which: str, step: int | None, packets: list[bytes], decoded: list[bytes], tmp_path: Path
 ) -> None:
@@ -181,6 +183,7 @@ def padded(data: bytes) -> list[bytes]:
 
 @codecs
 @needs("cameras", "nvme")
+@pytest.mark.device_table("V4L2 codec", "import", "write", "zero-copy")
 def test_camera_to_codec_to_file(tmp_path: Path) -> None:
     """The memory that the camera wrote is what the encoder reads, and its output goes to a drive.
 

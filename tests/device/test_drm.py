@@ -82,6 +82,7 @@ def shows(expected: bytes, what: str) -> None:
         ("the card's own", None),
     ],
 )
+@pytest.mark.device_table("DRM display", "import")
 def test_a_buffer_is_shown(exporter: str, pitch: int | None) -> None:
     data, rgb = pixels(WIDTH, HEIGHT, 1, pitch)
     with drm.Card(BOCHS) as card, made(exporter, card, pitch) as picture:
@@ -109,6 +110,7 @@ def made(exporter: str, card: drm.Card, pitch: int | None = None) -> drm.Image:
 
 @imports
 @needs("display", "udmabuf", "nvme")
+@pytest.mark.device_table("DRM display", "import", "read", "zero-copy")
 def test_from_a_disk_onto_the_screen() -> None:
     """The disk writes into the memory that the display reads."""
     data, rgb = pixels(WIDTH, HEIGHT, 3)
@@ -167,6 +169,7 @@ def test_one_display_and_two_who_want_it() -> None:
 
 
 @needs("vgem")
+@pytest.mark.device_table("DRM GPU", "export")
 def test_a_gpus_memory_is_a_buffer() -> None:
     with drm.Card(VGEM) as card:
         handle, pitch = _vgem_buffer(card)
@@ -185,6 +188,7 @@ def _vgem_buffer(card: drm.Card) -> tuple[int, int]:
 
 @needs("vgem", "udmabuf", "dma_heap")
 @pytest.mark.parametrize("exporter", ["udmabuf", "system"])
+@pytest.mark.device_table("DRM GPU", "import")
 def test_a_buffer_is_a_gpus_memory(exporter: str) -> None:
     """The handle is of the same memory: what it exports is the very dma-buf."""
     with (
@@ -217,6 +221,8 @@ def test_a_handle_that_was_exported_is_not_closed_with_an_import() -> None:
 
 @imports
 @needs("vgem", "display")
+@pytest.mark.device_table("DRM display", "import", "zero-copy")
+@pytest.mark.device_table("DRM GPU", "export")
 def test_from_one_device_to_another() -> None:
     data, rgb = pixels(WIDTH, HEIGHT, 6)
     with drm.Card(VGEM) as gpu, drm.Card(BOCHS) as card:

@@ -11,6 +11,7 @@ SIZE = 1 << 20
 
 
 @needs("gcc", "dma_heap")
+@pytest.mark.device_table(["HIP", "Level Zero"], "import", by="a fake driver")
 @pytest.mark.parametrize("vendor", [Hip, LevelZero])
 def test_a_dma_buf_without_pages_is_imported(
     vendor: type[Hip] | type[LevelZero], monkeypatch: pytest.MonkeyPatch

@@ -67,6 +67,7 @@ EXPORTERS = {
 
 @needs("cameras", "udmabuf", "dma_heap", "hugepages")
 @pytest.mark.parametrize("which", EXPORTERS)
+@pytest.mark.device_table("V4L2 camera", "import", "export")
 def test_every_byte_of_a_picture_that_moves(which: str, moving: Moving) -> None:
     """At the camera's full rate: what it cannot deliver it says."""
     if which == "huge pages" and not exporters.maps_large_pages():
@@ -134,6 +135,7 @@ def test_none_is_lost_at_a_rate_that_the_machine_holds(moving: Moving) -> None:
 
 @needs("cameras", "udmabuf", "dma_heap")
 @pytest.mark.parametrize("exporter", ["udmabuf", "system", "driver"])
+@pytest.mark.device_table("V4L2 camera", "import", "export")
 def test_two_planes_in_a_buffer_each(exporter: str) -> None:
     expected = reference("NV12", **SMALL)
     cut = SMALL["width"] * SMALL["height"]
@@ -192,6 +194,7 @@ def test_a_frame_stays_as_it_is_until_it_is_released(moving: Moving) -> None:
 
 @needs("cameras", "udmabuf", "nvme")
 @pytest.mark.parametrize("exporter", ["udmabuf", "huge pages"])
+@pytest.mark.device_table("V4L2 camera", "import", "write", "zero-copy")
 def test_a_recording(exporter: str, moving: Moving, tmp_path: Path, capsys: Capture) -> None:
     """To a filesystem on an NVMe drive, and no byte of a frame by the CPU."""
     how = []

@@ -140,6 +140,7 @@ def whole(image: drm.Image) -> bytes:
 @needs("dma_heap")
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("exporter", ["udmabuf", "system"])
+@pytest.mark.device_table("VA-API, a driver of the tests", "import")
 def test_import(name: str, exporter: str, display: vaapi.Display) -> None:
     """The driver reads one Buffer and writes another: each byte of it, and no byte beside."""
     pitch = {"NV12": 256, "P010": 512, "XR24": 1024}[name]
@@ -182,6 +183,7 @@ def test_planes_in_two_buffers(display: vaapi.Display) -> None:
 @va
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("layers", ["separate", "composed"])
+@pytest.mark.device_table("VA-API, a driver of the tests", "export")
 def test_export(name: str, layers: str, loader: pytest.MonkeyPatch, gate: Gate) -> None:
     """A Buffer into a surface of the driver, which is a Buffer too, and lasts longer."""
     if layers == "composed":
@@ -206,6 +208,7 @@ def test_export(name: str, layers: str, loader: pytest.MonkeyPatch, gate: Gate) 
 
 @va
 @needs("nvme")
+@pytest.mark.device_table("VA-API, a driver of the tests", "export", "read", "write")
 def test_a_surface_to_a_file_and_back(display: vaapi.Display) -> None:
     """By a drive: the surface's memory is what the file is written from and read into."""
     path = os.environ["DMABUF_TEST_NVME1"]
@@ -229,6 +232,7 @@ def test_a_surface_to_a_file_and_back(display: vaapi.Display) -> None:
 
 @va
 @pytest.mark.parametrize("old", [False, True], ids=["new libva", "a driver without vaSyncSurface2"])
+@pytest.mark.device_table("VA-API, a driver of the tests", "fence")
 def test_sync_waits_for_the_driver(old: bool, loader: pytest.MonkeyPatch, gate: Gate) -> None:
     if old:
         loader.setenv("TEST_VA_OLD", "1")

@@ -43,6 +43,7 @@ def through_vfio(device: vfio.Device) -> mmap.mmap:
 
 @exports
 @needs("vfio")
+@pytest.mark.device_table("VFIO", "export")
 def test_a_bar_is_a_buffer(device: vfio.Device) -> None:
     assert device.bars() == ((REGISTERS, 256), (MEMORY, SIZE))
     with device.bar(MEMORY, name="of a device") as buffer:

@@ -86,6 +86,7 @@ def swapped(data):
 
 
 @needs("vulkan", "nvme", "udmabuf")
+@pytest.mark.device_table("Vulkan, by lavapipe", "import", "read", "write", "zero-copy")
 def test_the_example_from_drive_to_drive(tmp_path):
     with mounted(os.environ["DMABUF_TEST_NVME0"], "ext4", tmp_path / "drive") as drive:
         source, target = drive / "in.raw", drive / "out.raw"
@@ -123,6 +124,7 @@ def without_generator(path):
 
 @needs("vulkan", "udmabuf", "dma_heap", "vgem", "hugepages")
 @pytest.mark.parametrize("kind", [kind for kind in BUFFERS if kind != "memfd"])
+@pytest.mark.device_table("Vulkan, by lavapipe", "import")
 def test_the_gpu_reads_and_writes_each_kind_of_buffer(gpu, jobs, buf, kind):
     size = 2 * SIZE if kind == "huge pages" else SIZE
     with BUFFERS[kind](size) as other:
@@ -151,6 +153,7 @@ def test_a_part_at_the_start_leaves_the_rest(gpu, jobs, buf):
 
 
 @needs("vulkan", "nvme", "udmabuf")
+@pytest.mark.device_table("Vulkan, by lavapipe", "export", "read", "write")
 def test_the_gpus_own_memory_is_a_buffer(gpu, jobs, buf):
     device = os.environ["DMABUF_TEST_NVME0"]
     put(device, pattern(SIZE, 4))
@@ -219,6 +222,7 @@ def test_a_device_without_the_extensions(gpu):
 
 
 @needs("vulkan", "vgem", "nvme", "udmabuf")
+@pytest.mark.device_table("Vulkan, by lavapipe", "import", "fence", "write", "zero-copy")
 def test_storage_waits_for_the_gpu(gpu, jobs, buf, card):
     """The job cannot run before another's fence; the transfer comes after it all the same."""
     device = os.environ["DMABUF_TEST_NVME0"]
@@ -237,6 +241,7 @@ def test_storage_waits_for_the_gpu(gpu, jobs, buf, card):
 
 
 @needs("vulkan", "vgem", "udmabuf")
+@pytest.mark.device_table("Vulkan, by lavapipe", "import", "fence")
 def test_a_job_waits_for_who_writes_the_buffer(gpu, jobs, buf, card):
     with dmabuf.from_fd(card.fd) as theirs, contextlib.ExitStack() as stack:
         memory = stack.enter_context(gpu.import_buffer(theirs))

@@ -32,6 +32,7 @@ def through_dmabuf(slab):
 
 
 @needs("udmabuf")
+@pytest.mark.device_table("udmabuf", "export")
 def test_a_udmabuf_is_a_dma_buf_over_the_same_pages():
     with allocate("4MiB", name="lab") as buf:
         assert buf.exporter == "udmabuf" and buf.is_dmabuf and len(buf.slabs) == 1
@@ -137,6 +138,7 @@ def test_a_udmabuf_on_a_node():
 
 
 @needs("dma_heap")
+@pytest.mark.device_table("dma-heap", "export")
 def test_a_heap():
     assert "system" in exporters.names()
     with allocate("1MiB", exporter="system", name="heap") as buf:
@@ -187,6 +189,7 @@ def test_a_dma_buf_is_known_without_proc(monkeypatch):
 
 
 @needs("vgem")
+@pytest.mark.device_table("DRM GPU", "export")
 def test_a_drm_drivers_dma_buf(card):
     with from_fd(card.fd) as buf, from_fd(card.fd) as twin:
         assert (buf.size, buf.mode) == (256 * 256 * 4, "rb+")

@@ -105,6 +105,7 @@ def test_threads_wait_beside_each_other(card, buf):
 
 
 @needs("vgem")
+@pytest.mark.device_table("DRM GPU", "fence")
 def test_cpu_access_waits_by_itself(card, buf):
     with card.ending(card.job("write")):
         buf.pread(1, 0)
@@ -133,6 +134,7 @@ def drive():
 @needs("vgem", "nvme")
 @pytest.mark.parametrize("route", ["staged", "buffered"])
 @pytest.mark.parametrize("size", [SIZE, PAGE + 5])
+@pytest.mark.device_table("DRM GPU", "fence", "read")
 def test_a_read_waits_for_all_who_use_the_buffer(card, buf, drive, route, size):
     file, _ = drive
     buf.pwrite(poison(SIZE), 0)
@@ -149,6 +151,7 @@ def test_a_read_waits_for_all_who_use_the_buffer(card, buf, drive, route, size):
 
 
 @needs("vgem")
+@pytest.mark.device_table("DRM GPU", "fence", "write")
 def test_a_write_waits_for_those_who_write_the_buffer(card, buf, tmp_path):
     path = tmp_path / "out"
     path.write_bytes(b"as it was")
@@ -301,6 +304,7 @@ def udma(card):
 @needs("vgem", "udmabuf", "nvme")
 @by_either
 @pytest.mark.parametrize("size", [SIZE, PAGE, PAGE + 5], ids=["ring", "lone", "edges"])
+@pytest.mark.device_table("udmabuf", "fence", "read", "zero-copy")
 def test_a_direct_read_waits(card, udma, drive, size, route):
     (buf, occupy), (file, _) = udma, drive
     assert file.plan(buf, size=size, route=route).route in ZERO_COPY
@@ -322,6 +326,7 @@ def test_a_direct_read_waits(card, udma, drive, size, route):
 @needs("vgem", "udmabuf", "nvme")
 @by_either
 @pytest.mark.parametrize("size", [SIZE, PAGE, PAGE + 5], ids=["ring", "lone", "edges"])
+@pytest.mark.device_table("udmabuf", "fence", "write", "zero-copy")
 def test_a_direct_write_waits(card, udma, drive, size, route):
     (buf, occupy), (file, fd) = udma, drive
     fence = occupy("write")

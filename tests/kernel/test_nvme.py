@@ -59,6 +59,7 @@ def test_what_it_is(drive):
 
 
 @everything
+@pytest.mark.device_table("NVMe passthrough", "read", "zero-copy")
 def test_reads(drive, engine, buf):
     """Any offset and length; the bytes around the range keep what they held."""
     dice, chosen = random.Random(drive.block), set()
@@ -84,6 +85,7 @@ def test_reads(drive, engine, buf):
 
 
 @everything
+@pytest.mark.device_table("NVMe passthrough", "write", "zero-copy")
 def test_writes(drive, engine, buf):
     """Whole blocks from any address; no byte beside them changes."""
     dice, chosen, block = random.Random(drive.block), set(), drive.block

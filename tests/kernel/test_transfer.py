@@ -185,6 +185,7 @@ def test_transfers_across_slabs(engine, udmabuf_limit):
 
 @needs("dma_heap", "vgem", "nvme")
 @pytest.mark.parametrize("kind", ["dma-heap", "vgem"])
+@pytest.mark.device_table("dma-heap", "read", "write")
 def test_memory_that_turns_out_not_to_be_pinned(kind, engine):
     """The kernel's own EFAULT: what was not known of the buffer is learnt, and remembered."""
     path = os.environ["DMABUF_TEST_NVME0"]

@@ -127,6 +127,7 @@ def test_memory_of_another_owner(driver, device):
             device.memory(driver.pinned_host(), 4096)
 
 
+@pytest.mark.device_table(["CUDA", "HIP", "Level Zero"], "export", by="a fake driver")
 def test_export(driver, device):
     with device.allocate("4MiB") as memory:
         driver.put(memory.address, pattern(4 * MIB, 2))
@@ -232,6 +233,7 @@ def test_tensors_that_cannot_be_used(driver, device, path):
 # -- transfers
 
 
+@pytest.mark.device_table(["CUDA", "HIP", "Level Zero"], "read", "write", by="a fake driver")
 def test_read_and_write(driver, device, path, tmp_path):
     with device.allocate("4MiB") as memory:
         driver.put(memory.address, poison(4 * MIB))
@@ -368,6 +370,7 @@ def test_an_interrupt_at_any_moment(driver, device, path):
 # -- registered buffers
 
 
+@pytest.mark.device_table(["CUDA", "HIP", "Level Zero"], "import", by="a fake driver")
 def test_register(driver, device):
     with dmabuf.allocate(2 * MIB, exporter="memfd") as buffer:
         buffer.pwrite(pattern(2 * MIB, 3), 0)
