@@ -40,7 +40,9 @@ def parse_size(value: object, what: str = "size") -> int:
     Raises ValueError for other text, a negative size and one above 2**63-1; TypeError for bool,
     float and anything else that is neither an integer nor str.
     """
-    if not isinstance(value, str):
+    if type(value) is int:
+        nbytes = value
+    elif not isinstance(value, str):
         nbytes = as_int(value, what)
     else:
         match = _PATTERN.fullmatch(value.strip().lower())

@@ -17,7 +17,7 @@ from dmabuf.kernel import uapi
 from dmabuf.memory import Buffer
 from dmabuf.sizes import parse_size
 from dmabuf.store import place, protocol
-from dmabuf.store.connection import Connection, reporting
+from dmabuf.store.connection import Connection, reported, reporting
 from dmabuf.store.grant import as_buffer
 from dmabuf.store.protocol import UNCHANGED, Grant, Status, Usage
 
@@ -60,8 +60,10 @@ def connect(
 
 def check_name(name: str) -> str:
     """Return a valid name of a buffer. Raises OSError: EINVAL or ENAMETOOLONG."""
-    with reporting(name):
+    try:
         return protocol.check_name(name)
+    except protocol.Refusal as refusal:
+        raise reported(refusal, name) from None
 
 
 class Store:

@@ -147,6 +147,11 @@ def reporting(name: object) -> Iterator[None]:
     try:
         yield
     except Refusal as refusal:
-        about = refusal.name if refusal.name is not None else name
-        text = refusal.text or os.strerror(refusal.errno)
-        raise OSError(refusal.errno, text, about if isinstance(about, str) else None) from None
+        raise reported(refusal, name) from None
+
+
+def reported(refusal: Refusal, name: object) -> OSError:
+    """Return a Refusal as the OSError of a name."""
+    about = refusal.name if refusal.name is not None else name
+    text = refusal.text or os.strerror(refusal.errno)
+    return OSError(refusal.errno, text, about if isinstance(about, str) else None)

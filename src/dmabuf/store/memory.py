@@ -9,8 +9,9 @@ import os
 import signal
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cached_property
 
-from dmabuf.kernel import proc, uapi
+from dmabuf.kernel import files, proc, uapi
 from dmabuf.memory import allocate, capacity, exporters, foreign
 from dmabuf.sizes import round_up
 from dmabuf.store.protocol import MOST_DESCRIPTORS, Grant, Refusal
@@ -49,6 +50,14 @@ class Memory:
     def descriptors(self) -> tuple[int, ...]:
         """The slabs, and the memfd if there is one."""
         return self.slabs if self.memfd is None else (*self.slabs, self.memfd)
+
+    @cached_property
+    def sendable_fd(self) -> int | None:
+        """The descriptor that sendfile(2) can send; None for dma-bufs, and pages of hugetlbfs."""
+        if self.memfd is None or self.slabs:
+            return None
+        kind = uapi.MEMORY_FILESYSTEMS.get(files.filesystem_of(self.memfd))
+        return None if kind == "hugetlbfs" else self.memfd
 
     @property
     def is_final(self) -> bool:

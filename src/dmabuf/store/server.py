@@ -26,7 +26,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
 from typing import NamedTuple
 
-from dmabuf.kernel import files, proc, uapi
+from dmabuf.kernel import proc
 from dmabuf.store import place, protocol
 from dmabuf.store.memory import Memory, make, rounded
 from dmabuf.store.names import READ, WRITE, Entry, Names, Peer
@@ -219,7 +219,8 @@ class Server:
         It lends what this process's user may read. Raises OSError(ESHUTDOWN) if the server ends.
         """
         lent: Future[list[Lent | OSError]] = Future()
-        self._calls.append(lambda: lent.set_result([self._lend(name) for name in names]))
+        peer = Peer(os.geteuid(), os.getegid())
+        self._calls.append(lambda: lent.set_result([self._lend(name, peer) for name in names]))
         self._wake_up()
         while True:
             with suppress(TimeoutError):
@@ -227,14 +228,12 @@ class Server:
             if self._stopping.is_set() and not self._calls:
                 raise OSError(errno.ESHUTDOWN, "the store ends")
 
-    def _lend(self, name: str) -> Lent | OSError:
+    def _lend(self, name: str, peer: Peer) -> Lent | OSError:
         try:
-            entry = self._names.open(name, Peer(os.geteuid(), os.getegid()), "r")
+            entry = self._names.open(name, peer, "r")
             assert entry.memory is not None
-            fd = entry.memory.memfd
             self._used(entry)
-            if entry.memory.slabs or fd is None or _is_hugetlbfs(fd):
-                fd = None
+            fd = entry.memory.sendable_fd
             return Lent(-1 if fd is None else os.dup(fd), entry.length, entry.number)
         except Refusal as refusal:
             return OSError(refusal.errno, refusal.text, name)
@@ -690,10 +689,6 @@ class Server:
             self._stopping.set()
         self._clients.add(client)
         self._drop(client)
-
-
-def _is_hugetlbfs(fd: int) -> bool:
-    return uapi.MEMORY_FILESYSTEMS.get(files.filesystem_of(fd)) == "hugetlbfs"
 
 
 def _make_after(
