@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import select
 import socket
 import struct
 import subprocess
@@ -130,6 +131,46 @@ def lying_node(behave: Callable[[Peer], None], hello: bytes = HELLO) -> Iterator
             with contextlib.suppress(OSError):
                 listener.shutdown(socket.SHUT_RDWR)
             thread.join()
+
+
+@contextlib.contextmanager
+def relay(address: str, most: int, act: Callable[[], object]) -> Iterator[str]:
+    """An address through which clients reach a node, until it has sent so many bytes: then act.
+
+    The connection ends then, and no other one is accepted.
+    """
+    passed, threads = 0, list[threading.Thread]()
+
+    def forward(client: socket.socket) -> None:
+        nonlocal passed
+        host, _, port = address.rpartition(":")
+        with client, socket.create_connection((host, int(port))) as there:
+            while passed <= most:
+                for one in select.select([client, there], [], [])[0]:
+                    data = one.recv(1 << 16)
+                    if not data:
+                        return
+                    (there if one is client else client).sendall(data)
+                    passed += len(data) if one is there else 0
+            listener.shutdown(socket.SHUT_RDWR)
+            act()
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threads.append(threading.Thread(target=forward, args=[listener.accept()[0]]))
+                threads[-1].start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threads.append(threading.Thread(target=accept))
+        threads[0].start()
+        try:
+            yield f"127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            with contextlib.suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)
+            for one in threads:
+                one.join()
 
 
 def url_of(path: Path) -> str:

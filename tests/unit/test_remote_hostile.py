@@ -175,8 +175,11 @@ def test_every_range_is_checked_by_the_node(listener: remote.Listener) -> None:
             assert peer.ended()
 
 
+@pytest.mark.parametrize("left", [0, 44 * MIB + 1234])
 @pytest.mark.parametrize("require", ["any", "uncached"])
-def test_a_file_that_shrinks(listener: remote.Listener, folder: Path, require: str) -> None:
+def test_a_file_that_shrinks(
+    listener: remote.Listener, folder: Path, require: str, left: int
+) -> None:
     size = 96 * MIB  # more than the buffers of a socket hold
     with (folder / "large").open("wb") as file:
         file.truncate(size)
@@ -192,13 +195,13 @@ def test_a_file_that_shrinks(listener: remote.Listener, folder: Path, require: s
             pytest.skip("needs a filesystem with O_DIRECT: set TMPDIR to a disk")
         if isinstance(first, dict):
             pytest.skip("needs a filesystem with O_DIRECT: set TMPDIR to a disk")
-        os.truncate(folder / "large", 0)
+        os.truncate(folder / "large", left)
         got, reply = len(first), peer.receive()
         while isinstance(reply, bytes):
             got, reply = got + len(reply), peer.receive()
         assert got < size
         assert reply["error"]["kind"] == "ShortReadError"
-        assert peer.ask(op="size", file=number)["size"] == 0
+        assert peer.ask(op="size", file=number)["size"] == left
 
 
 def test_a_client_that_stalls_is_dropped(folder: Path) -> None:
@@ -404,6 +407,51 @@ def test_a_node_that_stalls(big: dmabuf.Buffer) -> None:
     with lying_node(lambda peer: peer.ended(), b"") as address:
         with pytest.raises(TimeoutError):
             remote.connect(address, timeout=SOON)
+
+
+def drips(data: bytes) -> Callable[[Peer], None]:
+    """Send a byte now and then: 200 take 20 seconds."""
+
+    def act(peer: Peer) -> None:
+        for byte in data:
+            peer.socket.sendall(bytes([byte]))
+            threading.Event().wait(0.1)
+
+    return act
+
+
+def padded(**fields: object) -> bytes:
+    """A message of 200 bytes and its header."""
+    return (200).to_bytes(4) + bytes(4) + json.dumps(fields).encode().ljust(200)
+
+
+@pytest.mark.parametrize("what", ["greeting", "reply", "data", "end", "go", "names"])
+def test_a_node_that_sends_a_byte_now_and_then_is_given_up_in_time(
+    what: str, big: dmabuf.Buffer
+) -> None:
+    dripping = {
+        "greeting": drips(HELLO),
+        "reply": lambda peer: peer.receive() and drips(padded(file=1))(peer),
+        "data": opens_then(drips(bytes(7) + b"\xc8" + b"x" * 200)),
+        "end": opens_then(
+            lambda peer: peer.send_data(b"x" * 200) or drips(padded(nbytes=200))(peer)
+        ),
+        "go": opens_then(drips(padded(go=True))),
+        "names": lambda peer: peer.receive() and drips(padded(names=[200]))(peer),
+    }
+    limit = {"timeout": SOON} if what in ("greeting", "reply") else {}
+    with lying_node(dripping[what], b"" if what == "greeting" else HELLO) as address:
+        with pytest.raises(TimeoutError, match="not complete in time"):
+            there = remote.connect(address, **limit)
+            if what == "names":
+                there.fetch("name", big, timeout=SOON)
+            file = there.open("a.bin", "r+")
+            move = file.write_from if what == "go" else file.read_into
+            move(big, 200, timeout=SOON)
+        if what != "greeting":
+            assert there.closed
+        big.pwrite(poison(SIZE), 0)
+    assert_same(big.pread(SIZE, 0), poison(SIZE), "the buffer once nobody writes any more")
 
 
 @pytest.mark.parametrize("way", ["interrupt", "close"])

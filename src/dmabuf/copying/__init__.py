@@ -24,11 +24,11 @@ from dmabuf.copying.many import (
 )
 from dmabuf.copying.opening import SourceEnd, TargetEnd, same_file
 from dmabuf.copying.pipeline import Meter, Writer, copy
-from dmabuf.copying.record import Copy, CopySide
+from dmabuf.copying.record import Copy, CopySide, Tally
 from dmabuf.copying.replace import Replacement
-from dmabuf.copying.sources import Source, file_source
+from dmabuf.copying.sources import OffsetSource, Source, file_source
 from dmabuf.copying.staging import Staging
-from dmabuf.copying.targets import FileTarget, Target
+from dmabuf.copying.targets import FileTarget, OffsetTarget, Target
 
 __all__ = [
     "DEPTH",
@@ -39,12 +39,15 @@ __all__ = [
     "FileTarget",
     "Filled",
     "Meter",
+    "OffsetSource",
+    "OffsetTarget",
     "Outcome",
     "Reader",
     "Replacement",
     "Source",
     "SourceEnd",
     "Staging",
+    "Tally",
     "Target",
     "TargetEnd",
     "Writer",

@@ -60,14 +60,14 @@ class Tally:
     """Adds up the transfers of one side."""
 
     def __init__(self) -> None:
-        self._first: dict[Route, Transfer] = {}
+        self._first: dict[Route, Transfer | CopySide] = {}
         self._routes: dict[Route, int] = {}
         self._registered = False
         self._requests = self._reissues = self._copied = 0
         self._seconds = 0.0
 
-    def add(self, transfer: Transfer) -> None:
-        """Count a finished transfer."""
+    def add(self, transfer: Transfer | CopySide) -> None:
+        """Count a finished transfer, or one side of a copy."""
         if not transfer.nbytes:
             return
         self._first.setdefault(transfer.route, transfer)

@@ -13,7 +13,18 @@ from dmabuf.copying.record import Tally
 from dmabuf.errors import ShortReadError, TransferError, os_error
 from dmabuf.kernel import files
 from dmabuf.memory import Buffer
-from dmabuf.transfer import BLOCKING, Direction, File, Plan, Terms, complete, plan_in_order, stream
+from dmabuf.transfer import (
+    BLOCKING,
+    Direction,
+    File,
+    Plan,
+    Terms,
+    Transfer,
+    Verbs,
+    complete,
+    plan_in_order,
+    stream,
+)
 
 _ENDLESS = frozenset(os.makedev(1, minor) for minor in (5, 7, 8, 9))
 """The devices zero, full, random and urandom (Documentation/admin-guide/devices.txt)."""
@@ -59,7 +70,7 @@ class End:
 
 
 class Source(End):
-    """What a copy reads; the base of the three kinds."""
+    """What a copy reads; the base of its kinds."""
 
     direction = "read"
     total: int | None = None
@@ -84,15 +95,21 @@ class Source(End):
         """Raise ShortReadError if a file ended `missing` bytes early because it was truncated."""
 
 
-class FileSource(Source):
-    """A regular file or block device, read from an offset on."""
+class OffsetSource(Source):
+    """A file, here or on another node, that is read from an offset on."""
 
-    def __init__(self, file: File, offset: int, terms: Terms) -> None:
-        super().__init__(file_name(file), terms, os.fstat(file.fileno()))
-        self._file = file
-        self._offset = offset
-        self.total = max(0, (file.size or 0) - offset)
-        self.any_thread = file.target.engine.owner is None
+    def __init__(
+        self,
+        name: str,
+        file: Verbs[Transfer, Plan],
+        offset: int,
+        terms: Terms,
+        end: int,
+        status: os.stat_result | None = None,
+    ) -> None:
+        super().__init__(name, terms, status)
+        self._file, self._offset = file, offset
+        self.total = max(0, end - offset)
 
     def plan(self, buffer: Buffer, size: int) -> Plan:
         """Return the route of the next `size` bytes; raises RouteUnavailable."""
@@ -110,12 +127,26 @@ class FileSource(Source):
         return transfer.nbytes
 
     def check_end(self, missing: int) -> None:
+        """Raise ShortReadError: the file had all of its bytes when the copy began."""
+        raise ShortReadError(f"{self.name} ended {missing} bytes early: it shrank meanwhile")
+
+
+class FileSource(OffsetSource):
+    """A regular file or block device of this machine."""
+
+    def __init__(self, file: File, offset: int, terms: Terms) -> None:
+        status = os.fstat(file.fileno())
+        super().__init__(file_name(file), file, offset, terms, file.size or 0, status)
+        self._here = file
+        self.any_thread = file.target.engine.owner is None
+
+    def check_end(self, missing: int) -> None:
         """Raise ShortReadError unless the file is of a kind that can be shorter than its size."""
-        fd, end, promised = self._file.fileno(), self._file.size or 0, self._offset + missing
+        fd, end, promised = self._here.fileno(), self._here.size or 0, self._offset + missing
         if end < promised:
             text = f"it ends at {end} now, and had bytes up to {promised} before"
             raise ShortReadError(f"{self.name} shrank while it was copied: {text}")
-        pseudo = self._file.kind == "file" and files.filesystem_of(fd) in _PSEUDO_FILESYSTEMS
+        pseudo = self._here.kind == "file" and files.filesystem_of(fd) in _PSEUDO_FILESYSTEMS
         if not pseudo or os.pread(fd, 1, self._offset):
             text = f"it was truncated to {self._offset} bytes and has {end} again"
             raise ShortReadError(f"{self.name} changed while it was copied: {text}")

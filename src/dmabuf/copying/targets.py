@@ -8,15 +8,26 @@ from __future__ import annotations
 import errno
 import os
 import time
+from collections.abc import Callable
 
 from dmabuf.copying.sources import End, check_socket, file_name, refuse_offset
 from dmabuf.errors import TransferError, os_error
 from dmabuf.memory import Buffer
-from dmabuf.transfer import BLOCKING, File, Growth, Plan, Terms, complete, stream
+from dmabuf.transfer import (
+    BLOCKING,
+    File,
+    Growth,
+    Plan,
+    Terms,
+    Transfer,
+    Verbs,
+    complete,
+    stream,
+)
 
 
 class Target(End):
-    """What a copy writes; the base of the three kinds."""
+    """What a copy writes; the base of its kinds."""
 
     direction = "write"
     begun = False
@@ -37,28 +48,55 @@ class Target(End):
         """Return when the bytes are on the medium; nothing to do for a stream."""
 
 
-class FileTarget(Target):
+class OffsetTarget(Target):
+    """A file, here or on another node, that is written from an offset on."""
+
+    def __init__(
+        self,
+        name: str,
+        file: Verbs[Transfer, Plan],
+        offset: int,
+        terms: Terms,
+        flush: Callable[[], object],
+        status: os.stat_result | None = None,
+    ) -> None:
+        super().__init__(name, terms, status)
+        self._file, self._offset, self._flush = file, offset, flush
+
+    def plan(self, buffer: Buffer, size: int) -> Plan:
+        """Return the route of the next `size` bytes; raises RouteUnavailable."""
+        place = None if self.in_order else self._offset
+        return self._file.plan(buffer, "write", size=size, file_offset=place, terms=self.terms)
+
+    def write(self, buffer: Buffer, at: int, size: int) -> None:
+        """Write the next `size` bytes, from the buffer's offset `at`."""
+        place = None if self.in_order else self._offset
+        transfer = self._file.write_from(
+            buffer, size, file_offset=place, buffer_offset=at, terms=self.terms
+        )
+        self._offset += size
+        self.tally.add(transfer)
+
+    def flush(self) -> None:
+        """Return when the bytes are on the medium; nothing to do for a stream."""
+        if not self.in_order:
+            self._flush()
+
+
+class FileTarget(OffsetTarget):
     """A File that is written from an offset on, or in order if it is a stream."""
 
     def __init__(self, file: File, offset: int, terms: Terms, *, emptied: bool = False) -> None:
-        super().__init__(file_name(file), terms, os.fstat(file.fileno()))
-        self._file = file
+        status = os.fstat(file.fileno())
+        super().__init__(file_name(file), file, offset, terms, lambda: file.target.flush(), status)
+        self._here = file
         self._emptied = emptied
-        self._start = self._offset = offset
+        self._start = offset
         self._growth: Growth | None = None
         if file.size is None:
             self.in_order = f"a {file.kind}"
             refuse_offset(offset, self.in_order, self.name)
             check_socket(file, self.name)
-
-    def plan(self, buffer: Buffer, size: int) -> Plan:
-        """Return the route of the next `size` bytes; raises RouteUnavailable."""
-        return self._file.plan(
-            buffer, "write", size=size, file_offset=self._place(), terms=self.terms
-        )
-
-    def _place(self) -> int | None:
-        return None if self.in_order else self._offset
 
     def prepare(self, total: int | None) -> None:
         """Empty a file that was opened by its path, and allocate the blocks of the copy.
@@ -66,7 +104,7 @@ class FileTarget(Target):
         All at once: a file that grows piece by piece is scattered over the disk, and a disk that
         is too small is reported before anything is written.
         """
-        file = self._file
+        file = self._here
         if total is not None:
             file.target.check_write(self._offset, total)
         if total is not None and file.kind in ("block device", "NVMe character device"):
@@ -88,23 +126,10 @@ class FileTarget(Target):
                     raise
         self.begun = True
 
-    def write(self, buffer: Buffer, at: int, size: int) -> None:
-        """Write the next `size` bytes, from the buffer's offset `at`."""
-        transfer = self._file.write_from(
-            buffer, size, file_offset=self._place(), buffer_offset=at, terms=self.terms
-        )
-        self._offset += size
-        self.tally.add(transfer)
-
     def cut(self, nbytes: int) -> None:
         """Give back what was allocated beyond the first `nbytes` of the copy."""
         if self._growth is not None:
             self._growth.cut(self._start + nbytes)
-
-    def flush(self) -> None:
-        """Return when the bytes are on the medium; nothing to do for a stream."""
-        if not self.in_order:
-            self._file.target.flush()
 
 
 class AppendTarget(Target):

@@ -14,13 +14,16 @@ client's view of it. What does not: how a file is read at the node (transfer/, c
 of named buffers (store/), the command line (cli/).
 
 ``protocol.py`` has the messages and ``channel.py`` the socket of both ends; ``address.py`` says who
-may connect to what. ``client.py``, ``file.py`` and ``session.py`` are the client's end;
-``server.py``, ``requests.py`` and ``folder.py`` the node's.
+may connect to what. The client's end: ``connecting.py`` and ``client.py`` (connect and Node),
+``session.py`` (requests and records), ``tcp.py`` (the engine, which moves their bytes),
+``file.py``, ``replicas.py`` (a file at several nodes) and ``names.py``. The node's end:
+``server.py``, ``requests.py`` and ``folder.py``.
 """
 
 from dmabuf.remote.address import Certificates, certificates_from_environment, is_url, parse_url
 from dmabuf.remote.client import Node, connect, open_url
 from dmabuf.remote.file import RemoteFile
+from dmabuf.remote.replicas import ReplicaFile
 from dmabuf.remote.server import Listener, serving
 from dmabuf.remote.session import RemotePlan, RemoteTransfer
 
@@ -31,6 +34,7 @@ __all__ = [
     "RemoteFile",
     "RemotePlan",
     "RemoteTransfer",
+    "ReplicaFile",
     "certificates_from_environment",
     "connect",
     "is_url",

@@ -112,19 +112,21 @@ def parse_address(text: str) -> Address:
     raise ValueError(f"invalid address {text!r}: use HOST:PORT, [IPV6]:PORT or unix:PATH")
 
 
-def parse_url(url: str) -> tuple[str, str]:
-    """Return the address and the path of dmabuf://HOST:PORT/PATH. Raises ValueError.
+def parse_url(url: str) -> tuple[list[str], str]:
+    """Return the addresses and the path of dmabuf://HOST:PORT/PATH. Raises ValueError.
 
-    A Unix socket is the host with its slashes encoded: dmabuf://%2Frun%2Fnode.sock/a.bin.
+    There may be several addresses, with commas between them. A Unix socket is a host with its
+    slashes encoded: dmabuf://%2Frun%2Fnode.sock/a.bin.
     """
     rest = url[len(SCHEME) :]
     where, slash, path = rest.partition("/")
     if not url.startswith(SCHEME) or not where or not slash or not path:
         raise ValueError(f"invalid URL {url!r}: use dmabuf://HOST:PORT/PATH")
-    host = unquote(where)
-    address = f"{_UNIX}{host}" if host.startswith("/") else host
-    parse_address(address)
-    return address, unquote(path)
+    hosts = map(unquote, where.split(","))
+    addresses = [f"{_UNIX}{host}" if "/" in host else host for host in hosts]
+    for address in addresses:
+        parse_address(address)
+    return addresses, unquote(path)
 
 
 def is_url(text: object) -> bool:

@@ -7,6 +7,7 @@ for at most a tenth of a second, so that signals are handled and a stalled peer 
 from __future__ import annotations
 
 import errno
+import math
 import os
 import select
 import socket
@@ -14,7 +15,6 @@ import ssl
 import struct
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Literal
 
 from dmabuf.errors import os_error
@@ -39,6 +39,7 @@ class Channel:
         """Take over a connected socket; `timeout` is the most seconds without any progress."""
         self.name = name
         self.timeout = timeout
+        self._deadline = math.inf
         self._socket = connection
         self._room = memoryview(bytearray(_ROOM))
         self._spare = self._room[:0]
@@ -50,6 +51,7 @@ class Channel:
         self._told = time.monotonic()
         self.failed = False
         """Whether the connection cannot be used any more."""
+        self._file_error: OSError | None = None
         self.received = 0
         """Bytes that `read_into` has received, also where it raised."""
         self._tls = isinstance(connection, ssl.SSLSocket)
@@ -85,19 +87,26 @@ class Channel:
 
     # -- waiting
 
-    def _patiently(self, call: Callable[[], int], doing: str) -> int:
+    def limit(self, seconds: float | None) -> None:
+        """Have every call fail after so many seconds from now; None is without limit."""
+        self._deadline = math.inf if seconds is None else time.monotonic() + seconds
+
+    def _patiently(self, doing: str, call: Callable[..., int], *args: object) -> int:
         """Call until something has moved; return how many bytes."""
         begun = time.monotonic()
+        last = min(begun + self.timeout, self._deadline)
         while True:
+            if stopping.check is not None:
+                stopping.check()
+            if time.monotonic() > last:
+                text = f"nothing moved in {self.timeout:g} s"
+                if last == self._deadline:
+                    text = "not complete in time"
+                raise self._failure(errno.ETIMEDOUT, f"the other end stalled while {doing}: {text}")
             try:
-                moved = call()
+                moved = call(*args)
             except (BlockingIOError, TimeoutError):
-                if stopping.check is not None:
-                    stopping.check()
-                if time.monotonic() - begun < self.timeout:
-                    continue
-                text = f"the other end stalled while {doing}: nothing moved in {self.timeout:g} s"
-                raise self._failure(errno.ETIMEDOUT, text) from None
+                continue
             except ssl.SSLError as error:
                 text = f"TLS failed while {doing}: {error.reason or error}"
                 raise self._failure(errno.ECONNRESET, text) from None
@@ -152,8 +161,7 @@ class Channel:
         flags = 0 if self._tls else socket.MSG_WAITALL
         while done < len(view):
             with view[done:] as rest:
-                receive = partial(self._socket.recv_into, rest, len(rest), flags)
-                got = self._patiently(receive, "sending")
+                got = self._patiently("sending", self._socket.recv_into, rest, 0, flags)
             done, self.received = done + got, self.received + got
 
     def _read(self, size: int) -> memoryview:
@@ -162,8 +170,7 @@ class Channel:
         if have < size:
             self._room[:have] = bytes(self._spare)
             while have < size:
-                receive = partial(self._socket.recv_into, self._room[have:])
-                have += self._patiently(receive, "sending")
+                have += self._patiently("sending", self._socket.recv_into, self._room[have:])
             self._spare = self._room[:have]
         found, self._spare = self._spare[:size], self._spare[size:]
         return found
@@ -194,10 +201,20 @@ class Channel:
             raise Malformed("data came where none was expected")
         return found
 
+    def receive_reply(self) -> Message:
+        """Return the next message; raises Reported for the error of a node."""
+        return protocol.checked(self.receive_message(), self.name)
+
     # -- sending
 
     def send(self, message: bytes, *, more: bool = False) -> None:
-        """Send a message; with `more`, together with what is sent next."""
+        """Send a message; with `more`, together with what is sent next.
+
+        Zeros complete data that an error has cut off: the message then reports it.
+        """
+        if self._message:
+            self._send_all(memoryview(bytes(self._message)))
+        self._message = self._coming = 0
         self._out += message
         if not more or len(self._out) > 1 << 16:
             self.flush()
@@ -210,7 +227,7 @@ class Channel:
 
     def _send_all(self, view: memoryview, flags: int = 0) -> None:
         while view:
-            view = view[self._patiently(partial(self._socket.send, view, flags), "receiving") :]
+            view = view[self._patiently("receiving", self._socket.send, view, flags) :]
 
     def announce(self, size: int) -> None:
         """Begin to send so many bytes of data, by `send_data` and `send_file` as often as needed.
@@ -241,23 +258,32 @@ class Channel:
         """Send a range of a file, from the page cache.
 
         Returns how many bytes the file had, and the number of system calls. A file that shrinks
-        meanwhile has fewer; then, and after an error of the file, zeros complete the message.
+        meanwhile has fewer.
         """
         done = calls = 0
         while done < size:
-            once = _Sending(self._socket.fileno(), fd, offset + done, self._headed(size - done))
-            sent = self._patiently(once, "receiving")
+            how = self._socket.fileno(), fd, offset + done, self._headed(size - done)
+            sent = self._patiently("receiving", self._sendfile, *how)
             calls += 1
-            if once.ended:
-                self._send_all(memoryview(bytes(self._message)))
-                self._message = 0
-                if once.error is not None:
-                    once.error.nbytes = done  # type: ignore[attr-defined]
-                    raise once.error
+            if sent < 0:
+                error, self._file_error = self._file_error, None
+                if error is not None:
+                    error.nbytes = done  # type: ignore[attr-defined]
+                    raise error
                 break
             done += sent
             self._message -= sent
         return done, calls
+
+    def _sendfile(self, *how: int) -> int:
+        """Call sendfile(2), and return how many bytes it sent; -1 if the file has no more."""
+        try:
+            return os.sendfile(*how) or -1
+        except (BlockingIOError, TimeoutError, ConnectionError):
+            raise
+        except OSError as error:
+            self._file_error = error
+            return -1
 
     def keep_waiting(self) -> None:
         """Tell the other end from time to time that the reply will come."""
@@ -272,25 +298,3 @@ class Channel:
         """Send the greeting, and return that of the other end."""
         self.send(protocol.HELLO)
         return bytes(self._read(len(protocol.HELLO)))
-
-
-class _Sending:
-    """One call of sendfile(2)."""
-
-    ended = False
-    """Whether the file has no more, or cannot be read."""
-    error: OSError | None = None
-
-    def __init__(self, connection: int, fd: int, offset: int, size: int) -> None:
-        self._how = connection, fd, offset, size
-
-    def __call__(self) -> int:
-        """Send some bytes, and return how many; 1 if the file has ended."""
-        try:
-            sent = os.sendfile(*self._how)
-        except (BlockingIOError, TimeoutError, ConnectionError):
-            raise
-        except OSError as error:
-            sent, self.error = 0, error
-        self.ended = not sent
-        return sent or 1

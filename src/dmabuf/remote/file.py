@@ -3,51 +3,38 @@
 from __future__ import annotations
 
 import errno
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 
-from dmabuf.copying import Source, Target
-from dmabuf.errors import ClosedError, ShortReadError, Uncopyable, os_error
+from dmabuf.copying import OffsetSource, OffsetTarget
+from dmabuf.errors import ClosedError, Uncopyable, os_error
 from dmabuf.memory import Buffer
 from dmabuf.remote import protocol
-from dmabuf.remote.session import (
-    REASONS,
-    REJECTED,
-    Place,
-    RemotePlan,
-    RemoteTransfer,
-    Session,
-    check_terms,
-    mapped,
-    meter_of,
-)
+from dmabuf.remote.channel import Transport
+from dmabuf.remote.protocol import Message
+from dmabuf.remote.session import RemotePlan, RemoteTransfer, Session, check_terms
+from dmabuf.remote.tcp import Place
 from dmabuf.sizes import OFFSET_MAX, Size, parse_size
-from dmabuf.transfer import (
-    Direction,
-    Plan,
-    Prefer,
-    Progress,
-    Require,
-    Route,
-    Terms,
-    Transfer,
-    Verbs,
-    segments_of,
-    terms_of,
-)
+from dmabuf.transfer import Direction, Plan, Progress, Route, Terms, Verbs, segments_of
+
+Range = tuple[int, Place]
+"""An offset in a file, and the place in a buffer for the bytes there."""
 
 
-class RemoteFile(Verbs[RemoteTransfer], Uncopyable, instead="open its path again by another Node"):
+class RemoteFile(
+    Verbs[RemoteTransfer, RemotePlan],
+    Uncopyable,
+    instead="open its path again by another Node",
+):
     """A file below the directory that a node serves, opened by `Node.open`.
 
     Its methods take the arguments of `dmabuf.File`, and return a `RemoteTransfer`. `require` holds
     at both ends: "uncached" has the node read past its page cache, and "zero-copy" is refused,
     because the kernel copies between socket and buffer. `route` and `prefer` are about the node's
-    file. `timeout` is also the most seconds without any progress, in place of the node's. `audit`
-    compares with a checksum that the node makes of its file by plain reads: "first" the first 4 MiB
-    of the first transfer in each direction, "always" all bytes.
+    file. `timeout` is also the most seconds that the whole transfer may take; the connection's own
+    limits the time without any progress. `audit` compares with a checksum that the node makes of
+    its file by plain reads: "first" the first 4 MiB of the first transfer in each direction,
+    "always" all bytes.
 
     After an error under way, or an interrupt, the range of the buffer (of the file, for a write)
     has undefined content, and the connection is closed unless the node reported the error. Nothing
@@ -69,21 +56,28 @@ class RemoteFile(Verbs[RemoteTransfer], Uncopyable, instead="open its path again
         return self._closed or self._session.closed
 
     @property
-    def transport(self) -> str:
+    def node(self) -> str:
+        """The address of its node."""
+        return self._session.name
+
+    @property
+    def transport(self) -> Transport:
         """What carries its bytes: "tcp", "tls" or "unix"."""
         return self._session.transport
 
     @property
     def size(self) -> int:
         """Where the file ends now, in bytes."""
-        self._check_open()
-        return self._session.ask("size", file=self._number).number("size")
+        return self._ask("size").number("size")
 
     @property
-    def modified_ns(self) -> int:
-        """When the file was last modified, in nanoseconds since 1970, by the node's clock."""
-        self._check_open()
-        return self._session.ask("size", file=self._number).number("modified_ns")
+    def versions(self) -> Mapping[str, tuple[int, int]]:
+        """By the address of its node, where it ends, and when it was last modified there.
+
+        That is in bytes, and in nanoseconds since 1970 by the node's clock.
+        """
+        found = self._ask("size")
+        return {self.node: (found.number("size"), found.number("modified_ns"))}
 
     def readable(self) -> bool:
         """Return whether bytes can be read from it into a buffer."""
@@ -95,8 +89,7 @@ class RemoteFile(Verbs[RemoteTransfer], Uncopyable, instead="open its path again
 
     def flush(self) -> None:
         """Return when what was written is on the node's medium (fdatasync)."""
-        self._check_open()
-        self._session.ask("flush", file=self._number)
+        self._ask("flush")
 
     def close(self) -> None:
         """Close it. Can be called again."""
@@ -107,8 +100,7 @@ class RemoteFile(Verbs[RemoteTransfer], Uncopyable, instead="open its path again
 
     def commit(self, *, sync: bool = False) -> None:
         """Give a file of `Node.replacing` its name, with `sync` on the medium, and close it."""
-        self._check_open()
-        self._session.ask("commit", file=self._number, sync=sync)
+        self._ask("commit", sync=sync)
         self._closed = True
 
     def __enter__(self) -> RemoteFile:
@@ -122,6 +114,10 @@ class RemoteFile(Verbs[RemoteTransfer], Uncopyable, instead="open its path again
         state = "closed" if self.closed else f"mode={self.mode!r}"
         return f"<dmabuf.remote.RemoteFile {self.name!r} {state}>"
 
+    def _ask(self, op: str, **fields: object) -> Message:
+        self._check_open()
+        return self._session.ask(op, file=self._number, **fields)
+
     def _check_open(self) -> None:
         if self.closed:
             raise ClosedError(f"{self.name} is closed")
@@ -132,48 +128,23 @@ class RemoteFile(Verbs[RemoteTransfer], Uncopyable, instead="open its path again
             verb = "reading" if direction == "read" else "writing"
             text = f"the file is not open for {verb}: mode={self.mode!r}"
             raise os_error(errno.EBADF, text, self.name)
-        check_terms(buffer, terms, self._session.transport, self.name)
+        check_terms(buffer, terms, self.transport, self.name)
 
-    def plan(
+    def _plan(
         self,
+        direction: Direction,
         buffer: Buffer,
-        direction: Direction = "read",
-        *,
-        size: Size | None = None,
-        file_offset: Size | None = None,
-        buffer_offset: Size = 0,
-        require: Require = "any",
-        route: Route | str | None = None,
-        prefer: Prefer = "zero-copy",
-        terms: Terms | None = None,
+        size: Size | None,
+        file_offset: Size | None,
+        buffer_offset: Size,
+        terms: Terms,
     ) -> RemotePlan:
-        """Return the routes at both ends of a transfer with these arguments. It moves nothing.
-
-        Raises:
-            RouteUnavailable, OSError, ValueError: as the transfer itself would.
-        """
-        if direction not in ("read", "write"):
-            raise ValueError(f"invalid direction={direction!r}: use 'read' or 'write'")
-        terms = terms or terms_of(require, route, prefer)
         self._check(direction, buffer, terms)
         offset, (_, nbytes) = self._range(direction, buffer, size, file_offset, buffer_offset)
-        reply = self._session.ask(
-            "plan",
-            file=self._number,
-            direction=direction,
-            offset=offset,
-            size=nbytes,
-            terms=protocol.terms_fields(terms),
-        )
-        route_there = Route(reply.text("route", *Route))
-        there = Plan(route_there, reply.text("reason"), protocol.parse_reasons(reply))
-        return RemotePlan(
-            Route.STAGED,
-            REASONS[direction],
-            REJECTED,
-            transport=self._session.transport,
-            remote=there,
-        )
+        about = protocol.terms_fields(terms)
+        reply = self._ask("plan", direction=direction, offset=offset, size=nbytes, terms=about)
+        route, reason = reply.choice("route", *Route), reply.get("reason", str)
+        return self._session.plan(direction, Plan(route, reason, protocol.parse_reasons(reply)))
 
     # -- transfers
 
@@ -209,7 +180,7 @@ class RemoteFile(Verbs[RemoteTransfer], Uncopyable, instead="open its path again
     ) -> RemoteTransfer:
         self._check(direction, buffer, terms)
         offset, place = self._range(direction, buffer, size, file_offset, buffer_offset)
-        return self._move(direction, buffer, [(offset, place)], terms, progress, whole=False)
+        return self.move(direction, buffer, [(offset, place)], terms, progress, whole=False)
 
     def _move_segments(
         self,
@@ -226,107 +197,35 @@ class RemoteFile(Verbs[RemoteTransfer], Uncopyable, instead="open its path again
             ]
         if len(ranges) > protocol.MOST_PAIRS:
             raise ValueError(f"{len(ranges)} segments: at most {protocol.MOST_PAIRS} in one call")
-        return self._move(direction, buffer, ranges, terms, progress, whole=True)
+        return self.move(direction, buffer, ranges, terms, progress, whole=True)
 
-    def _move(
+    def move(
         self,
         direction: Direction,
         buffer: Buffer,
-        ranges: Sequence[tuple[int, Place]],
+        ranges: Sequence[Range],
         terms: Terms,
         progress: Progress | None,
         *,
         whole: bool,
     ) -> RemoteTransfer:
         """Move ranges between the file and their places; `whole` refuses a read past its end."""
-        session, begun = self._session, time.perf_counter()
-        first = min((start for _, (start, _) in ranges), default=0)
-        last = max((start + size for _, (start, size) in ranges), default=0)
-        places = [(start - first, size) for _, (start, size) in ranges]
-        meter = meter_of(progress, sum(size for _, size in places))
-        limit = session.audit_limit(buffer, terms, direction, places)
-        request = protocol.pack(
-            op=direction,
-            file=self._number,
-            segments=[(offset, size) for offset, (_, size) in ranges],
-            whole=whole,
-            checksum=limit,
-            terms=protocol.terms_fields(terms),
-        )
-        move = session.receive if direction == "read" else session.send
-        with (
-            mapped(buffer, terms, direction, first, last - first) as view,
-            session.exchange(terms.timeout) as channel,
-        ):
-            channel.send(request)
-            reply = move(channel, view, places, self.name, meter)
-            done = session.finish(reply, direction, buffer, view, places, limit, self.name, begun)
-        if meter is not None:
-            meter.finish(done.nbytes)
-        return done
+        request = {
+            "op": direction,
+            "file": self._number,
+            "segments": [(offset, size) for offset, (_, size) in ranges],
+            "whole": whole,
+            "terms": protocol.terms_fields(terms),
+        }
+        places = [place for _, place in ranges]
+        return self._session.move(direction, buffer, places, self.name, terms, request, progress)
 
     # -- an end of dmabuf.copy()
 
-    def copy_source(self, offset: int, terms: Terms) -> Source:
+    def copy_source(self, offset: int, terms: Terms) -> OffsetSource:
         """Return this file as the source of a copy."""
-        return _CopySource(self, offset, terms)
+        return OffsetSource(self.name, self, offset, terms, self.size)
 
-    def copy_target(self, offset: int, terms: Terms) -> Target:
+    def copy_target(self, offset: int, terms: Terms) -> OffsetTarget:
         """Return this file as the target of a copy."""
-        return _CopyTarget(self, offset, terms)
-
-
-def _with_node(done: RemoteTransfer) -> Transfer:
-    """Return a record whose reasons include those of the node, for the record of a copy."""
-    there = f"over {done.transport}; at the node {done.remote.route}: {done.remote.reason}"
-    return replace(done, rejected=dict.fromkeys(done.rejected, there))
-
-
-class _CopySource(Source):
-    def __init__(self, file: RemoteFile, offset: int, terms: Terms) -> None:
-        super().__init__(file.name, terms, None)
-        self._file, self._offset = file, offset
-        self.total = max(0, file.size - offset)
-
-    def plan(self, buffer: Buffer, size: int) -> Plan:
-        """Return the route of the next `size` bytes; raises RouteUnavailable."""
-        return self._file.plan(
-            buffer, "read", size=size, file_offset=self._offset, terms=self.terms
-        )
-
-    def read(self, buffer: Buffer, at: int, size: int, *, whole: bool, more: bool) -> int:
-        """Read the next bytes into the buffer, and return how many."""
-        done = self._file.read_into(
-            buffer, size, file_offset=self._offset, buffer_offset=at, terms=self.terms
-        )
-        self._offset += done.nbytes
-        self.tally.add(_with_node(done))
-        return done.nbytes
-
-    def check_end(self, missing: int) -> None:
-        """Raise ShortReadError: a file on a node has the size that it had."""
-        raise ShortReadError(f"{self.name} ended {missing} bytes early: it shrank meanwhile")
-
-
-class _CopyTarget(Target):
-    def __init__(self, file: RemoteFile, offset: int, terms: Terms) -> None:
-        super().__init__(file.name, terms, None)
-        self._file, self._offset = file, offset
-
-    def plan(self, buffer: Buffer, size: int) -> Plan:
-        """Return the route of the next `size` bytes; raises RouteUnavailable."""
-        return self._file.plan(
-            buffer, "write", size=size, file_offset=self._offset, terms=self.terms
-        )
-
-    def write(self, buffer: Buffer, at: int, size: int) -> None:
-        """Write the next `size` bytes, from the buffer's offset `at`."""
-        done = self._file.write_from(
-            buffer, size, file_offset=self._offset, buffer_offset=at, terms=self.terms
-        )
-        self._offset += size
-        self.tally.add(_with_node(done))
-
-    def flush(self) -> None:
-        """Return when the bytes are on the medium."""
-        self._file.flush()
+        return OffsetTarget(self.name, self, offset, terms, self.flush)

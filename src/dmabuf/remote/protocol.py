@@ -42,6 +42,7 @@ AUDITED = 4 << 20
 """The first bytes of a first transfer that are compared."""
 
 Kind = TypeVar("Kind")
+Word = TypeVar("Word", bound=str)
 
 
 class Malformed(OSError):
@@ -61,81 +62,56 @@ class Message:
     def __contains__(self, key: str) -> bool:
         return key in self._fields
 
-    def _get(self, key: str, kind: type[Kind]) -> Kind:
+    def get(self, key: str, kind: type[Kind]) -> Kind:
+        """Return a value of a type of JSON."""
         value = self._fields.get(key)
         if type(value) is not kind:
-            raise Malformed(f"a message has no valid {key}")
+            raise _invalid(key)
         return value
 
-    def text(self, key: str, *allowed: str) -> str:
-        """Return a text, one of those allowed if there are any."""
-        value = self._get(key, str)
-        if allowed and value not in allowed:
-            raise Malformed(f"a message has no valid {key}")
-        return value
-
-    def flag(self, key: str) -> bool:
-        """Return a truth value."""
-        return self._get(key, bool)
+    def choice(self, key: str, *allowed: Word) -> Word:
+        """Return one of the texts allowed."""
+        value = self.get(key, str)
+        for one in allowed:
+            if value == one:
+                return one
+        raise _invalid(key)
 
     def number(self, key: str) -> int:
         """Return a size, an offset or another number from 0 to the largest file offset."""
-        return _number(self._get(key, int))
+        return _number(self.get(key, int))
 
     def maybe(self, key: str) -> int | None:
         """Return a number, or None where it is null."""
         return None if self.is_null(key) else self.number(key)
 
-    def seconds(self, key: str) -> float:
-        """Return a time in seconds."""
-        return self._get(key, float)
-
-    def message(self, key: str) -> Message:
-        """Return an object of its own."""
-        return Message(self._get(key, dict))
-
-    def records(self, key: str) -> list[dict[str, object]]:
-        """Return a list of objects, unchecked."""
-        value = self._get(key, list)
-        if not all(type(one) is dict for one in value):
-            raise Malformed(f"a message has no valid {key}")
-        return value
-
-    def texts(self, key: str) -> dict[str, str]:
-        """Return a mapping of text to text."""
-        value = self._get(key, dict)
-        if not all(type(one) is str for one in value.values()):
-            raise Malformed(f"a message has no valid {key}")
-        return value
-
-    def pairs(self, key: str) -> list[tuple[int, int]]:
-        """Return pairs of numbers, such as offset and size."""
-        return [(_number(one), size) for one, size in self._pairs(key)]
-
-    def named(self, key: str) -> list[tuple[str, int]]:
-        """Return pairs of a name and a number."""
-        pairs = self._pairs(key)
-        if not all(type(name) is str for name, _ in pairs):
-            raise Malformed(f"a message has no valid {key}")
-        return [(str(name), size) for name, size in pairs]
-
-    def _pairs(self, key: str) -> list[tuple[object, int]]:
-        value = self._get(key, list)
-        if len(value) > MOST_PAIRS:
-            raise Malformed(f"a message has more than {MOST_PAIRS} {key}")
-        try:
-            return [(one, _number(other)) for one, other in value]
-        except (TypeError, ValueError):
-            raise Malformed(f"a message has no valid {key}") from None
-
-    def outcomes(self, key: str) -> list[int | Message]:
-        """Return sizes, or messages in the place of those that failed."""
-        value = self._get(key, list)
-        return [Message(one) if type(one) is dict else _number(one) for one in value]
-
     def is_null(self, key: str) -> bool:
         """Return whether a field is null."""
         return key in self._fields and self._fields[key] is None
+
+    def message(self, key: str) -> Message:
+        """Return an object of its own."""
+        return Message(self.get(key, dict))
+
+    def pairs(self, key: str, kind: type[Kind]) -> list[tuple[Kind, int]]:
+        """Return pairs of a value, an offset or a name, and a size."""
+        value = self.get(key, list)
+        if len(value) > MOST_PAIRS:
+            raise Malformed(f"a message has more than {MOST_PAIRS} {key}")
+        try:
+            found = [(one, _number(size)) for one, size in value]
+        except (TypeError, ValueError):
+            raise _invalid(key) from None
+        for one, _ in found:
+            if type(one) is not kind:
+                raise _invalid(key)
+            if kind is int:
+                _number(one)
+        return found
+
+    def outcomes(self, key: str) -> list[int | Message]:
+        """Return sizes, or messages in the place of those that failed."""
+        return [Message(one) if type(one) is dict else _number(one) for one in self.get(key, list)]
 
 
 def parse(raw: bytes | bytearray) -> Message:
@@ -147,6 +123,10 @@ def parse(raw: bytes | bytearray) -> Message:
     if not isinstance(found, dict):
         raise Malformed("a message is not a JSON object")
     return Message(found)
+
+
+def _invalid(key: str) -> Malformed:
+    return Malformed(f"a message has no valid {key}")
 
 
 def _number(value: object) -> int:
@@ -169,65 +149,47 @@ def pack(**fields: object) -> bytes:
 
 def terms_fields(terms: Terms) -> dict[str, object]:
     """Return what a node gets to know of the caller's terms."""
-    return {
-        "require": terms.require,
-        "route": terms.route,
-        "prefer": terms.prefer,
-        "sync": terms.sync,
-    }
+    return {name: getattr(terms, name) for name in ("require", "route", "prefer", "sync")}
 
 
 def parse_terms(message: Message) -> Terms:
     """Return the terms for the node's file."""
     fields = message.message("terms")
-    route = None if fields.is_null("route") else fields.text("route", *Route)
-    require = fields.text("require", "uncached", "any")
-    prefer = fields.text("prefer", "zero-copy", "fastest")
-    sync = fields.flag("sync")
-    if require == "uncached":
-        return Terms("uncached", route, audit="off", sync=sync)
     return Terms(
-        "any", route, "fastest" if prefer == "fastest" else "zero-copy", audit="off", sync=sync
+        fields.choice("require", "uncached", "any"),
+        None if fields.is_null("route") else fields.choice("route", *Route),
+        fields.choice("prefer", "zero-copy", "fastest"),
+        audit="off",
+        sync=fields.get("sync", bool),
     )
+
+
+_SIDE = (
+    "nbytes", "route", "reason", "registered", "requests", "reissues", "copied", "seconds",
+)  # fmt: skip
 
 
 def side_fields(side: CopySide) -> dict[str, object]:
     """Return the record of what the node's end did."""
-    return {
-        "nbytes": side.nbytes,
-        "route": side.route,
-        "reason": side.reason,
-        "rejected": dict(side.rejected),
-        "registered": side.registered,
-        "requests": side.requests,
-        "reissues": side.reissues,
-        "copied": side.copied,
-        "seconds": side.seconds,
-    }
+    return {name: getattr(side, name) for name in _SIDE} | {"rejected": dict(side.rejected)}
 
 
 def parse_side(message: Message) -> CopySide:
     """Return the record of what the node's end did."""
     fields = message.message("side")
+    nbytes, route = fields.number("nbytes"), fields.choice("route", *Route)
     return CopySide(
-        nbytes=fields.number("nbytes"),
-        route=Route(fields.text("route", *Route)),
-        reason=fields.text("reason"),
-        rejected=parse_reasons(fields),
-        routes={Route(fields.text("route")): fields.number("nbytes")},
-        registered=fields.flag("registered"),
-        requests=fields.number("requests"),
-        reissues=fields.number("reissues"),
-        copied=fields.number("copied"),
-        seconds=fields.seconds("seconds"),
-    )
+        nbytes, route, fields.get("reason", str), parse_reasons(fields), {route: nbytes},
+        fields.get("registered", bool), fields.number("requests"), fields.number("reissues"),
+        fields.number("copied"), fields.get("seconds", float),
+    )  # fmt: skip
 
 
-def parse_reasons(fields: Message) -> Mapping[Route, str]:
+def parse_reasons(message: Message) -> Mapping[Route, str]:
     """Return the reason against each route."""
-    found = fields.texts("rejected")
-    if not found.keys() <= set(Route):
-        raise Malformed("a message has an unknown route")
+    found = message.get("rejected", dict)
+    if not found.keys() <= set(Route) or not all(type(why) is str for why in found.values()):
+        raise _invalid("rejected")
     return {Route(route): why for route, why in found.items()}
 
 
@@ -260,16 +222,30 @@ def _count(error: BaseException, name: str) -> int | None:
 def parse_error(message: Message, node: str) -> Exception:
     """Return the exception of a reply, which names the node."""
     fields = message.message("error") if "error" in message else message
-    kind, text = fields.text("kind"), fields.text("text")
+    kind, text = fields.get("kind", str), fields.get("text", str)
     number, nbytes = fields.number("errno"), fields.number("nbytes")
-    path = f"dmabuf://{node}/{fields.text('path')}"
+    path, at = f"dmabuf://{node}/{fields.get('path', str)}", fields.maybe("file_offset")
     if kind == "ValueError":
         return ValueError(text)
     if kind == "ShortReadError":
         return ShortReadError(text, fields.maybe("index"), nbytes)
     if kind == "RouteUnavailable":
         return RouteUnavailable(f"on the node: {text}", path)
-    if nbytes or fields.maybe("file_offset") is not None:
-        at = fields.maybe("file_offset")
+    if nbytes or at is not None:
         return TransferError(number, text, path, nbytes=nbytes, file_offset=at)
     return OSError(number, text, path)
+
+
+class Reported(Exception):
+    """An error that the node reports; the connection is in order."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+def checked(reply: Message, node: str) -> Message:
+    """Return a reply, or raise the error that it carries as Reported."""
+    if "error" in reply:
+        raise Reported(parse_error(reply, node))
+    return reply

@@ -10,11 +10,12 @@ import threading
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
+from mmap import ACCESS_READ, mmap
 
 from dmabuf.copying import CopySide, Reader, Source
 from dmabuf.errors import ShortReadError, os_error
@@ -153,13 +154,13 @@ class Client:
                 served.close()
 
     def _carry_out(self, request: Message) -> None:
-        op = request.text("op", *_OPERATIONS)
+        op = request.choice("op", *_OPERATIONS)
         path = ""
         try:
             if "file" in request:
                 path = self._served(request).path
             elif "name" in request or "path" in request:
-                path = request.text("name" if "name" in request else "path")
+                path = request.get("name" if "name" in request else "path", str)
             reply: dict[str, object] | None = getattr(self, f"_do_{op}")(request)
         except Malformed:
             raise
@@ -180,8 +181,8 @@ class Client:
         return found
 
     def _do_open(self, request: Message) -> dict[str, object]:
-        path = request.text("path")
-        mode = request.text("mode", "r", "w", "r+", "x", "replace")
+        path = request.get("path", str)
+        mode = request.choice("mode", "r", "w", "r+", "x", "replace")
         if self._shared.folder is None:
             raise os_error(
                 errno.EOPNOTSUPP, "the node serves no files; start it with --files", path
@@ -199,7 +200,7 @@ class Client:
         return {}
 
     def _do_commit(self, request: Message) -> dict[str, object]:
-        self._served(request).commit(sync=request.flag("sync"))
+        self._served(request).commit(sync=request.get("sync", bool))
         del self._files[request.number("file")]
         return {}
 
@@ -213,17 +214,16 @@ class Client:
 
     def _do_plan(self, request: Message) -> dict[str, object]:
         file, terms = self._served(request).file, protocol.parse_terms(request)
-        direction = request.text("direction", "read", "write")
+        direction: Direction = request.choice("direction", "read", "write")
         offset, size = request.number("offset"), request.number("size")
         if direction == "read":
             size = min(size, max(0, (file.size or 0) - offset))
             if self._is_sendable(file, [(offset, size)], terms):
                 return _plan_fields(Plan(Route.BUFFERED, _FROM_CACHE, _INSTEAD))
-        verb: Direction = "read" if direction == "read" else "write"
         with self._shared.pools.take(size) as pool:
             part = min(size, pool[0].size)
             return _plan_fields(
-                file.plan(pool[0], verb, size=part, file_offset=offset, terms=terms)
+                file.plan(pool[0], direction, size=part, file_offset=offset, terms=terms)
             )
 
     # -- reading a file
@@ -231,7 +231,7 @@ class Client:
     def _do_read(self, request: Message) -> dict[str, object]:
         served, terms = self._served(request), protocol.parse_terms(request)
         file, begun = served.file, time.perf_counter()
-        wanted, whole = request.pairs("segments"), request.flag("whole")
+        wanted, whole = request.pairs("segments", int), request.get("whole", bool)
         segments = _within(wanted, file.size or 0, whole=whole)
         if self._is_sendable(file, segments, terms):
             side = self._send_cached(file, segments, begun)
@@ -291,7 +291,7 @@ class Client:
 
     def _do_write(self, request: Message) -> dict[str, object] | None:
         served, terms = self._served(request), protocol.parse_terms(request)
-        segments, file = request.pairs("segments"), served.file
+        segments, file = request.pairs("segments", int), served.file
         _check_apart(segments)
         total = sum(size for _, size in segments)
         data = _DataSource(self._channel, total, terms)
@@ -328,58 +328,64 @@ class Client:
     # -- names of the store
 
     def _do_fetch(self, request: Message) -> dict[str, object]:
-        names, limit = request.named("names"), request.number("checksum")
-        if self._shared.server is None:
+        names, limit = request.pairs("names", str), request.number("checksum")
+        channel, server, begun = self._channel, self._shared.server, time.perf_counter()
+        if server is None:
             raise os_error(errno.EOPNOTSUPP, _NO_STORE)
-        begun = time.perf_counter()
+        lent = server.lend([name for name, _ in names])
         with ExitStack() as stack:
-            found: list[Lent | OSError] = []
-            for (name, room), lent in zip(
-                names, self._shared.server.lend([name for name, _ in names]), strict=True
-            ):
-                if not isinstance(lent, OSError):
-                    if lent.fd >= 0:
-                        stack.callback(os.close, lent.fd)
-                    if lent.length > room:
-                        text = f"its {lent.length} bytes do not fit into the {room} of the buffer"
-                        lent = os_error(errno.ENOSPC, text, name)
-                found.append(lent)
+            stack.callback(_close_lent, lent)
+            found = [
+                self._content(name, room, one, stack)
+                for (name, room), one in zip(names, lent, strict=True)
+            ]
             told = [
-                protocol.error_fields(one, name) if isinstance(one, OSError) else one.length
+                protocol.error_fields(one, name) if isinstance(one, OSError) else one[1]
                 for one, (name, _) in zip(found, names, strict=True)
             ]
-            self._channel.send(protocol.pack(names=told), more=True)
-            lengths = [0 if isinstance(one, OSError) else one.length for one in found]
-            total = sum(lengths)
-            self._channel.announce(total)
+            channel.send(protocol.pack(names=told), more=True)
+            contents = [one for one in found if not isinstance(one, OSError)]
+            total = sum(size for _, size in contents)
+            channel.announce(total)
             calls, copied, digests = 0, 0, list[str]()
-            for one, (name, _) in zip(found, names, strict=True):
-                if isinstance(one, OSError):
-                    continue
-                if one.fd < 0 or not self._channel.sends_files:
-                    digests.append(self._send_mapped(name, one, limit))
-                    calls, copied = calls + 1, copied + one.length
-                    continue
-                calls += self._channel.send_file(one.fd, 0, one.length)[1]
-                if limit:
-                    whole = [(0, one.length)]
-                    digests.append(_checksum_of_file(one.fd, whole, limit, self._channel))
+            for one, size in contents:
+                if isinstance(one, int):
+                    calls += channel.send_file(one, 0, size)[1]
+                    if limit:
+                        digests.append(_checksum_of_file(one, [(0, size)], limit, channel))
+                else:
+                    channel.send_data(one)
+                    calls, copied = calls + 1, copied + size
+                    if limit:
+                        digests.append(_checksum([one[:limit]]))
         reason = "the CPU copies into the socket" if copied else _FROM_MEMORY
         side = _side(total, Route.BUFFERED, reason, calls, copied, begun)
         return _reply(side, " ".join(digests))
 
-    def _send_mapped(self, name: str, lent: Lent, limit: int) -> str:
-        """Send the content of a name from its mapping, and return its checksum."""
-        with (
-            self._shared.store.open(name, trusted=None, number=lent.number) as buffer,
-            buffer.map("r", 0, lent.length) as view,
-        ):
-            self._channel.send_data(view)
-            return _checksum(iter([view[: min(limit, lent.length)]])) if limit else ""
+    def _content(
+        self, name: str, room: int, lent: Lent | OSError, stack: ExitStack
+    ) -> tuple[int | memoryview, int] | OSError:
+        """Return a name's descriptor, or its mapping where sendfile(2) cannot be used; its size."""
+        if isinstance(lent, OSError):
+            return lent
+        fd, size, number = lent
+        if size > room:
+            text = f"its {size} bytes do not fit into the {room} of the buffer"
+            return os_error(errno.ENOSPC, text, name)
+        if fd >= 0 and (self._channel.sends_files or not size):
+            return fd, size
+        try:
+            if fd >= 0:
+                mapping = mmap(fd, size, access=ACCESS_READ)
+                return stack.enter_context(memoryview(mapping)), size
+            buffer = self._shared.store.open(name, trusted=None, number=number)
+            return stack.enter_context(stack.enter_context(buffer).map("r", 0, size)), size
+        except OSError as error:
+            return error
 
     def _do_publish(self, request: Message) -> dict[str, object] | None:
-        name, size = request.text("name"), request.number("size")
-        mode, replaced = request.number("mode") & 0o777, request.flag("replace")
+        name, size = request.get("name", str), request.number("size")
+        mode, replaced = request.number("mode") & 0o777, request.get("replace", bool)
         if self._shared.read_only:
             raise os_error(errno.EROFS, "the node serves for reading only", name)
         store, begun = self._shared.store, time.perf_counter()
@@ -391,7 +397,7 @@ class Client:
                 if not self._receive(data, name, partial(data.read_into, view)):
                     return None
                 limit = min(request.number("checksum"), size)
-                digest = _checksum(iter([view[:limit]])) if limit else ""
+                digest = _checksum([view[:limit]]) if limit else ""
             store.link(buffer, name, replace=replaced, length=size)
             linked = True
         finally:
@@ -404,16 +410,22 @@ class Client:
         return _reply(side, digest)
 
     def _do_remove(self, request: Message) -> dict[str, object]:
-        name = request.text("name")
+        name = request.get("name", str)
         if self._shared.read_only:
             raise os_error(errno.EROFS, "the node serves for reading only", name)
         self._shared.store.remove(name)
         return {}
 
     def _do_ls(self, request: Message) -> dict[str, object]:
-        after = request.text("after")
+        after = request.get("after", str)
         found = (one for one in self._shared.store.list() if one.name > after)
         return {"names": [asdict(one) for one in islice(found, _LISTED)]}
+
+
+def _close_lent(lent: Iterable[Lent | OSError]) -> None:
+    for one in lent:
+        if isinstance(one, Lent) and one.fd >= 0:
+            os.close(one.fd)
 
 
 # -- ranges of a file and staging blocks
@@ -501,7 +513,7 @@ class _DataSource(Source):
 
     def finish(self) -> None:
         """Receive the message that ends the data."""
-        if self._message or not self._channel.receive_message().flag("end"):
+        if self._message or not self._channel.receive_message().get("end", bool):
             raise Malformed("the client sent more data than it announced")
 
     def drain(self) -> None:
@@ -577,7 +589,7 @@ def _pages(offset: int, size: int) -> int:
 # -- replies
 
 
-def _checksum(pieces: Iterator[bytes | memoryview]) -> str:
+def _checksum(pieces: Iterable[bytes | memoryview]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for piece in pieces:
         digest.update(piece)

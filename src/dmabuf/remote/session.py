@@ -1,39 +1,29 @@
-"""The client's end of a connection: requests, and bytes between the node and a Buffer."""
+"""The client's end of a connection: requests, and transfers between the node and a Buffer."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from itertools import accumulate
+from dataclasses import dataclass
 
 from dmabuf.copying import CopySide, Meter
-from dmabuf.errors import ClosedError, IntegrityError, RouteUnavailable, TransferError, os_error
+from dmabuf.errors import ClosedError, IntegrityError, RouteUnavailable
 from dmabuf.memory import Buffer
 from dmabuf.remote import protocol
 from dmabuf.remote.channel import Channel, Transport
-from dmabuf.remote.protocol import Malformed, Message
+from dmabuf.remote.protocol import Message, Reported
+from dmabuf.remote.tcp import Place, Tcp
 from dmabuf.sizes import OFFSET_MAX, format_size
-from dmabuf.store import Status
-from dmabuf.transfer import Direction, Plan, Progress, Route, Terms, Transfer
+from dmabuf.transfer import Direction, Plan, Progress, Route, Terms, Transfer, stopping
 
-REASONS: dict[Direction, str] = {
+_REASONS: dict[Direction, str] = {
     "read": "the kernel copies from the socket's buffers into the buffer's mapping",
     "write": "the kernel copies from the buffer's mapping into the socket's buffers",
 }
-_THROUGH_SOCKETS = "the engine tcp moves bytes through the buffers of a socket"
-REJECTED = {Route.NATIVE: _THROUGH_SOCKETS, Route.DIRECT: _THROUGH_SOCKETS}
 _NOT_AUDITED = "not audited: the first transfer was, or audit='off'"
-_UNDEFINED = "the content of the buffer's range is undefined"
-
-_KINDS: dict[str, type] = {"str": str, "int": int, "bool": bool}
-
-Place = tuple[int, int]
-"""Where in a buffer bytes go or come from: offset and size."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +37,8 @@ class RemoteTransfer(Transfer):
     """What carried the bytes: "tcp", "tls" or "unix"."""
     remote: CopySide
     """How the bytes moved between the node's file or memory and its socket."""
+    nodes: Mapping[str, int]
+    """Bytes by the address of the node that they came from, or went to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,10 +58,16 @@ class Session:
 
     def __init__(self, channel: Channel) -> None:
         self.name = channel.name
-        self.transport = channel.transport
+        self.engine = Tcp(channel.transport)
+        """What moves the bytes of a request."""
         self._channel = channel
         self._lock = threading.Lock()
         self._audited: set[tuple[str, Direction]] = set()
+
+    @property
+    def transport(self) -> Transport:
+        """What carries the bytes."""
+        return self.engine.transport
 
     @property
     def closed(self) -> bool:
@@ -87,16 +85,19 @@ class Session:
         self._channel.close()
 
     @contextmanager
-    def exchange(self, timeout: float | None = None) -> Iterator[Channel]:
+    def exchange(self, timeout: float | None) -> Iterator[Channel]:
         """Give the channel for requests and their replies.
 
-        `timeout` is the most seconds without any progress; None is that of the connection.
+        `timeout` is the most seconds that they may take; with None there is only the connection's
+        own limit, of the time without any progress.
         """
         with self._lock:
             channel = self._channel
             if channel.closed:
                 raise ClosedError(f"the connection to {self.name} is closed; connect again")
-            usual, channel.timeout = channel.timeout, timeout or channel.timeout
+            if stopping.check is not None:
+                stopping.check()
+            channel.limit(timeout)
             try:
                 yield channel
             except Reported as reported:
@@ -104,142 +105,64 @@ class Session:
             except BaseException:
                 channel.close()
                 raise
-            finally:
-                channel.timeout = usual
-
-    def check(self, reply: Message) -> Message:
-        """Return a reply, or raise the error that it carries."""
-        if "error" in reply:
-            raise Reported(protocol.parse_error(reply, self.name))
-        return reply
 
     def ask(self, op: str, **fields: object) -> Message:
         """Make a request, and return its reply."""
         request = protocol.pack(op=op, **fields)
-        with self.exchange() as channel:
+        with self.exchange(self._channel.timeout) as channel:
             channel.send(request)
-            return self.check(channel.receive_message())
+            return channel.receive_reply()
 
-    def status(self, record: dict[str, object]) -> Status:
-        """Return the status of a name. Raises OSError(EPROTO) if it is invalid."""
-        kinds = {field.name: _KINDS.get(str(field.type), type(None)) for field in fields(Status)}
-        if kinds != {name: type(value) for name, value in record.items()}:
-            raise os_error(errno.EPROTO, "the node sent an invalid status", self.name)
-        return Status(**record)  # type: ignore[arg-type]
+    # -- transfers
 
-    # -- bytes
-
-    def receive(
+    def move(
         self,
-        channel: Channel,
-        view: memoryview,
-        places: Sequence[Place],
-        path: str,
-        meter: Meter | None = None,
-    ) -> Message:
-        """Receive the data of a reply into a view, and return the message that ends it.
-
-        Args:
-            channel: the connection.
-            view: the memory.
-            places: where in the view the bytes go, one place after the other.
-            path: what the data is of, for errors.
-            meter: called with the bytes received.
-        """
-        done, cursor = 0, _Cursor(view, places)
-        try:
-            while isinstance(found := channel.receive(), int):
-                for part in cursor.take(found):
-                    with part:
-                        channel.read_into(part)
-                        done += len(part)
-                if meter is not None:
-                    meter(done)
-        except OSError as error:
-            text = f"{error.strerror}; {_UNDEFINED}"
-            raise TransferError(error.errno or errno.EIO, text, path, nbytes=done) from None
-        if "error" not in found and found.number("nbytes") != done:
-            raise Malformed("fewer bytes came than the node reports")
-        return self.check(found)
-
-    def receive_names(
-        self,
-        channel: Channel,
+        direction: Direction,
         buffer: Buffer,
-        view: memoryview,
-        names: Sequence[tuple[str, int, int]],
-        limit: int,
-    ) -> list[RemoteTransfer | OSError]:
-        """Receive the contents of names into their places of a view, and return their outcomes.
-
-        Args:
-            channel: the connection, on which the request was sent.
-            buffer: the buffer.
-            view: its memory.
-            names: for each its name, its place in the view, and the room there.
-            limit: how many bytes of each to compare with the checksum of the other end.
-        """
-        begun, places = time.perf_counter(), list[Place]()
-        told = self.check(channel.receive_message()).outcomes("names")
-        if len(told) != len(names):
-            raise Malformed("other names were answered than requested")
-        for one, (_, start, room) in zip(told, names, strict=True):
-            if isinstance(one, Message):
-                continue
-            if one > room:
-                raise Malformed("more data came than was requested")
-            if places and places[-1][0] + places[-1][1] == start:  # received at once
-                places[-1] = places[-1][0], places[-1][1] + one
-            else:
-                places.append((start, one))
-        reply = self.receive(channel, view, places, names[0][0])
-        side, digests = protocol.parse_side(reply), reply.text("checksum").split()
-        seconds, outcomes = time.perf_counter() - begun, list[RemoteTransfer | OSError]()
-        sides: dict[int, CopySide] = {}
-        for one, (name, start, _) in zip(told, names, strict=True):
-            if isinstance(one, Message):
-                error = protocol.parse_error(one, self.name)
-                outcomes.append(error if isinstance(error, OSError) else OSError(str(error)))
-                continue
-            audited = _NOT_AUDITED
-            if limit and one:
-                with view[start : start + min(limit, one)] as part:
-                    audited = self._compare(digests.pop(0) if digests else "", [part], one, name)
-                self._audited.add((buffer.exporter, "read"))
-            if one not in sides:
-                sides[one] = replace(side, nbytes=one, copied=one if side.copied else 0)
-            outcomes.append(self._record("read", one, audited, seconds, sides[one]))
-        return outcomes
-
-    def send(
-        self,
-        channel: Channel,
-        view: memoryview,
         places: Sequence[Place],
         path: str,
-        meter: Meter | None = None,
-    ) -> Message:
-        """Send the data of a request that was sent, and return the reply."""
-        self.check(channel.receive_message())
-        done, cursor, left = 0, _Cursor(view, places), sum(size for _, size in places)
-        channel.announce(left)
-        try:
-            # Whole messages, between which an error of the node may come.
-            while left and not channel.is_readable():
-                for part in cursor.take(min(left, protocol.MOST_DATA)):
-                    with part:
-                        channel.send_data(part)
-                        done, left = done + len(part), left - len(part)
-                if meter is not None:
-                    meter(done)
-            channel.send(protocol.pack(end=True))
-            return self.check(channel.receive_message())
-        except OSError as error:
-            number = error.errno or errno.EIO
-            text = f"{error.strerror}; what the node holds of the range is undefined"
-            raise TransferError(number, text, path, nbytes=done) from None
+        terms: Terms,
+        request: Mapping[str, object],
+        progress: Progress | None = None,
+    ) -> RemoteTransfer:
+        """Move bytes between the node and a buffer.
 
-    # -- what both ends did
+        Args:
+            direction: "read" or "write".
+            buffer: the buffer.
+            places: where in the buffer the bytes go or come from, one place after the other.
+            path: what the bytes are of, for errors.
+            terms: the caller's.
+            request: the fields of the request.
+            progress: as for `dmabuf.File`.
+
+        Raises TransferError, IntegrityError, and the error of the node.
+        """
+        begun = time.perf_counter()
+        first = min((start for start, _ in places), default=0)
+        last = max((start + size for start, size in places), default=0)
+        shifted = [(start - first, size) for start, size in places]
+        meter = None if progress is None else Meter(progress, sum(size for _, size in places))
+        limit = self.audit_limit(buffer, terms, direction, places)
+        message = protocol.pack(**request, checksum=limit)
+        with (
+            mapped(buffer, terms, direction, first, last - first) as view,
+            self.exchange(terms.timeout) as channel,
+        ):
+            channel.send(message)
+            carry = self.engine.receive if direction == "read" else self.engine.send
+            reply = carry(channel, view, shifted, path, meter)
+            nbytes, side = reply.number("nbytes"), protocol.parse_side(reply)
+            audited, parts, left = "", list[memoryview](), min(limit, nbytes)
+            if left:
+                for start, size in shifted:
+                    parts.append(view[start : start + min(size, left)])
+                    left -= len(parts[-1])
+                audited = compare(reply.get("checksum", str), parts, nbytes, path)
+                self.note_audit(buffer, direction)
+        if meter is not None:
+            meter.finish(nbytes)
+        return self.record(direction, nbytes, audited, time.perf_counter() - begun, side)
 
     def audit_limit(
         self, buffer: Buffer, terms: Terms, direction: Direction, places: Sequence[Place]
@@ -248,106 +171,62 @@ class Session:
 
         Raises RouteUnavailable where all are to be, and destinations overlap.
         """
-        ends = accumulate((start + size for start, size in sorted(places)), max)
-        if direction == "read" and any(
-            start < end
-            for (start, size), end in zip(sorted(places)[1:], ends, strict=False)
-            if size
-        ):
-            if terms.audit == "always":
+        first = terms.audit == "first"
+        if terms.audit == "off" or (first and (buffer.exporter, direction) in self._audited):
+            return 0
+        if direction == "read" and _overlap(places):
+            if not first:
                 text = "audit='always' is impossible: destinations overlap"
                 raise RouteUnavailable(text, self.name)
             return 0
-        if terms.audit == "first" and (buffer.exporter, direction) not in self._audited:
-            return protocol.AUDITED
-        return OFFSET_MAX if terms.audit == "always" else 0
+        return protocol.AUDITED if first else OFFSET_MAX
 
-    def finish(
-        self,
-        reply: Message,
-        direction: Direction,
-        buffer: Buffer,
-        view: memoryview,
-        places: Sequence[Place],
-        limit: int,
-        path: str,
-        begun: float,
-    ) -> RemoteTransfer:
-        """Return the record of a transfer from the reply, once its first bytes are compared.
+    def note_audit(self, buffer: Buffer, direction: Direction) -> None:
+        """Remember that a transfer was compared, so that further ones need not be."""
+        self._audited.add((buffer.exporter, direction))
 
-        Args:
-            reply: the node's.
-            direction: "read" or "write".
-            buffer: the buffer.
-            view: its memory.
-            places: where in the view the bytes are.
-            limit: how many bytes to compare with the checksum of the other end.
-            path: what the bytes are of, for errors.
-            begun: a value of time.perf_counter().
-
-        Raises IntegrityError.
-        """
-        nbytes, side = reply.number("nbytes"), protocol.parse_side(reply)
-        audited, parts, left = _NOT_AUDITED, list[memoryview](), min(limit, nbytes)
-        if left:
-            for start, size in places:
-                parts.append(view[start : start + min(size, left)])
-                left -= len(parts[-1])
-            audited = self._compare(reply.text("checksum"), parts, nbytes, path)
-            self._audited.add((buffer.exporter, direction))
-        return self._record(direction, nbytes, audited, time.perf_counter() - begun, side)
-
-    def _compare(self, expected: str, parts: Sequence[memoryview], nbytes: int, path: str) -> str:
-        """Compare memory with a checksum of the other end; return a sentence for the record."""
-        digest, compared = hashlib.blake2b(digest_size=16), 0
-        for part in parts:
-            digest.update(part)
-            compared += len(part)
-            part.release()
-        if digest.hexdigest() != expected:
-            text = f"the first {compared} bytes differ from those at the other end, by checksum"
-            raise IntegrityError(text, path)
-        text = f"{format_size(compared)} compared by a checksum of the other end"
-        return text if compared == nbytes else f"{text}; {format_size(nbytes)} were moved"
-
-    def _record(
+    def record(
         self, direction: Direction, nbytes: int, audited: str, seconds: float, side: CopySide
     ) -> RemoteTransfer:
+        """Return the record of a transfer; `audited` is "" where nothing was compared."""
         return RemoteTransfer(
-            nbytes, Route.STAGED, REASONS[direction], REJECTED, False, "no ring was used", seconds,
-            1, 0, nbytes, audited, transport=self.transport, remote=side,
+            nbytes, Route.STAGED, _REASONS[direction], self.engine.rejected(side), False,
+            "no ring was used", seconds, 1, 0, nbytes, audited or _NOT_AUDITED,
+            transport=self.transport, remote=side, nodes={self.name: nbytes},
+        )  # fmt: skip
+
+    def plan(self, direction: Direction, there: Plan) -> RemotePlan:
+        """Return the plan of a transfer from that of the node."""
+        return RemotePlan(
+            Route.STAGED, _REASONS[direction], self.engine.rejected(there),
+            transport=self.transport, remote=there,
         )  # fmt: skip
 
 
-class Reported(Exception):
-    """An error that the node reports; the connection is in order."""
+def compare(expected: str, parts: Sequence[memoryview], nbytes: int, path: str) -> str:
+    """Compare memory with a checksum of the other end, and return a sentence for the record.
 
-    def __init__(self, error: Exception) -> None:
-        super().__init__(error)
-        self.error = error
+    It releases the parts. `nbytes` is how many bytes were moved. Raises IntegrityError.
+    """
+    digest, compared = hashlib.blake2b(digest_size=16), 0
+    for part in parts:
+        digest.update(part)
+        compared += len(part)
+        part.release()
+    if digest.hexdigest() != expected:
+        text = f"the first {compared} bytes differ from those at the other end, by checksum"
+        raise IntegrityError(text, path)
+    text = f"{format_size(compared)} compared by a checksum of the other end"
+    return text if compared == nbytes else f"{text}; {format_size(nbytes)} were moved"
 
 
-class _Cursor:
-    """The places of a view that bytes fill one after the other."""
-
-    def __init__(self, view: memoryview, places: Sequence[Place]) -> None:
-        self._view, self._places = view, places
-        self._index = self._done = 0
-
-    def take(self, size: int) -> Iterator[memoryview]:
-        """Yield the places of the next bytes. Raises Malformed if there are not as many."""
-        while size:
-            if self._index == len(self._places):
-                raise Malformed("more data came than was requested")
-            start, length = self._places[self._index]
-            part = min(size, length - self._done)
-            if part:
-                start += self._done
-                yield self._view[start : start + part]
-            self._done += part
-            size -= part
-            if self._done == length:
-                self._index, self._done = self._index + 1, 0
+def _overlap(places: Sequence[Place]) -> bool:
+    end = 0
+    for start, size in sorted(places):
+        if size and start < end:
+            return True
+        end = max(end, start + size)
+    return False
 
 
 def check_terms(buffer: Buffer, terms: Terms, transport: Transport, path: str) -> None:
@@ -375,8 +254,3 @@ def mapped(
         buffer.wait("read" if reads else "write", terms.timeout)
     with buffer.map("r" if reads else "rw", start, size) as view:
         yield view
-
-
-def meter_of(progress: Progress | None, total: int) -> Meter | None:
-    """Return what counts the bytes of a transfer for a progress function."""
-    return None if progress is None else Meter(progress, total)

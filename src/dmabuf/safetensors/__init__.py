@@ -20,7 +20,7 @@ host have), ``opening`` and ``slicing`` (single tensors and their parts), ``devi
 """
 
 from dmabuf.safetensors.checkpoints import Saving, save_async, save_sharded
-from dmabuf.safetensors.files import Source
+from dmabuf.safetensors.files import Source, files_of
 from dmabuf.safetensors.header import Entry
 from dmabuf.safetensors.loading import Tensors, load, load_file
 from dmabuf.safetensors.modules import load_model, save_model
@@ -38,6 +38,7 @@ __all__ = [
     "Slice",
     "Source",
     "Tensors",
+    "files_of",
     "load",
     "load_file",
     "load_model",

@@ -2,7 +2,7 @@
 
 A model is a file, several, the index of a sharded one, or a folder that holds one of these under a
 name that transformers, diffusers or PEFT give it. A single file may also be open already, or be in
-memory. Files of other nodes are named by URLs.
+memory. Files of other nodes are named by URLs, and so is an index there.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 from dmabuf.errors import os_error
@@ -32,6 +33,7 @@ Bytes = bytes | bytearray | memoryview
 Source: TypeAlias = "Path | Sequence[Path] | int | Buffer | Bytes"
 """Where a model is: paths, the descriptor of a file, or the memory that holds one."""
 
+_NODE = "dmabuf://"
 _START = 64 << 10  # bytes that are read first: most headers fit
 OPEN_AT_ONCE = 16
 """The most files of a model that are open at once."""
@@ -80,8 +82,18 @@ class Part:
     """The caller's descriptor of it."""
     memory: Buffer | memoryview | None = None
     """What holds it."""
-    modified_ns: int | None = None
-    """When a file of another node, whose URL is the path, was modified; else None."""
+    versions: Mapping[str, tuple[int, int]] | None = None
+    """Of a file of other nodes, whose URL is the path: `RemoteFile.versions`; else None."""
+
+    @property
+    def identity(self) -> list[object] | None:
+        """What changes when the file does; None where it has no path."""
+        if self.versions is not None:
+            return [self.path, sorted(self.versions.items())]
+        if self.status is None or self.fd is not None:
+            return None
+        about = self.status
+        return [about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns]
 
     def open(self, engine: Engine | None) -> File:
         """Open the file.
@@ -90,7 +102,7 @@ class Part:
             ValueError: it is not the one whose header was read, or it has changed.
             OSError: as `dmabuf.open`.
         """
-        if self.modified_ns is not None:
+        if self.versions is not None:
             raise ValueError(f"open {self.path}: a file of another node is only loaded: use load()")
         file = File(self.path if self.fd is None else self.fd, engine=engine)
         try:
@@ -110,9 +122,12 @@ class Part:
     @contextmanager
     def reading_at_a_node(self) -> Iterator[RemoteFile]:
         """Open the file of another node for a block that reads it; raises as `reading`."""
+        then = self.versions or {}
         with _at_a_node(self.path) as there:
             for reads in (True, False):
-                if (there.size, there.modified_ns) != (self.size, self.modified_ns):
+                now = there.versions
+                both = then.keys() & now.keys()  # another node may have failed since
+                if not both or any(now[node] != then[node] for node in both):
                     raise ValueError(f"load {self.path}: it changed after its header was read")
                 if reads:
                     yield there
@@ -174,6 +189,18 @@ def read_parts(
         if path in paths and name not in seen:
             raise ValueError(f"load {path}: it lacks tensor {name!r}, which the index puts there")
     return parts, metadata
+
+
+def files_of(source: Path | Sequence[Path], variant: str | None = None) -> list[str]:
+    """Return the files of a model in the order in which `load` reads them: paths, or URLs.
+
+    Args:
+        source: paths or URLs, as for `load`.
+        variant: as for `load`.
+
+    Raises OSError, TypeError and ValueError, as `load`.
+    """
+    return _paths(source, variant)[0]
 
 
 def _only(part: Part, wanted: Iterable[str]) -> Part:
@@ -292,8 +319,12 @@ def read_index(path: str) -> dict[str, str]:
         ValueError: it is malformed.
         OSError: it cannot be read.
     """
-    with open(path, "rb") as file:
-        raw = file.read(LONGEST + 1)
+    if path.startswith(_NODE):
+        with _at_a_node(path) as there:
+            raw = _bytes_of(there, 0, LONGEST + 1)
+    else:
+        with open(path, "rb") as file:
+            raw = file.read(LONGEST + 1)
     try:
         if len(raw) > LONGEST:
             raise Malformed(f"an index has at most {LONGEST} bytes")
@@ -333,7 +364,7 @@ def _read_lone(source: object) -> tuple[Part, dict[str, str]] | None:
 
 def _read(path: str, fd: int | None) -> tuple[Part, dict[str, str]]:
     """Return a file with all its tensors, and its metadata."""
-    if fd is None and path.startswith("dmabuf://"):
+    if fd is None and path.startswith(_NODE):
         return _read_at_a_node(path)
     status = os.stat(path) if fd is None else os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):  # opening a FIFO would wait for its writer
@@ -357,17 +388,17 @@ def _at_a_node(url: str) -> Iterator[RemoteFile]:
         yield file
 
 
+def _bytes_of(file: RemoteFile, at: int, size: int) -> bytes:
+    with allocate(max(size, 1), exporter="memfd") as buffer:
+        return buffer.pread(file.read_into(buffer, size, file_offset=at).nbytes, 0)
+
+
 def _read_at_a_node(url: str) -> tuple[Part, dict[str, str]]:
     """Return a file of another node with all its tensors, and its metadata."""
-
-    def read(at: int, size: int) -> bytes:
-        with allocate(max(size, 1), exporter="memfd") as buffer:
-            return buffer.pread(file.read_into(buffer, size, file_offset=at).nbytes, 0)
-
     with _at_a_node(url) as file:
-        modified_ns = file.modified_ns
-        part, metadata = _parse(url, file.size, read)
-    return replace(part, modified_ns=modified_ns), metadata
+        versions = file.versions
+        part, metadata = _parse(url, file.size, partial(_bytes_of, file))
+    return replace(part, versions=versions), metadata
 
 
 def _read_open(

@@ -202,7 +202,7 @@ def load(
     segments, entries, size = plan(parts, least)
     fill = partial(_fill, parts, segments, terms, engine, progress)
     if shared is not False:
-        if any(part.status is None or part.fd is not None for part in parts):
+        if any(part.identity is None for part in parts):
             raise ValueError("load: shared is for files that have paths; give the path")
         buffer, transfers = attach(None if shared is True else shared, parts, segments, size, fill)
         return Tensors(buffer, entries, metadata, transfers or (), framework, shared=True)
@@ -244,7 +244,7 @@ def _fill(
         if progress is not None:
             progress(total, total)
         return ()
-    remote = any(part.modified_ns is not None for part, _ in reads)
+    remote = any(part.versions is not None for part, _ in reads)
     if engine is None and len(reads) > 1 and not remote:
         openers = [(part.reading, one) for part, one in reads]
         found = read_together(openers, buffer, terms, at_once=OPEN_AT_ONCE, progress=progress)
@@ -253,7 +253,7 @@ def _fill(
     done: Transfer
     for part, one in reads:
         report = part_of(progress, sum(done.nbytes for done in transfers), total)
-        if part.modified_ns is not None:
+        if part.versions is not None:
             with part.reading_at_a_node() as there:
                 done = there.read_segments(buffer, one, terms=terms, progress=report)
         else:

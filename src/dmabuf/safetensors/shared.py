@@ -70,7 +70,8 @@ def attach(
     Raises OSErrors as `Store.create`, `Store.reserve` and `Store.open` do, and what `fill` raises.
     """
     name = _name(parts, segments)
-    note = json.dumps([os.path.abspath(part.path) for part in parts]).encode()
+    paths = [os.path.abspath(part.path) if part.versions is None else part.path for part in parts]
+    note = json.dumps(paths).encode()
     for left in reversed(range(_ATTEMPTS)):
         with connect(socket, again=False, start=True) as store:
             try:
@@ -94,9 +95,7 @@ def attach(
 def _name(parts: Sequence[Part], segments: Sequence[array[int]]) -> str:
     told = hashlib.sha256()
     for part, one in zip(parts, segments, strict=True):
-        about = part.status
-        assert about is not None  # as of all files
-        identity = [about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, len(one)]
+        identity = [*(part.identity or ()), len(one)]
         told.update(repr(identity).encode() + part.digest + one.tobytes())
     return f"{_PREFIX}{os.geteuid()}-{told.hexdigest()[:32]}"
 

@@ -34,6 +34,7 @@ from dmabuf.transfer.target import Target, check_identity
 
 Mode = Literal["r", "w", "r+", "x"]
 Result = TypeVar("Result", covariant=True)
+Planned = TypeVar("Planned", covariant=True, bound=Plan)
 
 _OF_FILES = {"read", "readall", "readinto", "readline", "write", "seek", "tell", "truncate"}
 
@@ -66,10 +67,11 @@ def open(  # noqa: A001 - the verb of the trade, used as dmabuf.open
     return File(path, mode, force=force, engine=engine)
 
 
-class Verbs(Generic[Result]):
+class Verbs(Generic[Result, Planned]):
     """The transfers between a file, here or on another node, and a Buffer: their arguments.
 
-    `Result` is what a transfer returns: its record, or a coroutine of it.
+    `Result` is what a transfer returns: its record, or a coroutine of it. `Planned` is what `plan`
+    returns.
     """
 
     def read_into(
@@ -258,6 +260,43 @@ class Verbs(Generic[Result]):
         terms = terms or terms_of(require, route, "zero-copy", timeout, fence, audit, sync)
         return self._move_segments("write", buffer, segments, terms, progress)
 
+    def plan(
+        self,
+        buffer: Buffer,
+        direction: Direction = "read",
+        *,
+        size: Size | None = None,
+        file_offset: Size | None = None,
+        buffer_offset: Size = 0,
+        require: Require = "any",
+        route: Route | str | None = None,
+        prefer: Prefer = "zero-copy",
+        terms: Terms | None = None,
+    ) -> Planned:
+        """Return the route that a transfer with these arguments would take, and why.
+
+        It moves nothing. Of a file that can be read natively through its block device it writes the
+        dirty pages out, which takes as long as fdatasync(2).
+
+        Raises:
+            RouteUnavailable, OSError, ValueError: as the transfer itself would.
+        """
+        if direction not in ("read", "write"):
+            raise ValueError(f"invalid direction={direction!r}: use 'read' or 'write'")
+        terms = terms or terms_of(require, route, prefer)
+        return self._plan(direction, buffer, size, file_offset, buffer_offset, terms)
+
+    def _plan(
+        self,
+        direction: Direction,
+        buffer: Buffer,
+        size: Size | None,
+        file_offset: Size | None,
+        buffer_offset: Size,
+        terms: Terms,
+    ) -> Planned:
+        raise NotImplementedError
+
     def _move_range(
         self,
         direction: Direction,
@@ -281,7 +320,7 @@ class Verbs(Generic[Result]):
         raise NotImplementedError
 
 
-class BaseFile(Uncopyable, Verbs[Result]):
+class BaseFile(Uncopyable, Verbs[Result, Plan]):
     """What `dmabuf.File` and `dmabuf.aio.File` have in common: the arguments of transfers.
 
     `Result` is what a transfer returns: its record, or a coroutine of it.
@@ -359,32 +398,17 @@ class BaseFile(Uncopyable, Verbs[Result]):
         if "links" in self.__dict__ and self.links.target.fd >= 0:
             self.links.close()
 
-    def plan(
+    def _plan(
         self,
+        direction: Direction,
         buffer: Buffer,
-        direction: Direction = "read",
-        *,
-        size: Size | None = None,
-        file_offset: Size | None = None,
-        buffer_offset: Size = 0,
-        require: Require = "any",
-        route: Route | str | None = None,
-        prefer: Prefer = "zero-copy",
-        terms: Terms | None = None,
+        size: Size | None,
+        file_offset: Size | None,
+        buffer_offset: Size,
+        terms: Terms,
     ) -> Plan:
-        """Return the route that a transfer with these arguments would take, and why.
-
-        It moves nothing. Of a file that can be read natively through its block device it writes the
-        dirty pages out, which takes as long as fdatasync(2).
-
-        Raises:
-            RouteUnavailable, OSError, ValueError: as the transfer itself would.
-        """
-        if direction not in ("read", "write"):
-            raise ValueError(f"invalid direction={direction!r}: use 'read' or 'write'")
         link = self.links.get(buffer, direction)
-        segments = self.segment(buffer, direction, size, file_offset, buffer_offset)
-        return link.plan(segments, terms or terms_of(require, route, prefer))
+        return link.plan(self.segment(buffer, direction, size, file_offset, buffer_offset), terms)
 
     # -- arguments
 
