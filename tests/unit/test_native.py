@@ -9,17 +9,20 @@ import errno
 import gc
 import os
 import resource
+import threading
 import weakref
 
+import anyio
 import pytest
 
 import dmabuf
-from dmabuf import Route
+from dmabuf import Route, aio
 from tests import emulation
 from tests.core import lib
 from tests.guards import needs
 from tests.support import (
     PAGE,
+    PATIENCE,
     Filter,
     assert_same,
     exercise,
@@ -318,6 +321,37 @@ def test_closing_either_side_clears_the_slots(path, engine):
         assert mappings() == before + 1
         buf.close()
         assert mappings() == before
+
+
+@pytest.mark.parametrize("closed", ["buffer", "file"])
+def test_an_event_loop_goes_on_while_a_dma_buf_is_unregistered(run, path, monkeypatch, closed):
+    asked, may_go_on, real = threading.Event(), threading.Event(), lib.dmb_ring_register_dmabuf
+
+    def register(ring, slot, dmabuf_fd, target_fd):
+        if dmabuf_fd < 0:
+            asked.set()
+            assert may_go_on.wait(PATIENCE)
+        return real(ring, slot, dmabuf_fd, target_fd)
+
+    async def main():
+        before = mappings()
+        buf, other = dma_buf(SIZE, mapped=False), dma_buf(SIZE, mapped=False)
+        file = await aio.open(path)
+        assert (await file.read_into(buf, 4 * PAGE)).route is Route.NATIVE
+        monkeypatch.setattr(lib, "dmb_ring_register_dmabuf", register)
+        buf.close() if closed == "buffer" else await file.aclose()
+        await anyio.to_thread.run_sync(asked.wait, PATIENCE)
+        async with await aio.open(path) as file:
+            assert (await file.read_into(other, 4 * PAGE)).route is Route.NATIVE
+            assert content(other)[: 4 * PAGE] == path.read_bytes()[: 4 * PAGE]
+            may_go_on.set()
+        buf.close()
+        other.close()
+        while mappings() > before:
+            await anyio.sleep(0.01)
+
+    with emulation.native():
+        run(main)
 
 
 def test_a_read_only_dma_buf_is_not_written(path, engine):

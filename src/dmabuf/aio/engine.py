@@ -1,7 +1,10 @@
 """The engine of an event loop: one ring, whose completions wake the loop through an eventfd.
 
-With IORING_SETUP_DEFER_TASKRUN the eventfd reports that the kernel has work to do for the ring's
-thread, and completions appear when the thread asks for them. dmb_ring_poll does both.
+With IORING_SETUP_COOP_TASKRUN completions may appear only when the loop's thread enters the kernel.
+dmb_ring_poll does so.
+
+A dma-buf that the device reached itself is unregistered by a thread of the engine, because the
+kernel takes about 18 ms for it (seen with version 6 of the series).
 """
 
 from __future__ import annotations
@@ -9,11 +12,13 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import threading
 import weakref
 from collections import deque
 from collections.abc import AsyncGenerator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from queue import SimpleQueue
 
 from anyio.lowlevel import RunVar
 
@@ -21,7 +26,8 @@ from dmabuf._core import failure, ffi, lib
 from dmabuf.aio.backend import Stop, call_soon, wakeup_factory, watch
 from dmabuf.aio.requests import Batch, Call, Request
 from dmabuf.kernel import process
-from dmabuf.transfer import Backend, Engine, Job, Ring
+from dmabuf.memory import Buffer
+from dmabuf.transfer import Backend, Engine, Job, Refusal, Ring
 
 log = logging.getLogger("dmabuf")
 
@@ -39,6 +45,7 @@ class LoopEngine(Engine):
     _wrong_thread = (
         "the file belongs to an event loop of another thread: open it there with dmabuf.aio.open"
     )
+    _owns_rings = False
 
     def __init__(self, *, queue_depth: int = _QUEUE_DEPTH, backend: Backend = "auto") -> None:
         self._eventfd = -1
@@ -54,6 +61,9 @@ class LoopEngine(Engine):
         """Whether the loop will poll the ring in this turn."""
         self._finished_calls: deque[int] = deque()
         self._threads: ThreadPoolExecutor | None = None
+        self._unregistering: threading.Thread | None = None
+        # A destructor may close a buffer at any time: SimpleQueue.put is safe there.
+        self._to_unregister: SimpleQueue[Ring | None] = SimpleQueue()
         self._done = ffi.new("struct dmb_done[]", _COMPLETIONS)
         self._numbers = memoryview(ffi.buffer(self._done)).cast("Q")
         self._count = ffi.new("uint32_t *")
@@ -95,6 +105,10 @@ class LoopEngine(Engine):
                     log.debug("a transfer was still in flight when its loop ended", exc_info=True)
             if self._threads is not None:
                 self._threads.shutdown()
+            if self._unregistering is not None:
+                self._to_unregister.put(None)
+                if self._unregistering is not threading.current_thread():  # by the collector there
+                    self._unregistering.join()
         super().close()
         if self._unwatch is not None:
             self._unwatch()
@@ -113,6 +127,16 @@ class LoopEngine(Engine):
     def run(self, job: Job) -> Job:
         """Raise RuntimeError: running a job here would block the loop."""
         raise RuntimeError("this engine belongs to an event loop: await the transfer")
+
+    def native_refusal(self, buffer: Buffer, fd: int, start: int, end: int) -> Refusal | None:
+        """Register a part of a dma-buf for an open file, or return why that is refused."""
+        if self._unregistering is None:
+            queue = self._to_unregister
+            self._unregistering = threading.Thread(target=_unregister, args=[queue], daemon=True)
+            self._unregistering.start()
+            for ring in self._rings:
+                ring.unregister_elsewhere = queue.put
+        return super().native_refusal(buffer, fd, start, end)
 
     # -- submission
 
@@ -234,6 +258,12 @@ class LoopEngine(Engine):
         finally:
             self.close()
             self._at_loop_end = self._unwatch = None  # these refer to the engine in turn
+
+
+def _unregister(rings: SimpleQueue[Ring | None]) -> None:
+    """Unregister closed dma-bufs; a thread that does not keep the engine alive."""
+    while (ring := rings.get()) is not None:
+        ring.unregister_all()
 
 
 _engines: RunVar[weakref.ref[LoopEngine]] = RunVar("dmabuf.aio engine")

@@ -60,6 +60,7 @@ from dmabuf.transfer.reference import (
     open_reference,
 )
 from dmabuf.transfer.ring import (
+    Refusal,
     Ring,
     no_native_kernel,
     why_no_uring,
@@ -100,6 +101,7 @@ __all__ = [
     "Prefer",
     "Progress",
     "Reference",
+    "Refusal",
     "Require",
     "Ring",
     "Route",

@@ -145,6 +145,8 @@ class Engine(Uncopyable, instead="make another where it is needed"):
         "this engine belongs to the thread that made it: make one there, or use the default "
         "engine, which serves every thread"
     )
+    _owns_rings = True
+    """Whether no other thread may register or unregister anything with the rings."""
 
     def __init__(
         self,
@@ -195,13 +197,16 @@ class Engine(Uncopyable, instead="make another where it is needed"):
             return int(lib.DMB_BACKEND_THREADS)
         return int(lib.DMB_BACKEND_URING)
 
+    def _ring_owner(self) -> int | None:
+        return self.owner if self._owns_rings else None
+
     def _new_ring(self) -> Ring:
         if self._kind == lib.DMB_BACKEND_THREADS:
             return self._new_threads(self.backend_reason, min(self.queue_depth, WORKERS))
-        return Ring(self._kind, self.queue_depth, self.owner)
+        return Ring(self._kind, self.queue_depth, self._ring_owner())
 
     def _new_threads(self, reason: str, workers: int) -> Ring:
-        ring = Ring(lib.DMB_BACKEND_THREADS, workers, self.owner)
+        ring = Ring(lib.DMB_BACKEND_THREADS, workers, self._ring_owner())
         ring.refused = f"threads move the requests: {reason}"
         return ring
 
@@ -233,7 +238,7 @@ class Engine(Uncopyable, instead="make another where it is needed"):
         if self._kind == lib.DMB_BACKEND_THREADS:
             return self._new_ring()
         try:
-            return Ring(self._kind, self.queue_depth, self.owner, lib.DMB_RING_PASSTHROUGH)
+            return Ring(self._kind, self.queue_depth, self._ring_owner(), lib.DMB_RING_PASSTHROUGH)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise

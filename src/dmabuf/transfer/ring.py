@@ -43,6 +43,9 @@ class Ring:
         """Slots of closed buffers that `tidy` is to clear."""
         self.unregister: list[int] = []
         """Slots of closed dma-bufs that `tidy` is to clear."""
+        self.unregister_elsewhere: Callable[[Ring], object] | None = None
+        """What makes another thread call `unregister_all`. None if `tidy` may wait for the kernel,
+        which takes about 18 ms to let go of a dma-buf."""
         self._forgotten: list[int] = []
         self._native_refusal: str | None = ""  # not probed yet
         self._natives: weakref.WeakKeyDictionary[Buffer, dict[int, NativeRegistration]] = (
@@ -164,17 +167,29 @@ class Ring:
                 self.tidy()
 
     def tidy(self) -> None:
-        """Clear the slots of closed buffers and files."""
+        """Clear the slots of closed buffers and files, or make another thread do so."""
         with self._tables:
             self.untidy = False
             try:
                 self._clear(self.unpin, self._free_buffers, lib.dmb_ring_register_buffer, 0, 0)
-                dmabuf = lib.dmb_ring_register_dmabuf
-                self._clear(self.unregister, self._free_buffers, dmabuf, -1, -1)
+                if self.unregister_elsewhere is None:
+                    dmabuf = lib.dmb_ring_register_dmabuf
+                    self._clear(self.unregister, self._free_buffers, dmabuf, -1, -1)
+                elif self.unregister:
+                    self.unregister_elsewhere(self)
                 self._clear(self._forgotten, self._free_files, lib.dmb_ring_register_file, -1)
             except BaseException:  # an interrupt
                 self.untidy = True
                 raise
+
+    def unregister_all(self) -> None:
+        """Clear the slots of closed dma-bufs; for one thread, which no signal interrupts."""
+        while self.unregister:
+            slot = self.unregister.pop()
+            if self.handle is not None:
+                lib.dmb_ring_register_dmabuf(self.handle, slot, -1, -1)
+            with self._tables:
+                self._free_buffers.append(slot)
 
     def _clear(
         self, given: list[int], free: list[int], function: Callable[..., int], *nothing: int
