@@ -187,6 +187,9 @@ def write_scattered(path, size=SIZE):
 
 
 @everything
+@pytest.mark.device_table(
+    "files on NVMe, natively", "read", "zero-copy", by="an emulation of the kernel series"
+)
 def test_every_byte(filesystem, buf, engine):
     path = filesystem / "scattered"
     write_scattered(path, 256 << 10)

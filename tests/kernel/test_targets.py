@@ -82,6 +82,7 @@ def check(path, buffer, engine, rounds=5, best=best):
 
 
 @everything
+@pytest.mark.device_table("NVMe block device", "read", "write", "zero-copy")
 @pytest.mark.parametrize("drive", ["DMABUF_TEST_NVME0", "DMABUF_TEST_NVME1"])
 def test_nvme(drive, buf, engine):
     path = os.environ[drive]

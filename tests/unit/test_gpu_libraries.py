@@ -2,18 +2,22 @@
 
 import ctypes
 import errno
+import os
 import subprocess
+import sys
 
 import pytest
 
 import dmabuf
 from dmabuf.devices import hip, level_zero
 from dmabuf.devices.gpu import Library
+from dmabuf.inspect import examine_machine
 from tests.guards import needs
-from tests.support import raises_errno
-from tests.unit.fake_gpus import FOLDER, Hip, LevelZero
+from tests.support import assert_same, pattern, raises_errno
+from tests.unit.fake_gpus import FOLDER, Hip, LevelZero, compiled
 from tests.unit.test_gpu import MIB, natively
 
+EXAMPLE = FOLDER.parents[1] / "examples" / "cuda_memory.py"
 BRIDGES = pytest.mark.parametrize(("module", "library"), [(hip, "HIP"), (level_zero, "ZE")])
 
 
@@ -135,6 +139,42 @@ def test_a_level_zero_driver_that_is_not_intels(intel):
             device.register(buffer)
     finally:
         intel.set("has_zex", 1)
+
+
+@needs("gcc")
+@pytest.mark.parametrize("runtime", ["hip", "level_zero"])
+def test_doctor_names_the_gpu(request, runtime):
+    request.getfixturevalue({"hip": "amd", "level_zero": "intel"}[runtime])
+    name = {"hip": "HIP", "level_zero": "Level Zero"}[runtime]
+    found = {answer.name: answer for answer in examine_machine().devices}
+    assert (found[name].ok, found[name].detail) == (True, "Fake GPU")
+
+
+@needs("gcc")
+@pytest.mark.parametrize(
+    ("runtime", "source", "names"),
+    [
+        ("hip", "libamdhip64", ["libamdhip64.so.6", "libhsa-runtime64.so.1"]),
+        ("level_zero", "libze_loader", ["libze_loader.so.1"]),
+    ],
+)
+def test_the_example(tmp_path, runtime, source, names):
+    """In a process of its own, which finds the libraries by their names."""
+    for name in names:
+        (tmp_path / name).symlink_to(compiled(source))
+    path, copy = tmp_path / "source", tmp_path / "copy"
+    path.write_bytes(pattern(3 * MIB + 3000, 4))
+    done = subprocess.run(
+        [sys.executable, EXAMPLE, path, copy, runtime],
+        env=os.environ | {"LD_LIBRARY_PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert_same(copy.read_bytes(), pattern(3 * MIB + 3000, 4), "the copy")
+    assert done.stdout.startswith("Fake GPU: 3,148,728 bytes")
+    assert done.stdout.count("route staged") == 2
 
 
 @needs("level-zero-headers")
