@@ -23,7 +23,7 @@ enum { GPU_MOST = 64, GPU_LAG = 2, GPU_LEAD = GPU_LEAD_BYTES };
 struct gpu_memory {
 	char *start, *mapping;
 	size_t size;
-	int fd, imported, not_shared;
+	int fd, imported, not_shared, mapped;
 };
 
 struct gpu_copy {
@@ -118,6 +118,7 @@ static void *gpu_import(int fd, size_t size)
 	made->size = size;
 	made->fd = -1;
 	made->imported = 1;
+	made->mapped = 0;
 	return made->start;
 }
 

@@ -97,6 +97,14 @@ int hipMalloc(void **ret, size_t size)
 
 int hipFree(void *address)
 {
+	struct gpu_memory *one = gpu_find(address);
+
+	if (!address)
+		return OK;
+	if (one && one->imported) {
+		one->mapped--;
+		return OK;
+	}
 	return gpu_free(address) ? INVALID_VALUE : OK;
 }
 
@@ -147,11 +155,16 @@ int hipExternalMemoryGetMappedBuffer(void **ret, void *memory, const struct buff
 	if (!one || about->flags || about->offset + about->size > one->size)
 		return INVALID_VALUE;
 	*ret = one->start + about->offset;
+	one->mapped++;
 	return OK;
 }
 
+/* The import and each mapping hold the memory, as in ihipFree of clr: here the mappings go first.
+ */
 int hipDestroyExternalMemory(void *memory)
 {
+	if (gpu_find(memory)->mapped)
+		gpu_break("an import that is mapped was destroyed");
 	return gpu_free(memory) ? INVALID_VALUE : OK;
 }
 

@@ -109,6 +109,14 @@ def test_hip_reports_a_refused_import_as_one(amd):
 
 
 @needs("gcc")
+def test_an_import_that_hip_cannot_map_is_ended(amd):
+    with hip.Device() as device, device.allocate(2 * MIB) as memory:
+        amd.fail["hipExternalMemoryGetMappedBuffer"] = 1
+        with raises_errno(errno.EINVAL, "import a dma-buf"):
+            device.register(memory.export())
+
+
+@needs("gcc")
 def test_rocr_without_exports(amd, monkeypatch):
     monkeypatch.setattr(hip, "ROCR", Library("libnone.so.1", hip.ROCR.signatures))
     with hip.Device() as device, device.allocate(2 * MIB) as memory:

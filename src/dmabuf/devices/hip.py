@@ -264,15 +264,21 @@ class _Context(gpu.Context):
                 raise DriverError.of(error.code, errno.EOPNOTSUPP, text) from error
             raise
         try:
-            part = _BufferDesc(0, size)
-            name = "hipExternalMemoryGetMappedBuffer"
-            return self._new(name, handle, byref(part), what=what), handle
+            name, part = "hipExternalMemoryGetMappedBuffer", _BufferDesc(0, size)
+            address = self._new(name, handle, byref(part), what=what)
         except BaseException:
-            self.release(handle)
+            self.release((0, handle))
             raise
+        return address, (address, handle)
 
     def release(self, imported: Any) -> None:
-        self._do("hipDestroyExternalMemory", imported, what="end the import of a dma-buf")
+        """Free the mapping and the import: each holds the memory."""
+        address, handle = imported
+        what = "end the import of a dma-buf"
+        try:
+            self._do("hipFree", address, what=what)  # which does nothing for 0
+        finally:
+            self._do("hipDestroyExternalMemory", handle, what=what)
 
     def orders_writes(self) -> bool:
         return self._flush_register() is not None
