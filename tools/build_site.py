@@ -23,7 +23,7 @@ PUBLIC = [
         f"dmabuf.{room}"
         for room in ("aio", "safetensors", "formats", "store", "remote", "mount", "inspect")
     ),
-    *(f"dmabuf.{room}" for room in ("integrations", "compat.kvikio")),
+    *(f"dmabuf.{room}" for room in ("remote.aio", "integrations", "compat.kvikio")),
     *(
         f"dmabuf.devices.{kind}"
         for kind in ("v4l2", "drm", "vulkan", "cuda", "hip", "level_zero", "vfio")

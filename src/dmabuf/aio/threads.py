@@ -42,12 +42,12 @@ async def _in_thread(function: Callable[[Callable[[], None]], T]) -> T:
 async def call(function: Callable[[], T]) -> T:
     """Call a function that blocks in a thread, and return what it returns.
 
-    For the transfers of dmabuf that have no coroutine, such as those of `dmabuf.remote`::
+    For the calls of dmabuf that have no coroutine::
 
-        await dmabuf.aio.call(lambda: remote_file.read_into(buf))
+        await dmabuf.aio.call(lambda: dmabuf.safetensors.load(url))
 
-    Cancelling it stops the function within 100 ms where it waits for a peer, and returns when the
-    function has ended. The Node of a transfer that was stopped is closed.
+    Cancelling it stops a transfer of `dmabuf.remote` within 100 ms, and returns when the function
+    has ended. The Node of a transfer that was stopped is closed.
     """
     return await _in_thread(lambda _: function())
 

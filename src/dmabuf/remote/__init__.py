@@ -16,8 +16,8 @@ of named buffers (store/), the command line (cli/).
 ``protocol.py`` has the messages and ``channel.py`` the socket of both ends; ``address.py`` says who
 may connect to what. The client's end: ``connecting.py`` and ``client.py`` (connect and Node),
 ``session.py`` (requests and records), ``tcp.py`` (the engine, which moves their bytes),
-``file.py``, ``replicas.py`` (a file at several nodes) and ``names.py``. The node's end:
-``server.py``, ``requests.py`` and ``folder.py``.
+``file.py``, ``replicas.py`` (a file at several nodes), ``names.py`` and ``aio.py`` (in an event
+loop). The node's end: ``server.py``, ``requests.py`` and ``folder.py``.
 """
 
 from dmabuf.remote.address import Certificates, certificates_from_environment, is_url, parse_url
