@@ -104,6 +104,10 @@ def asked(number: int, *segments: object, **how: object) -> dict[str, object]:
                     {"op": "fetch", "names": [["a", -1]], "checksum": 0},
                     {"op": "fetch", "names": [[1, 1]], "checksum": 0},
                     {"op": "publish", "name": "a", "size": 1, "mode": "x", "replace": True},
+                    {"op": "nixl", "transports": 5},
+                    {"op": "regions", "metadata": "AAAA"},
+                    {"op": "fetch", "names": [], "checksum": 0, "addresses": []},
+                    {"op": "fetch", "names": [], "checksum": 0, "addresses": [4096]},
                 )
             )
         ),

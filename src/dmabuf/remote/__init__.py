@@ -1,4 +1,4 @@
-"""Files and named buffers of other nodes, into Buffers and back, over TCP, TLS or Unix sockets.
+"""Files and named buffers of other nodes, into Buffers and back: over sockets, or by NIXL.
 
     >>> import dmabuf.remote
     >>> with dmabuf.remote.connect("10.0.0.5:7777") as node:
@@ -15,9 +15,10 @@ of named buffers (store/), the command line (cli/).
 
 ``protocol.py`` has the messages and ``channel.py`` the socket of both ends; ``address.py`` says who
 may connect to what. The client's end: ``connecting.py`` and ``client.py`` (connect and Node),
-``session.py`` (requests and records), ``tcp.py`` (the engine, which moves their bytes),
+``session.py`` (requests and records), ``tcp.py`` and ``nixl.py`` (engines, which move their bytes),
 ``file.py``, ``replicas.py`` (a file at several nodes), ``names.py`` and ``aio.py`` (in an event
-loop). The node's end: ``server.py``, ``requests.py`` and ``folder.py``.
+loop). The node's end: ``server.py``, ``requests.py``, ``data.py`` and ``folder.py``. ``pump.py`` is
+the process that holds NIXL for either end.
 """
 
 from dmabuf.remote.address import Certificates, certificates_from_environment, is_url, parse_url

@@ -94,6 +94,7 @@ class Node(_Awaited[remote.Node]):
     fetch = _awaited(remote.Node.fetch)
     fetch_many = _awaited(remote.Node.fetch_many)
     publish = _awaited(remote.Node.publish)
+    revoke = _awaited(remote.Node.revoke)
     remove = _awaited(remote.Node.remove)
     ls = _awaited(remote.Node.ls)
 
@@ -125,7 +126,7 @@ class Node(_Awaited[remote.Node]):
 async def connect(
     address: str | Sequence[str],
     *,
-    engine: Literal["auto", "tcp"] = "auto",
+    engine: Literal["auto", "tcp", "nixl"] = "auto",
     certificates: Certificates | None = None,
     trusted_network: bool = False,
     timeout: float = 30.0,

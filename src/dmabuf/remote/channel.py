@@ -72,6 +72,11 @@ class Channel:
         return "tls" if self._tls else "unix" if self._unix else "tcp"
 
     @property
+    def local_address(self) -> str | None:
+        """This end's numeric address; None for a Unix socket."""
+        return None if self._unix else str(self._socket.getsockname()[0])
+
+    @property
     def sends_files(self) -> bool:
         """Whether sendfile(2) can be used."""
         return not self._tls

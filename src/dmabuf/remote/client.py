@@ -14,7 +14,7 @@ from typing import Literal
 
 from dmabuf.errors import Uncopyable, os_error
 from dmabuf.memory import Buffer
-from dmabuf.remote.address import Certificates, parse_url
+from dmabuf.remote.address import Certificates, parse_url, trusted_by_environment
 from dmabuf.remote.connecting import open_session
 from dmabuf.remote.file import RemoteFile
 from dmabuf.remote.names import Wanted, fetch
@@ -40,7 +40,7 @@ os.register_at_fork(after_in_child=_close_in_child)
 def connect(
     address: str | Sequence[str],
     *,
-    engine: Literal["auto", "tcp"] = "auto",
+    engine: Literal["auto", "tcp", "nixl"] = "auto",
     certificates: Certificates | None = None,
     trusted_network: bool = False,
     timeout: float = 30.0,
@@ -54,21 +54,25 @@ def connect(
     Args:
         address: "HOST:PORT", "[IPV6]:PORT" or "unix:PATH". Or several addresses, of nodes that
             serve the same files: these are read from all of them, and nothing else is possible.
-        engine: what moves the bytes; there is one, "tcp".
+        engine: what moves the bytes: "tcp", the connection itself, or "nixl", by which UCX moves
+            them between processes that hold the memory for both ends. "auto" is NIXL if both ends
+            have it and the network is trusted or RDMA; `Node.reason` says why not.
         certificates: use TLS with these; the node must have been started with its own.
         trusted_network: do without TLS beyond this machine: everyone on the way can read and change
-            the bytes.
+            the bytes. NIXL over TCP needs it, also on this machine.
         timeout: the most seconds to wait for the connection and for a reply without data, and
             without any progress in a transfer.
 
     Raises:
         OSError: ECONNREFUSED, no node listens there; EACCES, certificates are missing, or one end
             refuses the other's; EPROTO, the other end is not a node of this version; ETIMEDOUT;
-            EHOSTUNREACH. Of several addresses the first one's, if none can be connected to.
+            EHOSTUNREACH. With engine="nixl" EOPNOTSUPP, one end has no NIXL, and EACCES, one end
+            does not trust the network. Of several addresses the first one's, if none can be
+            connected to.
         ValueError: an invalid address, engine or timeout.
     """
-    if engine not in ("auto", "tcp"):
-        raise ValueError(f"invalid engine={engine!r}: use 'auto' or 'tcp'")
+    if engine not in ("auto", "tcp", "nixl"):
+        raise ValueError(f"invalid engine={engine!r}: use 'auto', 'tcp' or 'nixl'")
     if not 0 < timeout < 1e6:
         raise ValueError(f"invalid timeout={timeout!r}: use seconds above 0")
     addresses = [address] if isinstance(address, str) else list(dict.fromkeys(address))
@@ -80,6 +84,9 @@ def connect(
             try:
                 made = open_session(one, certificates, trusted_network, timeout)
                 stack.callback(made.close)
+                if engine != "tcp":
+                    trusted = trusted_network or trusted_by_environment()
+                    made.use_nixl(trusted=trusted, required=engine == "nixl")
                 sessions.append(made)
             except OSError as error:
                 log.warning("%s: not used: %s", one, error)
@@ -131,8 +138,13 @@ class Node(Uncopyable, instead="call dmabuf.remote.connect() again"):
 
     @property
     def transport(self) -> str:
-        """What carries the bytes: "tcp", "tls" or "unix"."""
+        """What carries the bytes: "tcp", "tls" or "unix"; by NIXL "ucx_tcp" or "rc_verbs"."""
         return self._sessions[0].transport
+
+    @property
+    def reason(self) -> str:
+        """A sentence: why NIXL is used, or why it is not."""
+        return self._sessions[0].engine.why
 
     @property
     def closed(self) -> bool:
@@ -143,6 +155,15 @@ class Node(Uncopyable, instead="call dmabuf.remote.connect() again"):
         """Close the connection, and with it the files that were opened. Can be called again."""
         for one in self._sessions:
             one.close()
+
+    def revoke(self, buffer: Buffer) -> None:
+        """Take a buffer's memory from the node.
+
+        With the engine nixl the node can reach all of a Buffer from its first transfer on: until
+        this, the end of the Buffer, or that of the connection.
+        """
+        for one in self._sessions:
+            one.revoke(buffer)
 
     def __enter__(self) -> Node:
         return self
@@ -285,7 +306,7 @@ class Node(Uncopyable, instead="call dmabuf.remote.connect() again"):
         """
         session = self._session
         terms = terms_of("any", None, "zero-copy", timeout, True, audit)
-        check_terms(buffer, terms, session.transport, session.name)
+        check_terms(buffer, terms, session.engine, session.name)
         start = parse_size(buffer_offset, "buffer_offset")
         nbytes = max(buffer.size - start, 0) if size is None else parse_size(size)
         if not nbytes or start + nbytes > buffer.size:

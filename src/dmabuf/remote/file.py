@@ -10,9 +10,8 @@ from dmabuf.copying import OffsetSource, OffsetTarget
 from dmabuf.errors import ClosedError, Uncopyable, os_error
 from dmabuf.memory import Buffer
 from dmabuf.remote import protocol
-from dmabuf.remote.channel import Transport
 from dmabuf.remote.protocol import Message
-from dmabuf.remote.session import RemotePlan, RemoteTransfer, Session, check_terms
+from dmabuf.remote.session import Engine, RemotePlan, RemoteTransfer, Session, check_terms
 from dmabuf.remote.tcp import Place
 from dmabuf.sizes import OFFSET_MAX, Size, parse_size
 from dmabuf.transfer import Direction, Plan, Progress, Route, Terms, Verbs, segments_of
@@ -61,9 +60,14 @@ class RemoteFile(
         return self._session.name
 
     @property
-    def transport(self) -> Transport:
-        """What carries its bytes: "tcp", "tls" or "unix"."""
-        return self._session.transport
+    def transport(self) -> str:
+        """What carries its bytes: "tcp", "tls" or "unix"; by NIXL "ucx_tcp" or "rc_verbs"."""
+        return self.engine.transport
+
+    @property
+    def engine(self) -> Engine:
+        """What moves its bytes."""
+        return self._session.engine
 
     @property
     def size(self) -> int:
@@ -128,7 +132,7 @@ class RemoteFile(
             verb = "reading" if direction == "read" else "writing"
             text = f"the file is not open for {verb}: mode={self.mode!r}"
             raise os_error(errno.EBADF, text, self.name)
-        check_terms(buffer, terms, self.transport, self.name)
+        check_terms(buffer, terms, self.engine, self.name)
 
     def _plan(
         self,

@@ -12,7 +12,14 @@ from dmabuf.memory import Buffer
 from dmabuf.remote import protocol
 from dmabuf.remote.channel import Channel
 from dmabuf.remote.protocol import Malformed, Reported
-from dmabuf.remote.session import RemoteTransfer, Session, check_terms, compare, mapped
+from dmabuf.remote.session import (
+    Engine,
+    RemoteTransfer,
+    Session,
+    check_terms,
+    compare,
+    mapped,
+)
 from dmabuf.store import check_name
 from dmabuf.transfer import Terms
 
@@ -42,7 +49,7 @@ def fetch(
 
     Of the first transfer of a connection, which is compared, the first name has a request alone.
     """
-    check_terms(buffer, terms, session.transport, session.name)
+    check_terms(buffer, terms, session.engine, session.name)
     for name, start, room in wanted:
         check_name(name)
         if start + room > buffer.size:
@@ -56,14 +63,6 @@ def fetch(
     batches = [wanted[:head]] * head
     batches += [wanted[at : at + _AT_ONCE] for at in range(head, len(wanted), _AT_ONCE)]
     limits = [limit if always or not index else 0 for index in range(len(batches))]
-    requests = iter(
-        [
-            protocol.pack(
-                op="fetch", names=[(name, room) for name, _, room in batch], checksum=most
-            )
-            for batch, most in zip(batches, limits, strict=True)
-        ]
-    )
     outcomes: list[Outcome] = []
     first = min(start for _, start, _ in wanted)
     last = max(start + room for _, start, room in wanted)
@@ -71,12 +70,24 @@ def fetch(
         mapped(buffer, terms, "read", first, last - first) as view,
         session.exchange(terms.timeout) as channel,
     ):
+        engine = session.carrier(buffer)
+        requests = iter(
+            [
+                protocol.pack(
+                    op="fetch",
+                    names=[(name, room) for name, _, room in batch],
+                    checksum=most,
+                    **engine.prepare(channel, buffer, [one[1:] for one in batch]),
+                )
+                for batch, most in zip(batches, limits, strict=True)
+            ]
+        )
         for request in islice(requests, _AHEAD):
             channel.send(request)
         for batch, most in zip(batches, limits, strict=True):
             places = [Wanted(name, start - first, room) for name, start, room in batch]
             try:
-                found = _receive(session, channel, view, places, most)
+                found = _receive(session, engine, channel, view, places, most)
             except Reported:
                 if len(batches) > 1:  # whose replies are under way
                     channel.close()
@@ -90,7 +101,12 @@ def fetch(
 
 
 def _receive(
-    session: Session, channel: Channel, view: memoryview, batch: Sequence[Wanted], limit: int
+    session: Session,
+    engine: Engine,
+    channel: Channel,
+    view: memoryview,
+    batch: Sequence[Wanted],
+    limit: int,
 ) -> list[Outcome]:
     """Receive the reply to a request, with the contents; compare the first bytes of each."""
     begun, places, end = time.perf_counter(), list[tuple[int, int]](), -1
@@ -107,7 +123,7 @@ def _receive(
         else:
             places.append((start, one))
         end = start + one
-    reply = session.engine.receive(channel, view, places, batch[0].name)
+    reply = engine.receive(channel, view, places, batch[0].name)
     side, digests = protocol.parse_side(reply), iter(reply.get("checksum", str).split())
     seconds, outcomes = time.perf_counter() - begun, list[Outcome]()
     records: dict[tuple[int, str], RemoteTransfer] = {}
@@ -122,6 +138,6 @@ def _receive(
             audited = compare(next(digests, ""), [part], one, name)
         if (one, audited) not in records:  # equal ones share a record
             there = replace(side, nbytes=one, copied=min(side.copied, one))
-            records[one, audited] = session.record("read", one, audited, seconds, there)
+            records[one, audited] = session.record(engine, "read", one, audited, seconds, there)
         outcomes.append(records[one, audited])
     return outcomes

@@ -10,8 +10,14 @@ JSON and the bytes of data that follow. A message has one of the two::
     {"wait": true}                                                 before a reply that takes long
 
 The client sends data only after the reply {"go": true}, and the reply to the data follows. It may
-send requests before it has read the replies; they are carried out one after the other. After a
-reply with an error the connection is in order; after anything else that is unexpected it is closed.
+send requests before it has read the replies; they are carried out one after the other.
+
+With the engine nixl a request has the addresses of its data in the client's pump, which the node's
+writes and reads by itself. Then {"moved": 8388608} comes for each part, and no data. After a reply
+with {"broken": true} the client ends its pump, since bytes may be on their way to it.
+
+After a reply with an error the connection is in order; after anything else that is unexpected it is
+closed.
 """
 
 from __future__ import annotations
@@ -109,6 +115,10 @@ class Message:
                 _number(one)
         return found
 
+    def numbers(self, key: str) -> list[int]:
+        """Return numbers, such as addresses."""
+        return [_number(one) for one in self.get(key, list)]
+
     def outcomes(self, key: str) -> list[int | Message]:
         """Return sizes, or messages in the place of those that failed."""
         return [Message(one) if type(one) is dict else _number(one) for one in self.get(key, list)]
@@ -156,7 +166,7 @@ def parse_terms(message: Message) -> Terms:
     """Return the terms for the node's file."""
     fields = message.message("terms")
     return Terms(
-        fields.choice("require", "uncached", "any"),
+        fields.choice("require", "zero-copy", "uncached", "any"),
         None if fields.is_null("route") else fields.choice("route", *Route),
         fields.choice("prefer", "zero-copy", "fastest"),
         audit="off",

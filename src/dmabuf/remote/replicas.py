@@ -22,9 +22,8 @@ from dmabuf.errors import (
     os_error,
 )
 from dmabuf.memory import Buffer, allocate
-from dmabuf.remote.channel import Transport
 from dmabuf.remote.file import Range, RemoteFile
-from dmabuf.remote.session import RemotePlan, RemoteTransfer
+from dmabuf.remote.session import Engine, RemotePlan, RemoteTransfer
 from dmabuf.sizes import Size
 from dmabuf.transfer import Direction, Progress, Terms, stopping
 
@@ -68,9 +67,9 @@ class ReplicaFile(RemoteFile):
         return ",".join(one.node for one in self._files)
 
     @property
-    def transport(self) -> Transport:
-        """What carries the bytes of the first node that is left."""
-        return (self._living() or self._files)[0].transport
+    def engine(self) -> Engine:
+        """What moves the bytes of the first node that is left."""
+        return (self._living() or self._files)[0].engine
 
     @property
     def size(self) -> int:

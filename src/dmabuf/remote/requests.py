@@ -8,10 +8,9 @@ import logging
 import os
 import threading
 import time
-from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
@@ -21,9 +20,11 @@ from dmabuf.copying import CopySide, Reader, Source
 from dmabuf.errors import ShortReadError, os_error
 from dmabuf.kernel import files
 from dmabuf.memory import Buffer, allocate
-from dmabuf.remote import protocol
+from dmabuf.remote import nixl, protocol
 from dmabuf.remote.channel import Channel
+from dmabuf.remote.data import Far, FarSource, FileRanges, Ranges, SocketSource, write_all
 from dmabuf.remote.folder import Folder, Served
+from dmabuf.remote.nixl import Mover
 from dmabuf.remote.protocol import Malformed, Message
 from dmabuf.sizes import OFFSET_MAX
 from dmabuf.store import Lent, Server, Store, check_name
@@ -42,10 +43,12 @@ _PIECE = 1 << 20
 _MOST_FILES = 1024
 """Files that a client may have open."""
 _LISTED = 1000
+_MOST_MOVERS = 64
+"""Clients that have NIXL at once: each has a process and staging blocks of its own."""
 
 _OPERATIONS = (
     "open", "close", "commit", "size", "flush", "plan", "read", "write",
-    "fetch", "publish", "remove", "ls",
+    "fetch", "publish", "remove", "ls", "nixl", "regions",
 )  # fmt: skip
 """Each is carried out by the method `_do_` and its name."""
 
@@ -107,8 +110,9 @@ def _allocated(size: int, count: int) -> list[Buffer]:
 class Shared:
     """What all clients of a node have in common."""
 
-    def __init__(self, folder: Folder | None, *, read_only: bool) -> None:
-        self.folder, self.read_only = folder, read_only
+    def __init__(self, folder: Folder | None, *, read_only: bool, trusted: bool = False) -> None:
+        self.folder, self.read_only, self.trusted = folder, read_only, trusted
+        self.movers = threading.BoundedSemaphore(_MOST_MOVERS)
         self.server: Server | None = None
         self.pools = Pools()
         self._lock = threading.Lock()
@@ -140,6 +144,7 @@ class Client:
         self._channel, self._shared = channel, shared
         self._files: dict[int, Served] = {}
         self._numbers = 0
+        self._mover: Mover | None = None
 
     def serve(self) -> None:
         """Carry out requests until the client ends the connection. Raises OSError if it fails."""
@@ -152,6 +157,9 @@ class Client:
         finally:
             for served in self._files.values():
                 served.close()
+            if self._mover is not None:
+                self._mover.close()
+                self._shared.movers.release()
 
     def _carry_out(self, request: Message) -> None:
         op = request.choice("op", *_OPERATIONS)
@@ -168,9 +176,61 @@ class Client:
             if self._channel.failed:
                 raise
             log.info("%s: %s %r: %s", self._channel.name, op, path, error)
-            reply = {"error": protocol.error_fields(error, path)}
+            reply = self._failed(error, path)
         if reply is not None:
             self._channel.send(protocol.pack(**reply))
+
+    def _failed(self, error: BaseException, path: str) -> dict[str, object]:
+        """Return the reply to a request that failed."""
+        reply: dict[str, object] = {"error": protocol.error_fields(error, path)}
+        if self._mover is not None and self._mover.pump.closed:
+            reply["broken"] = True
+        return reply
+
+    # -- the engine nixl
+
+    def _do_nixl(self, request: Message) -> dict[str, object]:
+        """Start a pump for this client, if there is a transport that both ends accept."""
+        if self._mover is not None:
+            raise Malformed("a second request for NIXL")
+        offered = request.get("transports", list)
+        mine = nixl.transports(trusted=self._shared.trusted)
+        taken = next((one for one in offered if one in mine), None)
+        if taken is None:
+            text = f"NIXL: no common transport: the node has UCX_TLS={' or '.join(mine)}"
+            raise os_error(errno.EOPNOTSUPP, text)
+        device = nixl.device_of(taken, self._channel.local_address)
+        if not self._shared.movers.acquire(blocking=False):
+            text = f"NIXL: {_MOST_MOVERS} clients of the node have it already; use engine='tcp'"
+            raise os_error(errno.EUSERS, text)
+        try:
+            self._mover = Mover(taken, device, self._channel.timeout)
+        except BaseException:
+            self._shared.movers.release()
+            raise
+        return {"transports": taken}
+
+    def _do_regions(self, request: Message) -> dict[str, object]:
+        self._needed_mover().pump.connect(request.get("metadata", str))
+        return {}
+
+    def _needed_mover(self) -> Mover:
+        if self._mover is None:
+            raise Malformed("a message about NIXL, which was not requested")
+        return self._mover
+
+    def _far(self, request: Message, sizes: Sequence[int | None]) -> Far | None:
+        """Return the places of the data in the client's pump; None if it goes by the socket.
+
+        `sizes` are those of the ranges; None for one without data.
+        """
+        if "addresses" not in request:
+            return None
+        addresses = request.numbers("addresses")
+        if len(addresses) != len(sizes):
+            raise Malformed("another number of addresses than of ranges")
+        ranges = [(at, size) for at, size in zip(addresses, sizes, strict=True) if size is not None]
+        return Far(self._channel, self._needed_mover(), ranges)
 
     # -- files
 
@@ -218,7 +278,7 @@ class Client:
         offset, size = request.number("offset"), request.number("size")
         if direction == "read":
             size = min(size, max(0, (file.size or 0) - offset))
-            if self._is_sendable(file, [(offset, size)], terms):
+            if self._mover is None and self._is_sendable(file, [(offset, size)], terms):
                 return _plan_fields(Plan(Route.BUFFERED, _FROM_CACHE, _INSTEAD))
         with self._shared.pools.take(size) as pool:
             part = min(size, pool[0].size)
@@ -233,10 +293,11 @@ class Client:
         file, begun = served.file, time.perf_counter()
         wanted, whole = request.pairs("segments", int), request.get("whole", bool)
         segments = _within(wanted, file.size or 0, whole=whole)
-        if self._is_sendable(file, segments, terms):
+        far = self._far(request, [size for _, size in segments])
+        if far is None and self._is_sendable(file, segments, terms):
             side = self._send_cached(file, segments, begun)
         else:
-            side = self._send_read(file, segments, terms)
+            side = self._send_read(file, segments, terms, far)
         limit = request.number("checksum")
         digest = _checksum_of_file(file.fileno(), segments, limit, self._channel)
         return _reply(side, digest)
@@ -266,18 +327,23 @@ class Client:
         side = _side(done, Route.BUFFERED, _FROM_CACHE, calls, 0, begun)
         return replace(side, rejected=_INSTEAD)
 
-    def _send_read(self, file: File, segments: Sequence[tuple[int, int]], terms: Terms) -> CopySide:
+    def _send_read(
+        self, file: File, segments: Sequence[tuple[int, int]], terms: Terms, far: Far | None
+    ) -> CopySide:
         total = sum(size for _, size in segments)
         if not total:
             return _side(0, Route.BUFFERED, "there are no such bytes", 0, 0, time.perf_counter())
-        source = _RangesSource(file, segments, terms)
-        with self._shared.pools.take(total) as pool:
+        source = FileRanges(file, segments, terms)
+        with self._blocks(total, far) as pool:
             ahead = total > pool[0].size
-            self._channel.announce(total)
+            if far is None:
+                self._channel.announce(total)
             with Reader(source, pool, total, whole=True, ahead=ahead) as reader:
                 while True:
                     filled = reader.take()
-                    if filled.size:
+                    if far is not None:
+                        far.write(filled.buffer, filled.size)
+                    elif filled.size:
                         with filled.buffer.map("r", 0, filled.size) as view:
                             self._channel.send_data(view)
                     if filled.error is not None:
@@ -285,7 +351,11 @@ class Client:
                     if filled.last:
                         break
                     reader.give_back(filled.buffer)
-        return _by_socket(source)
+        return _by_cpu(source, far)
+
+    def _blocks(self, total: int, far: Far | None) -> AbstractContextManager[list[Buffer]]:
+        """Give staging blocks for a request of so many bytes."""
+        return self._shared.pools.take(total) if far is None else nullcontext(far.blocks)
 
     # -- writing a file
 
@@ -294,19 +364,20 @@ class Client:
         segments, file = request.pairs("segments", int), served.file
         _check_apart(segments)
         total = sum(size for _, size in segments)
-        data = _DataSource(self._channel, total, terms)
-        with self._shared.pools.take(total) as pool:
+        far = self._far(request, [size for _, size in segments])
+        data = SocketSource(self._channel, total, terms) if far is None else FarSource(far, terms)
+        with self._blocks(total, far) as pool:
             for offset, size in segments[:1]:
                 part = min(size, pool[0].size)
                 file.plan(pool[0], "write", size=part, file_offset=offset, terms=terms)
-            write = partial(_write_all, file, segments, terms, data, pool)
+            write = partial(write_all, file, segments, terms, data, pool)
             if not self._receive(data, served.path, write):
                 return None
         limit = request.number("checksum")
         digest = _checksum_of_file(file.fileno(), segments, limit, self._channel)
-        return _reply(_by_socket(data), digest)
+        return _reply(_by_cpu(data, far), digest)
 
-    def _receive(self, data: _DataSource, path: str, work: Callable[[], None]) -> bool:
+    def _receive(self, data: SocketSource | FarSource, path: str, work: Callable[[], None]) -> bool:
         """Have the client send its data, which `work` takes; return whether it took all.
 
         Otherwise the client has the error as its reply.
@@ -319,7 +390,7 @@ class Client:
         except (OSError, ValueError) as error:
             if self._channel.failed:
                 raise
-            self._channel.send(protocol.pack(error=protocol.error_fields(error, path)))
+            self._channel.send(protocol.pack(**self._failed(error, path)))
             data.drain()
             return False
         data.finish()
@@ -336,34 +407,41 @@ class Client:
         with ExitStack() as stack:
             stack.callback(_close_lent, lent)
             found = [
-                self._content(name, room, one, stack)
+                self._content(name, room, one, stack, "addresses" in request)
                 for (name, room), one in zip(names, lent, strict=True)
             ]
             told = [
                 protocol.error_fields(one, name) if isinstance(one, OSError) else one[1]
                 for one, (name, _) in zip(found, names, strict=True)
             ]
-            channel.send(protocol.pack(names=told), more=True)
+            sizes = [None if isinstance(one, OSError) else one[1] for one in found]
+            far = self._far(request, sizes)
+            channel.send(protocol.pack(names=told), more=far is None)
             contents = [one for one in found if not isinstance(one, OSError)]
             total = sum(size for _, size in contents)
-            channel.announce(total)
             calls, copied, digests = 0, 0, list[str]()
+            if far is None:
+                channel.announce(total)
             for one, size in contents:
-                if isinstance(one, int):
+                if far is not None:
+                    calls, copied = calls + 1, copied + far.write_content(one, size)
+                elif isinstance(one, int):
                     calls += channel.send_file(one, 0, size)[1]
-                    if limit:
-                        digests.append(_checksum_of_file(one, [(0, size)], limit, channel))
                 else:
                     channel.send_data(one)
                     calls, copied = calls + 1, copied + size
-                    if limit:
-                        digests.append(_checksum([one[:limit]]))
-        reason = "the CPU copies into the socket" if copied else _FROM_MEMORY
+                if isinstance(one, memoryview):
+                    digests += [_checksum([one[:limit]])] if limit else []
+                elif limit:
+                    digests.append(_checksum_of_file(one, [(0, size)], limit, channel))
+            if far is not None:
+                far.flush()
+        reason = "the CPU copies the memory" if copied else _FROM_MEMORY
         side = _side(total, Route.BUFFERED, reason, calls, copied, begun)
         return _reply(side, " ".join(digests))
 
     def _content(
-        self, name: str, room: int, lent: Lent | OSError, stack: ExitStack
+        self, name: str, room: int, lent: Lent | OSError, stack: ExitStack, by_nixl: bool
     ) -> tuple[int | memoryview, int] | OSError:
         """Return a name's descriptor, or its mapping where sendfile(2) cannot be used; its size."""
         if isinstance(lent, OSError):
@@ -372,7 +450,7 @@ class Client:
         if size > room:
             text = f"its {size} bytes do not fit into the {room} of the buffer"
             return os_error(errno.ENOSPC, text, name)
-        if fd >= 0 and (self._channel.sends_files or not size):
+        if fd >= 0 and (by_nixl or self._channel.sends_files or not size):
             return fd, size
         try:
             if fd >= 0:
@@ -392,7 +470,12 @@ class Client:
         check_name(name)
         buffer, linked = store.create(None, size, mode=mode, trusted=True), False
         try:
-            data = _DataSource(self._channel, size, Terms())
+            far = self._far(request, [size])
+            data = (
+                SocketSource(self._channel, size, Terms())
+                if far is None
+                else FarSource(far, Terms())
+            )
             with buffer.map("rw", 0, size) as view:
                 if not self._receive(data, name, partial(data.read_into, view)):
                     return None
@@ -428,137 +511,7 @@ def _close_lent(lent: Iterable[Lent | OSError]) -> None:
             os.close(one.fd)
 
 
-# -- ranges of a file and staging blocks
-
-
-class _Ranges:
-    """Ranges of a file, which are taken one after the other in pieces of any size."""
-
-    def __init__(self, ranges: Sequence[tuple[int, int]]) -> None:
-        self._left = deque(ranges)
-
-    def take(self, size: int, at: int) -> array[int]:
-        """Return the segments between the next bytes of the file and a buffer from `at` on."""
-        taken = array("Q")
-        while size:
-            offset, length = self._left.popleft()
-            part = min(size, length)
-            if part:
-                taken.extend((offset, at, part))
-            if part < length:
-                self._left.appendleft((offset + part, length - part))
-            at, size = at + part, size - part
-        return taken
-
-
-class _RangesSource(Source):
-    """Ranges of a file, one after the other."""
-
-    def __init__(self, file: File, ranges: Sequence[tuple[int, int]], terms: Terms) -> None:
-        super().__init__(str(file.name), terms, None)
-        self._file, self._ranges = file, _Ranges(ranges)
-
-    def read(self, buffer: Buffer, at: int, size: int, *, whole: bool, more: bool) -> int:
-        """Read the next bytes into the buffer, and return how many."""
-        taken = self._ranges.take(size, at)
-        if len(taken) == 3:
-            done = self._file.read_into(
-                buffer, taken[2], file_offset=taken[0], buffer_offset=at, terms=self.terms
-            )
-        else:
-            done = self._file.read_segments(buffer, taken, terms=self.terms)
-        self.tally.add(done)
-        return done.nbytes
-
-    def check_end(self, missing: int) -> None:
-        """Raise ShortReadError: the file had the bytes when the request came."""
-        raise ShortReadError("the file shrank while it was read")
-
-
-class _DataSource(Source):
-    """The data that a client sends after its request."""
-
-    def __init__(self, channel: Channel, size: int, terms: Terms) -> None:
-        super().__init__(channel.name, terms, None)
-        self._channel, self._left = channel, size
-        self._message = 0  # bytes left of the present one
-
-    def read(self, buffer: Buffer, at: int, size: int, *, whole: bool, more: bool) -> int:
-        """Receive the next bytes into the buffer, and return how many."""
-        with buffer.map("w", at, size) as view:
-            self.read_into(view)
-        return size
-
-    def read_into(self, view: memoryview) -> None:
-        """Receive the next bytes, as many as fit into the view."""
-        done = 0
-        while done < len(view):
-            if not self._message:
-                self._next()
-            with view[done : done + self._message] as part:
-                before = self._channel.received
-                try:
-                    self._channel.read_into(part)
-                finally:
-                    self._message -= self._channel.received - before
-                done += len(part)
-
-    def _next(self) -> None:
-        found = self._channel.receive()
-        if not isinstance(found, int):
-            raise Malformed("the client sent less data than it announced")
-        if found > self._left:
-            raise Malformed("the client sent more data than it announced")
-        self._message, self._left = found, self._left - found
-
-    def finish(self) -> None:
-        """Receive the message that ends the data."""
-        if self._message or not self._channel.receive_message().get("end", bool):
-            raise Malformed("the client sent more data than it announced")
-
-    def drain(self) -> None:
-        """Receive what the client still sends before it reads that its request failed."""
-        scratch = memoryview(bytearray(_SMALL_BLOCK))
-        while True:
-            while self._message:
-                self.read_into(scratch[: min(self._message, len(scratch))])
-            found = self._channel.receive()
-            if not isinstance(found, int):
-                return
-            self._message = found
-
-
-def _write_all(
-    file: File,
-    ranges: Sequence[tuple[int, int]],
-    terms: Terms,
-    data: _DataSource,
-    pool: list[Buffer],
-) -> None:
-    """Write the data of a client to ranges of a file, receiving ahead."""
-    left, total = _Ranges(ranges), sum(size for _, size in ranges)
-    if not total:
-        return
-    done = 0
-    with Reader(data, pool, total, whole=True, ahead=total > pool[0].size) as reader:
-        while done < total:
-            filled = reader.take()
-            if filled.error is not None:
-                raise filled.error
-            taken = left.take(filled.size, 0)
-            try:
-                if len(taken) == 3:
-                    moved = file.write_from(
-                        filled.buffer, filled.size, file_offset=taken[0], terms=terms
-                    )
-                else:
-                    moved = file.write_segments(filled.buffer, taken, terms=terms)
-            except OSError as error:
-                error.nbytes = done + getattr(error, "nbytes", 0)  # type: ignore[attr-defined]
-                raise
-            data.tally.add(moved)
-            done += filled.size
-            reader.give_back(filled.buffer)
+# -- ranges of a request
 
 
 def _within(ranges: Sequence[tuple[int, int]], end: int, *, whole: bool) -> list[tuple[int, int]]:
@@ -602,7 +555,7 @@ def _checksum_of_file(
     """Return the checksum of the first bytes of ranges, read by plain pread(2); "" for none."""
     if not limit:
         return ""
-    left = _Ranges(ranges)
+    left = Ranges(ranges)
     total = min(limit, sum(size for _, size in ranges))
 
     def pieces() -> Iterator[bytes]:
@@ -627,9 +580,11 @@ def _side(
     return CopySide(nbytes, route, reason, requests=requests, copied=copied, seconds=seconds)
 
 
-def _by_socket(source: Source) -> CopySide:
-    """Return the record of a file's end whose bytes the CPU copied to or from a socket, too."""
+def _by_cpu(source: Source, far: Far | None) -> CopySide:
+    """Return the record of a file's end; unless a card moved them, the CPU copied the bytes too."""
     side = source.tally.side() or _side(0, Route.BUFFERED, "no bytes", 0, 0, time.perf_counter())
+    if far is not None and far.by_card:
+        return side
     return replace(side, copied=side.copied + side.nbytes)
 
 

@@ -187,7 +187,7 @@ def serving(
             publish names as its user. None for none.
         certificates: speak TLS, and only with clients whose certificate the authority has signed.
         trusted_network: listen beyond this machine without certificates: everyone who can reach the
-            address may do what clients may.
+            address may do what clients may. It also lets clients use NIXL over TCP.
         read_only: let clients write no file, publish and remove no name.
         timeout: the most seconds to wait for a client in the middle of a request.
         start: accept connections at once; otherwise `Listener.start` does, which gets the store.
@@ -201,7 +201,7 @@ def serving(
     with ExitStack() as stack:
         context = None if certificates is None else certificates.context(server=True)
         folder = None if files is None else Folder(files, read_only=read_only)
-        shared = Shared(folder, read_only=read_only)
+        shared = Shared(folder, read_only=read_only, trusted=trusted_network)
         stack.callback(shared.close)
         if where.path is not None:
             if context is not None:

@@ -6,23 +6,22 @@ import hashlib
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from dmabuf.copying import CopySide, Meter
 from dmabuf.errors import ClosedError, IntegrityError, RouteUnavailable
 from dmabuf.memory import Buffer
-from dmabuf.remote import protocol
-from dmabuf.remote.channel import Channel, Transport
+from dmabuf.remote import nixl, protocol
+from dmabuf.remote.channel import Channel
+from dmabuf.remote.nixl import Nixl
 from dmabuf.remote.protocol import Message, Reported
 from dmabuf.remote.tcp import Place, Tcp
 from dmabuf.sizes import OFFSET_MAX, format_size
-from dmabuf.transfer import Direction, Plan, Progress, Route, Terms, Transfer, stopping
+from dmabuf.transfer import Direction, Plan, Progress, Terms, Transfer, stopping
 
-_REASONS: dict[Direction, str] = {
-    "read": "the kernel copies from the socket's buffers into the buffer's mapping",
-    "write": "the kernel copies from the buffer's mapping into the socket's buffers",
-}
+Engine = Tcp | Nixl
+_ONLY = 'engine="tcp" was requested'
 _NOT_AUDITED = "not audited: the first transfer was, or audit='off'"
 
 
@@ -33,8 +32,8 @@ class RemoteTransfer(Transfer):
     The fields of Transfer are about this end, `remote` is about the other one.
     """
 
-    transport: Transport
-    """What carried the bytes: "tcp", "tls" or "unix"."""
+    transport: str
+    """What carried the bytes: "tcp", "tls" or "unix"; by NIXL "ucx_tcp" or "rc_verbs"."""
     remote: CopySide
     """How the bytes moved between the node's file or memory and its socket."""
     nodes: Mapping[str, int]
@@ -45,7 +44,7 @@ class RemoteTransfer(Transfer):
 class RemotePlan(Plan):
     """The route at this end, and the plan for the node's file."""
 
-    transport: Transport
+    transport: str
     remote: Plan
 
 
@@ -58,16 +57,53 @@ class Session:
 
     def __init__(self, channel: Channel) -> None:
         self.name = channel.name
-        self.engine = Tcp(channel.transport)
+        self.engine: Engine = Tcp(channel.transport, _ONLY)
         """What moves the bytes of a request."""
         self._channel = channel
         self._lock = threading.Lock()
         self._audited: set[tuple[str, Direction]] = set()
 
     @property
-    def transport(self) -> Transport:
+    def transport(self) -> str:
         """What carries the bytes."""
         return self.engine.transport
+
+    def use_nixl(self, *, trusted: bool, required: bool) -> None:
+        """Have NIXL move the bytes, if both ends have it and the network allows it.
+
+        Raises OSError if it is `required` and not possible.
+        """
+        try:
+            offered = nixl.transports(trusted=trusted)
+            taken = self.ask("nixl", transports=offered).choice("transports", *offered)
+            device = nixl.device_of(taken, self._channel.local_address)
+            with ExitStack() as stack:
+                made = Nixl(taken, device)
+                stack.callback(made.close)
+                self.ask("regions", metadata=made.metadata())
+                stack.pop_all()
+        except OSError as error:
+            if required or self.closed:
+                raise
+            self.engine = Tcp(self._channel.transport, f"NIXL is not used: {error.strerror}")
+        else:
+            self.engine = made
+
+    def revoke(self, buffer: Buffer) -> None:
+        """Take a buffer from the node, after a request that another thread has in flight."""
+        with self._lock:
+            self.engine.revoke(buffer)
+
+    def carrier(self, buffer: Buffer) -> Engine:
+        """Return the engine for a buffer; in an exchange."""
+        if isinstance(self.engine, Nixl) and (why := self.engine.refusal(buffer)) is not None:
+            return Tcp(self._channel.transport, f"NIXL is not used: {why}")
+        return self.engine
+
+    def _drop(self) -> None:
+        """Close the connection; when this returns, nobody writes to a buffer by it."""
+        self._channel.close()
+        self.engine.close()
 
     @property
     def closed(self) -> bool:
@@ -77,12 +113,13 @@ class Session:
     def close(self) -> None:
         """Close the connection, after a request that another thread has in flight."""
         with self._lock:
-            self._channel.close()
+            self._drop()
 
     def forget(self) -> None:
         """Close a forked child's copy: replies belong to the parent."""
         self._lock = threading.Lock()
         self._channel.close()
+        self.engine.forget()
 
     @contextmanager
     def exchange(self, timeout: float | None) -> Iterator[Channel]:
@@ -103,7 +140,7 @@ class Session:
             except Reported as reported:
                 raise reported.error from None
             except BaseException:
-                channel.close()
+                self._drop()
                 raise
 
     def ask(self, op: str, **fields: object) -> Message:
@@ -144,13 +181,14 @@ class Session:
         shifted = [(start - first, size) for start, size in places]
         meter = None if progress is None else Meter(progress, sum(size for _, size in places))
         limit = self.audit_limit(buffer, terms, direction, places)
-        message = protocol.pack(**request, checksum=limit)
         with (
             mapped(buffer, terms, direction, first, last - first) as view,
             self.exchange(terms.timeout) as channel,
         ):
-            channel.send(message)
-            carry = self.engine.receive if direction == "read" else self.engine.send
+            engine = self.carrier(buffer)
+            about = engine.prepare(channel, buffer, places)
+            channel.send(protocol.pack(**request, checksum=limit, **about))
+            carry = engine.receive if direction == "read" else engine.send
             reply = carry(channel, view, shifted, path, meter)
             nbytes, side = reply.number("nbytes"), protocol.parse_side(reply)
             audited, parts, left = "", list[memoryview](), min(limit, nbytes)
@@ -162,7 +200,8 @@ class Session:
                 self.note_audit(buffer, direction)
         if meter is not None:
             meter.finish(nbytes)
-        return self.record(direction, nbytes, audited, time.perf_counter() - begun, side)
+        seconds = time.perf_counter() - begun
+        return self.record(engine, direction, nbytes, audited, seconds, side)
 
     def audit_limit(
         self, buffer: Buffer, terms: Terms, direction: Direction, places: Sequence[Place]
@@ -186,20 +225,28 @@ class Session:
         self._audited.add((buffer.exporter, direction))
 
     def record(
-        self, direction: Direction, nbytes: int, audited: str, seconds: float, side: CopySide
+        self,
+        engine: Engine,
+        direction: Direction,
+        nbytes: int,
+        audited: str,
+        seconds: float,
+        side: CopySide,
     ) -> RemoteTransfer:
         """Return the record of a transfer; `audited` is "" where nothing was compared."""
         return RemoteTransfer(
-            nbytes, Route.STAGED, _REASONS[direction], self.engine.rejected(side), False,
-            "no ring was used", seconds, 1, 0, nbytes, audited or _NOT_AUDITED,
-            transport=self.transport, remote=side, nodes={self.name: nbytes},
+            nbytes, engine.route, engine.reason(direction), engine.rejected(side), engine.by_card,
+            "no ring was used", seconds, 1, 0, 0 if engine.by_card else nbytes,
+            audited or _NOT_AUDITED, transport=engine.transport, remote=side,
+            nodes={self.name: nbytes},
         )  # fmt: skip
 
     def plan(self, direction: Direction, there: Plan) -> RemotePlan:
         """Return the plan of a transfer from that of the node."""
+        engine = self.engine
         return RemotePlan(
-            Route.STAGED, _REASONS[direction], self.engine.rejected(there),
-            transport=self.transport, remote=there,
+            engine.route, engine.reason(direction), engine.rejected(there),
+            transport=engine.transport, remote=there,
         )  # fmt: skip
 
 
@@ -229,14 +276,16 @@ def _overlap(places: Sequence[Place]) -> bool:
     return False
 
 
-def check_terms(buffer: Buffer, terms: Terms, transport: Transport, path: str) -> None:
+def check_terms(buffer: Buffer, terms: Terms, engine: Engine, path: str) -> None:
     """Refuse terms that this end cannot meet, before anything is touched."""
     if not isinstance(buffer, Buffer):
         raise TypeError(f"a transfer needs a dmabuf.Buffer, not {type(buffer).__name__}")
+    if engine.by_card and buffer.pin_refusal is None:
+        return
     if terms.require == "zero-copy":
         text = (
-            f"no route for require='zero-copy': over {transport} the kernel copies between socket "
-            "and buffer; use require='uncached'"
+            f"no route for require='zero-copy': over {engine.transport} the CPU copies between "
+            "socket and buffer; use require='uncached'"
         )
         raise RouteUnavailable(text, path)
     if not terms.fence and buffer.is_dmabuf:
@@ -252,5 +301,9 @@ def mapped(
     reads = direction == "write"
     if buffer.is_dmabuf:
         buffer.wait("read" if reads else "write", terms.timeout)
-    with buffer.map("r" if reads else "rw", start, size) as view:
-        yield view
+    buffer.hold()
+    try:
+        with buffer.map("r" if reads else "rw", start, size) as view:
+            yield view
+    finally:
+        buffer.release()

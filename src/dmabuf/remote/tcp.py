@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from dmabuf.copying import CopySide, Meter
 from dmabuf.errors import TransferError
+from dmabuf.memory import Buffer
 from dmabuf.remote import protocol
 from dmabuf.remote.channel import Channel, Transport
 from dmabuf.remote.protocol import Malformed, Message
-from dmabuf.transfer import Plan, Route
+from dmabuf.transfer import Direction, Plan, Route
 
 Place = tuple[int, int]
 """Where in a buffer bytes go or come from: offset and size."""
@@ -22,15 +23,43 @@ class Tcp:
     Another engine has the same members, and uses the channel for nothing but messages.
     """
 
-    def __init__(self, transport: Transport) -> None:
+    by_card = False
+    """Whether the network card reaches the buffer's pages, without the CPU."""
+    route = Route.STAGED
+    """The route at this end."""
+
+    def __init__(self, transport: Transport, why: str) -> None:
         self.transport = transport
         """What carries the bytes."""
+        self.why = why
+        """A sentence: why this engine."""
+
+    def reason(self, direction: Direction) -> str:
+        """Return the reason for the route at this end."""
+        if direction == "read":
+            return "the kernel copies from the socket's buffers into the buffer's mapping"
+        return "the kernel copies from the buffer's mapping into the socket's buffers"
 
     def rejected(self, there: CopySide | Plan) -> Mapping[Route, str]:
         """Return why better routes are not taken at this end, with the node's route."""
-        text = f"{self.transport} moves bytes through the buffers of a socket"
+        text = f"{self.transport} moves bytes through the buffers of a socket: {self.why}"
         text = f"{text}; at the node {there.route}: {there.reason}"
         return {Route.NATIVE: text, Route.DIRECT: text}
+
+    def prepare(
+        self, channel: Channel, buffer: Buffer, places: Iterable[Place]
+    ) -> dict[str, object]:
+        """Return what a request needs beside its fields."""
+        return {}
+
+    def revoke(self, buffer: Buffer) -> None:
+        """Take a buffer from the node, which cannot reach any."""
+
+    def close(self) -> None:
+        """End what else than the connection it has."""
+
+    def forget(self) -> None:
+        """Close a forked child's copy."""
 
     def receive(
         self,

@@ -1,0 +1,313 @@
+"""Engine nixl: what both ends of a connection do to have NIXL move the bytes.
+
+Each end has a pump (pump.py) for each connection. The node's pump is the one that acts: it writes
+into the regions of the client's pump what it has read from a file, and reads from them what it
+writes to one. So the client's end only grants memory, and the node's end never does.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import glob
+import os
+import socket
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from functools import partial
+from typing import NamedTuple
+
+from dmabuf.copying import CopySide, Meter
+from dmabuf.errors import TransferError, os_error
+from dmabuf.memory import Buffer, allocate
+from dmabuf.remote import protocol
+from dmabuf.remote.channel import Channel
+from dmabuf.remote.protocol import Malformed, Message
+from dmabuf.remote.pump import Operation, Part, Pump, Region, library
+from dmabuf.remote.tcp import Place
+from dmabuf.transfer import Direction, Plan, Route
+
+_RDMA = "rc_verbs,ud_verbs,self"
+_TCP = "tcp"
+_OF_RDMA = ("rc", "ud", "dc", "self")
+"""How the names of UCX's transports begin that only reach registered memory."""
+BLOCK = 8 << 20
+"""Bytes of a staging block of the node."""
+_BLOCKS = 3
+_SIOCGIFADDR = 0x8915
+
+Tick = Callable[[], None]
+
+INSTALL = "pip install --no-deps nixl-cu13==1.5.1 numpy"
+
+
+def _idle() -> None:
+    pass
+
+
+def transports(*, trusted: bool) -> list[str]:
+    """Return the values of UCX_TLS that this end accepts, the best first; UCX_TLS itself if set.
+
+    Raises OSError: EOPNOTSUPP, NIXL is not installed; EACCES, all of them need a trusted network.
+    """
+    if library() is None:
+        raise os_error(errno.EOPNOTSUPP, f"NIXL is not installed; {INSTALL}")
+    chosen = os.environ.get("UCX_TLS")
+    found = [chosen] if chosen else [_RDMA, _TCP] if _rdma_is_up() else [_TCP]
+    allowed = [one for one in found if trusted or is_rdma(one)]
+    if not allowed:
+        text = "UCX over TCP obeys whoever reaches it; pass trusted_network=True if nobody else can"
+        raise os_error(errno.EACCES, text)
+    return allowed
+
+
+def is_rdma(transports: str) -> bool:
+    """Return whether the network card moves the bytes, into registered memory only."""
+    return all(one.startswith(_OF_RDMA) for one in transports.split(","))
+
+
+def _rdma_is_up() -> bool:
+    for path in glob.glob("/sys/class/infiniband/*/ports/*/state"):
+        with suppress(OSError), open(path) as file:
+            if "ACTIVE" in file.read():
+                return True
+    return False
+
+
+def device_of(transports: str, local: str | None) -> str | None:
+    """Return UCX_NET_DEVICES for a pump: the interface of the connection, and no other network.
+
+    `local` is this end's numeric address of the connection; None for a Unix socket. Raises
+    OSError(ENODEV) if its interface is unknown and the environment names none.
+    """
+    if is_rdma(transports) or "UCX_NET_DEVICES" in os.environ:
+        return None
+    address = (local or "127.0.0.1").removeprefix("::ffff:").partition("%")[0]
+    if address == "::1" or address.startswith("127."):
+        return "lo"
+    with suppress(OSError), open("/proc/net/if_inet6") as file:
+        for line in file:
+            digits, *_, name = line.split()
+            if socket.inet_ntop(socket.AF_INET6, bytes.fromhex(digits)) == address:
+                return name
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):
+                wanted = struct.pack("256s", name.encode())
+                found = fcntl.ioctl(probe, _SIOCGIFADDR, wanted)
+                if socket.inet_ntoa(found[20:24]) == address:
+                    return name
+    text = f"the interface with the address {address} is unknown; set UCX_NET_DEVICES"
+    raise os_error(errno.ENODEV, text)
+
+
+# -- the client's end
+
+
+class _Granted(NamedTuple):
+    buffer: Buffer
+    region: Region
+    on_close: Callable[[], None]
+
+
+class Nixl:
+    """How bytes travel between a buffer and the node by NIXL; it has the members of Tcp.
+
+    The node may reach the buffers that were granted to it, until each is revoked or closed. They
+    are kept by identity, and by no address: another buffer at the same address has a region of its
+    own.
+    """
+
+    def __init__(self, transports: str, device: str | None) -> None:
+        self.transport = transports.partition(",")[0]
+        if self.transport == "tcp":
+            self.transport = "ucx_tcp"
+        self.why = f"both ends have NIXL, and UCX_TLS={transports} is allowed"
+        self.by_card = is_rdma(transports)
+        self.route = Route.DIRECT if self.by_card else Route.STAGED
+        self.pump = Pump(transports, device)
+        self._granted: dict[int, _Granted] = {}
+        self._changed = True
+
+    def reason(self, direction: Direction) -> str:
+        """Return the reason for the route at this end."""
+        if self.by_card:
+            return f"NIXL by {self.transport}: the network card reaches the buffer's pages"
+        way = "from the socket into" if direction == "read" else "into the socket from"
+        return f"NIXL over TCP: the CPU copies {way} the buffer's pages, in a process of its own"
+
+    def rejected(self, there: CopySide | Plan) -> Mapping[Route, str]:
+        """Return why better routes are not taken at this end, with the node's route."""
+        end = f"at the node {there.route}: {there.reason}"
+        native = f"NIXL registers no dma-bufs; {end}"
+        if self.by_card:
+            return {Route.NATIVE: native}
+        return {Route.NATIVE: native, Route.DIRECT: f"UCX over TCP copies by the CPU; {end}"}
+
+    def refusal(self, buffer: Buffer) -> str | None:
+        """Return why a buffer cannot be granted; None if it is granted now.
+
+        Raises OSError if the pump has ended.
+        """
+        if id(buffer) in self._granted:
+            return None
+        if buffer.pin_refusal is not None:
+            return buffer.pin_refusal
+        if buffer.memfd is None and buffer.is_dmabuf:
+            return "its memory file is not here, and NIXL registers no dma-bufs"
+        fd = buffer.slabs[0].fd if buffer.memfd is None else buffer.memfd
+        try:
+            region = self.pump.grant(fd, buffer.size, writable=buffer.descriptor_writable)
+        except OSError as error:
+            if self.pump.closed:
+                raise
+            return f"its pages cannot be registered: {error.strerror}"
+        on_close = partial(self.revoke, buffer)
+        self._granted[id(buffer)] = _Granted(buffer, region, on_close)
+        self._changed = True
+        buffer.on_close(on_close)
+        return None
+
+    def metadata(self) -> str:
+        """Return what the node has to know of the pump and its present regions."""
+        found = self.pump.metadata()
+        self._changed = False
+        return found
+
+    def prepare(
+        self, channel: Channel, buffer: Buffer, places: Iterable[Place]
+    ) -> dict[str, object]:
+        """Return the fields of a request by which the node reaches places of a granted buffer."""
+        if self._changed:
+            channel.send(protocol.pack(op="regions", metadata=self.metadata()))
+            channel.receive_reply()
+        base = self._granted[id(buffer)].region.address
+        return {"addresses": [base + start for start, _ in places]}
+
+    def receive(
+        self,
+        channel: Channel,
+        view: memoryview,
+        places: Sequence[Place],
+        path: str,
+        meter: Meter | None = None,
+        undefined: str = "the content of the buffer's range is undefined",
+    ) -> Message:
+        """Wait until the node has moved the bytes, and return its reply; as `Tcp.receive`."""
+        done = 0
+        try:
+            while True:
+                found = channel.receive_message()
+                if "moved" in found:
+                    done += found.number("moved")
+                    if meter is not None:
+                        meter(done)
+                elif "go" not in found:
+                    break
+            if "broken" in found:
+                error = protocol.parse_error(found, channel.name)
+                raise os_error(getattr(error, "errno", None) or errno.EIO, str(error))
+        except OSError as error:
+            text = f"{error.strerror}; {undefined}"
+            raise TransferError(error.errno or errno.EIO, text, path, nbytes=done) from None
+        if "error" not in found and found.number("nbytes") != done:
+            raise Malformed("fewer bytes were moved than the node reports")
+        return protocol.checked(found, channel.name)
+
+    def send(
+        self,
+        channel: Channel,
+        view: memoryview,
+        places: Sequence[Place],
+        path: str,
+        meter: Meter | None = None,
+    ) -> Message:
+        """Wait until the node has fetched the bytes, and return its reply; as `Tcp.send`."""
+        undefined = "what the node holds of the range is undefined"
+        return self.receive(channel, view, places, path, meter, undefined)
+
+    def revoke(self, buffer: Buffer) -> None:
+        """Deregister and unmap a buffer in the pump, if it was granted; from any thread.
+
+        If that fails the pump is ended, and with it all its regions.
+        """
+        found = self._granted.pop(id(buffer), None)
+        if found is not None:
+            self._changed = True
+            buffer.not_on_close(found.on_close)
+            try:
+                self.pump.revoke(found.region)
+            except OSError:
+                self.pump.close()
+
+    def close(self) -> None:
+        """End the pump, and with it all regions."""
+        self.pump.close()
+        while self._granted:
+            _, (buffer, _, on_close) = self._granted.popitem()
+            buffer.not_on_close(on_close)
+
+    def forget(self) -> None:
+        """Close a forked child's copy."""
+        self.pump.forget()
+        self._granted = {}
+
+
+# -- the node's end
+
+
+class Mover:
+    """The pump of a client's connection, and the memory that it moves bytes from and to.
+
+    The staging blocks are of this connection alone: its peer can reach what the pump has mapped.
+    """
+
+    def __init__(self, transports: str, device: str | None, timeout: float) -> None:
+        self.by_card = is_rdma(transports)
+        self.timeout = timeout
+        self.pump = Pump(transports, device)
+        self._blocks: list[Buffer] = []
+        self._at: dict[int, int] = {}
+
+    def close(self) -> None:
+        """End the pump, and free the memory."""
+        self.pump.close()
+        for block in self._blocks:
+            block.close()
+        self._blocks = []
+
+    @property
+    def blocks(self) -> list[Buffer]:
+        """The staging blocks."""
+        if not self._blocks:
+            with ExitStack() as stack:
+                made = [
+                    stack.enter_context(allocate(BLOCK, exporter="memfd", name="dmabuf nixl"))
+                    for _ in range(_BLOCKS)
+                ]
+                for block in made:
+                    region = self.pump.grant(block.fileno(), block.size, writable=True)
+                    self._at[id(block)] = region.address
+                stack.pop_all()
+            self._blocks = made
+        return self._blocks
+
+    def move_block(
+        self, operation: Operation, block: Buffer, triples: Sequence[int], tick: Tick = _idle
+    ) -> None:
+        """Move bytes between a block and the client's pump.
+
+        `triples` are addresses there, offsets in the block and sizes, one after the other.
+        """
+        base, parts = self._at[id(block)], list[Part]()
+        for index in range(0, len(triples), 3):
+            remote, at, size = triples[index : index + 3]
+            parts.append(Part(base + at, remote, size))
+        self.pump.move(operation, parts, self.timeout, tick)
+
+    def write_file(self, fd: int, size: int, address: int, tick: Tick) -> None:
+        """Write a memory file to an address of the client's pump."""
+        region = self.pump.grant(fd, size, writable=self.by_card)  # as the card registers it
+        self.pump.move("WRITE", [Part(region.address, address, size)], self.timeout, tick)
+        self.pump.revoke(region)

@@ -1,0 +1,347 @@
+"""A process that holds an agent of NIXL, and the handle by which its owner uses it.
+
+UCX over TCP carries out what a peer asks for: whoever is connected to an agent can read and write
+all memory of the agent's process. So an agent never lives in a program of the user, but in a pump:
+a process for one connection, which maps the memory files that its owner grants over a Unix socket,
+as the store's server does, and nothing else of the user's. Landlock takes its access to files.
+
+Whichever process ends, nobody writes into memory that was freed. The pump has mappings of its own,
+of memory files: what arrives late lands in their pages, which the kernel frees with the last of
+the mappings and descriptors. The end of the owner ends the socket, and thereby the pump. The end of
+the pump, which `close` waits for, ends its connections, mappings and RDMA memory regions: the
+kernel closes a process's descriptors before wait4(2) returns it.
+
+This module is also the pump's program: ``python -m dmabuf.remote.pump DESCRIPTOR``.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import mmap
+import os
+import select
+import socket
+import subprocess
+import sys
+import threading
+import time
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, Literal, NamedTuple
+
+from dmabuf._core import address_of
+from dmabuf.errors import os_error
+from dmabuf.kernel import landlock
+
+Operation = Literal["READ", "WRITE"]
+
+_LIBRARIES = ("nixl_cu13", "nixl_cu12", "nixl")
+_MOST_BYTES = 160 << 10
+_MOST_PARTS = 1024
+"""Parts of a transfer in one message."""
+_PIECE = 64 << 20
+"""Bytes that are moved between two looks at the time."""
+_START = 60.0
+"""Seconds until a pump serves."""
+_SLICE = 100
+"""Milliseconds between two looks at the time."""
+_POLL = 50e-6
+"""Seconds between two looks at a transfer."""
+
+
+class Part(NamedTuple):
+    """A contiguous part of a transfer: addresses in the two pumps, and bytes."""
+
+    local: int
+    remote: int
+    size: int
+
+
+class Region(NamedTuple):
+    """Memory that a pump has mapped and registered."""
+
+    number: int
+    address: int
+    """In the pump."""
+
+
+def library() -> str | None:
+    """Return the name of NIXL's Python package; None if none is installed. It is not imported."""
+    return next((name for name in _LIBRARIES if find_spec(name) is not None), None)
+
+
+# -- the owner's end
+
+
+class Pump:
+    """A pump process of this process. Thread-safe: one request at a time."""
+
+    def __init__(self, transports: str, device: str | None) -> None:
+        """Start it. `transports` is UCX_TLS for it; `device` UCX_NET_DEVICES, unless that is set.
+
+        It need not serve yet when this returns; the first request waits for it.
+        """
+        env = os.environ | {"UCX_TLS": transports}
+        env["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, sys.path))
+        if device is not None:
+            env.setdefault("UCX_NET_DEVICES", device)
+        self._lock = threading.Lock()
+        self._numbers = itertools.count(1)
+        self._serves = False
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", __name__, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is the owner's
+                cwd="/",
+                env=env,
+            )
+        except BaseException:
+            self._socket.close()
+            raise
+        finally:
+            theirs.close()
+
+    @property
+    def pid(self) -> int:
+        """Its process number."""
+        return self._process.pid
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was ended, by `close` or because a transfer of it failed."""
+        return self._socket.fileno() < 0
+
+    def close(self) -> None:
+        """End it, and return when it has ended: nothing moves bytes for it any more."""
+        self._socket.close()
+        self._process.kill()
+        self._process.wait()
+
+    def forget(self) -> None:
+        """Close a forked child's copy: the process is the parent's."""
+        self._lock = threading.Lock()
+        self._socket.close()
+        self._process.returncode = 0
+
+    def metadata(self) -> str:
+        """Return what the peer's pump has to know of this one and its regions."""
+        return str(self._ask("metadata")["metadata"])
+
+    def connect(self, metadata: str) -> None:
+        """Take in the peer's `metadata`, in place of what was taken in before."""
+        self._ask("connect", metadata=metadata)
+
+    def grant(self, fd: int, size: int, *, writable: bool) -> Region:
+        """Have it map and register a memory file. Raises OSError; the pump then goes on."""
+        number = next(self._numbers)
+        reply = self._ask("grant", fd, number=number, size=size, writable=writable)
+        return Region(number, int(str(reply["address"])))
+
+    def revoke(self, region: Region) -> None:
+        """Have it deregister and unmap a region."""
+        self._ask("revoke", number=region.number)
+
+    def move(
+        self,
+        operation: Operation,
+        parts: Iterable[Part],
+        timeout: float,
+        tick: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Move bytes to ("WRITE") or from ("READ") the peer, and return when they have arrived.
+
+        `timeout` is the most seconds for 64 MiB; `tick` is called about ten times a second. After
+        an error or an interrupt the process has been ended: this end moves nothing any more. The
+        other end has to end its own, since bytes may be on their way to it.
+        """
+        try:
+            for piece in _pieces(parts):
+                self._ask("move", operation=operation, parts=piece, timeout=timeout, tick=tick)
+        except BaseException:
+            self.close()
+            raise
+
+    def _ask(
+        self,
+        op: str,
+        *descriptors: int,
+        timeout: float = _START,
+        tick: Callable[[], None] = lambda: None,
+        **fields: object,
+    ) -> dict[str, object]:
+        request = json.dumps({"op": op, **fields}).encode()
+        with self._lock:
+            if self.closed:
+                raise os_error(errno.ECONNRESET, "the NIXL process was ended; connect again")
+            try:
+                if not self._serves:
+                    _check(self._receive("start", _START, tick))
+                    self._serves = True
+                socket.send_fds(self._socket, [request], descriptors)
+                reply = self._receive(op, timeout, tick)
+            except BaseException:
+                self.close()
+                raise
+            return _check(reply)
+
+    def _receive(self, op: str, timeout: float, tick: Callable[[], None]) -> dict[str, object]:
+        until = time.monotonic() + timeout
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        while not poll.poll(_SLICE):
+            tick()
+            if time.monotonic() > until:
+                text = f"NIXL: {op}: nothing came in {timeout:g} s"
+                raise os_error(errno.ETIMEDOUT, text)
+        with suppress(ConnectionError):
+            if data := self._socket.recv(_MOST_BYTES):
+                found: dict[str, object] = json.loads(data)
+                return found
+        raise os_error(errno.ECONNRESET, f"NIXL: {op}: its process (pump) has ended")
+
+
+def _check(reply: dict[str, object]) -> dict[str, object]:
+    if "error" in reply:
+        raise os_error(int(str(reply["errno"])), f"NIXL: {reply['error']}")
+    return reply
+
+
+def _pieces(parts: Iterable[Part]) -> Iterator[list[Part]]:
+    """Yield as many parts as fit into one message, and into the time for one."""
+    piece, left = list[Part](), _PIECE
+    for local, remote, size in parts:
+        while size:
+            part = min(size, left)
+            piece.append(Part(local, remote, part))
+            local, remote, size, left = local + part, remote + part, size - part, left - part
+            if not left or len(piece) == _MOST_PARTS:
+                yield piece
+                piece, left = [], _PIECE
+    if piece:
+        yield piece
+
+
+# -- the process
+
+
+class _Agent:
+    """NIXL's agent, and what it may use."""
+
+    def __init__(self, name: str, owner: socket.socket) -> None:
+        api = import_module(f"{name}._api")
+        config = api.nixl_agent_config(backends=["UCX"])  # which does not listen
+        self._agent: Any = api.nixl_agent(os.urandom(8).hex(), config)
+        self._owner = owner
+        self._regions: dict[int, tuple[mmap.mmap, Any]] = {}
+        self._peer: str | None = None
+
+    def grant(self, number: int, size: int, writable: bool, fd: int) -> dict[str, object]:
+        """Map and register a memory file."""
+        try:
+            protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+            memory = mmap.mmap(fd, size, mmap.MAP_SHARED, protection)
+        finally:
+            os.close(fd)
+        address = address_of(memory)
+        registered = self._agent.register_memory([(address, size, 0, "")], "DRAM")
+        self._regions[number] = memory, registered
+        return {"address": address}
+
+    def revoke(self, number: int) -> dict[str, object]:
+        """Deregister and unmap a region."""
+        memory, registered = self._regions.pop(number)
+        self._agent.deregister_memory(registered)
+        memory.close()
+        return {}
+
+    def metadata(self) -> dict[str, object]:
+        """Return the agent's metadata."""
+        return {"metadata": b64encode(self._agent.get_agent_metadata()).decode()}
+
+    def connect(self, metadata: str) -> dict[str, object]:
+        """Take in the peer's metadata. Keys of regions that it revoked go with the old ones."""
+        if self._peer is not None:
+            self._agent.remove_remote_agent(self._peer)
+            self._peer = None
+        found = self._agent.add_remote_agent(b64decode(metadata))
+        self._peer = found.decode() if isinstance(found, bytes) else found
+        return {}
+
+    def move(self, operation: str, parts: Sequence[tuple[int, int, int]]) -> dict[str, object]:
+        """Move bytes; NIXL refuses what is not in a region of this end and one of the peer."""
+        agent = self._agent
+        here = agent.get_xfer_descs([(local, size, 0) for local, _, size in parts], "DRAM")
+        there = agent.get_xfer_descs([(remote, size, 0) for _, remote, size in parts], "DRAM")
+        transfer = agent.initialize_xfer(operation, here, there, self._peer)
+        state = agent.transfer(transfer)
+        while state == "PROC":
+            if select.select([self._owner], [], [], _POLL)[0]:
+                os._exit(0)  # the owner has ended: it sends nothing meanwhile
+            state = agent.check_xfer_state(transfer)
+        if state != "DONE":
+            raise OSError(f"a transfer ended as {state}")
+        transfer.release()
+        return {}
+
+
+def _confine(name: str) -> None:
+    """Leave nothing readable but what NIXL's libraries read, and nothing to execute."""
+    found = find_spec(name)
+    places = [os.path.dirname(one) for one in (found and found.submodule_search_locations) or ()]
+    system = [sys.prefix, sys.base_prefix, "/usr", "/lib", "/lib64", "/etc", "/proc", "/sys"]
+    kept = dict.fromkeys([*places, *system], landlock.READ | landlock.LIST)
+    kept["/dev/infiniband"] = landlock.READ | landlock.LIST | landlock.WRITE | landlock.IOCTL
+    landlock.confine(kept)
+
+
+def main() -> None:
+    """Serve the owner until it ends."""
+    owner = socket.socket(fileno=int(sys.argv[1]))
+    name = library()
+    try:
+        if name is None:
+            raise ImportError("it is not installed")
+        _confine(name)
+        agent = _Agent(name, owner)
+    except Exception as error:
+        owner.send(json.dumps(_error(error)).encode())
+        return
+    reply: dict[str, object] = {}
+    while True:
+        try:
+            owner.send(json.dumps(reply).encode())
+            data, descriptors, _, _ = socket.recv_fds(
+                owner, _MOST_BYTES, 1, socket.MSG_CMSG_CLOEXEC
+            )
+        except ConnectionError:
+            data = b""
+        if not data:
+            os._exit(0)  # without waiting for a peer
+        request = json.loads(data)
+        if descriptors:
+            request["fd"] = descriptors[0]
+        try:
+            reply = getattr(agent, request.pop("op"))(**request)
+        except Exception as error:
+            reply = _error(error)
+
+
+def _error(error: Exception) -> dict[str, object]:
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None:
+        number = errno.ECONNRESET if "Disconnect" in type(error).__name__ else errno.EIO
+    return {"error": str(error) or type(error).__name__, "errno": number}
+
+
+if __name__ == "__main__":
+    main()
