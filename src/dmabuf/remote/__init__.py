@@ -21,7 +21,7 @@ loop). The node's end: ``server.py``, ``requests.py``, ``data.py`` and ``folder.
 the process that holds NIXL for either end.
 """
 
-from dmabuf.remote.address import Certificates, certificates_from_environment, is_url, parse_url
+from dmabuf.remote.address import Certificates, certificates_from_environment, parse_url
 from dmabuf.remote.client import Node, connect, open_url
 from dmabuf.remote.file import RemoteFile
 from dmabuf.remote.replicas import ReplicaFile
@@ -38,7 +38,6 @@ __all__ = [
     "ReplicaFile",
     "certificates_from_environment",
     "connect",
-    "is_url",
     "open_url",
     "parse_url",
     "serving",

@@ -129,11 +129,6 @@ def parse_url(url: str) -> tuple[list[str], str]:
     return addresses, unquote(path)
 
 
-def is_url(text: object) -> bool:
-    """Return whether a source or target is the URL of a node's file."""
-    return isinstance(text, str) and text.startswith(SCHEME)
-
-
 def needs_certificates(target: str | tuple[str, int]) -> bool:
     """Return whether a socket's address can be reached from other machines."""
     if isinstance(target, str):

@@ -141,6 +141,8 @@ class ReplicaFile(RemoteFile):
             return self._first(
                 lambda one: one.move(direction, buffer, (), terms, progress, whole=True)
             )
+        if buffer.is_dmabuf:
+            buffer.wait("write", terms.timeout)  # a device that is late is no fault of a node
         team = _Team(self._living(), direction, buffer, terms)
         total = sum(size for piece in pieces for _, (_, size) in piece)
         found = list[RemoteTransfer]()
