@@ -31,7 +31,7 @@ def run(script, *arguments):
 
 @pytest.mark.parametrize(
     "script",
-    ["aio.py", "bars.py", "beside_fio.py", "beside_peers.py", "census.py", "mount.py"],
+    ["aio.py", "bars.py", "beside_fio.py", "beside_peers.py", "census.py", "mount.py", "scale.py"],
 )
 def test_command_lines_tell_what_they_take(script):
     assert "usage:" in run(script, "--help")
