@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from dmabuf.inspect import Answer, doctor, examine_machine
+from dmabuf.kernel import nvme
 from dmabuf.memory import allocate, exporters
 from dmabuf.transfer.plan import Route
 from tests.forking import in_child as forked
@@ -281,6 +282,50 @@ def test_a_node_that_may_not_be_opened(
     answer = found["FUSE /dev/fuse"]
     assert (answer.ok, answer.detail) == (False, os.strerror(number)) and fix in answer.fix
     assert found["camera"].detail == "there is no /dev/video*"
+
+
+CONTROLLERS = {
+    # name: transport, address, state, and its namespaces with the states of their paths
+    "nvme0": ("pcie", "0000:00:04.0", "live", {"nvme0n1": None}),
+    "nvme2": ("tcp", "traddr=10.0.0.5,trsvcid=4420", "live", {"nvme2c2n1": "optimized"}),
+    "nvme10": ("rdma", "traddr=10.0.1.5,trsvcid=4420", "connecting", {"nvme2c10n1": ""}),
+    "nvme11": ("tcp", "traddr=10.0.0.6,trsvcid=4420", "live", {"nvme11n1": None}),
+}
+
+
+@pytest.mark.parametrize("connected", [True, False])
+def test_controllers_of_nvme_over_fabrics(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, connected: bool
+) -> None:
+    monkeypatch.setattr(nvme, "SYSFS", str(tmp_path))
+    for name, (*texts, namespaces) in CONTROLLERS.items() if connected else ():
+        folder = tmp_path / "class/nvme" / name
+        for namespace, state in namespaces.items():
+            (folder / namespace).mkdir(parents=True)
+            if state is not None:
+                (folder / namespace / "ana_state").write_text(f"{state}\n")
+        for file, text in zip(("transport", "address", "state"), texts, strict=True):
+            (folder / file).write_text(f"{text}\n")
+    found = {
+        name: (answer.ok, answer.detail, answer.fix)
+        for name, answer in answers(examine_machine().devices).items()
+        if name.startswith("NVMe over")
+    }
+    if not connected:
+        fix = "nvme connect -t tcp -a HOST -s 4420 -n NQN"
+        assert found == {"NVMe over fabrics": (False, "no controller is connected", fix)}
+        return
+    both = "nvme2n1 by 2 paths: nvme2 optimized, nvme10"
+    lost = "restore the network or the target: the kernel reconnects until ctrl_loss_tmo"
+    assert found == {
+        "NVMe over tcp nvme2": (True, f"live, traddr=10.0.0.5,trsvcid=4420; {both}", None),
+        "NVMe over rdma nvme10": (False, f"connecting, traddr=10.0.1.5,trsvcid=4420; {both}", lost),
+        "NVMe over tcp nvme11": (
+            True,
+            "live, traddr=10.0.0.6,trsvcid=4420; nvme11n1 by 1 path: nvme11",
+            None,
+        ),
+    }
 
 
 def test_extras_are_those_of_the_package(monkeypatch: pytest.MonkeyPatch) -> None:

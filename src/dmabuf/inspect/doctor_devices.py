@@ -19,7 +19,7 @@ from functools import partial
 from importlib import metadata
 
 from dmabuf.inspect.answer import Answer
-from dmabuf.kernel import proc
+from dmabuf.kernel import nvme, proc
 
 _NODES = {
     # kind: (pattern, the group that usually owns it, the name in sysfs, the fix if there is none)
@@ -50,6 +50,7 @@ def examine_devices() -> Iterator[Answer]:
             yield _node(kind, path, group, about)
         if not paths:
             yield Answer(kind, False, f"there is no {pattern}", fix)
+    yield from _fabrics()
     if os.geteuid() and os.path.exists("/dev/fuse") and shutil.which("fusermount3") is None:
         text = "not found: only root mounts without it"
         yield Answer("fusermount3", False, text, "apt-get install fuse3")
@@ -75,6 +76,23 @@ def _node(kind: str, path: str, group: str, about: str) -> Answer:
     if text.startswith("DRIVER="):  # a line of uevent
         text = text.partition("\n")[0].removeprefix("DRIVER=")
     return Answer(name, True, text or "may be opened")
+
+
+def _fabrics() -> Iterator[Answer]:
+    """Yield an answer for each controller of NVMe over fabrics: its state, address and paths."""
+    found = nvme.controllers()
+    if not found:
+        fix = "nvme connect -t tcp -a HOST -s 4420 -n NQN"
+        yield Answer("NVMe over fabrics", False, "no controller is connected", fix)
+    for one in found:
+        text = f"{one.state}, {one.address or 'no address'}"
+        for disk in one.paths:
+            ways = {other.name: other.paths[disk] for other in found if disk in other.paths}
+            each = ", ".join(f"{name} {state}".rstrip() for name, state in ways.items())
+            text += f"; {disk} by {len(ways)} path{'s' * (len(ways) > 1)}: {each}"
+        lost = "restore the network or the target: the kernel reconnects until ctrl_loss_tmo"
+        live = one.state == "live"
+        yield Answer(f"NVMe over {one.transport} {one.name}", live, text, None if live else lost)
 
 
 def _library(name: str, module: str, describe: Callable[[], str]) -> Answer:

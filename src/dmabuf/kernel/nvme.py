@@ -159,14 +159,71 @@ def read_blocks(fd: int, namespace: Namespace, memory: object, offset: int, size
         done += part
 
 
+# -- controllers over a network
+
+
+class Controller(NamedTuple):
+    """A controller that is reached over a network, from its directory in sysfs."""
+
+    name: str
+    """Such as "nvme2"."""
+    transport: str
+    """"tcp", "rdma", "fc" or "loop"."""
+    address: str
+    """As the kernel prints it: "traddr=10.0.0.5,trsvcid=4420,src_addr=10.0.0.7"."""
+    state: str
+    """"live", "connecting", "resetting", "deleting" or another."""
+    paths: dict[str, str]
+    """The block device of each namespace, and the state of this path to it: "optimized",
+    "non-optimized", "inaccessible" and others, or "" without native multipath."""
+
+
+_LOCAL = ("pcie", "apple-nvme", "")
+
+
+def controllers() -> list[Controller]:
+    """Return the controllers of NVMe over fabrics that this machine is connected to."""
+    folder = os.path.join(SYSFS, "class/nvme")
+    found = []
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    for name in sorted(names, key=lambda name: (len(name), name)):
+        transport, address, state = (
+            proc.read(folder, name, file).strip() for file in ("transport", "address", "state")
+        )
+        if transport not in _LOCAL:
+            paths = _paths(os.path.join(folder, name))
+            found.append(Controller(name, transport, address, state, paths))
+    return found
+
+
+def _paths(controller: str) -> dict[str, str]:
+    """Return the block devices of a controller's namespaces, each with the state of the path.
+
+    With native multipath, nvme2c3n1 is the path of controller 3 to the namespace nvme2n1.
+    """
+    try:
+        names = sorted(os.listdir(controller))
+    except OSError:  # it was disconnected meanwhile
+        return {}
+    parts = (re.fullmatch(r"(nvme\d+)(?:c\d+)?(n\d+)", name) for name in names)
+    return {
+        part[1] + part[2]: proc.read(controller, part[0], "ana_state").strip()
+        for part in parts
+        if part
+    }
+
+
 # -- devices
+
+
+def _char_device(device: int) -> str:
+    return os.path.join(SYSFS, "dev/char", f"{os.major(device)}:{os.minor(device)}")
 
 
 def _subsystem(device: int) -> str | None:
     """Return the kernel's name of a character device's subsystem."""
-    number = f"{os.major(device)}:{os.minor(device)}"
     try:
-        return os.path.basename(os.readlink(os.path.join(SYSFS, "dev/char", number, "subsystem")))
+        return os.path.basename(os.readlink(os.path.join(_char_device(device), "subsystem")))
     except OSError:
         return None
 
@@ -200,8 +257,7 @@ def disk_of(device: int) -> str | None:
     the controller's, so ng2n1 may be nvme0n1, and nvme2n1 another drive. They share the place in
     sysfs and the namespace's number there.
     """
-    number = f"{os.major(device)}:{os.minor(device)}"
-    folder, node = os.path.split(os.path.realpath(os.path.join(SYSFS, "dev/char", number)))
+    folder, node = os.path.split(os.path.realpath(_char_device(device)))
     disks = re.compile(r"nvme\d+n" + node.rpartition("n")[2])  # no path, as nvme0c1n1 is
     try:
         found = [name for name in os.listdir(folder) if disks.fullmatch(name)]
