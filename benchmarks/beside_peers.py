@@ -42,7 +42,7 @@ from common import (
     stop_tidily,
 )
 from ours import Measure
-from peers import PEERS
+from peers import FORMATS, PEERS
 from report import KEYS
 from targets import folder_in, zram_folder
 
@@ -69,6 +69,11 @@ def one(name: str, path: str, how: str) -> dict[str, Any]:
     return answer | {"cpu": process.cpu, "peak": process.peak, "pages": cached(path)}
 
 
+def format_of(name: str) -> str:
+    """Return the format of the file that a loader, or fio, loads."""
+    return PEERS[name].format if name in PEERS else "safetensors"
+
+
 class Loaders(contextlib.ExitStack):
     """Loaders of a file with `size` bytes of tensors, at each requested place."""
 
@@ -78,7 +83,7 @@ class Loaders(contextlib.ExitStack):
         super().__init__()
         self._directory, self.size, self._wanted = directory, size, wanted
         self._order = random.Random(1)
-        self._paths: dict[str, dict[bool, str]] = {}
+        self._paths: dict[str, dict[str, str]] = {}
         self._rounds: dict[str, list[dict[str, dict[str, Any]]]] = {}
         self.skipped: dict[str, dict[str, str]] = {}
         """The reason why a loader was skipped, by place and name."""
@@ -112,17 +117,19 @@ class Loaders(contextlib.ExitStack):
         return found
 
     def _path(self, place: str, name: str) -> str:
-        return self._paths[place][name in PEERS and PEERS[name].torch_file]
+        return self._paths[place][format_of(name)]
 
     def _begin(self, place: str) -> None:
-        both = any(name in PEERS and PEERS[name].torch_file for name in self._wanted)
-        room = (1 + both) * (self.size + 64 * MIB) + self.size // 16 + GIB // 8
+        formats = {"safetensors"} | {format_of(name) for name in self._wanted}
+        room = len(formats) * (self.size + 64 * MIB) + self.size // 16 + GIB // 8
         where = zram_folder(room) if place == "zram" else folder_in(self._directory, room)
         folder = self.enter_context(where)
-        paths = {False: f"{folder}/model.safetensors", True: f"{folder}/model.pt"}
-        digest = model.write(paths[False], self.size)
-        if both:
-            run([sys.executable, SCRIPT, "convert", paths[False], paths[True]])
+        paths = {name: f"{folder}/model.{FORMATS[name]}" for name in formats}
+        source = paths["safetensors"]
+        digest = model.write(source, self.size)
+        for path in paths.values():
+            if path != source:
+                run([sys.executable, SCRIPT, "convert", source, path])
         self._paths[place], self._rounds[place], self.skipped[place] = paths, [], {}
         for name in self._wanted:
             try:

@@ -43,11 +43,16 @@ def write(path: str, size: int) -> str:
 
 def of_file(memory: memoryview) -> dict[str, memoryview]:
     """Return the tensors in the bytes of a whole file."""
+    return {name: memory[start:end] for name, (start, end) in ranges_of(memory).items()}
+
+
+def ranges_of(memory: memoryview | bytes) -> dict[str, tuple[int, int]]:
+    """Return the first byte and the end of each tensor; memory holds the header at least."""
     (length,) = struct.unpack_from("<Q", memory)
     header = json.loads(bytes(memory[8 : 8 + length]))
     base = 8 + length
     return {
-        name: memory[base + about["data_offsets"][0] : base + about["data_offsets"][1]]
+        name: (base + about["data_offsets"][0], base + about["data_offsets"][1])
         for name, about in header.items()
         if name != "__metadata__"
     }

@@ -13,6 +13,7 @@ import os
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -35,8 +36,8 @@ class Peer:
     cached: bool
     """Whether it reads through the page cache."""
     note: str = ""
-    torch_file: bool = False
-    """Whether it loads the file of torch.save instead of safetensors."""
+    format: str = "safetensors"
+    """The format of the file that it loads, of FORMATS."""
     package: str | None = None
     """The name of its package; None for dmabuf."""
 
@@ -171,6 +172,63 @@ def _torch_load(path: str) -> Load:
     return partial(torch.load, path, weights_only=True)
 
 
+def _ranges(path: str) -> dict[str, tuple[int, int]]:
+    """Return the first byte and the end of each tensor in the file."""
+    with open(path, "rb") as file:
+        head = file.read(model.HEADER)
+    return model.ranges_of(head)
+
+
+def _tensors(ranges: Iterable[str], values: Iterable[Any]) -> dict[str, Any]:
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the bytes are read-only
+        return {
+            name: torch.frombuffer(value, dtype=torch.bfloat16)
+            for name, value in zip(ranges, values, strict=True)
+        }
+
+
+def _obstore(path: str) -> Load:
+    import torch  # noqa: F401 - as for fastsafetensors
+    from obstore.store import LocalStore
+
+    folder, name = os.path.split(path)
+    store = LocalStore(folder)
+
+    def load() -> Any:
+        ranges = _ranges(path)
+        starts, ends = zip(*ranges.values(), strict=True)
+        return _tensors(ranges, store.get_ranges(name, starts=starts, ends=ends))
+
+    return load
+
+
+def _tensorstore(path: str) -> Load:
+    import tensorstore
+    import torch  # noqa: F401 - as for fastsafetensors
+
+    folder, name = os.path.split(path)
+    store = tensorstore.KvStore.open({"driver": "file", "path": f"{folder}/"}).result()
+
+    def load() -> Any:
+        ranges = _ranges(path)
+        reads = [store.read(name, byte_range=slice(*span)) for span in ranges.values()]
+        return _tensors(ranges, [read.result().value for read in reads])
+
+    return load
+
+
+def _tensorizer(path: str) -> Load:
+    from tensorizer import TensorDeserializer
+
+    def load() -> Any:
+        return dict(TensorDeserializer(path, device="cpu"))
+
+    return load
+
+
 GIVEN, OWN, CACHE = "given", "its own", "page cache"
 
 PEERS = {
@@ -216,9 +274,23 @@ PEERS = {
         "Run:ai Model Streamer", _runai, OWN, False, "io_uring and O_DIRECT, its default",
         package="runai-model-streamer",
     ),
+    "obstore": Peer(
+        "obstore, get_ranges", _obstore, OWN, True,
+        "one range for each tensor; bytes, without shapes",
+        package="obstore",
+    ),
+    "tensorstore": Peer(
+        "TensorStore, file kvstore", _tensorstore, OWN, True,
+        "one read for each tensor, all in flight; bytes, without shapes",
+        package="tensorstore",
+    ),
+    "tensorizer": Peer(
+        "tensorizer", _tensorizer, OWN, True, "its defaults, from a file in its format",
+        format="tensorizer", package="tensorizer",
+    ),
     "torch": Peer(
         "torch.load", _torch_load, OWN, True, "weights_only=True, from the file of torch.save",
-        torch_file=True, package="torch",
+        format="torch", package="torch",
     ),
 }  # fmt: skip
 
@@ -246,12 +318,24 @@ def _cpu() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
+FORMATS = {"safetensors": "safetensors", "torch": "pt", "tensorizer": "tensors"}
+"""The endings of the files of each format."""
+
+
 def convert(path: str, target: str) -> None:
-    """Write the tensors of a safetensors file with torch.save()."""
+    """Write the tensors of a safetensors file to another, in the format of its ending."""
     import torch
     from safetensors.torch import load_file
 
-    torch.save(load_file(path), target)
+    tensors = load_file(path)
+    if target.endswith(FORMATS["torch"]):
+        torch.save(tensors, target)
+        return
+    from tensorizer import TensorSerializer
+
+    file = TensorSerializer(target)
+    file.write_state_dict(tensors)
+    file.close()
 
 
 def main(arguments: Iterable[str]) -> None:
