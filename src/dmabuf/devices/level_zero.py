@@ -4,9 +4,10 @@
     >>> with level_zero.Device(0) as gpu, gpu.allocate("1GiB") as memory:
     ...     transfer = memory.read_from(file)
 
-Needs the loader libze_loader.so.1 (apt install libze1), which is called by ctypes, and a driver,
-such as Intel's compute runtime. Transfers are those of `dmabuf.devices.cuda`. Facts are from the
-Level Zero specification, ze_api.h, and zex_driver.h of Intel's compute runtime.
+Needs the loader libze_loader.so.1 (apt install libze1; that of Debian 12 is too old), which is
+called by ctypes, and a driver, such as Intel's compute runtime. Transfers are those of
+`dmabuf.devices.cuda`. Facts are from the Level Zero specification, ze_api.h, and zex_driver.h of
+Intel's compute runtime.
 """
 
 from __future__ import annotations
@@ -208,6 +209,7 @@ class _Context(gpu.Context):
         except OSError as error:
             text = f"start Level Zero: there is no loader ({error}); apt install libze1"
             raise os_error(errno.ENOENT, text, "libze_loader.so.1") from None
+        ZE.function("zeCommandListHostSynchronize")  # which older loaders lack: before any copy
         self._call("zeInit", 0, what="start Level Zero")
         found = list(self._gpus())
         if not 0 <= ordinal < len(found):
