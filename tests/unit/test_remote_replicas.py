@@ -230,6 +230,10 @@ def test_a_node_that_fails_is_replaced_by_the_others(
         check(big)
         assert done.nodes.keys() == set(addresses[:2])
         assert file.versions.keys() == set(addresses[:2])
+        with there.open("a.bin") as again:
+            big.pwrite(poison(big.size), 0)
+            again.read_into(big, audit="off")
+            check(big)
 
 
 def test_bytes_that_differ_from_a_checksum_are_an_error_and_not_read_again(

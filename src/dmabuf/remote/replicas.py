@@ -103,7 +103,7 @@ class ReplicaFile(RemoteFile):
         for one in self._living():
             try:
                 return call(one)
-            except OSError:
+            except (OSError, ClosedError):
                 if not one.closed or self.closed:
                     raise
         raise ClosedError(f"{self.name} is closed")
@@ -249,16 +249,16 @@ def open_replicas(open_one: Iterable[Callable[[], RemoteFile]], path: str) -> Re
     Raises OSError: ESTALE, the files differ in size, or in one of 16 samples of 4 KiB; that of the
     first node, if no node can open it.
     """
-    found, failures = dict[RemoteFile, tuple[int, bytes]](), list[OSError]()
+    found, failures = dict[RemoteFile, tuple[int, bytes]](), list[Exception]()
     with ExitStack() as stack:
         for call in open_one:
             try:
                 file = call()
                 stack.callback(file.close)
                 found[file] = file.size, _samples(file)
-            except (OSError, ShortReadError) as error:
+            except (OSError, ShortReadError, ClosedError) as error:
                 log.warning("%s: not used: %s", path, str(error))
-                failures.append(error if isinstance(error, OSError) else OSError(str(error)))
+                failures.append(error)
         if not found:
             raise failures[0]
         first = next(iter(found))
