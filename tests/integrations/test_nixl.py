@@ -7,7 +7,8 @@ import subprocess
 import sys
 import threading
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -198,27 +199,23 @@ def test_a_pump_has_what_was_granted_and_nothing_else(
         assert "NoNewPrivs:\t1" in Path(f"/proc/{pid}/status").read_text()
 
 
-def test_a_buffer_cannot_be_closed_while_the_node_moves_it(
-    there: remote.Node, big: dmabuf.Buffer
-) -> None:
-    refused: list[BaseException] = []
+def stop(there: remote.Node, buffer: dmabuf.Buffer) -> Callable[[], None]:
+    """Stop the client's pump, so that no bytes arrive; return what waits for a read under way."""
+    mine = pumps()[-1]
+    [port] = [one.partition(":")[2] for one in listening(mine)]
 
-    def close(moved: int, total: int) -> None:
-        if moved < total:
-            with pytest.raises(dmabuf.BusyError) as caught:
-                big.close()
-            refused.append(caught.value)
+    def connected() -> bool:
+        rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        return any(row[2].endswith(f":{port}") and row[3] == "01" for row in rows)
 
-    with there.open("a.bin") as file:
-        file.read_into(big, progress=close)
-    assert refused
-    assert_same(big.pread(SIZE, 0), DATA, "the buffer")
+    with there.open("a.bin") as file:  # grants the buffer, which needs the pump
+        file.read_into(buffer, 0)
+    os.kill(mine, signal.SIGSTOP)
+    return partial(wait_until, connected, "the node to reach the client's pump")
 
 
 def in_flight(there: remote.Node, buffer: dmabuf.Buffer) -> tuple[threading.Thread, list[object]]:
-    """Start a read whose bytes cannot arrive, since the client's pump is stopped; wait for them."""
-    mine = pumps()[-1]
-    [port] = [one.partition(":")[2] for one in listening(mine)]
+    """Start a read whose bytes cannot arrive, since the client's pump is stopped."""
     ended: list[object] = []
 
     def read() -> None:
@@ -228,17 +225,26 @@ def in_flight(there: remote.Node, buffer: dmabuf.Buffer) -> tuple[threading.Thre
         except BaseException as error:
             ended.append(error)
 
-    def connected() -> bool:
-        rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-        return any(row[2].endswith(f":{port}") and row[3] == "01" for row in rows)
-
-    with there.open("a.bin") as file:  # grants the buffer, which needs the pump
-        file.read_into(buffer, 0)
-    os.kill(mine, signal.SIGSTOP)
+    wait = stop(there, buffer)
     thread = threading.Thread(target=read)
     thread.start()
-    wait_until(connected, "the node to reach the client's pump")
+    wait()
     return thread, ended
+
+
+def test_a_buffer_cannot_be_closed_while_the_node_moves_it(
+    there: remote.Node, big: dmabuf.Buffer
+) -> None:
+    thread, ended = in_flight(there, big)
+    try:
+        with pytest.raises(dmabuf.BusyError):
+            big.close()
+    finally:
+        os.kill(pumps()[-1], signal.SIGCONT)
+        thread.join()
+    [done] = ended
+    assert done.nbytes == SIZE
+    assert_same(big.pread(SIZE, 0), DATA, "the buffer")
 
 
 @pytest.mark.parametrize("victim", ["node's pump", "client's pump"])
@@ -302,15 +308,17 @@ def test_the_pump_of_a_killed_client_ends(folder: Path) -> None:
 
 
 def test_an_interrupt_ends_the_pump_first(there: remote.Node, big: dmabuf.Buffer) -> None:
-    class Interrupt(BaseException):
-        pass
+    wait, mine = stop(there, big), pumps()[-1]
 
-    def stop(*_: object) -> None:
-        raise Interrupt
+    def interrupt() -> None:
+        wait()
+        os.kill(os.getpid(), signal.SIGINT)
 
-    _, mine = pumps()
-    with there.open("a.bin") as file, pytest.raises(Interrupt):
-        file.read_into(big, progress=stop)
+    thread = threading.Thread(target=interrupt)
+    with there.open("a.bin") as file, pytest.raises(KeyboardInterrupt):
+        thread.start()
+        file.read_into(big)
+    thread.join()
     assert not Path("/proc", str(mine)).exists()
     assert there.closed
     big.pwrite(poison(big.size), 0)

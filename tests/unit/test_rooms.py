@@ -33,16 +33,18 @@ FLOORS = {
     "integrations": 5,
     "compat": 5,
     "remote": 5,
+    "ray": 5,
     "cli": 6,
 }
 PUBLIC = {
-    "store", "safetensors", "formats", "devices", "aio", "integrations", "compat", "remote",
+    "store", "safetensors", "formats", "devices", "aio", "integrations", "compat", "remote", "ray",
 }  # fmt: skip
 """Rooms that users import by name. Above floor 4 they may be used beside each other."""
 BESIDE = {
     ("mount", "store"), ("aio", "copying"), ("inspect", "devices"), ("inspect", "store"),
     ("safetensors", "devices"), ("safetensors", "store"), ("integrations", "store"),
-    ("safetensors", "remote"), ("remote", "store"),
+    ("safetensors", "remote"), ("remote", "store"), ("ray", "remote"), ("ray", "integrations"),
+    ("integrations", "remote"),
     ("integrations", "safetensors"),
 }  # fmt: skip
 """Rooms that use another room of their own floor, never the other way round."""

@@ -17,19 +17,21 @@ of named buffers (store/), the command line (cli/).
 may connect to what. The client's end: ``connecting.py`` and ``client.py`` (connect and Node),
 ``session.py`` (requests and records), ``tcp.py`` and ``nixl.py`` (engines, which move their bytes),
 ``file.py``, ``replicas.py`` (a file at several nodes), ``names.py`` and ``aio.py`` (in an event
-loop). The node's end: ``server.py``, ``requests.py``, ``data.py`` and ``folder.py``. ``pump.py`` is
-the process that holds NIXL for either end.
+loop). The node's end: ``server.py``, ``requests.py``, ``data.py``, ``folder.py`` and
+``lending.py``. ``pump.py`` is the process that holds NIXL for either end.
 """
 
 from dmabuf.remote.address import Certificates, certificates_from_environment, parse_url
 from dmabuf.remote.client import Node, connect, open_url
 from dmabuf.remote.file import RemoteFile
+from dmabuf.remote.lending import Lending
 from dmabuf.remote.replicas import ReplicaFile
 from dmabuf.remote.server import Listener, serving
 from dmabuf.remote.session import RemotePlan, RemoteTransfer
 
 __all__ = [
     "Certificates",
+    "Lending",
     "Listener",
     "Node",
     "RemoteFile",

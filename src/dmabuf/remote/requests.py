@@ -24,6 +24,7 @@ from dmabuf.remote import nixl, protocol
 from dmabuf.remote.channel import Channel
 from dmabuf.remote.data import Far, FarSource, FileRanges, Ranges, SocketSource, write_all
 from dmabuf.remote.folder import Folder, Served
+from dmabuf.remote.lending import Lending
 from dmabuf.remote.nixl import Mover
 from dmabuf.remote.protocol import Malformed, Message
 from dmabuf.sizes import OFFSET_MAX
@@ -113,7 +114,7 @@ class Shared:
     def __init__(self, folder: Folder | None, *, read_only: bool, trusted: bool = False) -> None:
         self.folder, self.read_only, self.trusted = folder, read_only, trusted
         self.movers = threading.BoundedSemaphore(_MOST_MOVERS)
-        self.server: Server | None = None
+        self.server: Server | Lending | None = None
         self.pools = Pools()
         self._lock = threading.Lock()
         self._store: Store | None = None
@@ -122,7 +123,7 @@ class Shared:
     def store(self) -> Store:
         """A client of the node's store, for what needs no speed. Raises OSError(EOPNOTSUPP)."""
         with self._lock:
-            if self.server is None:
+            if not isinstance(self.server, Server):
                 raise os_error(errno.EOPNOTSUPP, _NO_STORE)
             if self._store is None or self._store.closed:
                 self._store = connect_store(self.server.path)
@@ -441,15 +442,17 @@ class Client:
         return _reply(side, " ".join(digests))
 
     def _content(
-        self, name: str, room: int, lent: Lent | OSError, stack: ExitStack, by_nixl: bool
+        self, name: str, room: int, lent: Lent | Buffer | OSError, stack: ExitStack, by_nixl: bool
     ) -> tuple[int | memoryview, int] | OSError:
         """Return a name's descriptor, or its mapping where sendfile(2) cannot be used; its size."""
         if isinstance(lent, OSError):
             return lent
-        fd, size, number = lent
+        fd, size, number = (-1, lent.size, 0) if isinstance(lent, Buffer) else lent
         if size > room:
             text = f"its {size} bytes do not fit into the {room} of the buffer"
             return os_error(errno.ENOSPC, text, name)
+        if isinstance(lent, Buffer):
+            return self._content_of(lent, stack, by_nixl)
         if fd >= 0 and (by_nixl or self._channel.sends_files or not size):
             return fd, size
         try:
@@ -460,6 +463,21 @@ class Client:
             return stack.enter_context(stack.enter_context(buffer).map("r", 0, size)), size
         except OSError as error:
             return error
+
+    def _content_of(
+        self, buffer: Buffer, stack: ExitStack, by_nixl: bool
+    ) -> tuple[int | memoryview, int] | OSError:
+        """Return the memory file of a buffer of this process, or its mapping; and its size."""
+        try:
+            buffer.hold()
+            stack.callback(buffer.release)
+            view = stack.enter_context(buffer.map("r"))
+            file = buffer.memfd if buffer.is_dmabuf else buffer.slabs[0].fd
+        except (OSError, ValueError) as error:
+            return OSError(errno.EBADF, str(error))
+        if file is None or not (by_nixl or self._channel.sends_files):
+            return view, buffer.size
+        return file, buffer.size
 
     def _do_publish(self, request: Message) -> dict[str, object] | None:
         name, size = request.get("name", str), request.number("size")
@@ -505,7 +523,7 @@ class Client:
         return {"names": [asdict(one) for one in islice(found, _LISTED)]}
 
 
-def _close_lent(lent: Iterable[Lent | OSError]) -> None:
+def _close_lent(lent: Iterable[Lent | Buffer | OSError]) -> None:
     for one in lent:
         if isinstance(one, Lent) and one.fd >= 0:
             os.close(one.fd)

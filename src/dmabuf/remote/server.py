@@ -16,6 +16,7 @@ from dmabuf.errors import os_error
 from dmabuf.remote.address import Address, Certificates, needs_certificates, parse_address
 from dmabuf.remote.channel import Channel
 from dmabuf.remote.folder import Folder
+from dmabuf.remote.lending import Lending
 from dmabuf.remote.requests import Client, Shared
 from dmabuf.store import Server, listening
 
@@ -37,7 +38,7 @@ class _Connection(threading.Thread):
     def __init__(
         self, connection: socket.socket, name: str, serve: Callable[[_Connection], object]
     ) -> None:
-        super().__init__(name=name)
+        super().__init__(name=name, daemon=True)
         self.socket, self._serve = connection, serve
 
     def run(self) -> None:
@@ -67,7 +68,9 @@ class Listener:
         self._connections: set[_Connection] = set()
         self._ended: list[_Connection] = []
         self._stopped = threading.Event()
-        self._accepting = threading.Thread(target=self._accept, name="dmabuf node: accept")
+        self._accepting = threading.Thread(
+            target=self._accept, name="dmabuf node: accept", daemon=True
+        )
         if address.path is None:
             address = address._replace(port=listener.getsockname()[1])
         self.address = str(address)
@@ -78,7 +81,7 @@ class Listener:
         """The number of connections."""
         return len(self._connections)
 
-    def start(self, store: Server | None = None) -> None:
+    def start(self, store: Server | Lending | None = None) -> None:
         """Accept connections, and serve the names of a store whose server runs in this process."""
         self._shared.server = store
         self._accepting.start()
@@ -170,7 +173,7 @@ def serving(
     address: str,
     files: str | os.PathLike[str] | None = None,
     *,
-    store: Server | None = None,
+    store: Server | Lending | None = None,
     certificates: Certificates | None = None,
     trusted_network: bool = False,
     read_only: bool = False,
@@ -184,7 +187,7 @@ def serving(
             choose. A Unix socket has mode 0600.
         files: a directory; clients open regular files below it, and nothing else. None for none.
         store: a server of the store in this process, which must be running; clients fetch and
-            publish names as its user. None for none.
+            publish names as its user. Or a Lending, whose Buffers clients can fetch. None for none.
         certificates: speak TLS, and only with clients whose certificate the authority has signed.
         trusted_network: listen beyond this machine without certificates: everyone who can reach the
             address may do what clients may. It also lets clients use NIXL over TCP.
