@@ -22,6 +22,7 @@ from dmabuf.inspect import kernel_text
 from dmabuf.kernel import proc
 from dmabuf.safetensors import header
 from dmabuf.store import protocol
+from tests.fuzz.nodes import client_target, node_target
 from tests.serving import in_a_thread
 
 Try = Callable[[random.Random], None]
@@ -285,4 +286,6 @@ TARGETS: dict[str, Callable[[], contextlib.AbstractContextManager[Try]]] = {
     "kernel text": lambda: contextlib.nullcontext(try_kernel_text),
     "capsules": lambda: contextlib.nullcontext(try_capsules),
     "store": store_target,
+    "node": lambda: node_target(mutated),
+    "clients of nodes": lambda: client_target(mutated),
 }
