@@ -49,6 +49,7 @@ soak: $(VENV)/ready
 	$(BIN)/python -m tests.sharing --count 500
 	tools/install-system-packages $$(lab/run --apt-packages)
 	lab/run --timeout 14400 -- python3 -m tests.soak --count $(TRANSFERS)
+	DMABUF_CUTS=100000 lab/run --timeout 14400 -- python3 -m pytest tests/kernel/test_crash_states.py
 
 # Random transfers on a virtual kernel, from a seed: of the package for a quarter of the time, which
 # makes fewer, then of the C core alone.

@@ -12,10 +12,12 @@ import pytest
 
 import dmabuf
 from dmabuf import aio
+from dmabuf.cli import main
 from tests import support
 from tests.guards import needs, since
 from tests.kernel.conftest import null_blk, small
-from tests.support import assert_same, drop_cache, fill, poison, together, whole
+from tests.support import assert_same, drop_cache, fill, poison, together, wait_until, whole
+from tests.writers import WRITERS
 
 MIB = 1 << 20
 PART = 2 * MIB
@@ -132,6 +134,33 @@ def test_copies(filesystem, sized, tmp_path):
             assert (error.errno, error.filename) == (errno.ENOSPC, str(target))
             assert error.nbytes == 0 if sized else error.nbytes < PART
             assert_same(there, data[: error.nbytes], "what is whole")
+
+
+@everything
+@pytest.mark.parametrize("name", [*WRITERS, "cp of a stream"])
+def test_a_new_file_of_which_nine_tenths_fit(name, tmp_path):
+    """The old one stays, and all of the room."""
+    old, new = pattern(PART // 8 + 1, 55), pattern(PART + 1, 56)
+    source = tmp_path / "stream"
+    source.write_bytes(new)
+    with small("ext4", tmp_path) as folder:
+        path = folder / "files" / "target"
+        path.parent.mkdir()
+        writer = WRITERS.get(name, WRITERS["cp"])
+        writer.write(path, old)
+        os.sync()
+        leave(folder, PART * 9 // 10)
+        before = os.statvfs(folder).f_bfree
+        if name in WRITERS:
+            with pytest.raises(OSError) as caught:
+                writer.write(path, new)
+            assert caught.value.errno in (errno.ENOSPC, None)  # `cp` printed it
+        else:
+            with piped(source) as stream:
+                assert main(["cp", f"/proc/self/fd/{stream}", str(path)]) == 1
+        assert_same(writer.read(path), old, "the old file")
+        assert not [one for one in os.listdir(path.parent) if one.startswith(".")]
+        wait_until(lambda: os.statvfs(folder).f_bfree >= before, "all of the room")
 
 
 @contextlib.contextmanager

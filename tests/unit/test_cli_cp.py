@@ -35,6 +35,24 @@ def test_a_file(source: Path, tmp_path: Path, capsys: Capture) -> None:
     only(tmp_path, "source", "t")
 
 
+def test_a_name_that_cannot_be_flushed(
+    source: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new file is in place, and the message states it."""
+
+    def refuse(fd: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    (tmp_path / "t").write_bytes(b"old")
+    monkeypatch.setattr(os, "fsync", refuse)
+    ended = dmabuf(capsys, "cp", "--sync", source, tmp_path / "t")
+    text = "flushing its names to the medium failed: Input/output error"
+    text = f"it is replaced, but perhaps not after a power cut: {text}"
+    assert (ended.status, ended.err) == (1, f"error: {tmp_path / 't'}: {text}\n")
+    assert_same((tmp_path / "t").read_bytes(), DATA, "the target")
+    only(tmp_path, "source", "t")
+
+
 def test_quiet(source: Path, tmp_path: Path, capsys: Capture) -> None:
     assert dmabuf(capsys, "cp", "-q", source, tmp_path / "t").out == ""
     assert_same((tmp_path / "t").read_bytes(), DATA, "the target")

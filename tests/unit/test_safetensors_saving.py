@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -484,6 +485,25 @@ def test_shards_that_cannot_all_be_put_in_place(tmp_path, monkeypatch, number):
         models.save_sharded({"x": some(90, 1), "y": some(90, 2)}, tmp_path, max_shard_size=100)
     assert sorted(os.listdir(tmp_path)) == before
     assert_holds_folder(tmp_path, old)
+
+
+@pytest.mark.parametrize(("number", "new"), [(1, False), (2, True), (3, True)])
+def test_a_folder_that_cannot_be_flushed_has_a_whole_model(tmp_path, monkeypatch, number, new):
+    """Once the index names the new shards, an error does not remove them."""
+    old = {f"{at}": some(100, at) for at in range(2)}
+    models.save_sharded(old, tmp_path, max_shard_size=100)
+    now, real, calls = {"x": some(90, 1), "y": some(90, 2)}, os.fsync, []
+
+    def fsync(fd):
+        calls.append(fd) if stat.S_ISDIR(os.fstat(fd).st_mode) else None
+        if len(calls) == number and fd == calls[-1]:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with raises_errno(errno.EIO):
+        models.save_sharded(now, tmp_path, max_shard_size=100)
+    assert_holds_folder(tmp_path, now if new else old)
 
 
 def test_two_saves_into_one_folder(tmp_path, monkeypatch):

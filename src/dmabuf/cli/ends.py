@@ -143,8 +143,10 @@ def move_bytes(
     with Replacement(target.what, force=force, note=output.note) as place:
         with naming(source, target, None if place.in_place else place.temporary):
             made = move(place.temporary)
-            place.commit(like, sync=sync)
-            return made, place.in_place
+            place.commit(like, sync=False)
+        if sync and place.in_place is None:
+            place.sync_name()
+        return made, place.in_place
 
 
 @contextmanager

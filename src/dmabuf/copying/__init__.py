@@ -25,7 +25,7 @@ from dmabuf.copying.many import (
 from dmabuf.copying.opening import SourceEnd, TargetEnd, same_file
 from dmabuf.copying.pipeline import Meter, Writer, copy
 from dmabuf.copying.record import Copy, CopySide, Tally
-from dmabuf.copying.replace import Replacement
+from dmabuf.copying.replace import Replacement, sync_folder
 from dmabuf.copying.sources import OffsetSource, Source, file_source
 from dmabuf.copying.staging import Staging
 from dmabuf.copying.targets import FileTarget, OffsetTarget, Target
@@ -60,5 +60,6 @@ __all__ = [
     "read_files",
     "same_file",
     "sizes_to_plan",
+    "sync_folder",
     "write_files",
 ]

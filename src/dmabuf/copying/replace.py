@@ -2,9 +2,11 @@
 
 The bytes go to a file without a name (O_TMPFILE), which gets its name by linkat(2) once it is
 whole. Where a file of that name exists, it gets a hidden name beside it first and then takes the
-place by rename(2). So a program that opens the target sees the old content or the new, also after a
-crash, and a killed copy leaves nothing, except between those two calls a file with a hidden name.
-Filesystems without O_TMPFILE (NFS, FUSE) have the hidden name from the start.
+place by rename(2). The content is flushed before that: otherwise a power cut may leave the new name
+and, of a file that was written through the page cache, zeros. So a program that opens the target
+sees the old content or the new, also after a crash, and a killed copy leaves nothing, except
+between those two calls a file with a hidden name. Filesystems without O_TMPFILE (NFS, FUSE) have
+the hidden name from the start.
 
 Some files can be written but not replaced: the files that containers have mounted over others, the
 files of /proc and /sys, and files in a directory without write permission. They are written in
@@ -153,10 +155,11 @@ class Replacement:
         Args:
             like: the status whose permissions and times to take; by default an old target keeps
                 its own.
-            sync: return when the new name is on the medium.
+            sync: call `sync_name`, too. The content is on the medium in any case.
 
         Raises:
-            OSError: the name could not be taken; the old file is as it was.
+            OSError: the content could not be flushed, or the name not be taken; the old file is as
+                it was. Or what `sync_name` raises.
         """
         replaced = self.in_place is None
         if replaced and self._old is not None and self._keeps_owner:
@@ -166,6 +169,7 @@ class Replacement:
             os.utime(self.temporary, ns=(like.st_atime_ns, like.st_mtime_ns))
         if not replaced:
             return
+        self._flush()
         try:
             self._take_name()
         except OSError as error:
@@ -174,11 +178,27 @@ class Replacement:
                 text = f"{text}; write it in place through a descriptor: - > FILE"
             raise os_error(error.errno or errno.EIO, text, self._asked) from None
         if sync:
-            folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            self.sync_name()
+
+    def sync_name(self) -> None:
+        """Return when the new name is on the medium. Raises OSError; the new file is in place."""
+        try:
+            sync_folder(self._folder)
+        except OSError as error:
+            text = f"it is replaced, but perhaps not after a power cut: {error.strerror}"
+            raise os_error(error.errno or errno.EIO, text, self._asked) from None
+
+    def _flush(self) -> None:
+        fd = (
+            os.dup(self._fd) if self._fd >= 0 else os.open(self._hidden, os.O_WRONLY | os.O_CLOEXEC)
+        )
+        try:
+            os.fdatasync(fd)
+        except OSError as error:
+            text = f"flushing to the medium failed: {error.strerror}"
+            raise os_error(error.errno or errno.EIO, text, self._asked) from None
+        finally:
+            os.close(fd)
 
     def _take_name(self) -> None:
         if self._fd >= 0:
@@ -207,6 +227,19 @@ class Replacement:
                     with suppress(OSError):
                         os.setxattr(self.temporary, name, os.getxattr(self.path, name))
         os.chmod(self.temporary, stat.S_IMODE(old.st_mode) & 0o1777)
+
+
+def sync_folder(folder: str) -> None:
+    """Return when the names in a folder are on the medium."""
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        text = f"flushing its names to the medium failed: {error.strerror}"
+        raise os_error(error.errno or errno.EIO, text, folder) from None
 
 
 def _is_append_only(folder: str) -> bool:

@@ -51,8 +51,12 @@ class Replacing(Served):
         super().__init__(fd, path, "r+")
 
     def commit(self, *, sync: bool) -> None:
-        """Give it its name, with `sync` also on the medium, and close it."""
+        """Give it its name, with `sync` also on the medium, and close it.
+
+        The content is on the medium before the name, so that a power cut leaves the old or the new.
+        """
         name = os.path.basename(self.path)
+        os.fdatasync(self.file.fileno())
         os.rename(self._temporary, name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
         self._temporary = ""
         if sync:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 
-from dmabuf.copying import Replacement
+from dmabuf.copying import Replacement, sync_folder
 from dmabuf.errors import ClosedError, os_error
 from dmabuf.kernel import process
 from dmabuf.memory import Buffer, allocate
@@ -217,7 +217,7 @@ def save_sharded(
     ``model.safetensors.index.json``. They get their names when all of them are on the medium, and
     the index comes last. So a reader finds the old model or the new, also after a crash. Where the
     folder has a model of the same name, its files are removed at the end, and the new shards get
-    names that it does not use.
+    names that it does not use. When this returns, all that is on the medium.
 
     Args:
         tensors: as for `save`; each shard has the next of them in this order.
@@ -266,9 +266,13 @@ def save_sharded(
             shards[0][1].commit(None, sync=True)
         else:
             _put_in_place(shards, os.path.join(folder, index), _index_of(names, groups), force)
-    for one in stale.difference(names if len(names) == 1 else [*names, index]):
+            sync_folder(folder)
+    stale.difference_update(names if len(names) == 1 else [*names, index])
+    for one in sorted(stale, key=lambda one: one != index):  # no index without its shards
         with suppress(FileNotFoundError):
             os.unlink(os.path.join(folder, one))
+    if stale:
+        sync_folder(folder)  # a file of the old model would be read in place of the new index
     return tuple(transfers)
 
 
@@ -320,14 +324,13 @@ def _put_in_place(
         for path, replacement in shards:
             if os.path.lexists(path):
                 raise os_error(errno.EEXIST, "save: another save has written it meanwhile", path)
-            replacement.commit(None, sync=replacement is shards[-1][1])
+            replacement.commit(None, sync=False)
             named.append(path)
+        sync_folder(os.path.dirname(index))
         with replacing(index, force) as replacement:
             with open(replacement.temporary, "wb") as file:
                 file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            replacement.commit(None, sync=True)
+            replacement.commit(None, sync=False)
     except BaseException:
         for path in named:
             with suppress(FileNotFoundError):
