@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib
 import json
 import os
 import socket
@@ -30,6 +31,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from common import GIB, MIB, SkippedError, Spread, machine, stop_tidily
 
@@ -39,7 +41,7 @@ from dmabuf.sizes import parse_size
 
 NODE, WORKER = "dmabuf-node", "dmabuf-worker"
 HOST, CLIENT = "10.77.77.1", "10.77.77.2"
-FILE, MEMORY, TCP, TLS = 7701, 7702, 7703, 7704
+FILE, MEMORY, TCP, TLS, NIXL = 7701, 7702, 7703, 7704, 7705
 OBJECT = 256 << 10
 TENSOR = 16 * MIB
 MODEL = 2 * GIB
@@ -52,20 +54,30 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="pairs of measurements (default: 7)")
     parser.add_argument("--rate", default="1gbit", help="of the limited link (default: 1gbit)")
     parser.add_argument("--folder", default=".", help="where the files are made (default: .)")
+    parser.add_argument("--nixl", action="store_true", help="the engine nixl beside NIXL alone")
     parser.add_argument("--role", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.role in ("file", "memory"):
         send_plainly(args.folder, args.role)
+    elif args.role == "nixl":
+        write_by_nixl(args.folder)
     elif args.role == "worker":
-        measure(args)
+        (measure_nixl if args.nixl else measure)(args)
     else:
         stop_tidily()
         print("\n".join(machine()))
         with contextlib.ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=args.folder)))
             stack.enter_context(namespaces())
-            pids = start_servers(stack, folder, args.size)
-            command = ["--role", "worker", "--size", args.size, "--rounds", args.rounds]
+            pids = start_servers(stack, folder, args.size, by_nixl=args.nixl)
+            command = ["--nixl"] * args.nixl + [
+                "--role",
+                "worker",
+                "--size",
+                args.size,
+                "--rounds",
+                args.rounds,
+            ]
             words = [*command, "--rate", args.rate, "--folder", folder]
             environment = os.environ | {"PIDS": json.dumps(pids)}
             inside(WORKER, sys.executable, __file__, *words, env=environment).wait()
@@ -105,7 +117,9 @@ def inside(name: str, *words: object, **how: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, text=True, **how)  # type: ignore[call-overload,no-any-return]
 
 
-def start_servers(stack: contextlib.ExitStack, folder: Path, size: int) -> dict[str, int]:
+def start_servers(
+    stack: contextlib.ExitStack, folder: Path, size: int, *, by_nixl: bool
+) -> dict[str, int]:
     """Start the plain sender and nodes, and return their process numbers."""
     served = folder / "served"
     served.mkdir()
@@ -121,7 +135,7 @@ def start_servers(stack: contextlib.ExitStack, folder: Path, size: int) -> dict[
         file.truncate(8 + len(text) + MODEL)
     commands: dict[str, list[object]] = {
         role: [__file__, "--role", role, "--folder", served / "large"]
-        for role in ("file", "memory")
+        for role in (["nixl"] if by_nixl else ["file", "memory"])
     }
     serve = ["-m", "dmabuf.cli", "serve", "--max-memory", size + GIB, "--files", served]
     open_node = ["--socket", folder / "a", "--listen", f"{HOST}:{TCP}", "--trusted-network"]
@@ -221,7 +235,7 @@ def measure(args: argparse.Namespace) -> None:
     pids, size = json.loads(os.environ["PIDS"]), args.size
     with (
         dmabuf.allocate(size) as buffer,
-        remote.connect(f"{HOST}:{TCP}", trusted_network=True) as node,
+        remote.connect(f"{HOST}:{TCP}", engine="tcp", trusted_network=True) as node,
         node.open("large") as file,
     ):
         with buffer.map("rw") as view:
@@ -266,10 +280,79 @@ def measure(args: argparse.Namespace) -> None:
         limited(args, buffer, file)
 
 
+def measure_nixl(args: argparse.Namespace) -> None:
+    """Print how fast a name arrives by the engine nixl, and as many bytes by NIXL alone."""
+    size = args.size
+    with (
+        dmabuf.allocate(size, exporter="memfd") as ours,
+        dmabuf.allocate(size, exporter="memfd") as plain,
+        remote.connect(f"{HOST}:{TCP}", engine="nixl", trusted_network=True) as node,
+        node.open("large") as file,
+        socket.create_connection((HOST, NIXL)) as other,
+    ):
+        file.read_into(ours)
+        node.publish("large", ours, size)
+        expected = ours.pread(size, 0)
+        agent, address = nixl_agent("dmabuf1"), plain.address
+        registered = agent.register_memory([(address, size, 0, "")], "DRAM")
+        other.sendall(f"{address} {agent.get_agent_metadata().hex()}\n".encode())
+        pairs = []
+        for number in range(args.rounds + 1):
+            for buffer in (ours, plain):
+                buffer.pwrite(bytes(size), 0)
+            begun = time.perf_counter()
+            other.sendall(b"!")
+            assert other.recv(1) == b"!"
+            alone = time.perf_counter() - begun
+            begun = time.perf_counter()
+            done = node.fetch("large", ours, audit="off")
+            took = time.perf_counter() - begun
+            assert ours.pread(size, 0) == expected == plain.pread(size, 0)
+            pairs += [(alone, took)] if number else []  # the first warms up
+        agent.deregister_memory(registered)
+        rates = [Spread.of([size / 1e9 / one[which] for one in pairs]) for which in (1, 0)]
+        print(f"{done.transport}, one name of {size / MIB:g} MiB: {rates[0]} GB/s")
+        print(f"NIXL alone: {rates[1]} GB/s; rate of it: {Spread.of([a / b for a, b in pairs])}")
+
+
+def nixl_agent(device: str) -> Any:
+    """Return an agent of NIXL, over TCP."""
+    os.environ |= {"UCX_TLS": "tcp", "UCX_NET_DEVICES": device}
+    api = importlib.import_module("nixl_cu13._api")
+    return api.nixl_agent(device, api.nixl_agent_config(backends=["UCX"]))
+
+
+def write_by_nixl(path: str) -> None:
+    """Write the content of a file from memory into that of a peer, each time it asks for it."""
+    size, agent = os.path.getsize(path), nixl_agent("dmabuf0")
+    with (
+        dmabuf.allocate(size, exporter="memfd") as memory,
+        socket.create_server((HOST, NIXL)) as listener,
+    ):
+        with dmabuf.open(path) as file:
+            file.read_into(memory, size)
+        agent.register_memory([(memory.address, size, 0, "")], "DRAM")
+        print("listening", file=sys.stderr, flush=True)
+        connection, _ = listener.accept()
+        address, metadata = connection.makefile().readline().split()
+        peer = agent.add_remote_agent(bytes.fromhex(metadata)).decode()
+        ends = [[(at, size, 0)] for at in (memory.address, int(address))]
+        here, there = (agent.get_xfer_descs(one, "DRAM") for one in ends)
+        while connection.recv(1):
+            transfer = agent.initialize_xfer("WRITE", here, there, peer)
+            state = agent.transfer(transfer)
+            while state == "PROC":
+                time.sleep(50e-6)  # a processor for NIXL's own thread
+                state = agent.check_xfer_state(transfer)
+            assert state == "DONE"
+            transfer.release()
+            connection.sendall(b"!")
+
+
 def first_tensor(buffer: dmabuf.Buffer) -> float:
     """Return the seconds until the header of a model and its first tensor are here."""
     begun = time.perf_counter()
-    with remote.connect(f"{HOST}:{TCP}", trusted_network=True) as node:
+    with remote.connect(f"{HOST}:{TCP}", engine="tcp", trusted_network=True) as node:
         with node.open("model.safetensors") as file:
             file.read_into(buffer, 8)
             length = int.from_bytes(buffer.pread(8, 0), "little")
