@@ -10,10 +10,12 @@ from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import anyio
 import pytest
 
 import dmabuf
 from dmabuf import remote
+from dmabuf.remote import aio
 from tests.nodes import Peer, lying_node, url_of
 from tests.serving import as_a_program
 from tests.support import assert_same, pattern, poison
@@ -277,6 +279,34 @@ def test_an_interrupt_ends_the_requests_of_all_nodes(
         content = big.pread(big.size, 0)
     assert_same(big.pread(big.size, 0), content, "the buffer once nobody writes any more")
     big.close()
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_cancelling_ends_the_requests_of_all_nodes(
+    addresses: list[str], big: dmabuf.Buffer, backend: str
+) -> None:
+    moving = threading.Event()
+
+    def stalls(peer: Peer) -> None:
+        peer.send_data(b"x" * MIB)
+        moving.set()
+        peer.ended()
+
+    async def cancel(bad: str) -> None:
+        nodes = await aio.connect([bad, *addresses], timeout=1000)
+        async with nodes, await nodes.open("a.bin") as file:
+            async with anyio.create_task_group() as group:
+                group.start_soon(file.read_into, big)
+                while not moving.is_set():
+                    await anyio.sleep(0.01)
+                group.cancel_scope.cancel()
+            big.pwrite(poison(big.size), 0)
+
+    with lying_node(falsely(stalls)) as bad:
+        anyio.run(cancel, bad, backend=backend)
+    assert_same(
+        big.pread(big.size, 0), poison(big.size), "the buffer, where nobody writes any more"
+    )
 
 
 def test_the_time_of_a_call_is_limited_at_all_nodes_together(big: dmabuf.Buffer) -> None:

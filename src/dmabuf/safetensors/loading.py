@@ -154,7 +154,8 @@ def load(
             transformers, diffusers or PEFT, or all shards of a model without an index. Or one
             file that is open (its descriptor), or in memory: bytes, or a Buffer, over which the
             tensors are then made without a copy, unless ``buffer`` or ``alignment`` is given. A
-            file of another node is named by its URL, dmabuf://HOST:PORT/PATH (dmabuf.remote).
+            file or index of another node is named by its URL, dmabuf://HOST:PORT/PATH, and that of
+            several nodes by dmabuf://HOST:PORT,HOST:PORT/PATH (dmabuf.remote).
         tensors: the names of the wanted tensors; None for all.
         framework: "pt" for PyTorch tensors, "np" for NumPy arrays.
         variant: of the weights in a folder: "fp16" for ``model.fp16.safetensors`` and the like.
@@ -171,7 +172,8 @@ def load(
             "4KiB"; at the least, and by default, the size of its dtype. The CPU copies a tensor
             whose offset in the file is not a multiple of it.
         require: "zero-copy", "uncached" or "any", as in `File.read_segments`.
-        timeout: seconds to wait for the fences of devices that use ``buffer``.
+        timeout: seconds to wait for the fences of devices that use ``buffer``; the most that a file
+            of another node may take.
         audit: as in `File.read_into`.
         engine: the engine that runs the transfers.
         progress: called with the bytes read and their sum, as in `File.read_into`.
