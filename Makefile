@@ -1,5 +1,5 @@
 # For users: `make demo` and `make test`. Most other targets are parts of `make test`.
-.PHONY: demo test test-stable soak check lint types docs c-tests unit packages-tests unit-busy \
+.PHONY: demo test test-stable test-arm soak check lint types docs c-tests unit packages-tests unit-busy \
 	coverage lab-tests lab-tests-1 lab-tests-2 benchmarks integrations integrations-vllm man schemas clean
 
 PYTHON ?= python3
@@ -42,6 +42,15 @@ test-devices: $(VENV)/ready
 
 device-table: $(VENV)/ready
 	$(BIN)/python tools/write_device_table.py $$(find $(DEVICE_RUNS) -name '*.json')
+
+# Not part of `make test` either: the lab's tests on aarch64, with the wheel of a release.
+test-arm: $(VENV)/ready
+	tools/install-system-packages $$(lab/run --arch arm64 --apt-packages)
+	for size in 4k 16k; do \
+		lab/run --arch arm64 --page-size $$size --timeout 7200 --devices all \
+			--out $(DEVICE_RUNS)/arm64-$$size -- \
+			python3 -m pytest --timeout 1800 tests/kernel tests/device || exit; \
+	done
 
 TRANSFERS := 100000
 soak: $(VENV)/ready

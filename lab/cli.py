@@ -8,6 +8,7 @@ from pathlib import Path
 from lab import devices, guest, host, modules, packages, prepare, project
 from lab.cache import Cache
 from lab.host import LabError
+from lab.processors import PROCESSORS, Processor
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -28,7 +29,19 @@ def parser() -> argparse.ArgumentParser:
         default="backports",
         metavar="KERNEL",
         help=f"the newest of Debian {packages.SUITE}-backports (backports, the default), "
-        f"{packages.SUITE}'s own (stable), or the path of a bzImage",
+        f"{packages.SUITE}'s own (stable), or the path of a bzImage, for arm64 of an Image",
+    )
+    result.add_argument(
+        "--arch",
+        choices=PROCESSORS,
+        default=packages.NATIVE,
+        help=f"the guest's processor (default {packages.NATIVE})",
+    )
+    result.add_argument(
+        "--page-size",
+        choices=PROCESSORS["arm64"].flavours,
+        default="4k",
+        help="the pages of an arm64 guest, by the flavour of Debian's kernel (default 4k)",
     )
     result.add_argument(
         "--devices",
@@ -66,14 +79,17 @@ def main(argv: Sequence[str]) -> int:
     options = parse.parse_args(argv[:cut])
     command = argv[cut + 1 :]
     host.add_sbin_to_path()
+    processor = PROCESSORS[options.arch]
     if options.apt_packages:
-        print("\n".join(host.apt_packages()))
+        print("\n".join(host.apt_packages(processor)))
         return 0
+    if options.page_size not in processor.flavours:
+        parse.error(f"--page-size {options.page_size}: {processor.name} has only pages of 4k")
     if bool(command) == options.prepare:
         parse.error("give a COMMAND after --, or --prepare")
     try:
         with guest.signals_stop():
-            return _run(options, command)
+            return _run(options, processor, command)
     except guest.Stopped as stopped:
         return stopped.status
     except BrokenPipeError:
@@ -84,15 +100,16 @@ def main(argv: Sequence[str]) -> int:
         return guest.BROKEN
 
 
-def _run(options: argparse.Namespace, command: Sequence[str]) -> int:
-    host.check_prerequisites()
+def _run(options: argparse.Namespace, processor: Processor, command: Sequence[str]) -> int:
+    host.check_prerequisites(processor)
     cache = Cache.default()
     with cache.lock():
         cache.forget()
-        root = prepare.root(cache)
-        kernel = prepare.kernel(cache, options.kernel, refresh=options.prepare)
+        root = prepare.root(cache, processor)
+        flavour = processor.flavours[options.page_size]
+        kernel = prepare.kernel(cache, options.kernel, processor, flavour, refresh=options.prepare)
         wanted = [name for device in options.devices for name in devices.DEVICES[device].built]
-        built = modules.built(cache, root, kernel, wanted)
+        built = modules.built(cache, root, kernel, [*processor.built, *wanted])
         ready = project.prepare(cache, root, CHECKOUT)
     if options.prepare:
         return 0

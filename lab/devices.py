@@ -22,6 +22,8 @@ class Device:
     """What modprobe loads before COMMAND, each with its parameters."""
     built: tuple[str, ...] = ()
     """Those of them that Debian's kernels lack: names in modules.py, which builds them."""
+    iommu: bool = False
+    """Whether an IOMMU has to be there."""
 
 
 DEVICES = {
@@ -57,12 +59,11 @@ DEVICES = {
     "vfio": Device(
         "a PCI device with 1 MiB of memory, in vfio-pci's hands, behind an IOMMU",
         qemu=(
-            *("-device", "intel-iommu,intremap=on"),
             *("-object", "memory-backend-ram,id=lab-bar,size=1M,share=on"),
             *("-device", "ivshmem-plain,memdev=lab-bar"),
         ),
-        kernel=("intel_iommu=on", "iommu=pt"),
         modules=("vfio-pci ids=1af4:1110",),
+        iommu=True,
     ),
 }
 

@@ -45,15 +45,12 @@ QBOOT = Path("/usr/share/qemu/qboot.rom")
 """A firmware that starts a kernel a second sooner than the default one."""
 
 KERNEL_ARGUMENTS = (
-    "console=ttyS0",
     "loglevel=5",  # warnings and worse reach the console, and so the host, at once
     "log_buf_len=4M",
     "printk.devkmsg=on",
     "panic=-1",  # with -no-reboot, the end of the guest
     "oops=panic",
     "mitigations=off",
-    "tsc=reliable",
-    "no_timer_check",
     "nokaslr",
 )
 
@@ -125,7 +122,8 @@ def _lay_out(job: Run, folder: Path, token: str) -> None:
     (lab / "fstab").write_text(FSTAB)
     (lab / "token").write_text(token + "\n")
     (lab / "argv").write_bytes(b"".join(os.fsencode(word) + b"\0" for word in job.command))
-    modules = [module for device in job.devices for module in device.modules]
+    modules = list(job.root.processor.modules) if job.kernel.suite else []
+    modules += [module for device in job.devices for module in device.modules]
     (lab / "modules").write_text("".join(f"{module}\n" for module in modules))
     if job.built:
         shutil.copytree(job.built, lab / "built")
@@ -174,13 +172,17 @@ def qemu(job: Run, folder: Path, streams: Mapping[str, int]) -> list[str]:
             options = options.replace("snapshot=on,", "")
         return ["-drive", options.replace(str(path), str(path).replace(",", ",,")), *device.split()]
 
-    firmware = ["-bios", str(QBOOT)] if QBOOT.exists() else []
-    argv = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", *firmware]
-    argv += ["-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2"]
-    argv += ["-m", job.memory, "-no-reboot"]
+    processor = job.root.processor
+    iommu = any(device.iommu for device in job.devices)
+    argv = [*processor.qemu, *(processor.iommu if iommu else ())]
+    argv += ["-nodefaults", "-no-user-config", "-display", "none"]
+    argv += ["-accel", "tcg,thread=multi", "-smp", "2", "-m", job.memory, "-no-reboot"]
+    if processor.machine == "x86_64" and QBOOT.exists():
+        argv += ["-bios", str(QBOOT)]
     argv += ["-kernel", str(job.kernel.image), "-initrd", str(folder / "initrd")]
-    words = [word for device in job.devices for word in device.kernel]
-    argv += ["-append", " ".join([*KERNEL_ARGUMENTS, *words])]
+    words = [*KERNEL_ARGUMENTS, *processor.kernel, *(processor.kernel_iommu if iommu else ())]
+    words += [word for device in job.devices for word in device.kernel]
+    argv += ["-append", " ".join(words)]
 
     argv += ["-chardev", f"file,id=console,path=/dev/fd/{streams['console']}"]
     argv += ["-serial", "chardev:console", "-device", "virtio-serial-pci"]

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lab import packages
+from lab.processors import Processor
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 """Debian's archive keys, from the package debian-archive-keyring (in Ubuntu, too)."""
@@ -75,12 +76,19 @@ def add_sbin_to_path() -> None:
     )
 
 
-def apt_packages() -> list[str]:
-    """Return the names of the host's packages that the lab needs."""
-    names = {*packages.HOST_TOOLS.values(), "debian-archive-keyring", "python3-pip"}
+def _tools(processor: Processor) -> dict[str, str]:
+    """Return the commands that a guest with this processor needs here, and their packages."""
+    tools = {**packages.HOST_TOOLS, processor.qemu[0]: processor.package}
+    if processor.name != packages.NATIVE:
+        tools.update(packages.HOST_TOOLS_CROSS)
     if os.geteuid() != 0:
-        names.update(packages.HOST_TOOLS_USER.values())
-    return sorted(names)
+        tools.update(packages.HOST_TOOLS_USER)
+    return tools
+
+
+def apt_packages(processor: Processor) -> list[str]:
+    """Return the names of the host's packages that the lab needs."""
+    return sorted({*_tools(processor).values(), "debian-archive-keyring", "python3-pip"})
 
 
 def keyring() -> Path:
@@ -88,12 +96,10 @@ def keyring() -> Path:
     return Path(os.environ.get("DMABUF_LAB_KEYRING") or KEYRING)
 
 
-def check_prerequisites() -> None:
+def check_prerequisites(processor: Processor) -> None:
     """Raise LabError naming all that is missing on this host, and how to install it."""
-    tools = dict(packages.HOST_TOOLS)
-    if os.geteuid() != 0:
-        tools.update(packages.HOST_TOOLS_USER)
-    missing = {tool: package for tool, package in tools.items() if not shutil.which(tool)}
+    tools = _tools(processor).items()
+    missing = {tool: package for tool, package in tools if not shutil.which(tool)}
     if not keyring().exists():
         missing[str(keyring())] = "debian-archive-keyring"
     if not _has_pip():

@@ -1,6 +1,7 @@
 """Builds kernel modules that Debian's configuration leaves out, from Debian's kernel source.
 
-Out of tree, as any module is: with the headers of the kernel, by the compiler of the guest's root.
+Out of tree, as any module is: with the headers of the kernel, by the compiler of the guest's root,
+or by one for its processor.
 """
 
 import re
@@ -13,7 +14,8 @@ from pathlib import Path
 from lab import host, packages
 from lab.cache import Cache, key_of
 from lab.host import LabError
-from lab.prepare import Kernel, Root, apt, apt_lists
+from lab.prepare import Kernel, Root, apt, apt_lists, cross_tools
+from lab.processors import PROCESSORS, Processor
 
 
 def built(cache: Cache, root: Root, kernel: Kernel, names: Sequence[str]) -> Path | None:
@@ -25,18 +27,29 @@ def built(cache: Cache, root: Root, kernel: Kernel, names: Sequence[str]) -> Pat
     if not names or not kernel.suite:
         return None
     recipes = [f"{name}: {' '.join(packages.MODULES[name])}" for name in names]
-    key = key_of(root.key, kernel.version, *recipes, "1")
+    key = key_of(root.key, kernel.release, kernel.version, *recipes, "1")
     title = f"modules {', '.join(names)} for {kernel.release}"
-    return cache.piece(
-        "built", key, title, lambda folder: _make(cache, root, kernel, names, folder)
-    )
+    cross = root.processor.name != packages.NATIVE
+    tools = cross_tools(cache, root) if cross else root.tools
+
+    def make(folder: Path) -> None:
+        _make(cache, root.processor, tools, kernel, names, folder)
+
+    return cache.piece("built", key, title, make)
 
 
-def _make(cache: Cache, root: Root, kernel: Kernel, names: Sequence[str], folder: Path) -> None:
+def _make(
+    cache: Cache,
+    processor: Processor,
+    tools: Path,
+    kernel: Kernel,
+    names: Sequence[str],
+    folder: Path,
+) -> None:
     work = folder / "work"
     work.mkdir()
     with tempfile.TemporaryDirectory(prefix="apt-", dir=cache.folder) as place:
-        _unpack(Path(place), kernel, work)
+        _unpack(Path(place), processor, kernel, work)
     sources = _extract(next((work / "usr/src").glob("linux-source-*.tar.xz")), names, work)
     lines = [f"obj-m := {' '.join(f'{name}.o' for name in names)}"]
     for name in names:
@@ -49,31 +62,31 @@ def _make(cache: Cache, root: Root, kernel: Kernel, names: Sequence[str], folder
     makefile.write_text(makefile.read_text().replace("/usr/src/", "/mnt/usr/src/"))
     argv = ["make", "-C", f"/mnt/usr/src/{headers.name}", f"M=/mnt/{sources.name}", "-j2"]
     argv += ["CONFIG_DEBUG_INFO_BTF_MODULES=", "modules"]
-    host.run(host.in_tree(root.tree, work, *argv))
+    host.run(host.in_tree(tools, work, *argv))
     for name in names:
         (sources / f"{name}.ko").rename(folder / f"{name}.ko")
     shutil.rmtree(work)
 
 
-def _unpack(place: Path, kernel: Kernel, work: Path) -> None:
-    """Unpack the kernel's headers and its source package."""
-    apt_lists(place, kernel.suite)
+def _unpack(place: Path, processor: Processor, kernel: Kernel, work: Path) -> None:
+    """Unpack the kernel's headers, its source package, and the tools that run on this machine."""
     release = kernel.release
     numbers = re.match(r"\d+\.\d+", release)
     assert numbers
-    wanted = [
-        f"linux-source-{numbers[0]}",
-        f"linux-headers-{release}",
-        f"linux-headers-{release.removesuffix('-amd64')}-common",
-        f"linux-kbuild-{release.removesuffix('-amd64')}",
-    ]
-    exact = [f"{name}={kernel.version}" for name in wanted]
+    common = release.removesuffix(f"-{kernel.flavour}")
+    headers = [f"linux-headers-{release}", f"linux-headers-{common}-common"]
+    tools = [f"linux-source-{numbers[0]}", f"linux-kbuild-{common}"]
     try:
-        apt(place, "apt-get", "download", "-q", *exact)
+        for owner, names in (processor, headers), (PROCESSORS[packages.NATIVE], tools):
+            folder = place / names[0]
+            folder.mkdir()
+            apt_lists(folder, kernel.suite, owner)
+            exact = [f"{name}={kernel.version}" for name in names]
+            apt(folder, "apt-get", "download", "-q", *exact)
     except LabError as error:
         text = f"{kernel.suite} no longer has {release}: lab/run --prepare takes its newest kernel"
         raise LabError(f"{text}\n{error}") from None
-    for deb in place.glob("*.deb"):
+    for deb in place.glob("*/*.deb"):
         host.run(["dpkg-deb", "-x", deb, work])
 
 
@@ -81,7 +94,10 @@ def _extract(archive: Path, names: Sequence[str], work: Path) -> Path:
     """Extract the sources of some modules, all into one folder; reads no further than it must."""
     sources = work / "modules"
     sources.mkdir()
-    wanted = {part for name in names for part in packages.MODULES[name]}
+    (sources / packages.LICENSE).write_text(
+        '#include <linux/module.h>\nMODULE_LICENSE("GPL");\nMODULE_IMPORT_NS("DMA_BUF");\n'
+    )
+    wanted = {part for name in names for part in packages.MODULES[name]} - {packages.LICENSE}
     with tarfile.open(archive, "r|xz") as source:
         for member in source:
             path = member.name.partition("/")[2]

@@ -9,11 +9,14 @@ SUITE = "trixie"
 PYTHON = "3.13"
 """The version of that release's Python."""
 
+NATIVE = "amd64"
+"""The processor whose root filesystem has its programs run on this machine, to build in it."""
+
 KERNELS = {"backports": f"{SUITE}-backports", "stable": SUITE}
 """The values of `--kernel` that are not a path, and the suite each takes its kernel from."""
 
-KERNEL = "linux-image-amd64"
-"""The package that depends on the newest kernel of its suite."""
+KERNEL = "linux-image"
+"""With a flavour's name, the package that depends on the newest such kernel of its suite."""
 
 GUEST_BASE = ("bash", "busybox-static", "iproute2", "kmod", "mount", "procps", "util-linux")
 """What the guest's own start needs."""
@@ -53,7 +56,16 @@ GUEST = tuple(sorted({*GUEST_BASE, *GUEST_BUILD, *GUEST_TESTS}))
 
 _TESTS = "drivers/media/test-drivers"
 
+LICENSE = "license.c"
+"""A file that modules.py writes: the licence of a module that the kernel's source has none for,
+because the kernel's own build never makes it a module."""
+
 MODULES: dict[str, tuple[str, ...]] = {
+    "dma_heap": ("drivers/dma-buf/dma-heap.c", LICENSE),
+    "system_heap": ("drivers/dma-buf/heaps/system_heap.c",),
+    "scsi_debug": (
+        *("drivers/scsi/scsi_debug.c", "drivers/scsi/sd.h", "drivers/scsi/scsi_logging.h"),
+    ),
     "v4l2-mem2mem": ("drivers/media/v4l2-core/v4l2-mem2mem.c",),
     "vicodec": tuple(
         f"{_TESTS}/vicodec/{name}"
@@ -64,7 +76,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     ),
     "vim2m": (f"{_TESTS}/vim2m.c",),
 }
-"""Modules that Debian's kernels lack, and their files in the kernel's source."""
+"""Modules that some of Debian's kernels lack, and their files in the kernel's source."""
 
 EARLY_MODULES = ("virtio_pci", "virtio_blk", "ext4")
 """What a kernel must load, or have built in, before the root filesystem is there."""
@@ -75,6 +87,9 @@ PYTHON_TESTS = ("cffi", "hypothesis", "pytest", "pytest-timeout")
 PYTHON_EXTRAS = ("test", "v4l2", "vulkan")
 """The groups of optional dependencies in pyproject.toml that the guest has."""
 
+PYTHON_CROSS = "wheels"
+"""The group of dependencies in pyproject.toml that tools/build-wheels needs, besides pip's own."""
+
 HOST_TOOLS = {
     "apt-get": "apt",
     "depmod": "kmod",
@@ -82,11 +97,13 @@ HOST_TOOLS = {
     "mke2fs": "e2fsprogs",
     "mmdebstrap": "mmdebstrap",
     "modprobe": "kmod",
-    "qemu-system-x86_64": "qemu-system-x86",
     "tar": "tar",
     "unshare": "util-linux",
 }
-"""Commands the host needs, and the package of Debian and Ubuntu that has each."""
+"""Commands the host needs, besides QEMU, and the package of Debian and Ubuntu that has each."""
+
+HOST_TOOLS_CROSS = {"readelf": "binutils"}
+"""The same, for another processor than this machine's: what tools/build-wheels needs."""
 
 HOST_TOOLS_USER = {"newuidmap": "uidmap"}
 """The same, for anyone but root."""

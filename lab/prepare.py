@@ -12,13 +12,14 @@ import struct
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lab import host, packages
 from lab.cache import Cache, key_of
 from lab.host import LabError
+from lab.processors import PROCESSORS, Processor
 
 ASK_AGAIN = 86400.0
 """Seconds for which a suite's answer about its newest kernel is taken as still right."""
@@ -29,16 +30,20 @@ class Root:
     """The guest's root filesystem."""
 
     key: str
+    processor: Processor
     tree: Path
-    """As a folder on the host, to build in."""
+    """As a folder on the host."""
     image: Path
     """As an ext4 image, for the guest."""
+    tools: Path
+    """A tree of the same packages whose programs run on this machine, to build in."""
 
 
 @dataclass(frozen=True)
 class Kernel:
     """A kernel, and what it needs loaded before it can mount its root."""
 
+    flavour: str
     image: Path
     release: str
     modules: Path | None
@@ -63,29 +68,63 @@ def make_image(folder: Path, image: Path, spare: int, label: str) -> None:
 # The root filesystem
 
 
-def root(cache: Cache) -> Root:
+def root(cache: Cache, processor: Processor) -> Root:
     """Return the guest's root filesystem, made if the cache lacks it."""
+    native = PROCESSORS[packages.NATIVE]
     key = key_of(packages.SUITE, *packages.GUEST, "1")
     title = f"root filesystem: Debian {packages.SUITE} with {len(packages.GUEST)} packages"
-    path = cache.piece("root", key, title, _make_root)
-    return Root(key, path / "tree", path / "image")
+    path = cache.piece("root", key, title, lambda made: _make_root(made, native))
+    if processor is native:
+        return Root(key, processor, path / "tree", path / "image", path / "tree")
+    like = path / "tree"
+    key = key_of(key, processor.name, "1")
+    title = f"{title}, for {processor.name}"
+    path = cache.piece("root", key, title, lambda made: _make_root(made, processor, like))
+    return Root(key, processor, path / "tree", path / "image", like)
 
 
-def _make_root(folder: Path) -> None:
+def _make_root(folder: Path, processor: Processor, like: Path | None = None) -> None:
     tree = folder / "tree"
+    _bootstrap(tree, processor, packages.GUEST, like)
+    for name in ("usr/lib/modules", "usr/local", "lab", "mnt"):
+        (tree / name).mkdir(exist_ok=True)
+    for name, text in {
+        "hostname": "lab\n",
+        "hosts": "127.0.0.1 localhost lab\n::1 localhost\n",
+        "resolv.conf": "",
+    }.items():
+        path = tree / "etc" / name
+        path.unlink(missing_ok=True)
+        path.write_text(text)
+    if like:
+        compile_python(like, tree / "usr/lib", "/usr/lib")
+    make_image(tree, folder / "image", 1 << 30, "root")
+
+
+def _bootstrap(
+    tree: Path, processor: Processor, names: Sequence[str], like: Path | None = None
+) -> None:
+    """Make a tree of packages: configured, or unpacked and then configured like another tree.
+
+    The second way runs nothing of the packages, which may be for another processor.
+    """
     tree.mkdir()
     mode = "root" if os.geteuid() == 0 else "unshare"
-    place = {"TMPDIR": str(folder)} if mode == "root" else {}  # "unshare" needs one open to all
+    place = (
+        {"TMPDIR": str(tree.parent)} if mode == "root" else {}
+    )  # "unshare" needs one open to all
     bootstrap = [
         "mmdebstrap",
         f"--mode={mode}",
-        "--variant=minbase",
+        f"--variant={'extract' if like else 'minbase'}",
         "--format=tar",
-        f"--include={','.join(packages.GUEST)}",
+        f"--architectures={processor.name}",
+        f"--include={','.join(names)}",
+        *(["--include=?essential", "--skip=check/qemu"] if like else []),
         *(f"--aptopt={line}" for line in _apt_acquire_options()),
         packages.SUITE,
         "-",
-        _source(packages.SUITE),
+        _source(packages.SUITE, processor),
     ]
     unpack = ["tar", "-xp", "--no-same-owner", "--exclude=./dev/*", "-C", str(tree)]
     with tempfile.TemporaryFile() as log:
@@ -113,17 +152,48 @@ def _make_root(folder: Path) -> None:
             log.seek(0)
             output = log.read().decode(errors="replace")
             raise LabError(host.tool_failed(bootstrap, status or second.returncode, output))
-    for name in ("usr/lib/modules", "lab", "mnt"):
-        (tree / name).mkdir(exist_ok=True)
-    for name, text in {
-        "hostname": "lab\n",
-        "hosts": "127.0.0.1 localhost lab\n::1 localhost\n",
-        "resolv.conf": "",
-    }.items():
-        path = tree / "etc" / name
-        path.unlink(missing_ok=True)
-        path.write_text(text)
-    make_image(tree, folder / "image", 1 << 30, "root")
+    if like:
+        _configure(tree, like, processor)
+
+
+def cross_tools(cache: Cache, root: Root) -> Path:
+    """Return a tree whose programs run here and compile kernel modules for the root's processor."""
+    machine = root.processor.machine
+    names = (*packages.GUEST_BUILD, f"gcc-{machine}-linux-gnu")
+    native = PROCESSORS[packages.NATIVE]
+
+    def make(folder: Path) -> None:
+        _bootstrap(folder / "tree", native, names, root.tools)
+        (folder / "tree/mnt").mkdir(exist_ok=True)
+
+    title = f"a compiler for {root.processor.name}"
+    return cache.piece("cross", key_of(root.key, *names, "1"), title, make) / "tree"
+
+
+def _configure(tree: Path, like: Path, processor: Processor) -> None:
+    """Copy what the maintainer scripts of the packages made in another tree: /etc, links, modes."""
+    host.run(host.as_root("cp", "-a", "--remove-destination", f"{like}/etc/.", f"{tree}/etc/"))
+    (tree / "etc/ld.so.cache").unlink(missing_ok=True)
+    ours, theirs = (f"{one.machine}-linux-gnu" for one in (PROCESSORS[packages.NATIVE], processor))
+    for made in [*(like / "usr").rglob("*"), *(like / "etc/alternatives").iterdir()]:
+        path = tree / str(made.relative_to(like)).replace(ours, theirs)
+        if not made.is_symlink():
+            if made.stat().st_mode & (stat.S_ISUID | stat.S_ISGID) and path.is_file():
+                path.chmod(stat.S_IMODE(made.stat().st_mode))
+        elif "/etc/alternatives" in (str(made.parent)[-17:], os.readlink(made)[:17]):
+            path.unlink(missing_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.symlink_to(os.readlink(made).replace(ours, theirs))
+
+
+def compile_python(tools: Path, folder: Path, place: str) -> None:
+    """Byte-compile what will be at `place` in the guest, with the Python of the tools' tree."""
+    flags = ["-q", "-j1", "--invalidation-mode=unchecked-hash", "-s", "/mnt", "-p", place]
+    argv = host.in_tree(tools, folder, "python3", "-m", "compileall", *flags, "/mnt")
+    done = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    if b"PermissionError" in done.stdout or done.returncode not in (0, 1):
+        output = done.stdout.decode(errors="replace")
+        raise LabError(host.tool_failed(argv[-12:], done.returncode, output))
 
 
 # The package mirror
@@ -150,8 +220,8 @@ def mirror() -> str:
     )
 
 
-def _source(suite: str) -> str:
-    return f"deb [arch=amd64 signed-by={host.keyring()}] {mirror()} {suite} main"
+def _source(suite: str, processor: Processor) -> str:
+    return f"deb [arch={processor.name} signed-by={host.keyring()}] {mirror()} {suite} main"
 
 
 def _apt_acquire_options() -> list[str]:
@@ -164,23 +234,27 @@ def _apt_acquire_options() -> list[str]:
 # Kernels
 
 
-def kernel(cache: Cache, which: str, refresh: bool = False) -> Kernel:
+def kernel(
+    cache: Cache, which: str, processor: Processor, flavour: str, refresh: bool = False
+) -> Kernel:
     """Return the kernel that `--kernel` names, made ready if the cache lacks it."""
     if which in packages.KERNELS:
-        return _suite_kernel(cache, packages.KERNELS[which], refresh)
-    return _custom_kernel(cache, Path(which))
+        return _suite_kernel(cache, packages.KERNELS[which], processor, flavour, refresh)
+    return _custom_kernel(cache, Path(which), flavour)
 
 
-def _suite_kernel(cache: Cache, suite: str, refresh: bool) -> Kernel:
+def _suite_kernel(
+    cache: Cache, suite: str, processor: Processor, flavour: str, refresh: bool
+) -> Kernel:
     """A suite's newest kernel: the suite is asked once a day, and on --prepare."""
-    answer = cache.folder / f"suite.{suite}.json"
+    answer = cache.folder / f"suite.{suite}.{flavour}.json"
     known = json.loads(answer.read_text()) if answer.exists() else None
-    path = cache.folder / f"kernel-{known['version']}" if known else None
+    path = cache.folder / f"kernel-{flavour}-{known['version']}" if known else None
     cached = path is not None and path.exists()
     if refresh or not cached or time.time() - answer.stat().st_mtime > ASK_AGAIN:
         with tempfile.TemporaryDirectory(prefix="apt-", dir=cache.folder) as folder:
             try:
-                known = _ask_suite(Path(folder), suite)
+                known = _ask_suite(Path(folder), suite, processor, flavour)
             except LabError as error:
                 if not cached or known is None:
                     raise
@@ -189,23 +263,23 @@ def _suite_kernel(cache: Cache, suite: str, refresh: bool) -> Kernel:
             title = f"kernel {known['release']} of {suite}"
             cache.piece(
                 "kernel",
-                known["version"],
+                f"{flavour}-{known['version']}",
                 title,
-                lambda made: _make_suite_kernel(Path(folder), known, made),
+                lambda made: _make_suite_kernel(Path(folder), known, flavour, made),
             )
     assert known is not None
-    path = cache.folder / f"kernel-{known['version']}"
+    path = cache.folder / f"kernel-{flavour}-{known['version']}"
     os.utime(path)
-    made = _kernel_piece(path, path / "vmlinuz", known["release"])
+    made = _kernel_piece(path, flavour, path / "vmlinuz", known["release"])
     return replace(made, suite=suite, version=known["version"])
 
 
-def apt_lists(folder: Path, suite: str) -> None:
+def apt_lists(folder: Path, suite: str, processor: Processor) -> None:
     """Make a folder in which :func:`apt` uses lists of its own, for that one suite."""
     for name in ("lists/partial", "cache/archives/partial"):
         (folder / name).mkdir(parents=True)
     (folder / "status").touch()
-    (folder / "sources.list").write_text(_source(suite) + "\n")
+    (folder / "sources.list").write_text(_source(suite, processor) + "\n")
     settings = {
         "Dir::State": folder,
         "Dir::State::lists": folder / "lists",
@@ -215,8 +289,8 @@ def apt_lists(folder: Path, suite: str) -> None:
         "Dir::Etc::sourceparts": "/dev/null",
         "Dir::Etc::preferences": "/dev/null",
         "Dir::Etc::preferencesparts": "/dev/null",
-        "APT::Architecture": "amd64",
-        "APT::Architectures": "amd64",
+        "APT::Architecture": processor.name,
+        "APT::Architectures": processor.name,
         "APT::Sandbox::User": "root",
         "Acquire::Languages": "none",
     }
@@ -225,15 +299,16 @@ def apt_lists(folder: Path, suite: str) -> None:
     apt(folder, "apt-get", "update", "-q", "--error-on=any")
 
 
-def _ask_suite(folder: Path, suite: str) -> dict[str, str]:
+def _ask_suite(folder: Path, suite: str, processor: Processor, flavour: str) -> dict[str, str]:
     """Ask apt for the newest kernel."""
+    package = f"{packages.KERNEL}-{flavour}"
     with host.step(f"asking {suite} for its newest kernel"):
-        apt_lists(folder, suite)
-        record = apt(folder, "apt-cache", "show", "--no-all-versions", packages.KERNEL)
+        apt_lists(folder, suite, processor)
+        record = apt(folder, "apt-cache", "show", "--no-all-versions", package)
     version = re.search(r"^Version: (\S+)$", record, re.MULTILINE)
-    release = re.search(r"\blinux-image-(\d\S*-amd64)\b", record)
+    release = re.search(rf"\blinux-image-(\d\S*-{flavour})(?![\w-])", record)
     if not version or not release:
-        raise LabError(f"{suite} has no {packages.KERNEL} that depends on a kernel")
+        raise LabError(f"{suite} has no {package} that depends on a kernel")
     return {"version": version[1].replace(":", "+"), "release": release[1]}
 
 
@@ -242,10 +317,11 @@ def apt(folder: Path, *argv: str) -> str:
     return host.run(argv, env={"APT_CONFIG": str(folder / "apt.conf")}, cwd=folder)
 
 
-def _make_suite_kernel(place: Path, known: dict[str, str], folder: Path) -> None:
+def _make_suite_kernel(place: Path, known: dict[str, str], flavour: str, folder: Path) -> None:
     release = known["release"]
     only = "-o=APT::Cache::ShowOnlyFirstOr=true"
-    tree = apt(place, "apt-cache", "depends", "--recurse", "--important", only, packages.KERNEL)
+    package = f"{packages.KERNEL}-{flavour}"
+    tree = apt(place, "apt-cache", "depends", "--recurse", "--important", only, package)
     wanted = re.compile(rf"linux-\w+-{re.escape(release)}")
     names = [row for row in tree.splitlines() if wanted.fullmatch(row)]
     apt(place, "apt-get", "download", "-q", *names)
@@ -293,11 +369,12 @@ def _decompress(path: Path) -> bytes:
     return unpack.get(path.suffix, bytes)(data)
 
 
-def _kernel_piece(folder: Path, image: Path, release: str) -> Kernel:
-    return Kernel(image, release, folder / "modules", tuple(sorted((folder / "early").iterdir())))
+def _kernel_piece(folder: Path, flavour: str, image: Path, release: str) -> Kernel:
+    early = tuple(sorted((folder / "early").iterdir()))
+    return Kernel(flavour, image, release, folder / "modules", early)
 
 
-def _custom_kernel(cache: Cache, image: Path) -> Kernel:
+def _custom_kernel(cache: Cache, image: Path, flavour: str) -> Kernel:
     """Any bzImage, with its modules if they are found: beside it, or installed on this machine."""
     try:
         release = _release(image)
@@ -306,7 +383,7 @@ def _custom_kernel(cache: Cache, image: Path) -> Kernel:
     places = (image.absolute().parent, Path("/lib/modules") / release)
     modules = next((path for path in places if (path / "modules.dep").exists()), None)
     if modules is None:
-        return Kernel(image, release, None, ())
+        return Kernel(flavour, image, release, None, ())
     dep = (modules / "modules.dep").read_bytes()
     key = key_of(release, str(modules), dep, str((modules / "modules.dep").stat().st_mtime_ns))
 
@@ -318,14 +395,21 @@ def _custom_kernel(cache: Cache, image: Path) -> Kernel:
         _make_modules(copy, base, folder)
         shutil.rmtree(base)
 
-    return _kernel_piece(cache.piece("modules", key, f"modules of {release}", make), image, release)
+    path = cache.piece("modules", key, f"modules of {release}", make)
+    return _kernel_piece(path, flavour, image, release)
 
 
 def _release(image: Path) -> str:
-    """The release in a bzImage's header (Documentation/arch/x86/boot.rst, kernel_version)."""
-    data = image.read_bytes()[: 64 << 10]
+    """The release in a bzImage's header (Documentation/arch/x86/boot.rst, kernel_version).
+
+    An arm64 Image (Documentation/arch/arm64/booting.rst) has it only in its banner.
+    """
+    data = image.read_bytes()
+    banner = re.search(rb"Linux version (\S+)", data) if data[0x38:0x3C] == b"ARM\x64" else None
+    if banner:
+        return banner[1].decode()
     if data[0x202:0x206] != b"HdrS":
-        raise LabError(f"--kernel {image}: not an x86 bzImage")
+        raise LabError(f"--kernel {image}: not an x86 bzImage, and not an arm64 Image")
     start = struct.unpack_from("<H", data, 0x20E)[0] + 0x200
     return data[start : data.index(b"\0", start)].split()[0].decode()
 

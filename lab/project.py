@@ -16,7 +16,8 @@ from typing import Any
 from lab import host, packages
 from lab.cache import Cache, key_of
 from lab.host import LabError
-from lab.prepare import Root, make_image
+from lab.prepare import Root, compile_python, make_image
+from lab.processors import PROCESSORS, Processor
 
 SITE = f"lib/python{packages.PYTHON}/dist-packages"
 """Where Debian's Python looks for packages under /usr/local."""
@@ -28,9 +29,13 @@ TESTING_CORE = "tests/core.py"
 """A program of the checkout that builds what its tests need compiled, below BUILT."""
 BUILT = "build/testing-core"
 
+WHEELS = "tools/build-wheels"
+"""A program of the checkout that builds its wheels, also for another processor."""
+
 BUILD_INPUTS = (
     *("csrc/", "setup.py", "setup.cfg", "MANIFEST.in", "pyproject.toml"),
     TESTING_CORE,
+    WHEELS,
 )
 """The files and folders that the extensions and the package's metadata are made of."""
 
@@ -66,12 +71,22 @@ def prepare(cache: Cache, root: Root, folder: Path) -> Project:
     if settings:
         inputs = [name for name in files if name.startswith(BUILD_INPUTS)]
         parts = [part for name in inputs for part in (name.encode(), _contents(folder / name))]
-        extension = cache.piece(
-            "extension",
-            key_of(key, *parts, "2"),
-            "the extension, for the guest's Python",
-            lambda made: _make_extension(root, dependencies, folder, files, settings, made),
-        )
+        title = "the extension, for the guest's Python"
+        if root.processor.name == packages.NATIVE:
+            extension = cache.piece(
+                "extension",
+                key_of(key, *parts, "2"),
+                title,
+                lambda made: _make_extension(root, dependencies, folder, files, settings, made),
+            )
+        else:
+            environment = _wheel_tools(cache, settings, build)
+            extension = cache.piece(
+                "extension",
+                key_of(key, environment.name, *parts, "1"),
+                title,
+                lambda made: _make_wheel(root.processor, environment, folder, files, made),
+            )
     return Project(folder, files, dependencies, extension)
 
 
@@ -119,15 +134,15 @@ def requirements(settings: dict[str, Any]) -> tuple[list[str], list[str]]:
     return sorted(set(wanted)), sorted(build)
 
 
-def _pip(target: Path, names: Sequence[str]) -> None:
+def _pip(processor: Processor, target: Path, names: Sequence[str]) -> None:
     """Install packages for the guest's Python with the host's pip, as it is configured."""
-    platforms = [f"--platform=manylinux_2_{minor}_x86_64" for minor in range(41, 4, -1)]
+    machine = processor.machine
+    tags = [*(f"2_{minor}" for minor in range(41, 4, -1)), "2014", "1"]
     argv = [
         *(sys.executable, "-m", "pip", "install", "--quiet", "--no-input", "--no-compile"),
         *("--disable-pip-version-check", "--root-user-action=ignore", "--only-binary=:all:"),
         *(f"--python-version={packages.PYTHON}", "--implementation=cp"),
-        *platforms,
-        *("--platform=manylinux2014_x86_64", "--platform=manylinux1_x86_64"),
+        *(f"--platform=manylinux{'_' * ('_' in tag)}{tag}_{machine}" for tag in tags),
         f"--target={target}",
         *names,
     ]
@@ -140,27 +155,17 @@ def _make_dependencies(
     local = folder / "local"
     site = local / SITE
     site.parent.mkdir(parents=True)
-    _pip(site, wanted)
-    _pip(folder / "build", build)
+    _pip(root.processor, site, wanted)
+    _pip(PROCESSORS[packages.NATIVE], folder / "build", build)
     if (site / "bin").exists():
         (site / "bin").rename(local / "bin")
         for script in (local / "bin").iterdir():  # they name the host's Python
             text = re.sub(rb"\A#!.*python.*", b"#!/usr/bin/python3", script.read_bytes())
             script.write_bytes(text)
     (site / "dmabuf-lab.pth").write_text("/lab/site\n")
-    _compile(root, local, "/usr/local")
+    compile_python(root.tools, local, "/usr/local")
     make_image(local, folder / "image", 64 << 20, "dependencies")
     shutil.rmtree(local)
-
-
-def _compile(root: Root, folder: Path, place: str) -> None:
-    """Byte-compile what will be at `place` in the guest, with the guest's Python."""
-    flags = ["-q", "-j1", "--invalidation-mode=unchecked-hash", "-s", "/mnt", "-p", place]
-    argv = host.in_tree(root.tree, folder, "python3", "-m", "compileall", *flags, "/mnt")
-    done = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
-    if b"PermissionError" in done.stdout or done.returncode not in (0, 1):
-        output = done.stdout.decode(errors="replace")
-        raise LabError(host.tool_failed(argv[-12:], done.returncode, output))
 
 
 def _make_extension(
@@ -195,9 +200,49 @@ def _make_extension(
     except LabError as error:
         output = str(error).split("\n", 1)[-1]
         raise LabError(f"the extension did not build for the guest:\n{output}") from None
-    with zipfile.ZipFile(next((work / "wheel").glob("*.whl"))) as wheel:
+    _unpack(work / "wheel", made)
+
+
+def _unpack(wheels: Path, made: Path) -> None:
+    """Unpack the one wheel of a folder, and remove the folder that this one is in."""
+    with zipfile.ZipFile(next(wheels.glob("*.whl"))) as wheel:
         wheel.extractall(made / "site")
-    shutil.rmtree(work)
+    shutil.rmtree(wheels.parent)
+
+
+def _wheel_tools(cache: Cache, settings: dict[str, Any], build: Sequence[str]) -> Path:
+    """Return a virtual environment with what the program that builds the wheels needs."""
+    group = settings["dependency-groups"][packages.PYTHON_CROSS]
+    wanted = sorted({"pip", *build, *group})
+
+    def make(folder: Path) -> None:
+        host.run([sys.executable, "-m", "venv", "--without-pip", folder])
+        pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin/python")]
+        quiet = ["--quiet", "--no-input", "--disable-pip-version-check"]
+        host.run([*pip, "install", *quiet, "--root-user-action=ignore", *wanted])
+
+    title = "Python packages that build wheels for other processors"
+    return cache.piece("environment", key_of(sys.version, *wanted, "1"), title, make)
+
+
+def _make_wheel(
+    processor: Processor, environment: Path, folder: Path, files: Iterable[str], made: Path
+) -> None:
+    """Build the wheel of a release for another processor, and the core of the tests with it."""
+    work = made / "work"
+    copy_files(folder, files, work)
+    python = environment / "bin/python"
+    host.run([work / WHEELS, python, processor.machine])
+    compiler = work / "build/wheels" / processor.machine / "cc"
+    target = f"cpython-{packages.PYTHON.replace('.', '')} {processor.machine}"
+    variables = {
+        "CC": str(compiler),
+        "LDSHARED": f"{compiler} -shared",
+        "DMABUF_TESTS_TARGET": target,
+    }
+    host.run([python, work / TESTING_CORE], env=variables, cwd=work)
+    (work / BUILT).rename(made / "testing-core")
+    _unpack(work / "dist", made)
 
 
 def copy_files(folder: Path, files: Iterable[str], target: Path) -> None:
@@ -230,7 +275,7 @@ def lay_out(root: Root, project: Project, lab: Path) -> None:
         ignore = shutil.ignore_patterns("*.so", "__pycache__")
         if package.is_dir() and not package.name.endswith(".egg-info"):
             shutil.copytree(package, site / package.name, dirs_exist_ok=True, ignore=ignore)
-    _compile(root, site, "/lab/site")
+    compile_python(root.tools, site, "/lab/site")
     for entries in site.glob("*.dist-info/entry_points.txt"):
         points = configparser.ConfigParser(delimiters=("=",), interpolation=None)
         points.optionxform = str  # type: ignore[assignment,method-assign]

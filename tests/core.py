@@ -25,6 +25,10 @@ CSRC = ROOT / "csrc"
 OBJECTS = os.environ.get("DMABUF_TESTS_OBJECTS")
 """A folder where the compiler's objects stay: `make coverage` reads what they have counted."""
 FOLDER = Path(OBJECTS) if OBJECTS else ROOT / "build/testing-core"
+TARGET = os.environ.get(
+    "DMABUF_TESTS_TARGET", f"{sys.implementation.cache_tag} {platform.machine()}"
+)
+"""The Python and the processor that run it: the lab builds it for another machine, too."""
 VIRTUAL = os.environ.get("DMABUF_TESTS_CORE") == "virtual"
 
 
@@ -33,7 +37,7 @@ def _key() -> str:
     seams = CSRC.glob("tests/simulator/*" if VIRTUAL else "tests/testing.[ch]")
     sources = [*CSRC.glob("*.[ch]"), *seams, CSRC / "build_ffi.py"]
     kind = "virtual " * VIRTUAL
-    found = hashlib.sha256(f"{kind}{sys.implementation.cache_tag} {platform.machine()}".encode())
+    found = hashlib.sha256(f"{kind}{TARGET}".encode())
     for path in sorted(sources):
         found.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
     return found.hexdigest()[:16]
