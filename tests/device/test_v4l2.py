@@ -306,12 +306,12 @@ def test_what_is_refused_leaves_the_format_and_the_rate() -> None:
     how = {"format": "YUYV", "width": 640, "height": 480, "fps": 15}
     with v4l2.capture(SINGLE, **how) as camera:
         before = camera.format
-    with dmabuf.allocate(4096, exporter="udmabuf") as small:
+    with dmabuf.allocate(PAGE, exporter="udmabuf") as small:
         for how, match in (
             ({"format": "ABCD"}, "no format 'ABCD'; it has YUYV, "),
             ({"format": "GREY", "width": 650}, "it has no 650x"),
             ({"format": "RGB3", "fps": 1000, **SMALL}, "cannot deliver 1000 frames a second"),
-            ({"format": "RGB3", "fps": 30, "buffers": [small], **SMALL}, "has 4096 bytes"),
+            ({"format": "RGB3", "fps": 30, "buffers": [small], **SMALL}, f"has {PAGE} bytes"),
         ):
             with pytest.raises(OSError, match=match) as caught:
                 v4l2.capture(SINGLE, **how)

@@ -19,7 +19,7 @@ from dmabuf.memory import foreign
 from tests import forking
 from tests.guards import needs, since, vfio_address, vgem_node
 from tests.kernel.conftest import native
-from tests.support import assert_same, poison, raises_errno
+from tests.support import PAGE, assert_same, poison, raises_errno
 
 ADDRESS = str(vfio_address())
 MEMORY, REGISTERS = 2, 0  # the BARs of QEMU's ivshmem-plain: 1 MiB, and 256 bytes
@@ -127,8 +127,8 @@ def test_parts_slabs_and_read_only(device: vfio.Device, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(uapi, "ioctl", ioctl)
     monkeypatch.setattr(vfio, "SLAB", 3 * 65536)
-    with device.bar(MEMORY, 4096, 10 * 65536, name="slabs") as buffer:
-        assert asked == [(4096 + slab.offset, slab.size) for slab in buffer.slabs]
+    with device.bar(MEMORY, PAGE, 10 * 65536, name="slabs") as buffer:
+        assert asked == [(PAGE + slab.offset, slab.size) for slab in buffer.slabs]
         assert [slab.size // 65536 for slab in buffer.slabs] == [3, 3, 3, 1]
         assert [slab.offset // 65536 for slab in buffer.slabs] == [0, 3, 6, 9]
         for slab in buffer.slabs:
@@ -218,8 +218,8 @@ def test_parts_that_cannot_be_exported(device: vfio.Device) -> None:
         ((MEMORY, 100), "whole pages"),
         ((MEMORY, 0, 100), "whole pages"),
         ((MEMORY, 0, 0), "not within BAR 2"),
-        ((MEMORY, -4096), "offset"),
-        ((MEMORY, 4096, SIZE), "not within BAR 2"),
+        ((MEMORY, -PAGE), "offset"),
+        ((MEMORY, PAGE, SIZE), "not within BAR 2"),
         ((MEMORY, SIZE), "not within BAR 2"),
     ):
         with pytest.raises(ValueError, match=match):

@@ -131,6 +131,7 @@ static VAStatus map(struct surface *s, uint32_t i, int fd, uint32_t size)
 static VAStatus allocate(struct surface *s)
 {
 	uint32_t pitch = (row_bytes(s) + PITCH_UNIT - 1) / PITCH_UNIT * PITCH_UNIT, size = 0;
+	uint32_t page = sysconf(_SC_PAGESIZE);
 	struct udmabuf_create create = {.flags = UDMABUF_FLAGS_CLOEXEC};
 	int memory, device, fd = -1;
 
@@ -139,7 +140,7 @@ static VAStatus allocate(struct surface *s)
 		s->planes[p].pitch = pitch;
 		size += pitch * rows(s, p);
 	}
-	size = (size + 4095) / 4096 * 4096;
+	size = (size + page - 1) / page * page;
 	memory = memfd_create("va", MFD_CLOEXEC | MFD_ALLOW_SEALING);
 	device = open("/dev/udmabuf", O_RDWR | O_CLOEXEC);
 	if (memory >= 0 && device >= 0 && !ftruncate(memory, size) &&

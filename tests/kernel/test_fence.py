@@ -20,7 +20,7 @@ from tests.resources import held
 from tests.support import assert_same, pattern, poison, raises_errno
 
 PAGE = mmap.PAGESIZE
-SIZE = 64 * PAGE  # 256 x 256 pixels of 4 bytes
+SIZE = 256 << 10  # 256 x 256 pixels of 4 bytes
 
 
 pytestmark = pytest.mark.usefixtures("leaves_nothing")

@@ -15,7 +15,7 @@ from dmabuf.transfer.engine import default_engine
 from tests.guards import needs
 from tests.kernel.conftest import BUFFERS, heap_read_only, others_huge_pages, vgem
 from tests.kernel.test_exporters import fdinfo, through_dmabuf
-from tests.support import pattern
+from tests.support import PAGE, pattern
 from tests.unit.test_security import punch
 
 SIZE = 64 * 1024
@@ -89,11 +89,11 @@ def test_a_hole_in_the_memfd_separates_it_from_its_udmabuf():
         with from_fd(fd) as buf:
             os.close(fd)
             assert through_dmabuf(buf.slabs[0]) == pattern(SIZE, 5)
-            punch(memfd, 0, 4096)
+            punch(memfd, 0, PAGE)
             os.pwrite(memfd, b"new page", 0)
             assert through_dmabuf(buf.slabs[0]) == pattern(SIZE, 5)
-            os.pwrite(memfd, b"shared still", 4096)
-            assert through_dmabuf(buf.slabs[0])[4096:4108] == b"shared still"
+            os.pwrite(memfd, b"shared still", PAGE)
+            assert through_dmabuf(buf.slabs[0])[PAGE : PAGE + 12] == b"shared still"
     finally:
         os.close(device)
         os.close(memfd)

@@ -17,11 +17,11 @@ from dmabuf.store import Store
 from tests.guards import needs
 from tests.kernel.conftest import dma_bufs, settled
 from tests.serving import as_a_program, for_every_user
-from tests.support import assert_same, in_child, pattern, raises_errno
+from tests.support import PAGE, assert_same, in_child, pattern, raises_errno
 from tests.unit.test_store_users import READ_ONLY, become
 
 MIB = 1 << 20
-SIZE = 3 * MIB + 4096
+SIZE = 3 * MIB + PAGE
 KINDS = {
     "udmabuf": {"exporter": "udmabuf"},
     "memfd": {"exporter": "memfd"},
@@ -79,7 +79,7 @@ def test_several_slabs_in_one_mapping(path: Path, udmabuf_limit: Callable[[int],
     udmabuf_limit(1)
     with as_a_program(path), dmabuf.store.connect(path) as store:
         with store.create("several", SIZE, exporter="udmabuf", trusted=True) as buffer:
-            assert [slab.size for slab in buffer.slabs] == [MIB, MIB, MIB, 4096]
+            assert [slab.size for slab in buffer.slabs] == [MIB, MIB, MIB, PAGE]
             buffer.pwrite(pattern(SIZE, 3), 0)
             for mode in ("r", "r+"):
                 with store.open("several", mode) as again:

@@ -202,7 +202,8 @@ def serve():
     sys.stdin.readline()
     os._exit(0)
 threading.Thread(target=serve).start()
-ctypes.CDLL(None).syscall(60, 0)  # exit, of this thread alone
+exit_this_thread = {"x86_64": 60, "aarch64": 93}[os.uname().machine]
+ctypes.CDLL(None).syscall(exit_this_thread, 0)
 """
 
 

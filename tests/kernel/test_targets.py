@@ -11,6 +11,7 @@ from tests.guards import needs
 from tests.kernel.conftest import BUFFERS, PINNED, native, null_blk, without_native
 from tests.kernel.test_exporters import through_dmabuf
 from tests.support import (
+    PAGE,
     assert_same,
     cached,
     drop_cache,
@@ -164,7 +165,7 @@ def test_btrfs_that_compresses(tmp_path):
         with dmabuf.open(path) as file:
             drop_cache(file.fileno())
             first = file.read_into(buffer, len(data))
-            assert cached(file.fileno()) * 4096 >= len(data)
+            assert cached(file.fileno()) * PAGE >= len(data)
             assert first.route is file.plan(buffer).route is Route.BUFFERED
             assert "compressed" in first.reason
         assert_same(buffer.pread(len(data), 0), data, "the buffer")
