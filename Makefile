@@ -31,11 +31,16 @@ test-stable: $(VENV)/ready
 DEVICE_RUNS := build/devices
 IN_GUEST := python3 -m pytest --timeout 600
 test-devices: $(VENV)/ready
-	tools/install-system-packages $$(lab/run --apt-packages)
+	tools/install-system-packages $$(lab/run --apt-packages) $$(lab/run --arch arm64 --apt-packages)
 	rm -rf $(DEVICE_RUNS)
 	for kernel in backports stable; do \
 		lab/run --kernel $$kernel --timeout 3600 --devices all --out $(DEVICE_RUNS)/$$kernel -- \
 			sh -c '$(IN_GUEST) tests/device && $(IN_GUEST) -m device_table tests/kernel' || exit; \
+	done
+	for pages in 4k 16k; do \
+		lab/run --arch arm64 --page-size $$pages --timeout 7200 --devices all \
+			--out $(DEVICE_RUNS)/arm64-$$pages -- \
+			python3 -m pytest --timeout 1800 -m device_table tests/device tests/kernel || exit; \
 	done
 	DMABUF_DEVICE_TABLE=$(DEVICE_RUNS)/here.json $(BIN)/python -m pytest -m device_table tests/unit
 	$(MAKE) -s device-table
