@@ -251,6 +251,23 @@ int dmb_job_start_small(struct dmb_ring *ring, const struct dmb_job *job, uint64
 int dmb_nvme_errno(uint32_t status, int direction);
 const char *dmb_nvme_status_name(uint32_t status);
 
+/*
+ * A buffer as a block device, by the ublk driver: Linux 6.5, include/uapi/linux/ublk_cmd.h.
+ *
+ * dmb_ublk_control runs a command UBLK_U_CMD_... on /dev/ublk-control: `data` is its argument of
+ * `size` bytes, `value` the number in the command itself. It waits as long as the command does.
+ *
+ * dmb_ublk_serve carries out the requests of a device without the driver's own copies
+ * (UBLK_F_USER_COPY), in the calling thread, until the device is stopped (0) or fails (-errno).
+ * `job` has base, size, slabs and slab_size, and in fd the character device, /dev/ublkcN. `depth`
+ * is the device's queue depth. A request that has waited for fences of a dma-buf for fence_ms
+ * fails. The eventfd `ready` is signalled when UBLK_U_CMD_START_DEV may follow. Its value is the
+ * descriptor of the thread's ring, which keeps the device too: the child of a fork must close both.
+ */
+int dmb_ublk_control(int control, uint32_t op, uint32_t device, void *data, uint16_t size,
+		     uint64_t value);
+int dmb_ublk_serve(const struct dmb_job *job, unsigned depth, int fence_ms, int ready);
+
 /* System calls that Python does not provide. */
 
 /*

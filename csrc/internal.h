@@ -137,6 +137,8 @@ void dmb_queue_completed(struct dmb_ring *ring, struct dmb_entry *entry);
 void dmb_queue_promote(struct dmb_ring *ring, struct dmb_entry *entry);
 void dmb_queue_remove(struct dmb_entry *entry);
 
+/* Create an io_uring with the best flags that the kernel supports for DMB_RING_ flags. */
+int dmb_uring_setup(struct io_uring *uring, unsigned entries, unsigned flags);
 int dmb_threads_init(struct dmb_ring *ring);
 
 /* Copy a staged request's bytes from the buffer into its block, or `moved` bytes out of it. */

@@ -181,8 +181,7 @@ static const struct dmb_backend_ops uring_ops = {
 	.register_dmabuf = uring_register_dmabuf,
 };
 
-/* Create a ring with the best set of flags that the kernel supports. */
-static int uring_setup(struct io_uring *uring, unsigned entries, unsigned flags)
+int dmb_uring_setup(struct io_uring *uring, unsigned entries, unsigned flags)
 {
 	const unsigned shared[] = {IORING_SETUP_COOP_TASKRUN, 0};
 	/* TASKRUN_FLAG: a request for events runs 20 pieces of deferred work. If more is left, the
@@ -222,7 +221,7 @@ static int create_file_table(struct io_uring *uring)
 
 static int uring_init(struct dmb_ring *ring, unsigned depth, unsigned flags)
 {
-	int rc = uring_setup(&ring->uring, depth, flags);
+	int rc = dmb_uring_setup(&ring->uring, depth, flags);
 
 	if (rc)
 		return rc;

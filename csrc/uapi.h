@@ -143,6 +143,54 @@ static_assert(offsetof(struct dmb_nvme_cmd, result) == 68, "struct nvme_uring_cm
 #define DMB_NVME_IOCTL_IO_CMD _IOWR('N', 0x43, struct dmb_nvme_cmd)
 #define DMB_NVME_URING_CMD_IO _IOWR('N', 0x80, struct dmb_nvme_cmd)
 
+/*
+ * The ublk driver: include/uapi/linux/ublk_cmd.h. Linux 6.0; commands encoded as ioctls, 6.4.
+ */
+struct dmb_ublk_ctrl_cmd {
+	uint32_t dev_id;
+	uint16_t queue_id;
+	uint16_t len;
+	uint64_t addr;
+	uint64_t data;
+	uint16_t dev_path_len;
+	uint16_t pad;
+	uint32_t reserved;
+};
+
+static_assert(sizeof(struct dmb_ublk_ctrl_cmd) == 32, "struct ublksrv_ctrl_cmd");
+static_assert(offsetof(struct dmb_ublk_ctrl_cmd, addr) == 8, "struct ublksrv_ctrl_cmd");
+static_assert(offsetof(struct dmb_ublk_ctrl_cmd, data) == 16, "struct ublksrv_ctrl_cmd");
+
+struct dmb_ublk_io_cmd {
+	uint16_t q_id;
+	uint16_t tag;
+	int32_t result;
+	uint64_t addr;
+};
+
+static_assert(sizeof(struct dmb_ublk_io_cmd) == 16, "struct ublksrv_io_cmd");
+static_assert(offsetof(struct dmb_ublk_io_cmd, result) == 4, "struct ublksrv_io_cmd");
+
+struct dmb_ublk_io_desc {
+	uint32_t op_flags;
+	uint32_t nr_sectors; /* of 512 bytes */
+	uint64_t start_sector;
+	uint64_t addr;
+};
+
+static_assert(sizeof(struct dmb_ublk_io_desc) == 24, "struct ublksrv_io_desc");
+static_assert(offsetof(struct dmb_ublk_io_desc, start_sector) == 8, "struct ublksrv_io_desc");
+
+#define DMB_UBLK_IO_FETCH_REQ _IOWR('u', 0x20, struct dmb_ublk_io_cmd)
+#define DMB_UBLK_IO_COMMIT_AND_FETCH_REQ _IOWR('u', 0x21, struct dmb_ublk_io_cmd)
+#define DMB_UBLK_OP_MASK 0xffU
+#define DMB_UBLK_OP_READ 0U
+#define DMB_UBLK_OP_WRITE 1U
+#define DMB_UBLK_OP_FLUSH 2U
+/* Where pread(2) and pwrite(2) find the pages of a tag's request: UBLK_F_USER_COPY, Linux 6.5. */
+#define DMB_UBLK_IO_BUF_OFFSET 0x80000000U
+#define DMB_UBLK_TAG_OFF 25
+
 /* madvise(2): include/uapi/asm-generic/mman-common.h, Linux 5.14. */
 #define DMB_MADV_POPULATE_WRITE 23
 /* madvise(2): include/uapi/asm-generic/mman-common.h, Linux 6.1. */

@@ -331,6 +331,7 @@ _GUARDS: dict[str, Callable[[], str | None]] = {
     "loop": _loop,
     "zram": lambda: _root() or _module("zram", "/sys/class/zram-control/hot_add"),
     "null_blk": lambda: _root() or _module("null_blk", "/sys/kernel/config/nullb"),
+    "ublk_drv": lambda: _root() or _module("ublk_drv", "/dev/ublk-control"),
     "scsi_debug": lambda: _root() or _module("scsi_debug", "/sys/bus/pseudo/drivers/scsi_debug"),
     "ext4": lambda: _loop() or _program("mkfs.ext4", "e2fsprogs"),
     "xfs": lambda: _loop() or _program("mkfs.xfs", "xfsprogs"),

@@ -26,10 +26,12 @@ TYPE_CHECKING = False  # typing's own, without what importing typing costs
 if TYPE_CHECKING:
     from dmabuf.copying import Copy, CopySide, FileRange, copy, read_files, write_files
     from dmabuf.memory import (
+        BlockDevice,
         Buffer,
         BufferFile,
         Slab,
         allocate,
+        as_block_device,
         as_file,
         from_dlpack,
         from_fd,
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "BlockDevice",
     "Buffer",
     "BufferFile",
     "BusyError",
@@ -64,6 +67,7 @@ __all__ = [
     "Transfer",
     "TransferError",
     "allocate",
+    "as_block_device",
     "as_file",
     "copy",
     "from_dlpack",
@@ -77,10 +81,12 @@ if not TYPE_CHECKING:
     _ROOMS = {
         "copying": ("Copy", "CopySide", "FileRange", "copy", "read_files", "write_files"),
         "memory": (
+            "BlockDevice",
             "Buffer",
             "BufferFile",
             "Slab",
             "allocate",
+            "as_block_device",
             "as_file",
             "from_dlpack",
             "from_fd",

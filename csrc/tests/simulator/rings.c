@@ -405,6 +405,12 @@ int io_uring_wait_cqe_timeout(struct io_uring *uring, struct io_uring_cqe **ret,
 }
 
 /* Deferred work runs 20 pieces at a time. */
+int io_uring_ring_dontfork(struct io_uring *uring)
+{
+	(void)uring;
+	return 0;
+}
+
 int io_uring_get_events(struct io_uring *uring)
 {
 	post(ring_of(uring), 20);

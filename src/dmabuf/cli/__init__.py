@@ -39,6 +39,7 @@ COMMANDS = {
     "df": ("store", "Show how full the store is."),
     "model": ("model", "Load a model once for all processes."),
     "mount": ("mount", "Show the buffers of the store as files."),
+    "export": ("export", "Show a buffer of the store as a disk."),
     "exec": ("exec", "Run a program with a dma-buf as a file."),
 }
 """The module and the summary of each command."""

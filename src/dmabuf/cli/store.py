@@ -30,7 +30,7 @@ def _mode(text: str) -> int:
 
 def _put_arguments(parser: Parser) -> None:
     parser.add_argument("file", metavar="FILE", help="The source; - is standard input.")
-    _name_argument(parser, "name")
+    name_argument(parser, "name")
     parser.shared("size")
     parser.option("--mode", "OCTAL", "The mode, as for chmod. [default: 600]", _mode, 0o600)
     parser.shared("exporter", "socket", "json", "progress", "quiet")
@@ -98,7 +98,7 @@ programs that have it open keep it. The route of the bytes, and the reason for i
 
 
 def _get_arguments(parser: Parser) -> None:
-    _name_argument(parser, "name")
+    name_argument(parser, "name")
     parser.add_argument("file", metavar="FILE", help="The target; - is standard output.")
     parser.shared("size", "sync", "force", "socket", "json", "progress", "quiet")
 
@@ -152,12 +152,13 @@ The route of the bytes, and the reason for it, is printed.""",
 # -- names and patterns
 
 
-def _name_argument(
+def name_argument(
     parser: Parser,
     name: str,
     help: str = "The buffer's name in the store.",  # noqa: A002 - the name that argparse uses
     nargs: str | None = None,
 ) -> None:
+    """Add an argument that is a name in the store, or several."""
     metavar = name.removesuffix("s").upper()
     action = parser.add_argument(name, metavar=metavar, help=help, nargs=nargs)
     complete_by(action, lambda args: [one.name for one in connect(args.socket).list()])
@@ -165,7 +166,7 @@ def _name_argument(
 
 def _names_argument(parser: Parser, nargs: str = "+") -> None:
     text = "Names in the store, or patterns such as 'frame-*', in quotes."
-    _name_argument(parser, "names", text, nargs)
+    name_argument(parser, "names", text, nargs)
 
 
 def _for_each(
@@ -325,7 +326,7 @@ exit status is still 0.""",
 
 
 def _stat_arguments(parser: Parser) -> None:
-    _name_argument(parser, "name")
+    name_argument(parser, "name")
     parser.shared("socket", "json")
 
 
@@ -384,8 +385,8 @@ memory when the last of them closes it. A name that cannot be removed does not k
 
 
 def _mv_arguments(parser: Parser) -> None:
-    _name_argument(parser, "old")
-    _name_argument(parser, "new", "The name that it gets.")
+    name_argument(parser, "old")
+    name_argument(parser, "new", "The name that it gets.")
     parser.flag("-n --no-clobber", "Fail if NEW exists.")
     parser.shared("socket")
 
