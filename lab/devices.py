@@ -65,6 +65,10 @@ DEVICES = {
         modules=("vfio-pci ids=1af4:1110",),
         iommu=True,
     ),
+    "nvmf": Device(
+        "a target and a host of NVMe over TCP, with nothing connected",
+        modules=("nvmet-tcp", "nvme-tcp"),
+    ),
 }
 
 

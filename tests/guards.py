@@ -205,6 +205,16 @@ _PARAMETERS = {
 }
 
 
+def _nvmf() -> str | None:
+    """Return why this machine cannot be a target and a host of NVMe over TCP."""
+    if required("nvmf"):
+        subprocess.run(["modprobe", "-a", "nvmet-tcp", "nvme-tcp"], check=False)
+    for path in ("/sys/kernel/config/nvmet", "/dev/nvme-fabrics"):
+        if not os.path.exists(path):
+            return f"{path} does not exist (modprobe nvmet-tcp nvme-tcp; lab/run has it)"
+    return _root()
+
+
 def _loop() -> str | None:
     problem = _root() or _module("loop", "/dev/loop-control")
     return problem or _program("losetup", "util-linux")
@@ -327,6 +337,7 @@ _GUARDS: dict[str, Callable[[], str | None]] = {
     "io_uring": _io_uring,
     "nvme": _nvme,
     "unplug": _unplug,
+    "nvmf": _nvmf,
     "root": _root,
     "loop": _loop,
     "zram": lambda: _root() or _module("zram", "/sys/class/zram-control/hot_add"),

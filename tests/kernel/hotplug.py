@@ -66,6 +66,10 @@ class Slot:
     def plug(self) -> None:
         """Put it back; returns when its nodes can be opened."""
         Path("/sys/bus/pci/rescan").write_text("1")
+        self.wait()
+
+    def wait(self) -> None:
+        """Return when its nodes can be opened."""
 
         def there() -> bool:
             try:

@@ -12,7 +12,7 @@ import dmabuf
 from dmabuf import Engine, Route
 from dmabuf.kernel import nvme, uapi
 from tests.core import lib
-from tests.support import raises_errno
+from tests.support import Filter, raises_errno
 
 SIZE = 1 << 20
 NODE = "/dev/null"  # a character device that takes none of the commands
@@ -233,6 +233,39 @@ def test_a_flush_that_fails_is_named(device, buf):
         device.status = 0x280
         with pytest.raises(OSError, match=r"flushing .* Write fault .NVMe status 0x0280"):
             file.write_from(buf, 0, sync=True)
+
+
+@pytest.mark.parametrize(
+    ("states", "number", "text"),
+    [
+        (
+            ["connecting", "resetting"],
+            errno.ENOLINK,
+            "path to .*: nvme0 is connecting, nvme1 is re",
+        ),
+        (["connecting", "live"], errno.EINVAL, "Invalid argument"),
+        ([], errno.EINVAL, "Invalid argument"),
+        (None, errno.ENODEV, "was pulled"),
+    ],
+)
+def test_no_path_to_the_namespace(device, buf, states, number, text):
+    for index, state in enumerate(states or []):
+        (device.root / f"devices/nvme0/nvme{index}").mkdir()
+        (device.root / f"devices/nvme0/nvme{index}/state").write_text(f"{state}\n")
+    with dmabuf.open(NODE) as file, Filter(lambda _: -errno.EINVAL) as filter_:
+        if states is None:
+            next((device.root / "dev/char").iterdir()).unlink()
+        with raises_errno(number, text, nbytes=0, filename=NODE):
+            file.read_into(buf, 4096)
+    assert len(filter_.seen) > 1 if "live" in (states or []) else len(filter_.seen) == 1
+
+
+def test_a_path_that_is_lost_for_a_moment(device, buf):
+    (device.root / "devices/nvme0/nvme2").mkdir()
+    (device.root / "devices/nvme0/nvme2/state").write_text("live\n")
+    answers = iter([-errno.EINVAL] * 3)
+    with dmabuf.open(NODE) as file, Filter(lambda one: next(answers, one.size)):
+        assert file.read_into(buf, 4096).nbytes == 4096
 
 
 def test_io_uring_without_passthrough_leaves_it_to_threads(device, buf, monkeypatch, caplog):

@@ -213,6 +213,26 @@ def _paths(controller: str) -> dict[str, str]:
     }
 
 
+def path_states(device: int) -> dict[str, str] | None:
+    """Return the controllers that lead to a namespace, each with its state.
+
+    Without native multipath there are none to choose from, and the dictionary is empty. None if the
+    character device is gone.
+
+    Where no controller is live, the kernel refuses passthrough with EINVAL
+    (nvme_ns_head_chr_uring_cmd in drivers/nvme/host/ioctl.c); a block device waits for one.
+    """
+    folder = os.path.dirname(os.path.realpath(_char_device(device)))
+    try:
+        names = os.listdir(folder) if os.path.exists(_char_device(device)) else None
+    except OSError:
+        names = None
+    if names is None:
+        return None
+    found = sorted(name for name in names if re.fullmatch(r"nvme\d+", name))
+    return {name: proc.read(folder, name, "state").strip() for name in found}
+
+
 # -- devices
 
 

@@ -574,8 +574,12 @@ class Link:
                     renewals += 1
                     if target.engine.renew_native(job.buffer, job.core.fd):
                         continue
-            if not self._learn_from(plan, job):
-                raise self._failure(plan, result, result.error)
+            lost = target.lost_path(result)
+            if lost == "" and renewals < _RENEWALS:
+                renewals += 1
+                continue
+            if lost or not self._learn_from(plan, job):
+                raise self._failure(plan, result, result.error, lost)
         if result.short_segment >= 0 and segments.whole:
             index = segments.index(result.nbytes)
             text = f"{target.path} ends inside segment {index}"
@@ -670,11 +674,7 @@ class Link:
 
     def _check_there(self, plan: Plan, segments: Segments, result: Any) -> None:
         """Raise ENODEV where the device is gone: the kernel reports EIO, ENOSPC or an end."""
-        if self.target.namespace is not None:
-            gone = result.error == errno.ENODEV and not result.nvme_status
-        else:
-            gone = self.target.gone()
-        if gone:
+        if self.target.gone(result):
             if not result.error:
                 result.error_offset = segments.file_offset(result.nbytes)
             raise self._failure(plan, result, errno.ENODEV, GONE)

@@ -224,11 +224,14 @@ class Target:
         """Return where reads end at the latest: the size, or the largest offset if it is hidden."""
         return OFFSET_MAX if self.hides_its_size() else self.size()
 
-    def gone(self) -> bool:
-        """Return whether the file is a block device that was removed.
+    def gone(self, result: Any = None) -> bool:
+        """Return whether the file is a device that was removed.
 
-        A removed disk has size 0. A partition keeps its size but is missing from sysfs.
+        A removed disk has size 0. A partition keeps its size but is missing from sysfs. `result` is
+        that of the C core: passthrough to a removed namespace answers ENODEV, and no NVMe status.
         """
+        if self.namespace is not None:
+            return result is not None and result.error == errno.ENODEV and not result.nvme_status
         if not self.had_bytes:
             return False
         number = os.fstat(self.fd).st_rdev
@@ -236,6 +239,26 @@ class Target:
         return not files.size_of(self.fd, self.kind) or (
             os.path.isdir("/sys/dev/block") and not os.path.exists(listed)
         )
+
+    def lost_path(self, result: Any) -> str | None:
+        """Return why no controller reaches an NVMe character device now; "" if one does again.
+
+        The kernel answers passthrough with EINVAL then; this corrects the error in `result`. None
+        where the error has another cause.
+        """
+        if self.namespace is None or result.error != errno.EINVAL or result.nvme_status:
+            return None
+        states = nvme.path_states(os.fstat(self.fd).st_rdev)
+        if states is None:
+            result.error = errno.ENODEV
+            return GONE
+        if "live" in states.values():
+            return ""
+        if not states:
+            return None
+        result.error = errno.ENOLINK
+        found = ", ".join(f"{name} is {state}" for name, state in states.items())
+        return f"no path to the namespace: {found}; its block device waits for one"
 
     def device(self) -> str:
         """Return the device that holds the file's bytes, as a path in sysfs."""
