@@ -1,5 +1,6 @@
 """NIXL moves the bytes between a node and its client, in a process of its own at each end."""
 
+import contextlib
 import hashlib
 import os
 import signal
@@ -15,10 +16,12 @@ import pytest
 
 import dmabuf
 from dmabuf import remote
+from dmabuf.remote.pump import Pump
 from tests.guards import needs
-from tests.nodes import node
+from tests.nodes import Peer, node
 from tests.serving import as_a_program
 from tests.support import assert_same, pattern, poison, ranges, run, wait_until
+from tests.unit.test_remote_hostile import asked, open_by_hand
 from tests.unit.test_remote_network import HOST, link, received  # noqa: F401 - a fixture
 
 pytest.importorskip("nixl_cu13", reason="needs NIXL (make integrations installs it)")
@@ -163,6 +166,25 @@ def test_an_end_that_does_not_trust_the_network_refuses_tcp(folder: Path, local:
     assert not pumps()
 
 
+@pytest.mark.parametrize("beyond", [MIB, -4096, 1 << 40])
+def test_a_client_that_names_memory_it_has_not_granted(folder: Path, beyond: int) -> None:
+    with (
+        node(folder, trusted_network=True) as listener,
+        dmabuf.allocate(MIB, exporter="memfd") as buffer,
+        Peer.of(listener.address) as peer,
+        contextlib.closing(Pump("tcp", "lo")) as pump,
+    ):
+        buffer.pwrite(poison(MIB), 0)
+        region = pump.grant(buffer.fileno(), MIB, writable=True)
+        assert peer.ask(op="nixl", transports=["tcp"]) == {"transports": "tcp"}
+        assert peer.ask(op="regions", metadata=pump.metadata()) == {}
+        number = open_by_hand(peer, "a.bin")
+        reply = peer.ask(**asked(number, [0, 8192]), addresses=[region.address + beyond])
+        assert reply["broken"] and "NIXL" in reply["error"]["text"]
+        assert peer.ask(op="size", file=number)["size"] == SIZE
+        assert_same(buffer.pread(MIB, 0), poison(MIB), "the buffer")
+
+
 def test_a_buffer_that_cannot_be_registered_goes_through_the_socket(
     there: remote.Node, big: dmabuf.Buffer
 ) -> None:
@@ -289,6 +311,7 @@ def test_a_node_that_is_killed(folder: Path, tmp_path: Path) -> None:
 KILLED = """
 import os, sys, dmabuf
 from dmabuf import remote
+from dmabuf.remote.pump import Pump
 node = remote.connect(sys.argv[1], engine="nixl", trusted_network=True)
 buffer = dmabuf.allocate("1MiB", exporter="memfd")
 node.open("a.bin").read_into(buffer, "1MiB")
@@ -343,6 +366,7 @@ CLIENT = """
 import hashlib, sys
 import dmabuf
 from dmabuf import remote
+from dmabuf.remote.pump import Pump
 how = {"engine": "nixl", "trusted_network": True, "timeout": float(sys.argv[2])}
 with remote.connect(sys.argv[1], **how) as there, there.open("a.bin") as file:
     with dmabuf.allocate(file.size, exporter="memfd") as buffer:
