@@ -51,7 +51,7 @@ def big() -> Iterator[dmabuf.Buffer]:
 @pytest.fixture
 def there(folder: Path) -> Iterator[remote.Node]:
     with (
-        node(folder, trusted_network=True, max_memory=128 * MIB) as listener,
+        node(folder, trusted_network=True, max_memory=256 * MIB) as listener,
         remote.connect(listener.address, engine="nixl", trusted_network=True) as made,
     ):
         yield made
@@ -133,6 +133,19 @@ def test_names_are_published_and_fetched(there: remote.Node, big: dmabuf.Buffer)
     big.pwrite(poison(big.size), 0)
     assert there.fetch("large", big, buffer_offset=5).nbytes == 9 * MIB
     assert_same(big.pread(9 * MIB, 5), DATA[: 9 * MIB], "one name")
+
+
+def test_a_name_that_takes_several_transfers(there: remote.Node) -> None:
+    content = DATA * 8  # each of NIXL's has 64 MiB at most
+    with dmabuf.allocate(len(content) + 4096, exporter="memfd") as buffer:
+        buffer.pwrite(content, 0)
+        there.publish("huge", buffer, len(content))
+        buffer.pwrite(poison(buffer.size), 0)
+        done = there.fetch("huge", buffer, buffer_offset=7)
+        assert (done.nbytes, done.transport) == (len(content), "ucx_tcp")
+        expected = bytearray(poison(buffer.size))
+        expected[7 : 7 + len(content)] = content
+        assert_same(buffer.pread(buffer.size, 0), bytes(expected), "the buffer")
 
 
 def test_errors_of_the_node_leave_the_connection_in_order(

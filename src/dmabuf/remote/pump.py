@@ -28,6 +28,7 @@ import sys
 import threading
 import time
 from base64 import b64decode, b64encode
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from importlib import import_module
@@ -45,7 +46,11 @@ _MOST_BYTES = 160 << 10
 _MOST_PARTS = 1024
 """Parts of a transfer in one message."""
 _PIECE = 64 << 20
-"""Bytes that are moved between two looks at the time."""
+"""Bytes of one transfer of NIXL, at most."""
+_AT_ONCE = 2
+"""Transfers under way at once, so that the connection is never idle between them."""
+_GOES_ON = {"moved": True}
+"""What the pump sends after each transfer, before the reply."""
 _START = 60.0
 """Seconds until a pump serves."""
 _SLICE = 100
@@ -160,13 +165,15 @@ class Pump:
     ) -> None:
         """Move bytes to ("WRITE") or from ("READ") the peer, and return when they have arrived.
 
-        `timeout` is the most seconds for 64 MiB; `tick` is called about ten times a second. After
-        an error or an interrupt the process has been ended: this end moves nothing any more. The
-        other end has to end its own, since bytes may be on their way to it.
+        `timeout` is the most seconds until the next 64 MiB have arrived; `tick` is called about ten
+        times a second. After an error or an interrupt the process has been ended: this end moves
+        nothing any more. The other end has to end its own, since bytes may be on their way to it.
         """
+        whole = list(parts)
         try:
-            for piece in _pieces(parts):
-                self._ask("move", operation=operation, parts=piece, timeout=timeout, tick=tick)
+            for at in range(0, len(whole), _MOST_PARTS):
+                some = whole[at : at + _MOST_PARTS]
+                self._ask("move", operation=operation, parts=some, timeout=timeout, tick=tick)
         except BaseException:
             self.close()
             raise
@@ -198,37 +205,27 @@ class Pump:
         until = time.monotonic() + timeout
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
-        while not poll.poll(_SLICE):
-            tick()
-            if time.monotonic() > until:
-                text = f"NIXL: {op}: nothing came in {timeout:g} s"
-                raise os_error(errno.ETIMEDOUT, text)
-        with suppress(ConnectionError):
-            if data := self._socket.recv(_MOST_BYTES):
-                found: dict[str, object] = json.loads(data)
+        while True:
+            while not poll.poll(_SLICE):
+                tick()
+                if time.monotonic() > until:
+                    text = f"NIXL: {op}: nothing came in {timeout:g} s"
+                    raise os_error(errno.ETIMEDOUT, text)
+            data = b""
+            with suppress(ConnectionError):
+                data = self._socket.recv(_MOST_BYTES)
+            if not data:
+                raise os_error(errno.ECONNRESET, f"NIXL: {op}: its process (pump) has ended")
+            found: dict[str, object] = json.loads(data)
+            if found != _GOES_ON:
                 return found
-        raise os_error(errno.ECONNRESET, f"NIXL: {op}: its process (pump) has ended")
+            until = time.monotonic() + timeout
 
 
 def _check(reply: dict[str, object]) -> dict[str, object]:
     if "error" in reply:
         raise os_error(int(str(reply["errno"])), f"NIXL: {reply['error']}")
     return reply
-
-
-def _pieces(parts: Iterable[Part]) -> Iterator[list[Part]]:
-    """Yield as many parts as fit into one message, and into the time for one."""
-    piece, left = list[Part](), _PIECE
-    for local, remote, size in parts:
-        while size:
-            part = min(size, left)
-            piece.append(Part(local, remote, part))
-            local, remote, size, left = local + part, remote + part, size - part, left - part
-            if not left or len(piece) == _MOST_PARTS:
-                yield piece
-                piece, left = [], _PIECE
-    if piece:
-        yield piece
 
 
 # -- the process
@@ -279,19 +276,45 @@ class _Agent:
 
     def move(self, operation: str, parts: Sequence[tuple[int, int, int]]) -> dict[str, object]:
         """Move bytes; NIXL refuses what is not in a region of this end and one of the peer."""
-        agent = self._agent
-        here = agent.get_xfer_descs([(local, size, 0) for local, _, size in parts], "DRAM")
-        there = agent.get_xfer_descs([(remote, size, 0) for _, remote, size in parts], "DRAM")
-        transfer = agent.initialize_xfer(operation, here, there, self._peer)
-        state = agent.transfer(transfer)
+        under_way = deque[tuple[Any, str]]()
+        for piece in _pieces(parts):
+            here, there = (
+                self._agent.get_xfer_descs([(part[end], part[2], 0) for part in piece], "DRAM")
+                for end in (0, 1)
+            )
+            transfer = self._agent.initialize_xfer(operation, here, there, self._peer)
+            under_way.append((transfer, self._agent.transfer(transfer)))
+            if len(under_way) == _AT_ONCE:
+                self._finish(*under_way.popleft())
+        while under_way:
+            self._finish(*under_way.popleft())
+        return {}
+
+    def _finish(self, transfer: Any, state: str) -> None:
+        """Wait for a transfer, and report to the owner that it goes on."""
         while state == "PROC":
             if select.select([self._owner], [], [], _POLL)[0]:
                 os._exit(0)  # the owner has ended: it sends nothing meanwhile
-            state = agent.check_xfer_state(transfer)
+            state = self._agent.check_xfer_state(transfer)
         if state != "DONE":
             raise OSError(f"a transfer ended as {state}")
         transfer.release()
-        return {}
+        self._owner.send(json.dumps(_GOES_ON).encode())
+
+
+def _pieces(parts: Sequence[tuple[int, int, int]]) -> Iterator[list[Part]]:
+    """Yield the parts in pieces of so many bytes that a limit of time is one for each."""
+    piece, left = list[Part](), _PIECE
+    for local, remote, size in parts:
+        while size:
+            part = min(size, left)
+            piece.append(Part(local, remote, part))
+            local, remote, size, left = local + part, remote + part, size - part, left - part
+            if not left:
+                yield piece
+                piece, left = [], _PIECE
+    if piece:
+        yield piece
 
 
 def _confine(name: str) -> None:
