@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lab import devices, guest, host, modules, packages, prepare, project
 from lab.cache import Cache
+from lab.devices import Device
 from lab.host import LabError
 from lab.processors import PROCESSORS, Processor
 
@@ -45,8 +46,7 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument(
         "--devices",
-        type=devices.names,
-        default=(),
+        default="",
         metavar="NAMES",
         help="what else the guest has: all, or with commas between them "
         + "; ".join(f"{name}, {device.about}" for name, device in devices.DEVICES.items()),
@@ -88,8 +88,12 @@ def main(argv: Sequence[str]) -> int:
     if bool(command) == options.prepare:
         parse.error("give a COMMAND after --, or --prepare")
     try:
+        wanted = devices.named(options.devices, processor)
+    except ValueError as error:
+        parse.error(f"--devices: {error}")
+    try:
         with guest.signals_stop():
-            return _run(options, processor, command)
+            return _run(options, processor, wanted, command)
     except guest.Stopped as stopped:
         return stopped.status
     except BrokenPipeError:
@@ -100,7 +104,12 @@ def main(argv: Sequence[str]) -> int:
         return guest.BROKEN
 
 
-def _run(options: argparse.Namespace, processor: Processor, command: Sequence[str]) -> int:
+def _run(
+    options: argparse.Namespace,
+    processor: Processor,
+    wanted: tuple[Device, ...],
+    command: Sequence[str],
+) -> int:
     host.check_prerequisites(processor)
     cache = Cache.default()
     with cache.lock():
@@ -108,8 +117,8 @@ def _run(options: argparse.Namespace, processor: Processor, command: Sequence[st
         root = prepare.root(cache, processor)
         flavour = processor.flavours[options.page_size]
         kernel = prepare.kernel(cache, options.kernel, processor, flavour, refresh=options.prepare)
-        wanted = [name for device in options.devices for name in devices.DEVICES[device].built]
-        built = modules.built(cache, root, kernel, [*processor.built, *wanted])
+        lacking = [name for device in wanted for name in device.built]
+        built = modules.built(cache, root, kernel, [*processor.built, *lacking])
         ready = project.prepare(cache, root, CHECKOUT)
     if options.prepare:
         return 0
@@ -121,7 +130,7 @@ def _run(options: argparse.Namespace, processor: Processor, command: Sequence[st
         options.memory,
         options.timeout,
         options.out,
-        tuple(devices.DEVICES[name] for name in options.devices),
+        wanted,
         built,
     )
     return guest.run(cache, job)

@@ -3,8 +3,9 @@
 What the guest's programs and Python need for one stands in packages.py, and is always there.
 """
 
-import argparse
 from dataclasses import dataclass
+
+from lab.processors import Processor
 
 
 @dataclass(frozen=True)
@@ -72,13 +73,15 @@ DEVICES = {
 }
 
 
-def names(value: str) -> tuple[str, ...]:
-    """Return the names in a value of `--devices`: "all", or some of them with commas between."""
-    if value == "all":
-        return tuple(DEVICES)
-    wanted = tuple(dict.fromkeys(value.split(",")))
+def named(value: str, processor: Processor) -> tuple[Device, ...]:
+    """Return the devices in a value of `--devices`: "all", or names with commas between them.
+
+    Raises ValueError for a name that is unknown, or that a guest with this processor lacks.
+    """
+    there = {name: device for name, device in DEVICES.items() if name not in processor.lacks}
+    wanted = there if value == "all" else dict.fromkeys(filter(None, value.split(",")))
     for name in wanted:
-        if name not in DEVICES:
-            known = ", ".join(DEVICES)
-            raise argparse.ArgumentTypeError(f"no device {name!r} here: all, or some of {known}")
-    return wanted
+        if name not in there:
+            known = ", ".join(there)
+            raise ValueError(f"no {name!r} with {processor.name}: all, or some of {known}")
+    return tuple(there[name] for name in wanted)

@@ -128,6 +128,8 @@ def _lay_out(job: Run, folder: Path, token: str) -> None:
     if job.built:
         shutil.copytree(job.built, lab / "built")
     pairs = environment(os.environb)
+    lacks = [f"-{name}" for name in job.root.processor.lacks]
+    pairs[b"DMABUF_REQUIRE"] = ",".join(["all", *lacks]).encode()
     (lab / "env").write_bytes(b"".join(b"%s=%s\0" % pair for pair in pairs.items()))
     make_image(lab, folder / "project", 2 << 30, "project")
     make_initrd(job.root, job.kernel, HERE / "initrd", folder / "initrd")

@@ -28,6 +28,8 @@ class Processor:
     """Modules that Debian's kernels for it lack: names in packages.py."""
     modules: tuple[str, ...] = ()
     """Those of them that are loaded before COMMAND."""
+    lacks: tuple[str, ...] = ()
+    """The values of `--devices` that it lacks. Tests that need these guards are skipped."""
 
 
 PROCESSORS = {
@@ -54,5 +56,7 @@ PROCESSORS = {
         {"4k": "arm64", "16k": "arm64-16k"},
         built=("dma_heap", "system_heap", "scsi_debug"),
         modules=("system_heap",),
+        # Memory in slots needs ACPI, which QEMU offers with a firmware only.
+        lacks=("numa", "dax", "cxl"),
     ),
 }
