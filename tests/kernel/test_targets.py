@@ -131,7 +131,7 @@ def test_btrfs(checksums, tmp_path):
             subprocess.run(["chattr", "+C", path], check=True)
         with dmabuf.open(path, "r+") as file:
             buffer.pwrite(data, 0)
-            for size in (len(data), 4096, len(data)):
+            for size in (len(data), PAGE, len(data)):
                 drop_cache(file.fileno())
                 written = file.write_from(buffer, size)
                 if checksums and before:

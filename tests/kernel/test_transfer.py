@@ -128,7 +128,7 @@ def test_a_bad_sector_read(bad, buf, route, start):
 
 @needs("null_blk")
 @pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("start", [0, 12 * PAGE, 13 * PAGE])
+@pytest.mark.parametrize("start", [0, BAD[0] // PAGE * PAGE, -(-BAD[1] // PAGE) * PAGE])
 def test_a_bad_sector_written(bad, buf, route, start):
     path, engine = bad
     with dmabuf.open(path, "r+", engine=engine) as file, pytest.raises(OSError) as caught:
