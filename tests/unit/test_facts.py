@@ -73,11 +73,14 @@ def silent(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("least", "error", "found"),
-    [(least, errno.EINVAL, least) for least in (512, 1024, 2048, files.PAGE)]
-    + [(1 << 20, errno.EIO, files.PAGE)],  # which says nothing of alignment
+    ("page", "least", "error", "found"),
+    [(4096, least, errno.EINVAL, least) for least in (512, 1024, 2048, 4096)]
+    + [(16384, least, errno.EINVAL, least) for least in (2048, 4096, 8192, 16384)]
+    + [(4096, 1 << 20, errno.EIO, 4096)],  # which says nothing of alignment
 )
-def test_where_statx_is_silent_it_is_tried(file, silent, monkeypatch, least, error, found):
+def test_where_statx_is_silent_it_is_tried(file, silent, monkeypatch, page, least, error, found):
+    monkeypatch.setattr(files, "PAGE", page)
+
     def preadv(fd, views, offset):
         assert offset % len(views[0]) == 0
         if offset % least:

@@ -316,7 +316,7 @@ def _tried_alignment(fd: int, readable: bool, size: int) -> Alignment | None:
     if not readable or size == 0:
         return Alignment(PAGE, PAGE)
     with mmap.mmap(-1, 2 * PAGE) as memory, memoryview(memory) as view:
-        for align in (512, 1024, 2048, PAGE):
+        for align in (1 << bits for bits in range(9, PAGE.bit_length())):  # 512 to a page
             try:
                 os.preadv(fd, [view[align : 2 * align]], align)
             except OSError as error:
