@@ -51,7 +51,7 @@ PROCESSORS = {
         # QEMU emulates slowly.
         ("qemu-system-aarch64", "-machine", "virt,gic-version=3", "-cpu", "neoverse-n1"),
         ("-machine", "iommu=smmuv3"),
-        ("console=ttyAMA0", "kpti=off"),
+        ("console=ttyAMA0", "kpti=off", "default_hugepagesz=2M"),
         ("iommu.passthrough=1",),
         {"4k": "arm64", "16k": "arm64-16k"},
         built=("dma_heap", "system_heap", "scsi_debug"),
