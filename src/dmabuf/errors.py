@@ -142,8 +142,10 @@ class IntegrityError(OSError):
     """Bytes read back differ from the bytes written; errno is EIO.
 
     ``offset`` is the file offset, in bytes, of the first difference, or None if it is not known;
-    ``counts`` the wrong bytes by kind ("unchanged", "stale", "zeros", "foreign", "shifted"),
-    if they were counted; ``nbytes`` the number of right bytes before the first.
+    ``counts`` the wrong bytes by kind ("unchanged", "partial", "stale", "zeros", "shifted",
+    "misdirected", "foreign"), if they were counted; ``nbytes`` the number of right bytes before the
+    first, as far as they were compared. ``report`` is text for the author of a driver: kernel,
+    device, exporter, route, range, and where which bytes are wrong.
     """
 
     nbytes = 0
@@ -155,10 +157,12 @@ class IntegrityError(OSError):
         *,
         offset: int | None = None,
         counts: Mapping[Any, int] | None = None,
+        report: str = "",
     ) -> None:
         super().__init__(errno.EIO, message, path)
         self.offset = offset
         self.counts: dict[str, int] = {str(kind): count for kind, count in (counts or {}).items()}
+        self.report = report
 
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self.strerror, self.filename), self.__dict__

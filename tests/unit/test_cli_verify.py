@@ -209,9 +209,31 @@ def test_stale_and_shifted_bytes_are_told_apart():
     got = wanted[:1000] + before[1000:2000] + wanted[2000:4096] + wanted[:2048] + wanted[6144:]
     assert not findings.add(100, wanted, got, poison=pattern(8192, 3), before=before)
     assert findings.first == 1100 and findings.kind == "stale"
-    assert set(findings.counts) == {"stale", "shifted"}
+    assert set(findings.counts) == {"stale", "misdirected"}
     assert 2950 < findings.wrong <= 3048
-    assert str(findings).startswith(f"{findings.counts[Mismatch.SHIFTED]} bytes shifted, ")
+    assert str(findings).startswith(f"{findings.counts[Mismatch.MISDIRECTED]} bytes misdirected, ")
+    stale, moved = findings.runs
+    assert str(stale).startswith("1000 bytes stale at 1100")
+    assert (moved.position, moved.size, moved.distance) == (4196, 2048, -4096)
+
+
+def test_the_script_that_repeats_a_failure(target, liar, capsys, monkeypatch):
+    liar.fault["read"] = lying.nothing
+    ended = dmabuf(capsys, "verify", *QUICK, "--json", target)
+    assert ended.status == 1
+    told = json.loads(ended.out)
+    assert told["failures"][0]["runs"][0].endswith(f"at {told['failures'][0]['offset']}")
+    monkeypatch.undo()
+    exec(told["reproducer"], {})
+    assert capsys.readouterr().out == "1000 transfers without a wrong byte\n"
+
+    class Engine(lying.Lying):
+        fault = staticmethod(lying.nothing)
+        routes = tuple(package.Route)
+
+    monkeypatch.setattr(package, "Engine", Engine)
+    with pytest.raises(SystemExit, match=r"attempt 0: .* are wrong, the first at file offset"):
+        exec(told["reproducer"], {})
 
 
 # -- what is refused, and leaves the target as it is

@@ -9,7 +9,7 @@ from typing import Literal
 
 from dmabuf.cli import output
 from dmabuf.cli.parser import Command, Parser, complete_by, number, region
-from dmabuf.inspect import Report, verify_routes
+from dmabuf.inspect import Report, reproducer, verify_routes
 from dmabuf.transfer import Mismatch, Route
 
 
@@ -20,6 +20,8 @@ class Verified(Report):
     target: str
     ok: bool
     """Whether every byte was right."""
+    reproducer: str | None
+    """A Python script that repeats the first failure."""
     format: Literal["dmabuf-verify/1"] = "dmabuf-verify/1"
 
 
@@ -53,11 +55,17 @@ def _run(args: Namespace) -> int:
             rounds=args.rounds,
             progress=lambda done, total: progress.show("verifying", done, total),
         )
+    failures = report.failures
+    script = reproducer(args.target, report, failures[0]) if failures else None
     if args.json:
         fields = output.fields_of(report)
-        output.say_json(Verified(**fields, target=args.target, ok=not report.failed))
+        output.say_json(
+            Verified(**fields, target=args.target, ok=not report.failed, reproducer=script)
+        )
     else:
         _say(args.target, report)
+        if script:
+            output.write(f"\nthis script repeats the first:\n\n{script}")
     return output.FAILED if report.failed else 0
 
 
@@ -97,6 +105,8 @@ def _say(target: str, report: Report) -> None:
             f"offset {case.file_offset}, buffer offset {case.buffer_offset}, queue depth "
             f"{case.depth}, requests of {case.request}: {kinds}, the first at {failure.offset}"
         )
+        for run in failure.runs[:4]:
+            output.say(f"  {run}")
     verdict = "every byte was the same"
     if report.failed:
         again = f"--seed {report.seed} --rounds {report.rounds}"
@@ -111,7 +121,7 @@ Test whether bytes arrive: every byte, one direction at a time, by every route, 
 For people who test kernels, drivers and peer-to-peer hardware. The destination is poisoned before
 each transfer; offsets and sizes lie at and beside blocks and pages, queue depths go from 1 to 64.
 Without --destroy nothing is written to TARGET, and only reads are tested. The exit status is 1 if a
-byte was wrong; --seed repeats a run.""",
+byte was wrong; a script that repeats the first failure follows. --seed repeats a run.""",
     _arguments,
     _run,
     """\

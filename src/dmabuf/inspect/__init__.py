@@ -36,13 +36,21 @@ if TYPE_CHECKING:
         take_census,
     )
     from dmabuf.inspect.doctor import Machine, Outlook, PathReport, examine_machine, examine_path
-    from dmabuf.inspect.verify import Case, Failure, Report, Tally, verify_routes
+    from dmabuf.inspect.verify import (
+        Case,
+        Failure,
+        Report,
+        Tally,
+        reproducer,
+        verify_routes,
+    )
 
 __all__ = [
     "CHART_FORMATS", "PERCENTILES", "TODAY", "Answer", "Case", "Census", "Facts", "Failure",
     "Group", "Holder", "Machine", "Mapping", "Outlook", "PathReport", "Process", "Ratio", "Report",
     "Result", "Row", "Sample", "SystemBuffer", "Tally", "Total", "draw_chart", "examine_machine",
-    "examine_path", "load_matplotlib", "measure_routes", "take_census", "verify_routes",
+    "examine_path", "load_matplotlib", "measure_routes", "reproducer", "take_census",
+    "verify_routes",
 ]  # fmt: skip
 
 if not TYPE_CHECKING:
@@ -53,7 +61,7 @@ if not TYPE_CHECKING:
         "bench_ways": "TODAY",
         "census": "Census Holder Mapping Process SystemBuffer Total take_census",
         "doctor": "Machine Outlook PathReport examine_machine examine_path",
-        "verify": "Case Failure Report Tally verify_routes",
+        "verify": "Case Failure Report Tally reproducer verify_routes",
     }
 
     def __getattr__(name):

@@ -37,6 +37,7 @@ _REQUESTS = (4096, 16384, 131072, 1 << 20)
 _BUFFER = 2 << 20
 _SWEPT = 64 << 20  # bytes that are read in order where nothing may be written
 _GUARD = 8192  # bytes beside a range that are poisoned and compared too
+_SAMPLE = 32  # bytes beside a range that are looked for within it
 _MOST_FAILURES = 20
 _NEAR = (0, 0, 0, 4, 64, 512, 4096, -512, -4, 1, -1)  # distances from a page boundary
 _SIZES = (4096, 512, 8192, 65536, 1 << 20, 511, 513, 4095, 4097, 65537)
@@ -84,6 +85,8 @@ class Failure:
     """The file offset of the first wrong byte."""
     counts: dict[str, int]
     """The number of wrong bytes of each kind."""
+    runs: list[str]
+    """The first places with wrong bytes of one kind, such as `512 bytes unchanged at 4096`."""
 
 
 @dataclass(slots=True)
@@ -351,7 +354,7 @@ class _Verifier:
         same = findings.add(case.file_offset, wanted, found[start:end], poison[start:end], before)
         if not same and wanted != self._known(case.file_offset, case.size):
             return None  # another program wrote to the range
-        _compare_beside(findings, case.file_offset, poison, found, start, end)
+        _compare_beside(findings, case.file_offset, poison, found, start, end, wanted)
         return findings
 
     def _write(self, case: Case, route: Route, file: File) -> Findings:
@@ -375,14 +378,15 @@ class _Verifier:
         start = case.file_offset - first
         end = start + case.size
         findings = Findings()
+        wanted = content[case.buffer_offset : case.buffer_offset + case.size]
         findings.add(
             case.file_offset,
-            content[case.buffer_offset : case.buffer_offset + case.size],
+            wanted,
             found[start:end],
             poison[start:end],
             before,
         )
-        _compare_beside(findings, case.file_offset, poison, found, start, end)
+        _compare_beside(findings, case.file_offset, poison, found, start, end, wanted)
         if self._buffer.pread(_BUFFER, 0) != content:  # a write must not change its source
             findings.count(Mismatch.OUTSIDE, 1, case.file_offset)
         return findings
@@ -401,17 +405,65 @@ class _Verifier:
             tally.mismatches[kind] += 1
         if len(self._report.failures) < _MOST_FAILURES:
             counts = {kind.value: count for kind, count in findings.counts.items()}
-            failure = Failure(tally.direction, tally.route, case, findings.first, counts)
+            runs = [str(run) for run in findings.runs]
+            failure = Failure(tally.direction, tally.route, case, findings.first, counts, runs)
             self._report.failures.append(failure)
 
 
 def _compare_beside(
-    findings: Findings, offset: int, held: bytes, found: bytes, start: int, end: int
+    findings: Findings,
+    offset: int,
+    held: bytes,
+    found: bytes,
+    start: int,
+    end: int,
+    moved: bytes,
 ) -> None:
-    """Compare the bytes before `start` and after `end`, which must be unchanged."""
+    """Compare the bytes before `start` and after `end`, which must be unchanged.
+
+    Where they are now bytes that were `moved`, these went to the wrong place.
+    """
     for low, high in ((0, start), (end, len(held))):
         one, other = held[low:high], found[low:high]
         if one != other:
-            at = low + first_difference(one, other)
+            first = first_difference(one, other)
             wrong = sum(a != b for a, b in zip(one, other, strict=True))
-            findings.count(Mismatch.OUTSIDE, wrong, offset + at - start)
+            part = other[first:][:_SAMPLE]
+            strayed = len(set(part)) >= _SAMPLE // 2 and part in moved
+            kind = Mismatch.MISDIRECTED if strayed else Mismatch.OUTSIDE
+            findings.count(kind, wrong, offset + low + first - start)
+
+
+def reproducer(path: str, report: Report, failure: Failure) -> str:
+    """Return a Python script that repeats a transfer until bytes are wrong, and prints where.
+
+    For a write it overwrites the range of that transfer.
+    """
+    case, write = failure.case, failure.direction == "write"
+    verb, mode = ("write_from", "r+") if write else ("read_into", "r")
+    return f"""\
+# A {failure.direction} by the {failure.route} route with wrong bytes, found by `dmabuf verify`.
+import random
+import dmabuf
+size, file_offset, buffer_offset = {case.size}, {case.file_offset}, {case.buffer_offset}
+with (
+    dmabuf.Engine(queue_depth={case.depth}, block_size={case.request}) as engine,
+    dmabuf.open({path!r}, {mode!r}, engine=engine) as file,
+    dmabuf.allocate({_BUFFER}, exporter={report.exporter!r}) as buffer,
+):
+    for attempt in range(1000):
+        content = random.Random(attempt).randbytes(buffer.size)
+        buffer.pwrite(content, 0)
+        try:
+            file.{verb}(
+                buffer, size, file_offset=file_offset, buffer_offset=buffer_offset,
+                route={str(failure.route)!r}, audit="always",
+            )
+        except dmabuf.IntegrityError as error:
+            raise SystemExit(f"attempt {{attempt}}: {{error}}\\n{{error.report}}")
+        found = bytearray(buffer.pread(buffer.size, 0))
+        found[buffer_offset : buffer_offset + size] = content[buffer_offset : buffer_offset + size]
+        if found != content:
+            raise SystemExit(f"attempt {{attempt}}: bytes of the buffer beside the range changed")
+print("1000 transfers without a wrong byte")
+"""

@@ -9,3 +9,11 @@ def info(text: str, *args: object) -> None:
         import logging
 
         logging.getLogger("dmabuf").info(text, *args, stacklevel=2)
+
+
+def error(text: str, *args: object) -> None:
+    """Log a message at level ERROR."""
+    if "logging" in sys.modules:
+        import logging
+
+        logging.getLogger("dmabuf").error(text, *args, stacklevel=2)

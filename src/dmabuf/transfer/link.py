@@ -170,10 +170,11 @@ class Link:
         no_direct = direct.refusal or (direct.no_writes if self._write else None)
         passthrough = target.namespace is not None
         no_cache = "NVMe passthrough goes past the page cache; a passthrough device has none"
+        failed = partial(audit.PAIRS.refusal, buffer.exporter, target.device)
         refusals = {
             Route.NATIVE: no_direct or target.no_native(buffer, write=self._write),
-            Route.DIRECT: no_mapping or no_direct or buffer.pin_refusal,
-            Route.STAGED: no_mapping or no_direct,
+            Route.DIRECT: no_mapping or no_direct or buffer.pin_refusal or failed(Route.DIRECT),
+            Route.STAGED: no_mapping or no_direct or failed(Route.STAGED),
             Route.BUFFERED: no_cache if passthrough else no_mapping,
         }
         self._core, self._direct = self._make_core(buffer, address, direct), direct
@@ -761,10 +762,9 @@ class Link:
 
     async def _run_audited(self, job: Job, segments: Segments, terms: Terms, waiter: Waiter) -> str:
         """Run the job, and compare the bytes where that is due; return what the record reports."""
-        pair = job.buffer.exporter, self.target.device()
         run = partial(self._run, job, waiter)
         try:
-            return await audit.run(job, segments, terms, waiter, pair, self.target.reference, run)
+            return await audit.run(job, segments, terms, waiter, self.target, run)
         except IntegrityError:
             self._refresh_all()
             raise

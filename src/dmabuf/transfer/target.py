@@ -24,6 +24,7 @@ from dmabuf.sizes import OFFSET_MAX
 from dmabuf.transfer import audit
 from dmabuf.transfer.engine import Engine
 from dmabuf.transfer.layout import ONLY_READS, Disk, Layout, disk_of
+from dmabuf.transfer.plan import Route
 from dmabuf.transfer.reference import NamespaceReference, Reference, open_reference
 from dmabuf.transfer.ring import why_not_native
 from dmabuf.transfer.run import Segments
@@ -393,7 +394,7 @@ class Target:
         known = self.engine.no_native() or (self._no_native and self._no_native.get(buffer))
         if write and self.by_device:
             known = known or ONLY_READS
-        return known or audit.PAIRS.refusal(buffer.exporter, self.device())
+        return known or audit.PAIRS.refusal(buffer.exporter, self.device, Route.NATIVE)
 
     def register_native(self, buffer: Buffer, start: int, end: int, *, write: bool) -> str | None:
         """Register a part of a dma-buf for the file or its block device; return why not."""
