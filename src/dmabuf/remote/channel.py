@@ -231,8 +231,10 @@ class Channel:
             self._send_all(memoryview(out), socket.MSG_MORE if more and not self._tls else 0)
 
     def _send_all(self, view: memoryview, flags: int = 0) -> None:
-        while view:
-            view = view[self._patiently("receiving", self._socket.send, view, flags) :]
+        done = 0
+        while done < len(view):
+            with view[done:] as rest:  # or an exception that is kept would keep the memory in use
+                done += self._patiently("receiving", self._socket.send, rest, flags)
 
     def announce(self, size: int) -> None:
         """Begin to send so many bytes of data, by `send_data` and `send_file` as often as needed.
@@ -252,12 +254,13 @@ class Channel:
 
     def send_data(self, view: memoryview) -> None:
         """Send bytes of memory."""
-        while view:
-            size = self._headed(len(view))
-            with view[:size] as part:
+        done = 0
+        while done < len(view):
+            size = self._headed(len(view) - done)
+            with view[done : done + size] as part:
                 self._send_all(part)
             self._message -= size
-            view = view[size:]
+            done += size
 
     def send_file(self, fd: int, offset: int, size: int) -> tuple[int, int]:
         """Send a range of a file, from the page cache.
