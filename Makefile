@@ -179,6 +179,12 @@ lab-tests-1 lab-tests-2: lab-tests-%: $(VENV)/ready
 	tools/install-system-packages $$(lab/run --apt-packages)
 	lab/run --timeout 2700 --devices all -- python3 -m pytest --timeout 600 $(LAB_TESTS_$*)
 
+# Not part of `make test`: tests between two guests, of which one loses its power and boots again.
+.PHONY: test-guests
+test-guests: $(VENV)/ready
+	tools/install-system-packages $$(lab/run --apt-packages)
+	lab/run --guests 2 --devices nvmf --memory 2G -- python3 -m pytest --timeout 600 tests/guests
+
 # Other loaders side by side: takes minutes, downloads 2 GiB, and needs 5 GiB of disk and, as root,
 # 10 GiB of memory.
 benchmarks: $(PEERS)/ready

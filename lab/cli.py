@@ -51,7 +51,14 @@ def parser() -> argparse.ArgumentParser:
         help="what else the guest has: all, or with commas between them "
         + "; ".join(f"{name}, {device.about}" for name, device in devices.DEVICES.items()),
     )
-    result.add_argument("--memory", default="3G", metavar="SIZE", help="the guest's (default 3G)")
+    result.add_argument(
+        "--guests",
+        type=int,
+        choices=(1, 2),
+        default=1,
+        help="2 adds a guest and a network to it; `lab-peer COMMAND` runs COMMAND there",
+    )
+    result.add_argument("--memory", default="3G", metavar="SIZE", help="each guest's (default 3G)")
     result.add_argument(
         "--timeout",
         type=float,
@@ -132,5 +139,6 @@ def _run(
         options.out,
         wanted,
         built,
+        options.guests,
     )
     return guest.run(cache, job)

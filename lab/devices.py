@@ -25,6 +25,8 @@ class Device:
     """Those of them that Debian's kernels lack: names in modules.py, which builds them."""
     iommu: bool = False
     """Whether an IOMMU has to be there."""
+    both: bool = False
+    """Whether the second of two guests has it, too. They share its files."""
 
 
 DEVICES = {
@@ -69,6 +71,7 @@ DEVICES = {
     "nvmf": Device(
         "a target and a host of NVMe over TCP, with nothing connected",
         modules=("nvmet-tcp", "nvme-tcp"),
+        both=True,
     ),
 }
 

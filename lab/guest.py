@@ -1,4 +1,4 @@
-"""Runs one guest under QEMU: its command line, its streams, its end."""
+"""Runs a guest under QEMU, or two: their command lines, their streams, their end."""
 
 import contextlib
 import ctypes
@@ -12,7 +12,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 
@@ -20,6 +20,7 @@ from lab import host, project
 from lab.cache import Cache
 from lab.devices import Device
 from lab.klog import trouble
+from lab.pair import Wire, wires
 from lab.prepare import Kernel, Root, make_image, make_initrd
 from lab.project import Project
 
@@ -72,6 +73,8 @@ class Run:
     devices: tuple[Device, ...] = ()
     built: Path | None = None
     """A folder with the modules that were built for the devices."""
+    guests: int = 1
+    """2 adds a guest that obeys the lab-peer of the first."""
 
 
 class Stopped(BaseException):
@@ -96,45 +99,55 @@ def signals_stop() -> Iterator[None]:
 
 def run(cache: Cache, job: Run) -> int:
     """Run a command in a guest and return the exit status of lab/run."""
-    with cache.run_folder() as folder:
+    with cache.run_folder() as folder, contextlib.ExitStack() as stack:
         token = os.urandom(6).hex()
-        _lay_out(job, folder, token)
+        ends = stack.enter_context(wires()) if job.guests == 2 else [None]
+        both = tuple(device for device in job.devices if device.both)
+        second = replace(job, command=["lab-peer", "--serve"], devices=both, out=None)
+        jobs = dict(zip((folder, folder / "second"), (job, second)[: job.guests], strict=False))
+        _lay_out(jobs, token, ends)
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-        guest = Guest(job, folder, token, cache.logs / f"{name}.log")
-        status = guest.run()
-        if guest.never_began and status == BROKEN:
+        guests = _guests(jobs, token, cache.logs / name, ends)
+        status = _run(guests)
+        if status == BROKEN and guests[0].status is None and any(one.never_began for one in guests):
             host.say("COMMAND had not begun: a second try")
-            guest = Guest(job, folder, token, cache.logs / f"{name}-2.log")
-            status = guest.run()
-        if job.out and guest.status is not None:
+            guests = _guests(jobs, token, cache.logs / f"{name}-2", ends)
+            status = _run(guests)
+        if job.out and guests[0].status is not None:
             _unpack(folder / "out", job.out)
     return status
 
 
-def _lay_out(job: Run, folder: Path, token: str) -> None:
-    """Write the run's images: the project's, the initrd, the scratch drives."""
+def _lay_out(jobs: Mapping[Path, Run], token: str, ends: Sequence[Wire | None]) -> None:
+    """Write the images of a run, each guest's into its folder; the first has what they share."""
+    folder, job = next(iter(jobs.items()))
     lab = folder / "lab"
     lab.mkdir()
     project.lay_out(job.root, job.project, lab)
     (lab / "out").mkdir()
-    (lab / "init").write_bytes((HERE / "init").read_bytes())
-    (lab / "init").chmod(0o755)
+    scripts = (("init", "init"), ("peer", "bin/lab-peer"))[: len(jobs)]
+    for name, place in scripts:
+        (lab / place).write_bytes((HERE / name).read_bytes())
+        (lab / place).chmod(0o755)
     (lab / "fstab").write_text(FSTAB)
     (lab / "token").write_text(token + "\n")
-    (lab / "argv").write_bytes(b"".join(os.fsencode(word) + b"\0" for word in job.command))
-    modules = list(job.root.processor.modules) if job.kernel.suite else []
-    modules += [module for device in job.devices for module in device.modules]
-    (lab / "modules").write_text("".join(f"{module}\n" for module in modules))
     if job.built:
         shutil.copytree(job.built, lab / "built")
-    pairs = environment(os.environb)
-    lacks = [f"-{name}" for name in job.root.processor.lacks]
-    pairs[b"DMABUF_REQUIRE"] = ",".join(["all", *lacks]).encode()
-    (lab / "env").write_bytes(b"".join(b"%s=%s\0" % pair for pair in pairs.items()))
-    make_image(lab, folder / "project", 2 << 30, "project")
     make_initrd(job.root, job.kernel, HERE / "initrd", folder / "initrd")
-    for serial in SCRATCH:
-        _sparse(folder / serial, SCRATCH_SIZE)
+    for (own, one), wire in zip(jobs.items(), ends, strict=True):
+        own.mkdir(exist_ok=True)
+        (lab / "argv").write_bytes(b"".join(os.fsencode(word) + b"\0" for word in one.command))
+        modules = list(job.root.processor.modules) if job.kernel.suite else []
+        modules += [module for device in one.devices for module in device.modules]
+        (lab / "modules").write_text("".join(f"{module}\n" for module in modules))
+        (lab / "network").write_text(wire.network if wire else "")
+        pairs = environment(os.environb) | (wire.environment if wire else {})
+        lacks = [f"-{name}" for name in job.root.processor.lacks]
+        pairs[b"DMABUF_REQUIRE"] = ",".join(["all", *lacks]).encode()
+        (lab / "env").write_bytes(b"".join(b"%s=%s\0" % pair for pair in pairs.items()))
+        make_image(lab, own / "project", 2 << 30, "project")
+        for serial in SCRATCH:
+            _sparse(own / serial, SCRATCH_SIZE)
     _sparse(folder / "out", OUT_SIZE)
     for device in job.devices:
         for file, size in device.files:
@@ -151,7 +164,10 @@ def environment(host_environment: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
 
     Those that the guest itself sets, and the lab's own, are left out.
     """
-    ours = (b"DMABUF_LAB_", b"DMABUF_TEST_NVME0", b"DMABUF_TEST_NVME1", b"DMABUF_REQUIRE")
+    ours = (
+        *(b"DMABUF_LAB_", b"DMABUF_TEST_NVME0", b"DMABUF_TEST_NVME1", b"DMABUF_REQUIRE"),
+        *(b"DMABUF_TEST_HOST", b"DMABUF_TEST_PEER"),
+    )
     return {
         name: value
         for name, value in host_environment.items()
@@ -165,8 +181,11 @@ def _unpack(drive: Path, target: Path) -> None:
         archive.extractall(target, filter="data")
 
 
-def qemu(job: Run, folder: Path, streams: Mapping[str, int]) -> list[str]:
-    """Return the QEMU command line; streams are descriptors for console, lab-out and lab-err."""
+def qemu(job: Run, folder: Path, streams: Mapping[str, int], wire: Wire | None) -> list[str]:
+    """Return the QEMU command line; streams are descriptors for console, lab-out and lab-err.
+
+    Relative paths in it are below the folder of the run.
+    """
 
     def drive(name: str, path: Path, device: str) -> list[str]:
         options = f"id={name},file={path},if=none,format=raw,snapshot=on,cache=unsafe"
@@ -181,7 +200,7 @@ def qemu(job: Run, folder: Path, streams: Mapping[str, int]) -> list[str]:
     argv += ["-accel", "tcg,thread=multi", "-smp", "2", "-m", job.memory, "-no-reboot"]
     if processor.machine == "x86_64" and QBOOT.exists():
         argv += ["-bios", str(QBOOT)]
-    argv += ["-kernel", str(job.kernel.image), "-initrd", str(folder / "initrd")]
+    argv += ["-kernel", str(job.kernel.image), "-initrd", "initrd"]
     words = [*KERNEL_ARGUMENTS, *processor.kernel, *(processor.kernel_iommu if iommu else ())]
     words += [word for device in job.devices for word in device.kernel]
     argv += ["-append", " ".join(words)]
@@ -194,6 +213,7 @@ def qemu(job: Run, folder: Path, streams: Mapping[str, int]) -> list[str]:
         argv += ["-device", f"virtserialport,nr={number},name={name},chardev={name}-port"]
         argv += ["-serial", f"chardev:{name}-line"]
     argv += [word for device in job.devices for word in device.qemu]
+    argv += wire.qemu if wire else []
 
     images = {
         "root": job.root.image,
@@ -217,13 +237,21 @@ class Guest:
 
     job: Run
     folder: Path
+    """The guest's own images."""
+    home: Path
+    """The folder of the run."""
     token: str
     log: Path
+    wire: Wire | None = None
     lines: list[str] = field(default_factory=list)
     """The kernel log, as far as its console had it."""
     ready: bool = False
+    """Whether it has begun COMMAND."""
     status: int | None = None
     """COMMAND's exit status, once it is known."""
+    pipes: dict[int, str] = field(default_factory=dict)
+    """The host's ends of its streams that are open."""
+    _process: "subprocess.Popen[bytes] | None" = None
     _rest: bytes = b""
 
     @property
@@ -234,51 +262,46 @@ class Guest:
         """
         return not self.ready and self.status is None
 
-    def run(self) -> int:
-        """Run the guest, pass its streams on, and return the exit status of lab/run."""
+    def start(self) -> None:
+        """Start QEMU."""
+        self.ready, self.status = False, None
         pipes = {name: os.pipe() for name in ("console", "lab-out", "lab-err")}
-        argv = qemu(self.job, self.folder, {name: pipe[1] for name, pipe in pipes.items()})
-        qemu_log = self.folder / "qemu.log"
-        with qemu_log.open("wb") as errors:
-            process = subprocess.Popen(
-                argv,
-                cwd=self.folder,
+        streams = {name: pipe[1] for name, pipe in pipes.items()}
+        with (self.folder / "qemu.log").open("wb") as errors:
+            self._process = subprocess.Popen(
+                qemu(self.job, self.folder, streams, self.wire),
+                cwd=self.home,
                 stdin=subprocess.DEVNULL,
                 stdout=errors,
                 stderr=errors,
-                pass_fds=[pipe[1] for pipe in pipes.values()],
+                pass_fds=[*streams.values(), *(self.wire.descriptors if self.wire else ())],
                 start_new_session=True,  # Ctrl-C reaches lab/run alone
                 preexec_fn=_die_with_parent,
             )
-        try:
-            for _, end in pipes.values():
-                os.close(end)
-            in_time = self._follow(process, {pipes[name][0]: name for name in pipes})
-        finally:
-            process.kill()
-            process.wait()
-        return self._verdict(in_time, qemu_log.read_text(errors="replace"))
+        for _, end in pipes.values():
+            os.close(end)
+        self.pipes = {pipe[0]: name for name, pipe in pipes.items()}
 
-    def _follow(self, process: "subprocess.Popen[bytes]", pipes: Mapping[int, str]) -> bool:
-        """Pass on what the guest prints until it ends; False if it ran out of time."""
-        end = time.monotonic() + self.job.timeout
-        with selectors.DefaultSelector() as selector, self.log.open("wb", buffering=0) as log:
-            for pipe in pipes:
-                selector.register(pipe, selectors.EVENT_READ)
-            while selector.get_map():
-                for key, _ in selector.select(max(0.0, end - time.monotonic())):
-                    data = os.read(key.fd, 1 << 16)
-                    if not data:
-                        selector.unregister(key.fd)
-                        os.close(key.fd)
-                    elif pipes[key.fd] == "console":
-                        log.write(data)
-                        if self._console(data):
-                            process.kill()
-                    else:
-                        _write(1 if pipes[key.fd] == "lab-out" else 2, data)
-                if self.status is None and time.monotonic() >= end:
-                    return False
+    def end(self) -> None:
+        """End QEMU, if it runs."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def pass_on(self, pipe: int) -> bool:
+        """Pass on what one of its streams has; False if the stream has ended."""
+        data = os.read(pipe, 1 << 16)
+        if not data:
+            del self.pipes[pipe]
+            os.close(pipe)
+            return False
+        if self.pipes[pipe] == "console":
+            with self.log.open("ab") as log:
+                log.write(data)
+            if self._console(data) and self._process is not None:
+                self._process.kill()
+        else:
+            _write(1 if self.pipes[pipe] == "lab-out" else 2, data)
         return True
 
     def _console(self, data: bytes) -> bool:
@@ -296,25 +319,84 @@ class Guest:
                 self.status = int(match[2])
         return self.status is not None
 
-    def _verdict(self, in_time: bool, qemu_output: str) -> int:
-        """Say on standard error what went wrong, if anything, and return the exit status."""
-        found = trouble(self.lines)
-        if self.status is None:
-            if not in_time:
-                what = f"out of time: the guest was ended after {self.job.timeout:g} s"
-            elif self.ready:
-                what = "the guest died while COMMAND ran"
-            else:
-                what = "the guest did not start"
-            tail = self.lines[-40:] + ([self._rest.decode(errors="replace")] if self._rest else [])
-            host.say(f"{what}; the end of its console (all of it in {self.log}):")
-            _lines([*tail, *qemu_output.splitlines()])
-            return BROKEN if in_time else TIMED_OUT
+    def report_end(self, in_time: bool) -> int:
+        """Print how it ended without a status, and return the exit status of lab/run."""
+        if not in_time:
+            what = f"out of time: the guest was ended after {self.job.timeout:g} s"
+        elif self.ready:
+            what = "the guest died while COMMAND ran"
+        else:
+            what = "the guest did not start"
+        tail = self.lines[-40:] + ([self._rest.decode(errors="replace")] if self._rest else [])
+        host.say(f"{what}; the end of its console (all of it in {self.log}):")
+        output = (self.folder / "qemu.log").read_text(errors="replace")
+        _lines([*tail, *output.splitlines()])
+        return BROKEN if in_time else TIMED_OUT
+
+
+def _guests(
+    jobs: Mapping[Path, Run], token: str, log: Path, ends: Sequence[Wire | None]
+) -> list[Guest]:
+    home = next(iter(jobs))
+    logs = (log.with_name(f"{log.name}.log"), log.with_name(f"{log.name}-second.log"))
+    return [
+        Guest(job, folder, home, token, file, wire)
+        for (folder, job), file, wire in zip(jobs.items(), logs, ends, strict=False)
+    ]
+
+
+def _run(guests: Sequence[Guest]) -> int:
+    """Run guests until the first one's COMMAND has ended, and return the exit status of lab/run."""
+    first = guests[0]
+    try:
+        for guest in guests:
+            guest.start()
+        in_time = _follow(guests, time.monotonic() + first.job.timeout)
+    finally:
+        for guest in guests:
+            guest.end()
+    failed = next((guest for guest in guests if guest.never_began), first)
+    if first.status is None:
+        return failed.report_end(in_time)
+    status = first.status
+    for guest in guests:
+        found = trouble(guest.lines)
         if found:
-            host.say(f"the guest's kernel log tells of trouble (all of it in {self.log}):")
+            host.say(f"the guest's kernel log tells of trouble (all of it in {guest.log}):")
             _lines(found)
-            return self.status or LOGGED
-        return self.status
+            status = status or LOGGED
+    return status
+
+
+def _follow(guests: Sequence[Guest], end: float) -> bool:
+    """Pass on what guests print until the first one ends; False if it ran out of time.
+
+    A second guest that ends, because the first ended it, is started again, but not if it has never
+    begun: then this returns, too.
+    """
+    first = guests[0]
+    with selectors.DefaultSelector() as selector:
+
+        def watch(guest: Guest) -> None:
+            for pipe in guest.pipes:
+                selector.register(pipe, selectors.EVENT_READ, guest)
+
+        for guest in guests:
+            watch(guest)
+        while first.pipes:
+            for key, _ in selector.select(max(0.0, end - time.monotonic())):
+                guest = key.data
+                if not guest.pass_on(key.fd):
+                    selector.unregister(key.fd)
+                if not guest.pipes and guest is not first:
+                    if guest.never_began:
+                        return True
+                    guest.end()
+                    guest.start()
+                    watch(guest)
+            if first.status is None and time.monotonic() >= end:
+                return False
+    return True
 
 
 def _lines(lines: Sequence[str]) -> None:

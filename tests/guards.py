@@ -345,6 +345,9 @@ _GUARDS: dict[str, Callable[[], str | None]] = {
     "nvme": _nvme,
     "unplug": _unplug,
     "nvmf": _nvmf,
+    "peer": lambda: (
+        None if "DMABUF_TEST_PEER" in os.environ else "no second machine (lab/run --guests 2)"
+    ),
     "root": _root,
     "loop": _loop,
     "zram": lambda: _root() or _module("zram", "/sys/class/zram-control/hot_add"),

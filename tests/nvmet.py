@@ -30,6 +30,9 @@ class Target:
             folder = self._subsystem / "namespaces" / str(number)
             folder.mkdir()
             (folder / "device_path").write_text(device)
+            uuid = f"5f0a1f5e-4c43-4b43-8c43-{number:012}"  # the same after a boot of the target
+            (folder / "device_uuid").write_text(uuid)
+            (folder / "device_nguid").write_text(uuid)
             self.show(number)
         self._ports = [CONFIG / "ports" / str(port) for port in ports]
         for folder, port in zip(self._ports, ports, strict=True):
