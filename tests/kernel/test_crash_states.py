@@ -21,6 +21,7 @@ VERSIONS = {
 }
 
 
+@pytest.mark.timeout(10 * CUTS)
 @needs("udmabuf", "loop", "ext4", "xfs")
 @pytest.mark.parametrize("filesystem", ["ext4", "xfs"])
 def test_a_power_cut_leaves_the_old_file_or_the_new_one(filesystem, tmp_path):
