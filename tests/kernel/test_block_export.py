@@ -297,22 +297,20 @@ def disk() -> Iterator[tuple[dmabuf.Buffer, str]]:
         yield buffer, device.path
 
 
-@needs("ext4", "btrfs")
-@pytest.mark.parametrize("filesystem", ["ext4", "btrfs"])
-def test_a_filesystem(filesystem: str, tmp_path: Path) -> None:
+@needs("ext4")
+def test_a_filesystem(tmp_path: Path) -> None:
     """What is written on a mount is found by a second one, and by a loop device over a copy."""
-    size = DISK if filesystem == "ext4" else 128 << 20
     contents = {f"file {n}": pattern(n * 300_001, n) for n in range(12)}
-    with dmabuf.allocate(size, exporter="udmabuf") as buffer:
+    with dmabuf.allocate(DISK, exporter="udmabuf") as buffer:
         with dmabuf.as_block_device(buffer) as device:
-            with mounted(device.path, filesystem, tmp_path / "mnt") as folder:
+            with mounted(device.path, "ext4", tmp_path / "mnt") as folder:
                 for name, content in contents.items():
                     (folder / name).write_bytes(content)
         image = tmp_path / "image"
-        image.write_bytes(buffer.pread(size, 0))
+        image.write_bytes(buffer.pread(DISK, 0))
         with dmabuf.as_block_device(buffer, read_only=True) as device:
             for source, how in ((device.path, "ro"), (image, "loop,ro")):
-                run("mount", "-t", filesystem, "-o", how, source, tmp_path / "mnt")
+                run("mount", "-t", "ext4", "-o", how, source, tmp_path / "mnt")
                 try:
                     found = {path.name: path.read_bytes() for path in (tmp_path / "mnt").glob("f*")}
                     assert sorted(found) == sorted(contents)
@@ -339,7 +337,7 @@ def test_dd(disk: tuple[dmabuf.Buffer, str], tmp_path: Path) -> None:
 
 
 @needs("fio")
-@pytest.mark.parametrize("engine", ["psync", "libaio", "io_uring"])
+@pytest.mark.parametrize("engine", ["libaio", "io_uring"])
 def test_fio_verifies_what_it_wrote(disk: tuple[dmabuf.Buffer, str], engine: str) -> None:
     options = (
         "--direct=1 --iodepth=64 --verify=crc32c --do_verify=1 --verify_fatal=1 --size=4M"
