@@ -14,7 +14,9 @@ class Device:
 
     about: str
     qemu: tuple[str, ...] = ()
-    """Words of QEMU's command line."""
+    """Words of QEMU's command line; "{memory}" is the size of --memory."""
+    memory: int = 0
+    """MiB of memory that these words give the guest beyond --memory."""
     kernel: tuple[str, ...] = ()
     """Words of the kernel's command line."""
     files: tuple[tuple[str, int], ...] = ()
@@ -27,7 +29,29 @@ class Device:
     """Whether an IOMMU has to be there."""
     both: bool = False
     """Whether the second of two guests has it, too. They share its files."""
+    setup: str = ""
+    """What bash runs in the guest after that, before COMMAND."""
 
+
+_DIMMS = ("-m", "slots=4,maxmem=16G")
+
+_ONLINE = """\
+for state in /sys/devices/system/node/node2/memory[0-9]*/state; do
+    echo online_movable > "$state"
+done
+"""
+
+_DEVDAX = """\
+# As ndctl create-namespace --mode devdax does.
+cd /sys/bus/nd/devices/region0
+dax=$(< dax_seed)
+echo namespace0.0 > /sys/bus/nd/drivers/nd_pmem/unbind
+echo ram > "$dax/mode"
+echo 2097152 > "$dax/align"
+cat /proc/sys/kernel/random/uuid > "$dax/uuid"
+echo namespace0.0 > "$dax/namespace"
+echo "$dax" > /sys/bus/nd/drivers/dax_pmem/bind
+"""
 
 DEVICES = {
     "vivid": Device(
@@ -72,6 +96,47 @@ DEVICES = {
         "a target and a host of NVMe over TCP, with nothing connected",
         modules=("nvmet-tcp", "nvme-tcp"),
         both=True,
+    ),
+    "numa": Device(
+        "two NUMA nodes without processors: node 1 of ordinary memory, node 2 of ZONE_MOVABLE",
+        qemu=(
+            *_DIMMS,
+            *("-object", "memory-backend-ram,id=lab-ram,size={memory}"),
+            *("-numa", "node,nodeid=0,cpus=0-1,memdev=lab-ram"),
+            *("-object", "memory-backend-ram,id=lab-far,size=256M"),
+            *("-numa", "node,nodeid=1,memdev=lab-far"),
+            *("-object", "memory-backend-ram,id=lab-movable,size=256M"),
+            *("-numa", "node,nodeid=2", "-device", "pc-dimm,memdev=lab-movable,node=2"),
+        ),
+        memory=256,
+        kernel=("memhp_default_state=offline",),
+        setup=_ONLINE,
+    ),
+    "dax": Device(
+        "persistent memory of 256 MiB by nvdimm, as /dev/dax0.0",
+        qemu=(
+            *_DIMMS,
+            *("-machine", "nvdimm=on"),
+            *("-object", "memory-backend-file,id=lab-dax,mem-path=dax,size=256M,share=on"),
+            *("-device", "nvdimm,memdev=lab-dax"),
+        ),
+        files=(("dax", 256 << 20),),
+        modules=("nfit", "nd_pmem", "dax_pmem", "device_dax"),
+        setup=_DEVDAX,
+    ),
+    "p2pmem": Device(
+        "two NVMe drives behind one PCIe switch, the first with 16 MiB of memory (CMB)",
+        qemu=(
+            *("-device", "pcie-root-port,id=lab-port,chassis=9,slot=9"),
+            *("-device", "x3130-upstream,id=lab-switch,bus=lab-port"),
+            *("-device", "xio3130-downstream,id=lab-down0,bus=lab-switch,chassis=10,slot=1"),
+            *("-device", "xio3130-downstream,id=lab-down1,bus=lab-switch,chassis=11,slot=2"),
+            *("-drive", "id=lab-cmb,file=cmb,if=none,format=raw,cache=unsafe"),
+            *("-device", "nvme,serial=lab-cmb,drive=lab-cmb,cmb_size_mb=16,bus=lab-down0"),
+            *("-drive", "id=lab-peer,file=peer,if=none,format=raw,cache=unsafe"),
+            *("-device", "nvme,serial=lab-peer,drive=lab-peer,bus=lab-down1"),
+        ),
+        files=(("cmb", 64 << 20), ("peer", 64 << 20)),
     ),
 }
 

@@ -140,6 +140,7 @@ def _lay_out(jobs: Mapping[Path, Run], token: str, ends: Sequence[Wire | None]) 
         modules = list(job.root.processor.modules) if job.kernel.suite else []
         modules += [module for device in one.devices for module in device.modules]
         (lab / "modules").write_text("".join(f"{module}\n" for module in modules))
+        (lab / "setup").write_text("\n".join(device.setup for device in one.devices))
         (lab / "network").write_text(wire.network if wire else "")
         pairs = environment(os.environb) | (wire.environment if wire else {})
         lacks = [f"-{name}" for name in job.root.processor.lacks]
@@ -197,7 +198,8 @@ def qemu(job: Run, folder: Path, streams: Mapping[str, int], wire: Wire | None) 
     iommu = any(device.iommu for device in job.devices)
     argv = [*processor.qemu, *(processor.iommu if iommu else ())]
     argv += ["-nodefaults", "-no-user-config", "-display", "none"]
-    argv += ["-accel", "tcg,thread=multi", "-smp", "2", "-m", job.memory, "-no-reboot"]
+    memory = host.mebibytes(job.memory) + sum(device.memory for device in job.devices)
+    argv += ["-accel", "tcg,thread=multi", "-smp", "2", "-m", f"{memory}M", "-no-reboot"]
     if processor.machine == "x86_64" and QBOOT.exists():
         argv += ["-bios", str(QBOOT)]
     argv += ["-kernel", str(job.kernel.image), "-initrd", "initrd"]
@@ -212,7 +214,8 @@ def qemu(job: Run, folder: Path, streams: Mapping[str, int], wire: Wire | None) 
             argv += ["-chardev", f"file,id={name}-{kind},path=/dev/fd/{streams[name]}"]
         argv += ["-device", f"virtserialport,nr={number},name={name},chardev={name}-port"]
         argv += ["-serial", f"chardev:{name}-line"]
-    argv += [word for device in job.devices for word in device.qemu]
+    words = [word for device in job.devices for word in device.qemu]
+    argv += [word.replace("{memory}", job.memory) for word in words]
     argv += wire.qemu if wire else []
 
     images = {

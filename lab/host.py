@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -67,6 +68,14 @@ def tool_failed(argv: Sequence[str | Path], status: int, output: str) -> str:
     tail = "\n".join(f"    {line}" for line in output.rstrip().splitlines()[-40:])
     words = " ".join(str(word) for word in argv)
     return f"{words[:200]}: exit status {status}\n{tail}".rstrip()
+
+
+def mebibytes(size: str) -> int:
+    """Return a size of QEMU's -m, such as 3G, in MiB."""
+    match = re.fullmatch(r"(\d+)([MG]?)", size.upper())
+    if match is None:
+        raise LabError(f"--memory {size}: a number of MiB, or with M or G, is needed")
+    return int(match[1]) * (1024 if match[2] == "G" else 1)
 
 
 def add_sbin_to_path() -> None:
