@@ -311,6 +311,15 @@ int dmb_populate(uint64_t address, uint64_t size);
 int dmb_collapse(uint64_t address, uint64_t size);
 /* Bind memory to one NUMA node: mbind(2) with MPOL_BIND. */
 int dmb_bind_node(uint64_t address, uint64_t size, unsigned node);
+/* Count the pages of a mapping that are not on a NUMA node, looking at one in each `step` bytes. */
+int64_t dmb_count_elsewhere(uint64_t address, uint64_t size, uint64_t step, unsigned node);
+struct dmb_policy {
+	int mode; /* negative: nothing is saved */
+	unsigned long nodes[16];
+};
+/* Bind what the kernel allocates for this thread to one NUMA node, and save the policy before. */
+int dmb_policy_bind(unsigned node, struct dmb_policy *ret);
+int dmb_policy_restore(const struct dmb_policy *policy);
 /* Replace a mapping with a file's bytes from offset 0: mmap(2), MAP_SHARED | MAP_FIXED. */
 int dmb_map_over(uint64_t address, uint64_t size, int fd, int writable);
 /* Probe whether io_uring can be used: the 0 or -errno of io_uring_setup(2). */

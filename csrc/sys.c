@@ -13,6 +13,8 @@
 #include "internal.h"
 #include "uapi.h"
 
+#define NODES (8 * sizeof(((struct dmb_policy *)NULL)->nodes))
+
 int dmb_statx_dio(int fd, uint32_t *memory_align, uint32_t *offset_align)
 {
 	struct dmb_statx stat;
@@ -133,16 +135,68 @@ int dmb_collapse(uint64_t address, uint64_t size)
 	return rc;
 }
 
-int dmb_bind_node(uint64_t address, uint64_t size, unsigned node)
+/* Set a mask of NUMA nodes, of as many bits as struct dmb_policy has, to one node. */
+static int one_node(unsigned node, unsigned long *mask)
 {
-	unsigned long mask[16] = {0};
-	const unsigned bits = 8 * sizeof(mask[0]);
+	const unsigned bits = 8 * sizeof(*mask);
 
-	if (node >= bits * sizeof(mask) / sizeof(mask[0]))
+	if (node >= NODES)
 		return -EINVAL;
 	mask[node / bits] = 1UL << node % bits;
-	return syscall(SYS_mbind, (void *)(uintptr_t)address, size, MPOL_BIND, mask,
-		       8 * sizeof(mask) + 1, 0)
-		       ? -errno
-		       : 0;
+	return 0;
+}
+
+int dmb_bind_node(uint64_t address, uint64_t size, unsigned node)
+{
+	struct dmb_policy policy = {0};
+	int rc = one_node(node, policy.nodes);
+
+	if (!rc && syscall(SYS_mbind, (void *)(uintptr_t)address, size, MPOL_BIND, policy.nodes,
+			   NODES + 1, 0))
+		rc = -errno;
+	return rc;
+}
+
+int64_t dmb_count_elsewhere(uint64_t address, uint64_t size, uint64_t step, unsigned node)
+{
+	enum { BATCH = 256 };
+	void *pages[BATCH];
+	int where[BATCH];
+	int64_t elsewhere = 0;
+
+	for (uint64_t at = 0; at < size;) {
+		unsigned long count = 0;
+
+		for (; count < BATCH && at < size; at += step)
+			pages[count++] = (void *)(uintptr_t)(address + at);
+		if (syscall(SYS_move_pages, 0, count, pages, NULL, where, 0))
+			return -errno;
+		for (unsigned long i = 0; i < count; i++)
+			elsewhere += where[i] != (int)node;
+	}
+	return elsewhere;
+}
+
+int dmb_policy_bind(unsigned node, struct dmb_policy *ret)
+{
+	struct dmb_policy bound = {0};
+	int rc = one_node(node, bound.nodes);
+
+	ret->mode = -1;
+	if (rc)
+		return rc;
+	if (syscall(SYS_get_mempolicy, &bound.mode, ret->nodes, NODES, NULL, 0) ||
+	    syscall(SYS_set_mempolicy, MPOL_BIND, bound.nodes, NODES + 1))
+		return -errno;
+	ret->mode = bound.mode;
+	return 0;
+}
+
+int dmb_policy_restore(const struct dmb_policy *policy)
+{
+	const unsigned long *nodes = policy->mode == MPOL_DEFAULT ? NULL : policy->nodes;
+
+	if (policy->mode < 0)
+		return 0;
+	return syscall(SYS_set_mempolicy, policy->mode, nodes, nodes ? NODES + 1 : 0) ? -errno : 0;
 }

@@ -319,6 +319,45 @@ def vfio_address() -> str | None:
     return next((one.name for one in found), None)
 
 
+DAX = "/dev/dax0.0"
+"""The device DAX node that tests may overwrite."""
+
+
+def _dax() -> str | None:
+    if os.environ.get("DMABUF_REQUIRE") is None:  # elsewhere it may hold somebody's bytes
+        return "only the lab's device may be overwritten (lab/run --devices dax)"
+    return _device(DAX, "lab/run --devices dax")
+
+
+def nvme_drive(serial: str) -> str | None:
+    """Return the block device of the NVMe drive with a serial number, or None."""
+    for path in Path("/sys/class/nvme").glob("nvme*/serial"):
+        node = Path("/dev", f"{path.parent.name}n1")
+        if path.read_text().strip() == serial and node.exists():
+            return str(node)
+    return None
+
+
+def peer_address() -> str | None:
+    """Return the PCI address of the lab's drive with memory of its own, or None outside the lab."""
+    for path in Path("/sys/class/nvme").glob("nvme*/serial"):
+        if path.read_text().strip() == "lab-cmb":
+            return (path.parent / "address").read_text().strip()
+    return None
+
+
+def _p2pmem() -> str | None:
+    if peer_address() and nvme_drive("lab-peer"):
+        return None
+    return "no drives behind a PCIe switch (lab/run --devices p2pmem)"
+
+
+def _numa() -> str | None:
+    path = Path("/sys/devices/system/node/has_memory")
+    nodes = path.read_text().strip() if path.exists() else ""
+    return None if nodes == "0-2" else "no nodes without processors (lab/run --devices numa)"
+
+
 _GUARDS: dict[str, Callable[[], str | None]] = {
     "udmabuf": lambda: _device("/dev/udmabuf", "a kernel with CONFIG_UDMABUF; lab/run has one"),
     "dma_heap": lambda: _device(
@@ -337,6 +376,9 @@ _GUARDS: dict[str, Callable[[], str | None]] = {
         None if vfio_address() else "no ivshmem device by vfio-pci (lab/run --devices vfio)"
     ),
     "codecs": _codecs,
+    "numa": _numa,
+    "dax": _dax,
+    "p2pmem": _p2pmem,
     "vulkan": _vulkan,
     "libva": _libva,
     "level-zero-headers": _level_zero_headers,

@@ -3,6 +3,7 @@
 #include "test.h"
 
 #include <fcntl.h>
+#include <linux/mempolicy.h>
 #include <linux/stat.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -186,6 +187,46 @@ static void populate(void)
 	memory_unmap(&memory);
 }
 
+static void elsewhere(void)
+{
+	struct memory memory;
+	uint64_t address;
+
+	context("elsewhere", 0);
+	memory_map(&memory, 600 * PAGE); /* more than one batch */
+	address = (uintptr_t)memory.bytes;
+	if (dmb_bind_node(address, memory.size, 0) == 0) {
+		memset(memory.bytes, 1, memory.size);
+		CHECK_EQUAL(dmb_count_elsewhere(address, memory.size, PAGE, 0), 0);
+		CHECK_EQUAL(dmb_count_elsewhere(address, memory.size, PAGE, 1023), 600);
+		CHECK_EQUAL(dmb_count_elsewhere(address, memory.size, 7 * PAGE, 1023), 86);
+	}
+	memory_unmap(&memory);
+}
+
+static void policies(void)
+{
+	struct dmb_policy saved, now;
+	int rc;
+
+	context("policies", 0);
+	CHECK_EQUAL(dmb_policy_bind(1024, &saved), -EINVAL);
+	CHECK_EQUAL(dmb_policy_restore(&saved), 0); /* nothing was saved */
+	rc = dmb_policy_bind(0, &saved);
+	CHECK(rc == 0 || rc == -ENOSYS || rc == -EPERM); /* no NUMA, or seccomp */
+	if (rc)
+		return;
+	CHECK_EQUAL(saved.mode, MPOL_DEFAULT);
+	CHECK_EQUAL(dmb_policy_bind(0, &now), 0); /* again: saves the policy of the first time */
+	CHECK_EQUAL(now.mode, MPOL_BIND);
+	CHECK_EQUAL(now.nodes[0], 1);
+	CHECK_EQUAL(dmb_policy_restore(&now), 0);
+	CHECK_EQUAL(dmb_policy_restore(&saved), 0);
+	CHECK_EQUAL(dmb_policy_bind(0, &now), 0);
+	CHECK_EQUAL(now.mode, MPOL_DEFAULT);
+	CHECK_EQUAL(dmb_policy_restore(&now), 0);
+}
+
 /* Pages of a memory file that are there. */
 static uint64_t there(int fd)
 {
@@ -255,6 +296,8 @@ int main(void)
 	alignments();
 	cache();
 	populate();
+	elsewhere();
+	policies();
 	collapse();
 	lone();
 	return finish();

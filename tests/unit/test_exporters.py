@@ -296,10 +296,12 @@ def test_heaps_that_are_not_there(no_exporters, kernel, tmp_path):
     assert exporters.names() == ["udmabuf", "memfd"]
 
 
-def test_a_heap_chooses_its_own_pages(kernel):
-    for wrong in ({"huge_pages": True}, {"numa_node": 0}):
-        with pytest.raises(ValueError, match="a dma-heap chooses its own pages"):
-            allocate(1, exporter="system", **wrong)
+def test_a_heap_chooses_its_own_pages(kernel, tmp_path):
+    with pytest.raises(ValueError, match="a dma-heap chooses its own pages"):
+        allocate(1, exporter="system", huge_pages=True)
+    (tmp_path / "heaps" / "cma").touch()
+    with pytest.raises(ValueError, match=r"numa_node is for .* heap 'cma' chooses its own pages"):
+        allocate(1, exporter="cma", numa_node=0)
 
 
 def test_a_heap_too_is_asked_for_no_more_than_there_is(kernel):

@@ -122,5 +122,5 @@ def host_address(buffer: Buffer) -> int | None:
 
 
 def pin_refusal(buffer: Buffer) -> str | None:
-    """Return why the pages of the mapping cannot be pinned, None where they can."""
-    return buffer.pin_refusal
+    """Return why the pages of the mapping cannot be pinned for long, None where they can."""
+    return buffer.pin_refusal or buffer.registration_refusal

@@ -144,7 +144,7 @@ def _kind_of(start: bytes, path: str) -> str:
 
 def _memfd_of(buffer: Buffer) -> str:
     """Return a path of the memory, for libraries that map files themselves."""
-    fd = buffer.memfd if buffer.is_dmabuf else buffer.slabs[0].fd
+    fd = buffer.slabs[0].fd if buffer.exporter == "memfd" else buffer.memfd
     if fd is None:
         text = f"the memory of {buffer.exporter} has no memfd; use exporter='memfd' or 'udmabuf'"
         raise os_error(errno.EOPNOTSUPP, f"load: {text}")

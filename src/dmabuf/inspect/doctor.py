@@ -24,7 +24,7 @@ from dmabuf.errors import RouteUnavailable
 from dmabuf.inspect.answer import Answer
 from dmabuf.inspect.doctor_devices import examine_confinement, examine_devices, examine_extras
 from dmabuf.kernel import files, nvme, proc
-from dmabuf.memory import Buffer, allocate, capacity, exporters
+from dmabuf.memory import Buffer, allocate, capacity, exporters, far
 from dmabuf.sizes import format_size
 from dmabuf.transfer import (
     ALLOWED,
@@ -265,6 +265,11 @@ def _exporters() -> Iterator[Answer]:
         fix = "a kernel with CONFIG_DMABUF_HEAPS_SYSTEM"
         yield Answer("dma-heap", False, f"{exporters.HEAPS} is missing or empty", fix)
     yield _allocated("memfd", "memfd", "shared memory, zero-copy, but not a dma-buf")
+    for node in capacity.nodes_without_processors():
+        moves = "ZONE_MOVABLE: memfd only" if capacity.has_movable(node) else "of ordinary memory"
+        yield Answer(f"NUMA node {node}", True, f"no processors, {moves}; by numa_node={node}")
+    for name in far.names():
+        yield Answer(name, True, "zero-copy, but not a dma-buf; only by its name")
     for size in capacity.huge_page_sizes("/"):
         name = f"huge pages of {format_size(size)}"
         yield _allocated(name, "memfd", "a buffer was made of one", size)

@@ -1,14 +1,14 @@
 """The memory room: Buffers, what makes them, and how the CPU and Python libraries see them.
 
 `buffer` has Buffer, which every other room moves bytes to and from, and `rawfile` its file
-interface. `exporters` allocates memory and `capacity` checks that there is enough; `foreign` takes
-in dma-bufs and tensors made elsewhere; `arrays` shows the memory to NumPy, PyTorch and DLPack, and
-`as_file` and `block_device` show it to other programs. What makes, maps or shares memory enters
-here; what moves bytes between memory and files belongs to `transfer`, and memory of a particular
-device to `devices`.
+interface. `exporters` allocates memory and `capacity` checks that there is enough; `far` maps that
+of devices; `foreign` takes in dma-bufs and tensors made elsewhere; `arrays` shows the memory to
+NumPy, PyTorch and DLPack, and `as_file` and `block_device` show it to other programs. What makes,
+maps or shares memory enters here; what moves bytes between memory and files belongs to `transfer`,
+and memory of a particular kind of device to `devices`.
 
-The names below are the face, with the modules `capacity`, `exporters` and `foreign` for rooms that
-make Buffers of their own.
+The names below are the face, with the modules `capacity`, `exporters`, `far` and `foreign` for
+rooms that make Buffers of their own.
 """
 
 from dmabuf.memory.arrays import import_optional
@@ -31,6 +31,7 @@ __all__ = [
     "descriptor_as_file",
     "device_memory",
     "exporters",
+    "far",
     "find_buffer",
     "foreign",
     "from_dlpack",

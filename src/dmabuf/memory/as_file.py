@@ -4,6 +4,7 @@ import errno
 import fcntl
 import io
 import os
+import stat
 import sys
 
 from dmabuf._core import lib
@@ -17,6 +18,7 @@ __all__ = ["BufferFile", "as_file", "descriptor_as_file"]
 _IS_MEMFD = "the memory is a memfd, which is a file"
 _IS_DMABUF = "a dma-buf has no read(2) or write(2), so another process copies for each call"
 _HUGE_PAGES = "a memfd of huge pages has no write(2), so another process copies for each call"
+_IS_DEVICE = "a device that is mapped has no read(2), so another process copies for each call"
 _NOT_OURS = "this user may not open the memfd again, so another process copies for each call"
 _SERVER = "dmabuf.mount.one_file"
 
@@ -42,17 +44,18 @@ def as_file(buffer: Buffer, mode: str | None = None) -> BufferFile:
     ``mode`` is "r", "w" or "r+"; the default is all that the buffer allows. The file has its own
     position, 0 at first, and the buffer's size, which is fixed.
 
-    A memfd is opened again, at no cost. For a dma-buf, a memfd of huge pages that is written, and a
-    memfd that this user may not open, a process of its own serves the file by FUSE and copies for
-    each call, within DMA_BUF_IOCTL_SYNC; it ends with the file's last descriptor.
+    A memfd is opened again, at no cost. For a dma-buf, device DAX, a memfd of huge pages that is
+    written, and a memfd that this user may not open, a process of its own serves the file by FUSE
+    and copies for each call, within DMA_BUF_IOCTL_SYNC; it ends with the file's last descriptor.
     docs/guides/programs.md describes the differences. ``BufferFile.way`` and ``BufferFile.reason``
     report the choice.
 
     Raises ImportError if FUSE is needed and pyfuse3 is missing (``pip install dmabuf[fuse]``),
     OSError(EOPNOTSUPP) with the fix if the kernel refuses FUSE, io.UnsupportedOperation if the CPU
-    cannot map the memory, PermissionError to write a read-only buffer, ValueError for another mode,
-    ClosedError after close.
+    cannot map the memory or it is peer memory, PermissionError to write a read-only buffer,
+    ValueError for another mode, ClosedError after close.
     """
+    buffer.check_shareable()
     if mode is None:
         mode = "r+" if buffer.writable() else "r"
     with buffer.open(mode) as window:  # checks the mode, and that the memory can be mapped
@@ -84,6 +87,8 @@ def _make(slabs: list[tuple[int, int]], is_dmabuf: bool, read: bool, write: bool
     }[read, write]
     if is_dmabuf:
         reason = _IS_DMABUF
+    elif stat.S_ISCHR(os.fstat(slabs[0][0]).st_mode):
+        reason = _IS_DEVICE
     elif write and _has_huge_pages(slabs[0][0]):
         reason = _HUGE_PAGES
     else:

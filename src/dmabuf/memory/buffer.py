@@ -29,7 +29,7 @@ class Slab(NamedTuple):
     """One descriptor of a Buffer: bytes ``[offset, offset + size)`` of it. A frozen record.
 
     ``fd`` belongs to the Buffer and is valid while that is open; ``os.dup`` it to keep it. It is a
-    dma-buf, except from the exporter ``memfd``, where it is the memfd itself.
+    dma-buf if ``Buffer.is_dmabuf``; otherwise it is the memfd or the device that was mapped.
     """
 
     fd: int
@@ -81,6 +81,8 @@ class Buffer(
         writable: bool = True,
         pin_refusal: str | None = None,
         map_refusal: str | None = None,
+        registration_refusal: str | None = None,
+        peer: str | None = None,
         memfd: int | None = None,
     ) -> None:
         """Take over the slabs' descriptors and ``memory``, their mapping; for exporters.
@@ -95,6 +97,8 @@ class Buffer(
             writable: whether the descriptors are.
             pin_refusal: why the mapping's pages cannot be pinned; None if they can.
             map_refusal: why there is no ``memory``.
+            registration_refusal: why the pages must not be pinned for long.
+            peer: the PCI address of the device whose memory it is, which no descriptor shares.
             memfd: a descriptor of what ``memory`` maps, where that is not the slabs.
         """
         self._slabs = tuple(slabs)
@@ -109,6 +113,8 @@ class Buffer(
         self.descriptor_writable = writable
         self.pin_refusal = map_refusal if memory is None else pin_refusal
         self.map_refusal = map_refusal
+        self.registration_refusal = registration_refusal
+        self.peer = peer
         self._cached_address: int | None = None
         self._users_of = []
         self._written: int | None = None
@@ -128,7 +134,7 @@ class Buffer(
 
     @property
     def exporter(self) -> str:
-        """What made it: "udmabuf", "memfd", a dma-heap's name, or the exporter's own name."""
+        """What made it: the name that :func:`allocate` takes, or the exporter's own name."""
         return self._exporter
 
     @property
@@ -138,7 +144,7 @@ class Buffer(
 
     @property
     def is_dmabuf(self) -> bool:
-        """Whether the slabs are dma-bufs; False for the exporter ``memfd`` only."""
+        """Whether the slabs are dma-bufs; False for ``memfd``, device DAX and peer memory."""
         return self._is_dmabuf
 
     @property
@@ -149,7 +155,7 @@ class Buffer(
         return self._slabs
 
     def fileno(self) -> int:
-        """Return the dma-buf's descriptor (the memfd's, from that exporter); the Buffer owns it.
+        """Return the descriptor of the one slab; the Buffer owns it.
 
         Raises io.UnsupportedOperation if there are several slabs, ClosedError after close.
         """
@@ -271,7 +277,7 @@ class Buffer(
             direction: "read" waits for devices that write the buffer, "write" for all that use it.
             timeout: seconds for all slabs together; None waits without limit, 0 only checks.
 
-        A memfd is not a dma-buf and has no fences, so this returns at once. It is not a CPU access:
+        Memory that is not a dma-buf has no fences, so this returns at once. It is not a CPU access:
         :meth:`map` and the file methods wait by themselves, and a wait before them bounds that.
 
         Raises:
@@ -291,7 +297,7 @@ class Buffer(
         Jobs that are submitted later are not in it.
 
         Raises:
-            io.UnsupportedOperation: a memfd has no fences (errno EOPNOTSUPP).
+            io.UnsupportedOperation: not a dma-buf, so no fences (errno EOPNOTSUPP).
             OSError: the kernel does not support it (Linux before 6.0: ENOTTY).
             ClosedError: after close.
         """
@@ -321,7 +327,8 @@ class Buffer(
         if not self._is_dmabuf:
             raise io.UnsupportedOperation(
                 errno.EOPNOTSUPP,
-                "a memfd is not a dma-buf and has no fences: allocate with exporter='udmabuf'",
+                f"a buffer by {self._exporter} is not a dma-buf and has no fences: allocate with "
+                "exporter='udmabuf'",
             )
         return self.dmabufs(0, self._size)
 
@@ -336,6 +343,10 @@ class Buffer(
     """The memfd behind the slabs and the mapping, for another process of the same program."""
     map_refusal: str | None
     """Why the CPU cannot map the memory; None if it can."""
+    registration_refusal: str | None
+    """Why io_uring must not pin the mapping's pages for long (register them); None if it may."""
+    peer: str | None
+    """The PCI address of the device whose memory it is; None for memory of the machine."""
 
     @property
     def address(self) -> int | None:
@@ -363,6 +374,11 @@ class Buffer(
         self.check_open()
         if self.map_refusal is not None:
             raise io.UnsupportedOperation(self.map_refusal)
+
+    def check_shareable(self) -> None:
+        """Raise io.UnsupportedOperation if the descriptors give no other process the memory."""
+        if self.peer is not None:
+            raise io.UnsupportedOperation(f"share memory of {self.peer}: it has no descriptor")
 
     def _refuse(self, direction: str) -> NoReturn:
         self.check_mapped()

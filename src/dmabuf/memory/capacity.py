@@ -2,7 +2,8 @@
 
 Sources: proc(5) for /proc/meminfo and /proc/self/cgroup; Documentation/admin-guide/cgroup-v2.rst
 (memory.max, memory.current, memory.stat) and cgroup-v1/memory.rst; mm/hugetlbpage.rst for
-/sys/kernel/mm/hugepages; Documentation/ABI/stable/sysfs-devices-node for the nodes.
+/sys/kernel/mm/hugepages; Documentation/ABI/stable/sysfs-devices-node for the nodes; proc(5) for
+/proc/zoneinfo.
 
 Every function takes ``root``, the directory under which it looks for /proc and /sys: tests give
 their own.
@@ -10,6 +11,7 @@ their own.
 
 import errno
 import os
+import re
 from contextlib import suppress
 
 from dmabuf.kernel import proc
@@ -161,6 +163,25 @@ def check_node(node: int, *, root: str = "/") -> None:
     if node not in nodes:
         have = ", ".join(map(str, nodes)) or "none (no CONFIG_NUMA)"
         raise ValueError(f"numa_node={node} has no memory here; the nodes that have: {have}")
+
+
+def nodes_without_processors(*, root: str = "/") -> list[int]:
+    """Return the NUMA nodes that have memory and no processors, as CXL memory often is."""
+    folder = "sys/devices/system/node"
+    nodes = {name: _node_list(proc.read(root, folder, name)) for name in ("has_memory", "has_cpu")}
+    return [node for node in nodes["has_memory"] if node not in nodes["has_cpu"]]
+
+
+def has_normal(node: int, *, root: str = "/") -> bool:
+    """Return whether a NUMA node has memory outside of ZONE_MOVABLE."""
+    return node in _node_list(proc.read(root, "sys/devices/system/node/has_normal_memory"))
+
+
+def has_movable(node: int, *, root: str = "/") -> bool:
+    """Return whether a NUMA node has memory in ZONE_MOVABLE."""
+    zones = proc.read(root, "proc/zoneinfo")
+    zone = re.search(rf"^Node {node}, zone +Movable\n(?: .*\n)*? +managed +(\d+)$", zones, re.M)
+    return zone is not None and zone[1] != "0"
 
 
 def _node_list(text: str) -> list[int]:

@@ -15,6 +15,11 @@ is visible without an importer: see :func:`maps_large_pages` and docs/reference/
 
 A dma-heap (drivers/dma-buf/dma-heap.c) makes dma-bufs whose mapping has no pages that can be
 pinned, so stock kernels can only stage to it. ``auto`` never chooses one.
+
+On a NUMA node with ZONE_MOVABLE memory, as far memory often is, the kernel moves pages before it
+pins them for long (check_and_migrate_movable_folios in mm/gup.c): to ordinary memory of the node,
+or to another node. A udmabuf pins its pages so, and io_uring those that it registers. O_DIRECT pins
+pages for one request only, and they stay.
 """
 
 import errno
@@ -23,12 +28,13 @@ import functools
 import mmap
 import os
 import resource
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import NamedTuple, SupportsIndex
 
-from dmabuf._core import address_of, check, lib
+from dmabuf._core import address_of, check, ffi, lib
 from dmabuf.kernel import proc, uapi
-from dmabuf.memory import capacity, foreign
+from dmabuf.memory import capacity, far, foreign
 from dmabuf.memory.buffer import Buffer, Slab
 from dmabuf.sizes import Size, as_int, format_size, parse_size, round_up
 
@@ -58,7 +64,7 @@ HugePages = bool | Size
 
 def names() -> list[str]:
     """Return the exporters that :func:`allocate` accepts here, permitted to this user or not."""
-    return ["udmabuf", "memfd", *heap_names()]
+    return ["udmabuf", "memfd", *heap_names(), *far.names()]
 
 
 def allocate(
@@ -75,17 +81,21 @@ def allocate(
         size: bytes, or text such as ``"256MiB"``. It is rounded up to a page or huge page:
             ``Buffer.size`` is the rounded value.
         exporter: ``"auto"`` (udmabuf, or memfd if that is not possible, and ``Buffer.reason`` says
-            why), ``"udmabuf"``, ``"memfd"`` (shared memory that is not a dma-buf), or the name of
-            a heap in /dev/dma_heap such as ``"system"``.
+            why), ``"udmabuf"``, ``"memfd"`` (shared memory that is not a dma-buf), the name of a
+            heap in /dev/dma_heap such as ``"system"``, a device DAX node such as ``"/dev/dax0.0"``,
+            or ``"p2pmem:0000:65:00.0"``, the peer-to-peer memory of the PCI device there. Of the
+            last two see docs/guides/far-memory.md.
         name: a label of the memory, at most 31 bytes of UTF-8.
         huge_pages: True for the machine's default huge page, or a size such as ``"2MiB"``. It
             needs huge pages set aside (vm.nr_hugepages). By default memory of 2 MiB and more uses
-            transparent huge pages if the kernel has any. Not for heaps.
-        numa_node: the node that the memory is bound to. Not for heaps.
+            transparent huge pages if the kernel has any. For udmabuf and memfd only.
+        numa_node: the node that the memory is bound to, one without processors too. For udmabuf,
+            memfd and the system heap. Pages of ZONE_MOVABLE stay on their node in a memfd only.
 
     Raises:
         ValueError: an invalid size or name, an unknown exporter or NUMA node.
         OSError: ENOMEM, with the figures and before anything is tried, for more than there is;
+            EOPNOTSUPP where the node's memory is ZONE_MOVABLE and the exporter moves pages off it;
             otherwise the errno of the exporter, with its path and the fix.
     """
     nbytes = parse_size(size)
@@ -107,6 +117,10 @@ def _allocate(
         return _allocate_memfd(nbytes, name=name, huge_pages=huge_pages, numa_node=node)
     if exporter == "auto":
         return _allocate_auto(nbytes, name, huge_pages, node)
+    if far.is_far(exporter):
+        if huge_pages or node is not None:
+            raise ValueError(f"huge_pages and numa_node are not for {exporter}: it is where it is")
+        return far.allocate(nbytes, exporter, name)
     if exporter not in (*heap_names(), _STANDARD_HEAP):
         known = ", ".join(["auto", *names()])
         raise ValueError(f"unknown exporter {exporter!r}: this machine has {known}")
@@ -155,13 +169,18 @@ def _allocate_memfd(
     reason: str = _WHY_MEMFD,
 ) -> Buffer:
     fd, memory, _ = make_memory(size, name=name, huge_pages=huge_pages, numa_node=numa_node)
+    moves = None
+    if numa_node is not None and capacity.has_movable(numa_node):
+        where = f"NUMA node {numa_node}, which is ZONE_MOVABLE"
+        moves = f"pinning pages for long moves them off {where}"
     return Buffer(
         [Slab(fd, 0, len(memory))],
         memory,
         exporter="memfd",
-        reason=reason,
+        reason="; ".join(filter(None, (reason, moves))),
         name=name,
         is_dmabuf=False,
+        registration_refusal=moves,
     )
 
 
@@ -405,7 +424,10 @@ def make_udmabufs(
             open_to_seals=open_to_seals,
         )
         try:
-            slabs, why = _make_slabs(device, fd, len(memory), page, name)
+            if numa_node is None:
+                slabs, why = _make_slabs(device, fd, len(memory), page, name)
+            else:
+                slabs, why = _make_slabs_on(numa_node, device, fd, memory, page, name)
         except BaseException:
             memory.close()
             os.close(fd)
@@ -413,6 +435,31 @@ def make_udmabufs(
     finally:
         os.close(device)
     return Udmabufs(fd, memory, slabs, why)
+
+
+def _make_slabs_on(
+    node: int, device: int, fd: int, memory: mmap.mmap, page: int, name: str | None
+) -> tuple[list[Slab], str]:
+    """Do as _make_slabs; raise OSError(EOPNOTSUPP) if the kernel moves pages to pin them."""
+    count = len(memory) // page
+    try:
+        slabs, why = _make_slabs(device, fd, len(memory), page, name)
+    except OSError as error:
+        if error.errno == errno.ENOMEM and capacity.has_movable(node):  # no huge page to move to
+            raise _moved(node, count, count) from error
+        raise
+    elsewhere = lib.dmb_count_elsewhere(address_of(memory), len(memory), page, node)
+    if elsewhere > 0:  # an errno tells nothing, such as EPERM of a container's seccomp filter
+        for slab in slabs:
+            os.close(slab.fd)
+        raise _moved(node, elsewhere, count)
+    return slabs, why
+
+
+def _moved(node: int, moved: int, count: int) -> OSError:
+    where = f"NUMA node {node}, which is ZONE_MOVABLE"
+    text = f'pinning moves {moved} of {count} pages off {where}; use exporter="memfd"'
+    return OSError(errno.EOPNOTSUPP, text, UDMABUF)
 
 
 def _make_slabs(
@@ -506,11 +553,19 @@ def _allocate_heap(
     if huge_pages:
         raise ValueError("huge_pages is for udmabuf and memfd: a dma-heap chooses its own pages")
     if numa_node is not None:
-        raise ValueError("numa_node is for udmabuf and memfd: a dma-heap chooses its own pages")
+        if heap != _STANDARD_HEAP:
+            text = "numa_node is for udmabuf, memfd and the system heap"
+            raise ValueError(f"{text}: heap {heap!r} chooses its own pages")
+        capacity.check_node(numa_node)
+        if not capacity.has_normal(numa_node):
+            text = f"NUMA node {numa_node} is all ZONE_MOVABLE, which a dma-heap cannot use"
+            text = f'allocate: {text}; exporter="memfd"'
+            raise OSError(errno.EOPNOTSUPP, text, os.path.join(HEAPS, heap))
     size = round_up(size, mmap.PAGESIZE)
     # dma-heaps have no limit of their own: too much ends the process by the OOM killer.
-    capacity.check_memory(size)
-    fd = _allocate_dmabuf(heap, size)
+    capacity.check_memory(size, numa_node)
+    with _on_node(numa_node):
+        fd = _allocate_dmabuf(heap, size)
     try:
         if name is not None:
             uapi.set_name(fd, os.fsencode(name))
@@ -527,6 +582,18 @@ def _allocate_heap(
     except BaseException:
         os.close(fd)
         raise
+
+
+@contextmanager
+def _on_node(node: int | None) -> Iterator[None]:
+    """Bind what the kernel allocates for this thread to a NUMA node, None for no node."""
+    policy = ffi.new("struct dmb_policy *", {"mode": -1})
+    try:
+        if node is not None:
+            check(lib.dmb_policy_bind(node, policy), f"binding memory to NUMA node {node}")
+        yield
+    finally:
+        lib.dmb_policy_restore(policy)
 
 
 def _allocate_dmabuf(heap: str, size: int) -> int:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol
 from dmabuf._core import address_of, check, lib
 from dmabuf.errors import SENDERS
 from dmabuf.kernel import proc, uapi
+from dmabuf.memory import far
 from dmabuf.memory.buffer import Buffer, Slab, Window, find_buffer
 from dmabuf.sizes import as_int, format_size
 
@@ -42,20 +43,20 @@ class HasFileno(Protocol):
 
 
 def from_fd(fd: int | HasFileno, *, name: str | None = None) -> Buffer:
-    """Return a Buffer of a dma-buf or memfd that was made elsewhere.
+    """Return a Buffer of a dma-buf or memfd that was made elsewhere, or of a device DAX node.
 
     Args:
         fd: a descriptor, or an object with ``fileno()``; it is duplicated and stays the caller's.
-        name: a new label of the dma-buf, for everyone, or of the Buffer of a memfd; at most 31
-            bytes.
+        name: a new label of the dma-buf, for everyone, or else of the Buffer; at most 31 bytes.
 
     The Buffer is read-only if the descriptor is, or the memfd is sealed against writing. If the CPU
     cannot map the memory, the Buffer is neither ``readable()`` nor ``writable()``, and only devices
     can use it. The size of a memfd must not change; those of :func:`allocate` are sealed.
+    A Buffer of device DAX is the whole device, with the bytes that it has.
 
     Raises:
-        OSError: EBADF, a closed descriptor; EINVAL, neither a dma-buf nor a memfd (the error says
-            what it is), or an empty one.
+        OSError: EBADF, a closed descriptor; EINVAL, none of these (the error says what it is), or
+            an empty one.
         ValueError: a name that does not fit.
     """
     check_name(name)
@@ -70,6 +71,8 @@ def from_fd(fd: int | HasFileno, *, name: str | None = None) -> Buffer:
         identity = identify(own)
         if identity is None and is_memfd(own):
             return _of_memfd(own, f"made from descriptor {number}, a memfd", name)
+        if identity is None and (whole := far.dax_size(own)):
+            return far.of_dax(own, whole, f"made from descriptor {number}, of device DAX", name)
         if identity is None:
             raise OSError(
                 errno.EINVAL, f"descriptor {number} is not a dma-buf but {_describe(own)}"
@@ -251,6 +254,7 @@ def _send(buffer: Buffer) -> tuple[object, ...]:
     """Return what another process makes the Buffer of: descriptors of the same memory."""
     from multiprocessing.reduction import DupFd
 
+    buffer.check_shareable()
     fds = [DupFd(slab.fd) for slab in buffer.slabs]
     memfd = None if buffer.memfd is None else DupFd(buffer.memfd)
     sizes = [slab.size for slab in buffer.slabs]
@@ -274,6 +278,8 @@ def _receive(
     reason, refusal = f"sent by process {sender}", None
     try:
         if not is_dmabuf:
+            if far.is_far(exporter):
+                return far.of_dax(fds[0], sizes[0], reason, name)
             return _of_memfd(fds[0], reason, name)
         offsets = itertools.accumulate(sizes, initial=0)
         slabs = [Slab(*place) for place in zip(fds, offsets, sizes, strict=False)]

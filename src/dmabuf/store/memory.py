@@ -12,7 +12,7 @@ from contextlib import suppress
 from functools import cached_property
 
 from dmabuf.kernel import files, proc, uapi
-from dmabuf.memory import allocate, capacity, exporters, foreign
+from dmabuf.memory import allocate, capacity, exporters, far, foreign
 from dmabuf.sizes import round_up
 from dmabuf.store.protocol import MOST_DESCRIPTORS, Grant, Refusal
 
@@ -144,6 +144,8 @@ def make(size: int, exporter: str, name: str | None, huge_pages: bool | int) -> 
         return _make_memfd(size, label, huge_pages, reason)
     if exporter == "memfd":
         return _make_memfd(size, label, huge_pages, 'exporter="memfd" was requested')
+    if far.is_far(exporter):
+        raise ValueError(f"exporter={exporter!r}: a store has udmabufs, memfds and dma-heaps only")
     with allocate(size, exporter=exporter, name=label, huge_pages=huge_pages) as buffer:
         slabs = [os.dup(slab.fd) for slab in buffer.slabs]
         return Memory(buffer.exporter, buffer.reason, buffer.size, slabs, None)

@@ -171,9 +171,10 @@ class Link:
         passthrough = target.namespace is not None
         no_cache = "NVMe passthrough goes past the page cache; a passthrough device has none"
         failed = partial(audit.PAIRS.refusal, buffer.exporter, target.device)
+        no_memory = target.no_direct(buffer)
         refusals = {
             Route.NATIVE: no_direct or target.no_native(buffer, write=self._write),
-            Route.DIRECT: no_mapping or no_direct or buffer.pin_refusal or failed(Route.DIRECT),
+            Route.DIRECT: no_mapping or no_direct or no_memory or failed(Route.DIRECT),
             Route.STAGED: no_mapping or no_direct or failed(Route.STAGED),
             Route.BUFFERED: no_cache if passthrough else no_mapping,
         }
@@ -688,11 +689,11 @@ class Link:
         learned = False
         if plan.route is Route.NATIVE and result.failed_straight:
             learned = target.learn_about_native(job.buffer, result.error)
-        elif result.error == errno.EFAULT and result.failed_straight:
-            job.buffer.pin_refusal = (
-                "the kernel cannot pin the pages behind the buffer's mapping (EFAULT); allocate it "
-                'with exporter="udmabuf" or "memfd"'
-            )
+        elif (
+            plan.route is Route.DIRECT
+            and result.failed_straight
+            and target.learn_about_memory(job.buffer, result.error)
+        ):
             learned = True
         elif self._write or result.error_offset < target.end():  # past the end: says nothing
             registered = job.registered and target.namespace is None

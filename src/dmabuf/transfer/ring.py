@@ -315,7 +315,7 @@ class Registration:
         self.slots = ffi.new("int32_t[]", [-1] * count)
         self.seen = 0
         """Bytes that jobs have moved."""
-        self.refused: str | None = None
+        self.refused = buffer.registration_refusal
         self._ring = ring
         self._key = id(buffer)
         self.buffer = weakref.ref(buffer)

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from dmabuf.errors import ClosedError, os_error
-from dmabuf.kernel import files, log, nvme, proc, process
+from dmabuf.kernel import files, log, nvme, pci, proc, process
 from dmabuf.memory import Buffer
 from dmabuf.sizes import OFFSET_MAX
 from dmabuf.transfer import audit
@@ -66,6 +66,7 @@ class Target:
     _plain = -1
     """Another descriptor without O_DIRECT, once one was needed beside `fd`."""
     _no_native: weakref.WeakKeyDictionary[Buffer, str] | None = None
+    _no_peer: weakref.WeakKeyDictionary[Buffer, str] | None = None
     _device: str | None = None
 
     def __init__(
@@ -382,10 +383,32 @@ class Target:
             os.close(direct.fd)
         return self._direct
 
+    def no_direct(self, buffer: Buffer) -> str | None:
+        """Return why the file's device cannot access the buffer's pages; None if it can."""
+        return buffer.pin_refusal or (self._no_peer and self._no_peer.get(buffer)) or None
+
+    def learn_about_memory(self, buffer: Buffer, error: int) -> bool:
+        """Record an errno of a direct request that is about the memory; return whether it is."""
+        if error == errno.EFAULT:
+            buffer.pin_refusal = (
+                "the kernel cannot pin the pages behind the buffer's mapping (EFAULT); allocate it "
+                'with exporter="udmabuf" or "memfd"'
+            )
+            return True
+        # Pinning fails with EREMOTEIO where the driver cannot, mapping with that or EINVAL.
+        if buffer.peer is None or error not in (errno.EREMOTEIO, errno.EINVAL):
+            return False
+        if self._no_peer is None:
+            self._no_peer = weakref.WeakKeyDictionary()
+        self._no_peer[buffer] = pci.why_not_peers(buffer.peer, self.device())
+        log.info("%s: %s", self.path, self._no_peer[buffer])
+        return True
+
     def no_native(self, buffer: Buffer, *, write: bool) -> str | None:
         """Return why no range of a buffer can take the native route; None if one may."""
         if not buffer.is_dmabuf:
-            return "the buffer is a memfd, which is not a dma-buf"
+            kind = "a memfd" if buffer.exporter == "memfd" else f"memory of {buffer.exporter}"
+            return f"the buffer is {kind}, which is not a dma-buf"
         if self.namespace is not None:
             return (
                 "NVMe passthrough cannot use registered dma-bufs (EOPNOTSUPP); open the "
