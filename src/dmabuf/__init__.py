@@ -25,13 +25,12 @@ __version__ = "0.1.0"
 TYPE_CHECKING = False  # typing's own, without what importing typing costs
 if TYPE_CHECKING:
     from dmabuf.copying import Copy, CopySide, FileRange, copy, read_files, write_files
+    from dmabuf.devices.block import BlockDevice, as_block_device
     from dmabuf.memory import (
-        BlockDevice,
         Buffer,
         BufferFile,
         Slab,
         allocate,
-        as_block_device,
         as_file,
         from_dlpack,
         from_fd,
@@ -81,16 +80,15 @@ if not TYPE_CHECKING:
     _ROOMS = {
         "copying": ("Copy", "CopySide", "FileRange", "copy", "read_files", "write_files"),
         "memory": (
-            "BlockDevice",
             "Buffer",
             "BufferFile",
             "Slab",
             "allocate",
-            "as_block_device",
             "as_file",
             "from_dlpack",
             "from_fd",
         ),
+        "devices.block": ("BlockDevice", "as_block_device"),
         "transfer": ("Engine", "File", "Plan", "Route", "Terms", "Transfer", "open"),
     }
 

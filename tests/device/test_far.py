@@ -101,6 +101,16 @@ def test_pages_are_on_a_node_without_processors(exporter: str, huge_pages: int |
             assert_same(through_dmabuf(buffer.slabs[0]), poison(SIZE), "the dma-buf's own bytes")
 
 
+@needs("numa", "udmabuf")
+def test_the_example(tmp_path: Path) -> None:
+    path = tmp_path / "weights.bin"
+    path.write_bytes(pattern(SIZE, 3))
+    command = [sys.executable, "examples/far_memory.py", path, str(FAR)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("<dmabuf.Buffer") and "read direct" in done.stdout, done.stdout
+
+
 @needs("numa", "dma_heap", "nvme")
 def test_a_heap_takes_its_pages_from_the_node() -> None:
     size, slack = 64 * MIB, 4 * MIB  # free pages that processors keep for themselves

@@ -14,8 +14,8 @@ import pytest
 
 import dmabuf
 import dmabuf.store
+from dmabuf.devices import block
 from dmabuf.kernel import ublk
-from dmabuf.memory import block_device
 from tests.guards import demand, needs
 from tests.kernel.conftest import BUFFERS
 from tests.kernel.vgem import Card
@@ -219,7 +219,7 @@ def test_a_request_waits_for_the_device_that_uses_the_memory(card: Card, access:
 
 @needs("vgem")
 def test_a_device_that_never_ends_is_an_error(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(block_device, "FENCE_MS", 100)
+    monkeypatch.setattr(block, "FENCE_MS", 100)
     with (
         dmabuf.allocate(SIZE, exporter="udmabuf") as buffer,
         dmabuf.as_block_device(buffer) as device,

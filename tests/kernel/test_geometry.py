@@ -50,7 +50,7 @@ def commands(file, buffer, disk, direction, route):
     move = file.read_into if direction == "read" else file.write_from
     move(buffer, SIZE, route=route)  # registers, and is audited
     before = statistics(disk, direction)
-    transfer = move(buffer, SIZE, route=route)
+    transfer = move(buffer, SIZE, route=route, audit="off")  # no samples are read, too
     count, nbytes = (
         now - was for now, was in zip(statistics(disk, direction), before, strict=True)
     )

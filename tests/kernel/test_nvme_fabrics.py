@@ -167,9 +167,11 @@ def test_it_goes_in_the_middle(
                 with Filter(judge):
                     worker.run(file)
         error = worker.error
-        assert isinstance(error, OSError) and error.errno in GONE, error
+        # Until the kernel has removed the node, it refuses passthrough without a namespace so.
+        early = {errno.EINVAL} if (how, kind) == ("namespace", "node") else set()
+        assert isinstance(error, OSError) and error.errno in GONE | early, error
         assert error.filename == path
-        assert 0 < error.nbytes < PART
+        assert error.nbytes < PART and (error.nbytes or error.errno == errno.EINVAL)
         worker.check(local().read(SIZE), sure=True)
         come_back(fabric, target, how)
         check_memory(path_of(fabric, kind), buf)

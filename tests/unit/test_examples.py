@@ -46,6 +46,14 @@ def test_arrays(tmp_path):
     assert [line.partition(": ")[2].partition(" bytes")[0] for line in lines] == ["9,600", "3,840"]
 
 
+def test_far_memory_names_the_exporter_that_is_missing():
+    """tests/device runs it on far memory."""
+    command = [sys.executable, ROOT / "examples/far_memory.py", __file__, "/dev/dax99.0"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "/dev/dax99.0" in done.stderr.splitlines()[-1]
+
+
 @needs("sentence_model")
 def test_the_embeddings_of_a_model_in_a_buffer_are_those_of_the_ordinary_way():
     command = [sys.executable, ROOT / "examples/sentence_model.py", "One sentence.", "Another."]

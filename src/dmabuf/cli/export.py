@@ -10,8 +10,9 @@ from typing import Literal
 from dmabuf.cli import output
 from dmabuf.cli.parser import Command, Misuse, Parser
 from dmabuf.cli.store import name_argument
+from dmabuf.devices.block import as_block_device
 from dmabuf.kernel import ublk
-from dmabuf.memory import Buffer, as_block_device
+from dmabuf.memory import Buffer
 from dmabuf.store import Status, Store, connect, notify_systemd
 
 

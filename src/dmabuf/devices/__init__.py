@@ -7,6 +7,7 @@
   GPU, and Buffers for its kernels.
 - ``vaapi``: Buffers as surfaces of video drivers by libva, and their surfaces as Buffers.
 - ``vfio``: the BARs of PCI devices as Buffers.
+- ``block``: a Buffer as a block device, by the kernel's ublk driver.
 - ``staging``: the pipeline between a File and memory that only a device can reach.
 
 A module is named by its users (``from dmabuf.devices import v4l2``) and is not imported here, so

@@ -3,9 +3,9 @@
 `buffer` has Buffer, which every other room moves bytes to and from, and `rawfile` its file
 interface. `exporters` allocates memory and `capacity` checks that there is enough; `far` maps that
 of devices; `foreign` takes in dma-bufs and tensors made elsewhere; `arrays` shows the memory to
-NumPy, PyTorch and DLPack, and `as_file` and `block_device` show it to other programs. What makes,
-maps or shares memory enters here; what moves bytes between memory and files belongs to `transfer`,
-and memory of a particular kind of device to `devices`.
+NumPy, PyTorch and DLPack, and `as_file` shows it to other programs. What makes, maps or shares
+memory enters here; what moves bytes between memory and files belongs to `transfer`, and memory of a
+particular kind of device to `devices`.
 
 The names below are the face, with the modules `capacity`, `exporters`, `far` and `foreign` for
 rooms that make Buffers of their own.
@@ -13,19 +13,16 @@ rooms that make Buffers of their own.
 
 from dmabuf.memory.arrays import import_optional
 from dmabuf.memory.as_file import BufferFile, as_file, descriptor_as_file, serve_by_fuse
-from dmabuf.memory.block_device import BlockDevice, as_block_device
 from dmabuf.memory.buffer import Buffer, Slab, Window, find_buffer
 from dmabuf.memory.exporters import allocate
 from dmabuf.memory.foreign import device_memory, from_dlpack, from_fd
 
 __all__ = [
-    "BlockDevice",
     "Buffer",
     "BufferFile",
     "Slab",
     "Window",
     "allocate",
-    "as_block_device",
     "as_file",
     "capacity",
     "descriptor_as_file",

@@ -16,7 +16,7 @@ from types import TracebackType
 from dmabuf._core import check, ffi, lib
 from dmabuf.errors import Uncopyable
 from dmabuf.kernel import ublk
-from dmabuf.memory.buffer import Buffer
+from dmabuf.memory import Buffer
 from dmabuf.sizes import Size, parse_size
 
 __all__ = ["BlockDevice", "as_block_device"]
