@@ -172,7 +172,8 @@ coverage: $(VENV)/ready
 
 # Two guests, of which each takes about half of the time.
 LAB_TESTS_1 := $(wildcard tests/kernel/test_[a-f]*.py)
-LAB_TESTS_2 := $(filter-out $(LAB_TESTS_1),$(wildcard tests/kernel/test_*.py)) tests/device
+FABRICS := tests/kernel/test_nvme_fabrics.py
+LAB_TESTS_2 := $(filter-out $(LAB_TESTS_1) $(FABRICS),$(wildcard tests/kernel/test_*.py)) tests/device
 lab-tests: lab-tests-1 lab-tests-2
 
 lab-tests-1 lab-tests-2: lab-tests-%: $(VENV)/ready
@@ -183,6 +184,7 @@ lab-tests-1 lab-tests-2: lab-tests-%: $(VENV)/ready
 .PHONY: test-guests
 test-guests: $(VENV)/ready
 	tools/install-system-packages $$(lab/run --apt-packages)
+	lab/run --devices nvmf -- python3 -m pytest --timeout 600 $(FABRICS)
 	lab/run --guests 2 --devices nvmf --memory 2G -- python3 -m pytest --timeout 600 tests/guests
 
 # Other loaders side by side: takes minutes, downloads 2 GiB, and needs 5 GiB of disk and, as root,

@@ -108,7 +108,9 @@ def test_the_example(tmp_path: Path) -> None:
     command = [sys.executable, "examples/far_memory.py", path, str(FAR)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("<dmabuf.Buffer") and "read direct" in done.stdout, done.stdout
+    assert done.stdout.startswith("<dmabuf.Buffer") and "bytes direct in" in done.stdout, (
+        done.stdout
+    )
 
 
 @needs("numa", "dma_heap", "nvme")

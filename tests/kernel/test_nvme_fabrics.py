@@ -171,7 +171,8 @@ def test_it_goes_in_the_middle(
         early = {errno.EINVAL} if (how, kind) == ("namespace", "node") else set()
         assert isinstance(error, OSError) and error.errno in GONE | early, error
         assert error.filename == path
-        assert error.nbytes < PART and (error.nbytes or error.errno == errno.EINVAL)
+        # There the transfer begins anew, as for a path that is lost for a moment.
+        assert (0 if early else 1) <= error.nbytes < PART
         worker.check(local().read(SIZE), sure=True)
         come_back(fabric, target, how)
         check_memory(path_of(fabric, kind), buf)

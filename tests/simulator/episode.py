@@ -25,7 +25,7 @@ from dmabuf.aio.engine import LoopEngine
 from dmabuf.aio.requests import Call
 from dmabuf.kernel import uapi
 from dmabuf.memory import Slab
-from dmabuf.transfer import audit
+from dmabuf.transfer import Engine, audit
 from dmabuf.transfer.engine import _default, default_engine
 from tests.unit import interrupting
 
@@ -41,6 +41,8 @@ def _call_in_the_loop(engine: LoopEngine, request: Call) -> None:
 
 
 LoopEngine.start_call = _call_in_the_loop  # type: ignore[method-assign]
+# Where a fault refuses the probe of io_uring, worker threads would enter the virtual kernel.
+Engine._choose_backend = lambda *_: lib.DMB_BACKEND_URING  # type: ignore[method-assign]
 
 FILE, MEMORY, BLOCK = 96 << 10, 128 << 10, 4096
 PLAUSIBLE = {
