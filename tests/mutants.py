@@ -3,7 +3,8 @@
 ``python -m tests.mutants`` takes out the fixes of FAULTS, each a kind of fault that the core once
 had or could have. ``python -m tests.mutants csrc/batch.c`` makes small changes to a file instead,
 one at a time: conditions negated, comparisons and numbers changed, statements left out. A change
-that the simulator does not notice is printed: it survives.
+that the simulator does not notice is tried by the core's own tests. One that these do not notice
+either is printed: it survives.
 """
 
 from __future__ import annotations
@@ -182,6 +183,12 @@ def small_changes(text: str) -> Iterator[tuple[int, str, str]]:
                 yield number, line, re.sub(rf"\b{old}\b", new, line, count=1)
 
 
+TIMEOUT = 120
+"""Seconds in which each of the core's tests ends."""
+SKIPPED = 77
+"""The status of a test that lacks something."""
+
+
 class Bench:
     """A copy of the core, in which one file at a time is changed."""
 
@@ -191,14 +198,17 @@ class Bench:
         shutil.copytree(ROOT / "csrc", self.folder)
         self.build()
 
-    def build(self) -> bool:
-        made = subprocess.run(
-            ["make", "-s", "-C", self.folder, "../build/csrc/fast/simulate"], capture_output=True
-        )
+    def build(self, *programs: str) -> bool:
+        """Build programs of build/csrc, by default the simulator."""
+        targets = [f"../build/csrc/{name}" for name in programs or ["fast/simulate"]]
+        made = subprocess.run(["make", "-s", "-C", self.folder, *targets], capture_output=True)
         return made.returncode == 0
 
-    def killed(self, file: str, text: str) -> str | None:
-        """Return how a changed file was noticed; "" if it was not; None if it does not compile."""
+    def killed(self, file: str, text: str, tests: bool = False) -> str | None:
+        """Return how a changed file was noticed; "" if it was not; None if it does not compile.
+
+        With tests, a change that the simulator did not notice is tried by the core's own tests.
+        """
         path = self.folder / file
         before = path.read_text()
         path.write_text(text)
@@ -214,10 +224,27 @@ class Bench:
                 text=True,
                 errors="replace",
             )
+            lines = run.stdout.splitlines()
+            if run.returncode or not tests:
+                return "; ".join(lines[:2]) if run.returncode else ""
+            return self._killed_by_tests()
         finally:
             path.write_text(before)
-        lines = run.stdout.splitlines()
-        return "; ".join(lines[:2]) if run.returncode else ""
+
+    def _killed_by_tests(self) -> str:
+        names = sorted(path.stem for path in (self.folder / "tests").glob("test_*.c"))
+        programs = [f"plain/{name}" for name in names]
+        if not self.build(*programs):
+            raise SystemExit("the core's tests cannot be built: run make -C csrc test")
+        for name in programs:
+            program = self.folder.parent / "build/csrc" / name
+            try:
+                run = subprocess.run([program], capture_output=True, timeout=TIMEOUT)
+            except subprocess.TimeoutExpired:
+                return f"{name} does not end"
+            if run.returncode not in (0, SKIPPED):
+                return f"{name} fails"
+        return ""
 
     def package_killed(self, fault: Fault) -> str:
         """Return how a fault of the package was noticed; "" if it was not."""
@@ -267,18 +294,19 @@ def told(fault: Fault, how: str | None) -> bool:
 def changes(bench: Bench, file: str) -> int:
     text = (ROOT / "csrc" / file).read_text()
     lines = text.splitlines()
-    killed = survived = 0
+    killed = by_tests = survived = 0
     for number, line, new in small_changes(text):
         all_lines = [*lines[:number], new, *lines[number + 1 :]]
-        how = bench.killed(file, "\n".join(all_lines) + "\n")
+        how = bench.killed(file, "\n".join(all_lines) + "\n", tests=True)
         if how is None:
             continue
         killed, survived = killed + bool(how), survived + (not how)
+        by_tests += how.startswith("plain/")
         if not how:
             print(
                 f"{file}:{number + 1}: {line.strip()}\n    {new.strip() or 'left out'}", flush=True
             )
-    print(f"{file}: {killed} of {killed + survived} changes noticed")
+    print(f"{file}: {killed} of {killed + survived} changes noticed, {by_tests} of them by tests")
     return 0
 
 
