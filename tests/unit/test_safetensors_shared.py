@@ -3,12 +3,14 @@
 import errno
 import fcntl
 import gc
+import itertools
 import mmap
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -345,7 +347,7 @@ def test_the_store_is_killed_and_the_load_succeeds(step: str, path: Path, socket
 def test_workers_go_on_after_the_store_and_other_workers_were_killed(
     path: Path, socket: Path
 ) -> None:
-    def work(tell) -> None:
+    def work(start: int, tell) -> None:
         model = load(path, socket)
         tell(b"attached")
         while True:
@@ -353,23 +355,26 @@ def test_workers_go_on_after_the_store_and_other_workers_were_killed(
             check(model)
             tell(b"right")
 
-    start, go = os.pipe()
-    children = [Child(work) for _ in range(3)]
+    def all_are_right() -> bool:
+        for _, go in pipes[: len(children)]:
+            os.write(go, b"x")
+        return [child.told() for child in children] == [b"right"] * len(children)
+
+    pipes = [os.pipe() for _ in range(3)]  # one each, so that none takes the turn of another
+    children = [Child(partial(work, start)) for start, _ in pipes]
     try:
         for child in children:
             child.told()
         kill_servers(socket)
         children.pop().kill()
-        os.write(go, b"xx")
-        assert [child.told() for child in children] == [b"right"] * 2
+        assert all_are_right()
         check(load(path, socket))
-        os.write(go, b"xx")
-        assert [child.told() for child in children] == [b"right"] * 2
+        assert all_are_right()
     finally:
-        os.close(start)
-        os.close(go)
         for child in children:
             child.kill()
+        for fd in itertools.chain(*pipes):
+            os.close(fd)
 
 
 def test_a_file_that_changes_while_it_loads_is_refused(path: Path, served: Path) -> None:
