@@ -180,7 +180,8 @@ lab-tests-1 lab-tests-2: lab-tests-%: $(VENV)/ready
 	tools/install-system-packages $$(lab/run --apt-packages)
 	lab/run --timeout 2700 --devices all -- python3 -m pytest --timeout 600 $(LAB_TESTS_$*)
 
-# Not part of `make test`: tests between two guests, of which one loses its power and boots again.
+# Not part of `make test`: NVMe over TCP in one guest; then tests between two guests, of which one
+# loses its power and boots again.
 .PHONY: test-guests
 test-guests: $(VENV)/ready
 	tools/install-system-packages $$(lab/run --apt-packages)

@@ -173,7 +173,7 @@ def test_it_goes_in_the_middle(
         assert error.filename == path
         # There the transfer begins anew, as for a path that is lost for a moment.
         assert (0 if early else 1) <= error.nbytes < PART
-        worker.check(local().read(SIZE), sure=True)
+        worker.check(local().read(SIZE), sure=True, network=True)
         come_back(fabric, target, how)
         check_memory(path_of(fabric, kind), buf)
     finally:
@@ -224,7 +224,7 @@ def test_it_comes_back_under_many(
                 assert_same(medium[part], last, "the medium")
             else:
                 assert kind == "node" and worker.error.errno in GONE, worker.error
-                worker.check(medium, sure=True)
+                worker.check(medium, sure=True, network=True)
         assert {route for worker in workers for route in worker.routes} == {Route.DIRECT}
     if kind != "file":
         check_memory(path_of(fabric, kind), buf)

@@ -19,7 +19,7 @@ import os
 from collections.abc import Iterator
 
 from dmabuf.errors import os_error
-from dmabuf.kernel import pci, proc
+from dmabuf.kernel import proc
 from dmabuf.memory.buffer import Buffer, Slab
 from dmabuf.sizes import format_size, round_up
 
@@ -143,6 +143,8 @@ def _folder(address: str) -> str:
 
 def _allocate_peer(size: int, exporter: str, name: str | None) -> Buffer:
     address = exporter.removeprefix(PEER)
+    from dmabuf.kernel import pci  # only where it is needed
+
     if not pci.is_address(address):
         raise ValueError(f"invalid PCI address in exporter={exporter!r}: use {PEER}0000:65:00.0")
     path, size = f"{_folder(address)}/allocate", round_up(size, mmap.PAGESIZE)

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from dmabuf.errors import ClosedError, os_error
-from dmabuf.kernel import files, log, nvme, pci, proc, process
+from dmabuf.kernel import files, log, nvme, proc, process
 from dmabuf.memory import Buffer
 from dmabuf.sizes import OFFSET_MAX
 from dmabuf.transfer import audit
@@ -400,6 +400,8 @@ class Target:
             return False
         if self._no_peer is None:
             self._no_peer = weakref.WeakKeyDictionary()
+        from dmabuf.kernel import pci  # only where it is needed
+
         self._no_peer[buffer] = pci.why_not_peers(buffer.peer, self.device())
         log.info("%s: %s", self.path, self._no_peer[buffer])
         return True
