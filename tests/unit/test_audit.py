@@ -295,10 +295,18 @@ def test_samples_of_many_segments_and_of_the_end_of_the_file(file, path, buf):
     flat = array("Q", [number for segment in segments for number in segment])
     before = bytearray(content(buf))
     there = path.read_bytes()
-    assert "pages of" in file.read_segments(buf, flat).audited
+    assert "8 pages of" in file.read_segments(buf, flat).audited
     for at, start, size in segments:
         before[start : start + size] = there[at : at + size]
     assert_same(content(buf), bytes(before), "the buffer, around the samples too")
+
+
+def test_a_sample_has_eight_pages_or_all(file, buf):
+    assert "every byte" in move(file, "read", buf).audited
+    audit.PAIRS.ledger("fake", file.target.device(), "read").moving += 1e9
+    for _ in range(100):
+        assert move(file, "read", buf).audited.startswith("8 pages of 200 KiB")
+    assert move(file, "read", buf, size=20 * 1024).audited.startswith("5 pages of 20 KiB")
 
 
 def test_how_often_samples_are_due():

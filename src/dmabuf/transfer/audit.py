@@ -31,6 +31,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
+from itertools import pairwise
 from typing import Any, Literal, Protocol, TypeAlias
 
 from dmabuf._core import lib
@@ -201,18 +202,23 @@ class Check:
         self._sample = list(self._choose()) if extent == "some" else None
 
     def _choose(self) -> Iterator[Piece]:
-        """Yield pages of a sample, in order: one in each of SAMPLES equal parts, at random."""
-        total = sum(size for _, _, size in self._segments)
-        places = [(number + random.random()) * total / SAMPLES for number in range(SAMPLES)]
-        position, done = 0, 0
+        """Yield SAMPLES pages in order, one at random in each of as many equal parts.
+
+        Fewer, and all of them, where the segments have fewer pages.
+        """
+        total = sum(-(-size // PAGE) for _, _, size in self._segments)
+        edges = [number * total // SAMPLES for number in range(SAMPLES + 1)]
+        chosen = [random.randrange(*part) for part in pairwise(edges) if part[0] < part[1]]
+        chosen.reverse()
+        position, pages = 0, 0
         for file_offset, offset, size in self._segments:
-            while places and places[0] < position + size:
-                start = max(int(places.pop(0)) - position, 0) // PAGE * PAGE
+            count = -(-size // PAGE)
+            while chosen and chosen[-1] < pages + count:
+                start = (chosen.pop() - pages) * PAGE
                 part = min(size - start, PAGE, self._end - file_offset - start)
-                if part > 0 and position + start >= done:
+                if part > 0:
                     yield position + start, file_offset + start, offset + start, part
-                    done = position + start + part
-            position += size
+            position, pages = position + size, pages + count
 
     def _pieces(self, nbytes: int) -> Iterator[Piece]:
         """Yield the blocks of the first bytes."""
