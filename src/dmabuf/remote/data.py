@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections import deque
 from collections.abc import Sequence
 
 from dmabuf.copying import Reader, Source
@@ -17,47 +16,38 @@ from dmabuf.remote import protocol
 from dmabuf.remote.channel import Channel
 from dmabuf.remote.nixl import BLOCK, Mover
 from dmabuf.remote.protocol import Malformed
+from dmabuf.remote.ranges import Range, Ranges, total
 from dmabuf.transfer import File, Terms
 
 _SCRATCH = 256 << 10
 
 
-class Ranges:
-    """Ranges of a file, which are taken one after the other in pieces of any size."""
-
-    def __init__(self, ranges: Sequence[tuple[int, int]]) -> None:
-        self._left = deque(ranges)
-
-    def take(self, size: int, at: int) -> array[int]:
-        """Return the segments between the next bytes of the file and a buffer from `at` on."""
-        taken = array("Q")
-        while size:
-            offset, length = self._left.popleft()
-            part = min(size, length)
-            if part:
-                taken.extend((offset, at, part))
-            if part < length:
-                self._left.appendleft((offset + part, length - part))
-            at, size = at + part, size - part
-        return taken
+def _segments(ranges: Sequence[Range], at: int) -> array[int]:
+    """Return the segments between ranges of a file and a buffer from `at` on."""
+    found = array("Q")
+    for offset, size in ranges:
+        found.extend((offset, at, size))
+        at += size
+    return found
 
 
 class FileRanges(Source):
     """Ranges of a file, one after the other."""
 
-    def __init__(self, file: File, ranges: Sequence[tuple[int, int]], terms: Terms) -> None:
+    def __init__(self, file: File, ranges: Sequence[Range], terms: Terms) -> None:
         super().__init__(str(file.name), terms, None)
         self._file, self._ranges = file, Ranges(ranges)
 
     def read(self, buffer: Buffer, at: int, size: int, *, whole: bool, more: bool) -> int:
         """Read the next bytes into the buffer, and return how many."""
-        taken = self._ranges.take(size, at)
-        if len(taken) == 3:
+        taken = self._ranges.take(size)
+        if len(taken) == 1:
+            [(offset, size)] = taken
             done = self._file.read_into(
-                buffer, taken[2], file_offset=taken[0], buffer_offset=at, terms=self.terms
+                buffer, size, file_offset=offset, buffer_offset=at, terms=self.terms
             )
         else:
-            done = self._file.read_segments(buffer, taken, terms=self.terms)
+            done = self._file.read_segments(buffer, _segments(taken, at), terms=self.terms)
         self.tally.add(done)
         return done.nbytes
 
@@ -125,7 +115,7 @@ class SocketSource(Source):
 class Far:
     """The places in a client's pump of the data of a request, one after the other."""
 
-    def __init__(self, channel: Channel, mover: Mover, ranges: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, channel: Channel, mover: Mover, ranges: Sequence[Range]) -> None:
         self.name, self.by_card, self.blocks = channel.name, mover.by_card, mover.blocks
         self._channel, self._mover, self._ranges = channel, mover, Ranges(ranges)
         self._filled = 0  # bytes of the first block that `write_content` has yet to move
@@ -137,13 +127,14 @@ class Far:
     def write(self, block: Buffer, size: int) -> None:
         """Write the first bytes of a block to the next places."""
         if size:
-            where, tick = self._ranges.take(size, 0), self._channel.keep_waiting
-            self._mover.move_block("WRITE", block, where, tick)
+            self._mover.move_block(
+                "WRITE", block, 0, self._ranges.take(size), self._channel.keep_waiting
+            )
             self.moved(size)
 
     def read(self, block: Buffer, at: int, size: int) -> None:
         """Read the next places into a block; in any thread."""
-        self._mover.move_block("READ", block, self._ranges.take(size, at))
+        self._mover.move_block("READ", block, at, self._ranges.take(size))
 
     def write_content(self, content: int | memoryview, size: int) -> int:
         """Write a memory file or memory to the next places; return the bytes copied to do so.
@@ -152,7 +143,7 @@ class Far:
         """
         if isinstance(content, int) and size >= BLOCK:
             self.flush()
-            address = self._ranges.take(size, 0)[0]
+            [(address, _)] = self._ranges.take(size)
             self._mover.write_file(content, size, address, self._channel.keep_waiting)
             self.moved(size)
             return 0
@@ -206,29 +197,27 @@ class FarSource(Source):
 
 def write_all(
     file: File,
-    ranges: Sequence[tuple[int, int]],
+    ranges: Sequence[Range],
     terms: Terms,
     data: SocketSource | FarSource,
     pool: list[Buffer],
 ) -> None:
     """Write the data of a client to ranges of a file, receiving ahead."""
-    left, total = Ranges(ranges), sum(size for _, size in ranges)
-    if not total:
+    left, most, done = Ranges(ranges), total(ranges), 0
+    if not most:
         return
-    done = 0
-    with Reader(data, pool, total, whole=True, ahead=total > pool[0].size) as reader:
-        while done < total:
+    with Reader(data, pool, most, whole=True, ahead=most > pool[0].size) as reader:
+        while done < most:
             filled = reader.take()
             if filled.error is not None:
                 raise filled.error
-            taken = left.take(filled.size, 0)
+            taken = left.take(filled.size)
             try:
-                if len(taken) == 3:
-                    moved = file.write_from(
-                        filled.buffer, filled.size, file_offset=taken[0], terms=terms
-                    )
+                if len(taken) == 1:
+                    [(offset, size)] = taken
+                    moved = file.write_from(filled.buffer, size, file_offset=offset, terms=terms)
                 else:
-                    moved = file.write_segments(filled.buffer, taken, terms=terms)
+                    moved = file.write_segments(filled.buffer, _segments(taken, 0), terms=terms)
             except OSError as error:
                 error.nbytes = done + getattr(error, "nbytes", 0)  # type: ignore[attr-defined]
                 raise

@@ -11,13 +11,10 @@ from dmabuf.errors import ClosedError, Uncopyable, os_error
 from dmabuf.memory import Buffer
 from dmabuf.remote import protocol
 from dmabuf.remote.protocol import Message
+from dmabuf.remote.ranges import Range
 from dmabuf.remote.session import Engine, RemotePlan, RemoteTransfer, Session, check_terms
-from dmabuf.remote.tcp import Place
 from dmabuf.sizes import OFFSET_MAX, Size, parse_size
 from dmabuf.transfer import Direction, Plan, Progress, Route, Terms, Verbs, segments_of
-
-Range = tuple[int, Place]
-"""An offset in a file, and the place in a buffer for the bytes there."""
 
 
 class RemoteFile(
@@ -144,7 +141,7 @@ class RemoteFile(
         terms: Terms,
     ) -> RemotePlan:
         self._check(direction, buffer, terms)
-        offset, (_, nbytes) = self._range(direction, buffer, size, file_offset, buffer_offset)
+        offset, _, nbytes = self._range(direction, buffer, size, file_offset, buffer_offset)
         about = protocol.terms_fields(terms)
         reply = self._ask("plan", direction=direction, offset=offset, size=nbytes, terms=about)
         route, reason = reply.choice("route", *Route), reply.get("reason", str)
@@ -159,7 +156,8 @@ class RemoteFile(
         size: Size | None,
         file_offset: Size | None,
         buffer_offset: Size,
-    ) -> tuple[int, Place]:
+    ) -> tuple[int, int, int]:
+        """Return the offset in the file, that in the buffer, and the size."""
         offset = 0 if file_offset is None else parse_size(file_offset, "file_offset")
         start = parse_size(buffer_offset, "buffer_offset")
         nbytes = max(0, buffer.size - start) if size is None else parse_size(size)
@@ -170,7 +168,7 @@ class RemoteFile(
         if start + nbytes > buffer.size:
             text = f"buffer_offset={start} size={nbytes} leaves the buffer"
             raise ValueError(f"{text} of {buffer.size} bytes")
-        return offset, (start, nbytes)
+        return offset, start, nbytes
 
     def _move_range(
         self,
@@ -183,8 +181,8 @@ class RemoteFile(
         progress: Progress | None,
     ) -> RemoteTransfer:
         self._check(direction, buffer, terms)
-        offset, place = self._range(direction, buffer, size, file_offset, buffer_offset)
-        return self.move(direction, buffer, [(offset, place)], terms, progress, whole=False)
+        ranges = [self._range(direction, buffer, size, file_offset, buffer_offset)]
+        return self.move(direction, buffer, ranges, terms, progress, whole=False)
 
     def _move_segments(
         self,
@@ -213,15 +211,18 @@ class RemoteFile(
         *,
         whole: bool,
     ) -> RemoteTransfer:
-        """Move ranges between the file and their places; `whole` refuses a read past its end."""
+        """Move ranges: of each its offset in the file, that in the buffer, and its size.
+
+        `whole` refuses a read past the end of the file.
+        """
         request = {
             "op": direction,
             "file": self._number,
-            "segments": [(offset, size) for offset, (_, size) in ranges],
+            "segments": [(offset, size) for offset, _, size in ranges],
             "whole": whole,
             "terms": protocol.terms_fields(terms),
         }
-        places = [place for _, place in ranges]
+        places = [(start, size) for _, start, size in ranges]
         return self._session.move(direction, buffer, places, self.name, terms, request, progress)
 
     # -- an end of dmabuf.copy()

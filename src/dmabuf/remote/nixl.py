@@ -13,7 +13,7 @@ import glob
 import os
 import socket
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from typing import NamedTuple
@@ -25,7 +25,7 @@ from dmabuf.remote import protocol
 from dmabuf.remote.channel import Channel
 from dmabuf.remote.protocol import Malformed, Message
 from dmabuf.remote.pump import Operation, Part, Pump, Region, library
-from dmabuf.remote.tcp import Place
+from dmabuf.remote.ranges import Range
 from dmabuf.transfer import Direction, Plan, Route
 
 _RDMA = "rc_verbs,ud_verbs,self"
@@ -176,7 +176,7 @@ class Nixl:
         return found
 
     def prepare(
-        self, channel: Channel, buffer: Buffer, places: Iterable[Place]
+        self, channel: Channel, buffer: Buffer, places: Sequence[Range]
     ) -> dict[str, object]:
         """Return the fields of a request by which the node reaches places of a granted buffer."""
         if self._changed:
@@ -189,7 +189,7 @@ class Nixl:
         self,
         channel: Channel,
         view: memoryview,
-        places: Sequence[Place],
+        places: Sequence[Range],
         path: str,
         meter: Meter | None = None,
         undefined: str = "the content of the buffer's range is undefined",
@@ -219,7 +219,7 @@ class Nixl:
         self,
         channel: Channel,
         view: memoryview,
-        places: Sequence[Place],
+        places: Sequence[Range],
         path: str,
         meter: Meter | None = None,
     ) -> Message:
@@ -294,16 +294,18 @@ class Mover:
         return self._blocks
 
     def move_block(
-        self, operation: Operation, block: Buffer, triples: Sequence[int], tick: Tick = _idle
+        self,
+        operation: Operation,
+        block: Buffer,
+        at: int,
+        there: Sequence[Range],
+        tick: Tick = _idle,
     ) -> None:
-        """Move bytes between a block and the client's pump.
-
-        `triples` are addresses there, offsets in the block and sizes, one after the other.
-        """
-        base, parts = self._at[id(block)], list[Part]()
-        for index in range(0, len(triples), 3):
-            remote, at, size = triples[index : index + 3]
-            parts.append(Part(base + at, remote, size))
+        """Move bytes between a block from `at` on and ranges of addresses in the client's pump."""
+        local, parts = self._at[id(block)] + at, list[Part]()
+        for remote, size in there:
+            parts.append(Part(local, remote, size))
+            local += size
         self.pump.move(operation, parts, self.timeout, tick)
 
     def write_file(self, fd: int, size: int, address: int, tick: Tick) -> None:

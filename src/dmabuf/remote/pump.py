@@ -29,7 +29,7 @@ import threading
 import time
 from base64 import b64decode, b64encode
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
@@ -38,6 +38,7 @@ from typing import Any, Literal, NamedTuple
 from dmabuf._core import address_of
 from dmabuf.errors import os_error
 from dmabuf.kernel import landlock
+from dmabuf.remote.ranges import Range, Ranges
 
 Operation = Literal["READ", "WRITE"]
 
@@ -274,10 +275,10 @@ class _Agent:
         self._peer = found.decode() if isinstance(found, bytes) else found
         return {}
 
-    def move(self, operation: str, parts: Sequence[tuple[int, int, int]]) -> dict[str, object]:
+    def move(self, operation: str, parts: Iterable[Range]) -> dict[str, object]:
         """Move bytes; NIXL refuses what is not in a region of this end and one of the peer."""
         under_way = deque[tuple[Any, str]]()
-        for piece in _pieces(parts):
+        for piece in Ranges(parts).pieces(_PIECE):  # `timeout` is for each
             here, there = (
                 self._agent.get_xfer_descs([(part[end], part[2], 0) for part in piece], "DRAM")
                 for end in (0, 1)
@@ -300,21 +301,6 @@ class _Agent:
             raise OSError(f"a transfer ended as {state}")
         transfer.release()
         self._owner.send(json.dumps(_GOES_ON).encode())
-
-
-def _pieces(parts: Sequence[tuple[int, int, int]]) -> Iterator[list[Part]]:
-    """Yield the parts in pieces of so many bytes that a limit of time is one for each."""
-    piece, left = list[Part](), _PIECE
-    for local, remote, size in parts:
-        while size:
-            part = min(size, left)
-            piece.append(Part(local, remote, part))
-            local, remote, size, left = local + part, remote + part, size - part, left - part
-            if not left:
-                yield piece
-                piece, left = [], _PIECE
-    if piece:
-        yield piece
 
 
 def _confine(name: str) -> None:

@@ -22,7 +22,8 @@ from dmabuf.errors import (
     os_error,
 )
 from dmabuf.memory import Buffer, allocate
-from dmabuf.remote.file import Range, RemoteFile
+from dmabuf.remote.file import RemoteFile
+from dmabuf.remote.ranges import Range, Ranges, total
 from dmabuf.remote.session import Engine, RemotePlan, RemoteTransfer
 from dmabuf.sizes import Size
 from dmabuf.transfer import Direction, Progress, Terms, stopping
@@ -136,7 +137,8 @@ class ReplicaFile(RemoteFile):
         whole: bool,
     ) -> RemoteTransfer:
         """Move ranges between the file and their places; `whole` refuses a read past its end."""
-        begun, pieces = time.perf_counter(), list(_pieces(self._within(ranges, whole=whole)))
+        begun = time.perf_counter()
+        pieces = list(Ranges(self._within(ranges, whole=whole)).pieces(_PIECE))
         if not pieces:
             return self._first(
                 lambda one: one.move(direction, buffer, (), terms, progress, whole=True)
@@ -144,9 +146,9 @@ class ReplicaFile(RemoteFile):
         if buffer.is_dmabuf:
             buffer.wait("write", terms.timeout)  # a device that is late is no fault of a node
         team = _Team(self._living(), direction, buffer, terms)
-        total = sum(size for piece in pieces for _, (_, size) in piece)
+        nbytes = sum(map(total, pieces))
         found = list[RemoteTransfer]()
-        for one in in_threads(team.move, pieces, total, buffer, len(team.files), progress):
+        for one in in_threads(team.move, pieces, nbytes, buffer, len(team.files), progress):
             if isinstance(one, OSError):
                 raise one
             assert isinstance(one, RemoteTransfer)
@@ -154,22 +156,22 @@ class ReplicaFile(RemoteFile):
         tally, nodes, audited = Tally(), dict[str, int](), dict[str, str]()
         for one in found:
             tally.add(one.remote)
-            for node, nbytes in one.nodes.items():
-                nodes[node] = nodes.get(node, 0) + nbytes
+            for node, moved in one.nodes.items():
+                nodes[node] = nodes.get(node, 0) + moved
                 audited.setdefault(node, f"from {node}: {one.audited}")
         return replace(
-            found[0], nbytes=total, copied=total, requests=len(found), nodes=nodes,
+            found[0], nbytes=nbytes, copied=nbytes, requests=len(found), nodes=nodes,
             audited="; ".join(audited.values()), remote=tally.side() or found[0].remote,
             seconds=time.perf_counter() - begun,
         )  # fmt: skip
 
     def _within(self, ranges: Iterable[Range], *, whole: bool) -> Iterator[Range]:
-        for index, (offset, (start, size)) in enumerate(ranges):
+        for index, (offset, start, size) in enumerate(ranges):
             here = min(size, max(0, self._end - offset))
             if whole and here < size:
                 text = f"the file of {self._end} bytes ends before the end of segment {index}"
                 raise ShortReadError(text, index)
-            yield offset, (start, here)
+            yield offset, start, here
 
 
 class _Team:
@@ -224,21 +226,6 @@ class _Team:
                 self._failure = TransferError(number, text, file.name, nbytes=0)
 
 
-def _pieces(ranges: Iterable[Range]) -> Iterator[list[Range]]:
-    """Cut ranges, and join small ones, so that each piece has `_PIECE` bytes; the last has less."""
-    piece, room = list[Range](), _PIECE
-    for offset, (start, left) in ranges:
-        while left:
-            part = min(left, room)
-            piece.append((offset, (start, part)))
-            offset, start, left, room = offset + part, start + part, left - part, room - part
-            if not room:
-                yield piece
-                piece, room = [], _PIECE
-    if piece:
-        yield piece
-
-
 def open_replicas(open_one: Iterable[Callable[[], RemoteFile]], path: str) -> ReplicaFile:
     """Open a file at each node, and return one file for all that have it.
 
@@ -275,7 +262,7 @@ def _samples(file: RemoteFile) -> bytes:
     size = file.size
     length = min(_SAMPLE, size)
     ranges = [
-        ((size - length) * index // (_SAMPLES - 1), (index * _SAMPLE, length))
+        ((size - length) * index // (_SAMPLES - 1), index * _SAMPLE, length)
         for index in range(_SAMPLES)
     ]
     with allocate(_SAMPLES * _SAMPLE, exporter="memfd") as buffer:

@@ -22,11 +22,12 @@ from dmabuf.kernel import files
 from dmabuf.memory import Buffer, allocate
 from dmabuf.remote import nixl, protocol
 from dmabuf.remote.channel import Channel
-from dmabuf.remote.data import Far, FarSource, FileRanges, Ranges, SocketSource, write_all
+from dmabuf.remote.data import Far, FarSource, FileRanges, SocketSource, write_all
 from dmabuf.remote.folder import Folder, Served
 from dmabuf.remote.lending import Lending
 from dmabuf.remote.nixl import Mover
 from dmabuf.remote.protocol import Malformed, Message
+from dmabuf.remote.ranges import Ranges, total
 from dmabuf.sizes import OFFSET_MAX
 from dmabuf.store import Lent, Server, Store, check_name
 from dmabuf.store import connect as connect_store
@@ -319,7 +320,7 @@ class Client:
         self, file: File, segments: Sequence[tuple[int, int]], begun: float
     ) -> CopySide:
         fd, done, calls = file.fileno(), 0, 0
-        self._channel.announce(sum(size for _, size in segments))
+        self._channel.announce(total(segments))
         for offset, size in segments:
             sent, count = self._channel.send_file(fd, offset, size)
             done, calls = done + sent, calls + count
@@ -331,15 +332,15 @@ class Client:
     def _send_read(
         self, file: File, segments: Sequence[tuple[int, int]], terms: Terms, far: Far | None
     ) -> CopySide:
-        total = sum(size for _, size in segments)
-        if not total:
+        nbytes = total(segments)
+        if not nbytes:
             return _side(0, Route.BUFFERED, "there are no such bytes", 0, 0, time.perf_counter())
         source = FileRanges(file, segments, terms)
-        with self._blocks(total, far) as pool:
-            ahead = total > pool[0].size
+        with self._blocks(nbytes, far) as pool:
+            ahead = nbytes > pool[0].size
             if far is None:
-                self._channel.announce(total)
-            with Reader(source, pool, total, whole=True, ahead=ahead) as reader:
+                self._channel.announce(nbytes)
+            with Reader(source, pool, nbytes, whole=True, ahead=ahead) as reader:
                 while True:
                     filled = reader.take()
                     if far is not None:
@@ -364,10 +365,10 @@ class Client:
         served, terms = self._served(request), protocol.parse_terms(request)
         segments, file = request.pairs("segments", int), served.file
         _check_apart(segments)
-        total = sum(size for _, size in segments)
+        nbytes = total(segments)
         far = self._far(request, [size for _, size in segments])
-        data = SocketSource(self._channel, total, terms) if far is None else FarSource(far, terms)
-        with self._blocks(total, far) as pool:
+        data = SocketSource(self._channel, nbytes, terms) if far is None else FarSource(far, terms)
+        with self._blocks(nbytes, far) as pool:
             for offset, size in segments[:1]:
                 part = min(size, pool[0].size)
                 file.plan(pool[0], "write", size=part, file_offset=offset, terms=terms)
@@ -419,10 +420,10 @@ class Client:
             far = self._far(request, sizes)
             channel.send(protocol.pack(names=told), more=far is None)
             contents = [one for one in found if not isinstance(one, OSError)]
-            total = sum(size for _, size in contents)
+            nbytes = sum(size for _, size in contents)
             calls, copied, digests = 0, 0, list[str]()
             if far is None:
-                channel.announce(total)
+                channel.announce(nbytes)
             for one, size in contents:
                 if far is not None:
                     calls, copied = calls + 1, copied + far.write_content(one, size)
@@ -438,7 +439,7 @@ class Client:
             if far is not None:
                 far.flush()
         reason = "the CPU copies the memory" if copied else _FROM_MEMORY
-        side = _side(total, Route.BUFFERED, reason, calls, copied, begun)
+        side = _side(nbytes, Route.BUFFERED, reason, calls, copied, begun)
         return _reply(side, " ".join(digests))
 
     def _content(
@@ -573,13 +574,9 @@ def _checksum_of_file(
     """Return the checksum of the first bytes of ranges, read by plain pread(2); "" for none."""
     if not limit:
         return ""
-    left = Ranges(ranges)
-    total = min(limit, sum(size for _, size in ranges))
 
     def pieces() -> Iterator[bytes]:
-        taken = left.take(total, 0)
-        for at in range(0, len(taken), 3):
-            offset, size = taken[at], taken[at + 2]
+        for offset, size in Ranges(ranges).take(limit):
             while size:
                 piece = os.pread(fd, min(size, _PIECE), offset)
                 if not piece:

@@ -16,7 +16,8 @@ from dmabuf.remote import nixl, protocol
 from dmabuf.remote.channel import Channel
 from dmabuf.remote.nixl import Nixl
 from dmabuf.remote.protocol import Message, Reported
-from dmabuf.remote.tcp import Place, Tcp
+from dmabuf.remote.ranges import Range, Ranges, total
+from dmabuf.remote.tcp import Tcp
 from dmabuf.sizes import OFFSET_MAX, format_size
 from dmabuf.transfer import Direction, Plan, Progress, Terms, Transfer, stopping
 
@@ -156,7 +157,7 @@ class Session:
         self,
         direction: Direction,
         buffer: Buffer,
-        places: Sequence[Place],
+        places: Sequence[Range],
         path: str,
         terms: Terms,
         request: Mapping[str, object],
@@ -179,7 +180,7 @@ class Session:
         first = min((start for start, _ in places), default=0)
         last = max((start + size for start, size in places), default=0)
         shifted = [(start - first, size) for start, size in places]
-        meter = None if progress is None else Meter(progress, sum(size for _, size in places))
+        meter = None if progress is None else Meter(progress, total(places))
         limit = self.audit_limit(buffer, terms, direction, places)
         with (
             mapped(buffer, terms, direction, first, last - first) as view,
@@ -191,11 +192,10 @@ class Session:
             carry = engine.receive if direction == "read" else engine.send
             reply = carry(channel, view, shifted, path, meter)
             nbytes, side = reply.number("nbytes"), protocol.parse_side(reply)
-            audited, parts, left = "", list[memoryview](), min(limit, nbytes)
-            if left:
-                for start, size in shifted:
-                    parts.append(view[start : start + min(size, left)])
-                    left -= len(parts[-1])
+            audited = ""
+            if limit and nbytes:
+                compared = Ranges(shifted).take(min(limit, nbytes))
+                parts = [view[start : start + size] for start, size in compared]
                 audited = compare(reply.get("checksum", str), parts, nbytes, path)
                 self.note_audit(buffer, direction)
         if meter is not None:
@@ -204,7 +204,7 @@ class Session:
         return self.record(engine, direction, nbytes, audited, seconds, side)
 
     def audit_limit(
-        self, buffer: Buffer, terms: Terms, direction: Direction, places: Sequence[Place]
+        self, buffer: Buffer, terms: Terms, direction: Direction, places: Sequence[Range]
     ) -> int:
         """Return how many of the first bytes of a transfer to compare.
 
@@ -267,7 +267,7 @@ def compare(expected: str, parts: Sequence[memoryview], nbytes: int, path: str) 
     return text if compared == nbytes else f"{text}; {format_size(nbytes)} were moved"
 
 
-def _overlap(places: Sequence[Place]) -> bool:
+def _overlap(places: Sequence[Range]) -> bool:
     end = 0
     for start, size in sorted(places):
         if size and start < end:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from dmabuf.copying import CopySide, Meter
 from dmabuf.errors import TransferError
@@ -11,10 +11,8 @@ from dmabuf.memory import Buffer
 from dmabuf.remote import protocol
 from dmabuf.remote.channel import Channel, Transport
 from dmabuf.remote.protocol import Malformed, Message
+from dmabuf.remote.ranges import Range, Ranges, total
 from dmabuf.transfer import Direction, Plan, Route
-
-Place = tuple[int, int]
-"""Where in a buffer bytes go or come from: offset and size."""
 
 
 class Tcp:
@@ -47,7 +45,7 @@ class Tcp:
         return {Route.NATIVE: text, Route.DIRECT: text}
 
     def prepare(
-        self, channel: Channel, buffer: Buffer, places: Iterable[Place]
+        self, channel: Channel, buffer: Buffer, places: Sequence[Range]
     ) -> dict[str, object]:
         """Return what a request needs beside its fields."""
         return {}
@@ -65,7 +63,7 @@ class Tcp:
         self,
         channel: Channel,
         view: memoryview,
-        places: Sequence[Place],
+        places: Sequence[Range],
         path: str,
         meter: Meter | None = None,
     ) -> Message:
@@ -82,13 +80,16 @@ class Tcp:
             TransferError: the connection failed, or the time was up.
             Reported: the node reports an error.
         """
-        done, cursor = 0, _Cursor(view, places)
+        done, left = 0, Ranges(places)
         try:
             while isinstance(found := channel.receive(), int):
-                for part in cursor.take(found):
-                    with part:
+                parts = left.take(found)
+                if total(parts) < found:
+                    raise Malformed("more data came than was requested")
+                for start, size in parts:
+                    with view[start : start + size] as part:
                         channel.read_into(part)
-                        done += len(part)
+                    done += size
                 if meter is not None:
                     meter(done)
         except OSError as error:
@@ -102,21 +103,23 @@ class Tcp:
         self,
         channel: Channel,
         view: memoryview,
-        places: Sequence[Place],
+        places: Sequence[Range],
         path: str,
         meter: Meter | None = None,
     ) -> Message:
         """Send the data of a request, and return the reply; as `receive`."""
         channel.receive_reply()
-        done, cursor, left = 0, _Cursor(view, places), sum(size for _, size in places)
-        channel.announce(left)
+        done = 0
+        channel.announce(total(places))
         try:
             # Whole messages, between which an error of the node may come.
-            while left and not channel.is_readable():
-                for part in cursor.take(min(left, protocol.MOST_DATA)):
-                    with part:
+            for parts in Ranges(places).pieces(protocol.MOST_DATA):
+                if channel.is_readable():
+                    break
+                for start, size in parts:
+                    with view[start : start + size] as part:
                         channel.send_data(part)
-                        done, left = done + len(part), left - len(part)
+                    done += size
                 if meter is not None:
                     meter(done)
             channel.send(protocol.pack(end=True))
@@ -124,26 +127,3 @@ class Tcp:
         except OSError as error:
             text = f"{error.strerror}; what the node holds of the range is undefined"
             raise TransferError(error.errno or errno.EIO, text, path, nbytes=done) from None
-
-
-class _Cursor:
-    """The places of a view that bytes fill one after the other."""
-
-    def __init__(self, view: memoryview, places: Sequence[Place]) -> None:
-        self._view, self._places = view, places
-        self._index = self._done = 0
-
-    def take(self, size: int) -> Iterator[memoryview]:
-        """Yield the places of the next bytes. Raises Malformed if there are not as many."""
-        while size:
-            if self._index == len(self._places):
-                raise Malformed("more data came than was requested")
-            start, length = self._places[self._index]
-            part = min(size, length - self._done)
-            if part:
-                start += self._done
-                yield self._view[start : start + part]
-            self._done += part
-            size -= part
-            if self._done == length:
-                self._index, self._done = self._index + 1, 0
