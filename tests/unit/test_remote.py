@@ -203,7 +203,7 @@ def test_a_read_ends_with_the_file_and_a_segment_must_not(there: Node, big: dmab
         assert caught.value.index == 1
         assert_same(big.pread(big.size, 0), poison(big.size), "the buffer")
         for wrong in ({"buffer_offset": big.size}, {"file_offset": 2**63 - 10}):
-            with pytest.raises(ValueError, match="leaves the"):
+            with pytest.raises(ValueError, match=r"ends past|leaves the"):
                 file.read_into(big, 100, **wrong)
         assert file.read_into(big, 5).nbytes == 5
 
@@ -337,7 +337,7 @@ def test_names_of_the_store(there: Node, folder: Path, big: dmabuf.Buffer) -> No
         lambda: there.publish("a", big, 1, mode=0o7777),
         lambda: there.publish("a", big, 0),
     ):
-        with pytest.raises((OSError, ValueError), match=r"invalid|not a range"):
+        with pytest.raises((OSError, ValueError), match=r"invalid|no bytes"):
             act()
     there.remove("one")
     with pytest.raises(FileNotFoundError):
@@ -365,7 +365,7 @@ def test_many_names_are_fetched_in_order_with_an_outcome_for_each(
     assert outcomes.pop(77).errno == errno.ENOSPC
     assert [one.nbytes for one in outcomes] == [1000 + at for at in range(150) if at != 77]
     assert there.fetch_many([], big) == []
-    with pytest.raises(ValueError, match="leaves the buffer"):
+    with pytest.raises(ValueError, match="ends past the buffer"):
         there.fetch_many([("n1", big.size, 1)], big)
 
 

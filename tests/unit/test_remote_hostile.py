@@ -330,7 +330,7 @@ def replies(data: bytes, **reply: object) -> Callable[[Peer], None]:
     ("behave", "told"),
     [
         (replies(b"x" * 101, nbytes=101), "more data came"),
-        (replies(b"x" * 100, nbytes=99), "fewer bytes came"),
+        (replies(b"x" * 100, nbytes=99), "100 bytes moved, and the node reports another"),
         (replies(b"x" * 100, nbytes=100, side={}, checksum=5), "no valid"),
         (
             replies(b"x" * 100, nbytes=100, side={**SIDE, "route": "best"}, checksum=""),

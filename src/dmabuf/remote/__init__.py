@@ -13,12 +13,13 @@ What may enter this room: the protocol between nodes, its transport, what is ser
 client's view of it. What does not: how a file is read at the node (transfer/, copying/), the memory
 of named buffers (store/), the command line (cli/).
 
-``protocol.py`` has the messages and ``channel.py`` the socket of both ends; ``address.py`` says who
-may connect to what. The client's end: ``connecting.py`` and ``client.py`` (connect and Node),
-``session.py`` (requests and records), ``tcp.py`` and ``nixl.py`` (engines, which move their bytes),
-``file.py``, ``replicas.py`` (a file at several nodes), ``names.py`` and ``aio.py`` (in an event
-loop). The node's end: ``server.py``, ``requests.py``, ``data.py``, ``folder.py`` and
-``lending.py``. ``pump.py`` is the process that holds NIXL for either end.
+``protocol.py`` has the messages and ``channel.py`` the socket of both ends; ``ranges.py`` cuts what
+is requested; ``address.py`` decides who may connect to what. The client's end: ``connecting.py``
+and ``client.py`` (connect and Node), ``session.py`` (requests and records), ``engine.py`` and
+``nixl.py`` (which move their bytes), ``file.py``, ``replicas.py`` (a file at several nodes),
+``names.py`` and ``aio.py`` (in an event loop). The node's end: ``server.py``, ``requests.py``,
+``data.py`` and ``mover.py`` (which move their bytes), ``folder.py`` and ``lending.py``. ``pump.py``
+is the process that holds NIXL for either end.
 """
 
 from dmabuf.remote.address import Certificates, certificates_from_environment, parse_url

@@ -17,12 +17,12 @@ from dmabuf.memory import Buffer
 from dmabuf.remote.address import Certificates, parse_url, trusted_by_environment
 from dmabuf.remote.connecting import open_session
 from dmabuf.remote.file import RemoteFile
-from dmabuf.remote.names import Wanted, fetch
+from dmabuf.remote.names import fetch
 from dmabuf.remote.replicas import open_replicas
 from dmabuf.remote.session import RemoteTransfer, Session, check_terms
-from dmabuf.sizes import Size, parse_size
+from dmabuf.sizes import Size
 from dmabuf.store import Status, check_name
-from dmabuf.transfer import Audit, Mode, terms_of
+from dmabuf.transfer import Audit, Mode, Terms
 
 log = logging.getLogger("dmabuf.remote")
 
@@ -236,10 +236,8 @@ class Node(Uncopyable, instead="call dmabuf.remote.connect() again"):
                 was written; TransferError if the connection fails.
             IntegrityError: the checksum of the other end differs.
         """
-        start = parse_size(buffer_offset, "buffer_offset")
-        room = max(into.size - start, 0) if isinstance(into, Buffer) else 0
-        terms = terms_of("any", None, "zero-copy", timeout, True, audit)
-        [outcome] = fetch(self._session, [Wanted(name, start, room)], into, terms)
+        terms = Terms(timeout=timeout, audit=audit)
+        [outcome] = fetch(self._session, [(name, buffer_offset, None)], into, terms)
         if isinstance(outcome, OSError):
             raise outcome
         return outcome
@@ -267,12 +265,7 @@ class Node(Uncopyable, instead="call dmabuf.remote.connect() again"):
             TransferError: the connection failed.
             ValueError: a range outside the buffer; nothing was requested.
         """
-        terms = terms_of("any", None, "zero-copy", timeout, True, audit)
-        wanted = [
-            Wanted(name, parse_size(offset, "buffer_offset"), parse_size(size))
-            for name, offset, size in names
-        ]
-        return fetch(self._session, wanted, into, terms)
+        return fetch(self._session, names, into, Terms(timeout=timeout, audit=audit))
 
     def publish(
         self,
@@ -304,14 +297,11 @@ class Node(Uncopyable, instead="call dmabuf.remote.connect() again"):
                 connection fails, and then there is no name.
             ValueError: no bytes, or a range outside the buffer.
         """
-        session = self._session
-        terms = terms_of("any", None, "zero-copy", timeout, True, audit)
+        session, terms = self._session, Terms(timeout=timeout, audit=audit)
         check_terms(buffer, terms, session.engine, session.name)
-        start = parse_size(buffer_offset, "buffer_offset")
-        nbytes = max(buffer.size - start, 0) if size is None else parse_size(size)
-        if not nbytes or start + nbytes > buffer.size:
-            text = f"publish {name!r}: buffer_offset={start} size={nbytes}"
-            raise ValueError(f"{text} is not a range with bytes of the buffer of {buffer.size}")
+        start, nbytes = buffer.check_range(buffer_offset, size)
+        if not nbytes:
+            raise ValueError(f"publish {name!r}: there are no bytes; a name has at least one")
         if not 0 <= mode <= 0o777:
             raise ValueError(f"publish {name!r}: invalid mode {mode:#o}: use permission bits")
         request = {

@@ -10,9 +10,10 @@ from dmabuf.copying import OffsetSource, OffsetTarget
 from dmabuf.errors import ClosedError, Uncopyable, os_error
 from dmabuf.memory import Buffer
 from dmabuf.remote import protocol
+from dmabuf.remote.engine import Engine
 from dmabuf.remote.protocol import Message
 from dmabuf.remote.ranges import Range
-from dmabuf.remote.session import Engine, RemotePlan, RemoteTransfer, Session, check_terms
+from dmabuf.remote.session import RemotePlan, RemoteTransfer, Session, check_terms
 from dmabuf.sizes import OFFSET_MAX, Size, parse_size
 from dmabuf.transfer import Direction, Plan, Progress, Route, Terms, Verbs, segments_of
 
@@ -159,15 +160,11 @@ class RemoteFile(
     ) -> tuple[int, int, int]:
         """Return the offset in the file, that in the buffer, and the size."""
         offset = 0 if file_offset is None else parse_size(file_offset, "file_offset")
-        start = parse_size(buffer_offset, "buffer_offset")
-        nbytes = max(0, buffer.size - start) if size is None else parse_size(size)
+        start, nbytes = buffer.check_range(buffer_offset, size)
         if direction == "read" and size is None:
             nbytes = min(nbytes, OFFSET_MAX - offset)  # the node cuts it at the end of the file
         if offset + nbytes > OFFSET_MAX:
             raise ValueError(f"file_offset={offset} size={nbytes} leaves the largest file offset")
-        if start + nbytes > buffer.size:
-            text = f"buffer_offset={start} size={nbytes} leaves the buffer"
-            raise ValueError(f"{text} of {buffer.size} bytes")
         return offset, start, nbytes
 
     def _move_range(

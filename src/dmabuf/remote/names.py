@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, pairwise
 from typing import NamedTuple
 
 from dmabuf.memory import Buffer
 from dmabuf.remote import protocol
 from dmabuf.remote.channel import Channel
+from dmabuf.remote.engine import Engine
 from dmabuf.remote.protocol import Malformed, Reported
-from dmabuf.remote.session import (
-    Engine,
-    RemoteTransfer,
-    Session,
-    check_terms,
-    compare,
-    mapped,
-)
+from dmabuf.remote.ranges import Range
+from dmabuf.remote.session import RemoteTransfer, Session, check_terms, compare, mapped
+from dmabuf.sizes import Size
 from dmabuf.store import check_name
 from dmabuf.transfer import Terms
 
@@ -34,65 +30,58 @@ _AHEAD = 2
 Outcome = RemoteTransfer | OSError
 
 
-class Wanted(NamedTuple):
-    """A name, and the place in the buffer for its content."""
+class _Batch(NamedTuple):
+    """The names of one request."""
 
-    name: str
-    start: int
-    room: int
+    names: Sequence[str]
+    places: Sequence[Range]
+    """For each its place in the buffer."""
+    inside: Sequence[Range]
+    """For each its place in the view."""
+    limit: int
+    """How many of the first bytes of each to compare."""
 
 
 def fetch(
-    session: Session, wanted: Sequence[Wanted], buffer: Buffer, terms: Terms
+    session: Session,
+    wanted: Iterable[tuple[str, Size, Size | None]],
+    buffer: Buffer,
+    terms: Terms,
 ) -> list[Outcome]:
     """Copy the contents of names into a buffer, and return the outcome of each, in their order.
 
-    Of the first transfer of a connection, which is compared, the first name has a request alone.
+    `wanted` are names, each with the offset in the buffer and the bytes of room there. Of the first
+    transfer of a connection, which is compared, the first name has a request alone.
     """
     check_terms(buffer, terms, session.engine, session.name)
-    for name, start, room in wanted:
-        check_name(name)
-        if start + room > buffer.size:
-            text = f"fetch {name!r}: buffer_offset={start} size={room} leaves the buffer"
-            raise ValueError(f"{text} of {buffer.size} bytes")
-    if not wanted:
+    names, places = list[str](), list[Range]()
+    for name, offset, size in wanted:
+        names.append(check_name(name))
+        places.append(buffer.check_range(offset, size))
+    if not names:
         return []
-    limit = session.audit_limit(buffer, terms, "read", [one[1:] for one in wanted])
-    always = terms.audit == "always"
-    head = 1 if limit and not always else 0
-    batches = [wanted[:head]] * head
-    batches += [wanted[at : at + _AT_ONCE] for at in range(head, len(wanted), _AT_ONCE)]
-    limits = [limit if always or not index else 0 for index in range(len(batches))]
-    outcomes: list[Outcome] = []
-    first = min(start for _, start, _ in wanted)
-    last = max(start + room for _, start, room in wanted)
+    limit, always = session.audit_limit(buffer, terms, "read", places), terms.audit == "always"
+    alone = 1 if limit and not always else 0
+    outcomes, batches = list[Outcome](), list[_Batch]()
     with (
-        mapped(buffer, terms, "read", first, last - first) as view,
+        mapped(buffer, terms, "read", places) as (view, inside),
         session.exchange(terms.timeout) as channel,
     ):
+        for at, end in pairwise((*range(alone), *range(alone, len(names), _AT_ONCE), len(names))):
+            most = limit if always or not at else 0
+            batches.append(_Batch(names[at:end], places[at:end], inside[at:end], most))
         engine = session.carrier(buffer)
-        requests = iter(
-            [
-                protocol.pack(
-                    op="fetch",
-                    names=[(name, room) for name, _, room in batch],
-                    checksum=most,
-                    **engine.prepare(channel, buffer, [one[1:] for one in batch]),
-                )
-                for batch, most in zip(batches, limits, strict=True)
-            ]
-        )
+        requests = iter([_pack(engine, channel, buffer, batch) for batch in batches])
         for request in islice(requests, _AHEAD):
             channel.send(request)
-        for batch, most in zip(batches, limits, strict=True):
-            places = [Wanted(name, start - first, room) for name, start, room in batch]
+        for batch in batches:
             try:
-                found = _receive(session, engine, channel, view, places, most)
+                found = _receive(session, engine, channel, view, batch)
             except Reported:
                 if len(batches) > 1:  # whose replies are under way
                     channel.close()
                 raise
-            if most and any(isinstance(one, RemoteTransfer) for one in found):
+            if batch.limit and any(isinstance(one, RemoteTransfer) for one in found):
                 session.note_audit(buffer, "read")
             outcomes += found
             for request in islice(requests, 1):
@@ -100,20 +89,21 @@ def fetch(
     return outcomes
 
 
+def _pack(engine: Engine, channel: Channel, buffer: Buffer, batch: _Batch) -> bytes:
+    wanted = [(name, room) for name, (_, room) in zip(batch.names, batch.places, strict=True)]
+    about = engine.prepare(channel, buffer, batch.places)
+    return protocol.pack(op="fetch", names=wanted, checksum=batch.limit, **about)
+
+
 def _receive(
-    session: Session,
-    engine: Engine,
-    channel: Channel,
-    view: memoryview,
-    batch: Sequence[Wanted],
-    limit: int,
+    session: Session, engine: Engine, channel: Channel, view: memoryview, batch: _Batch
 ) -> list[Outcome]:
     """Receive the reply to a request, with the contents; compare the first bytes of each."""
-    begun, places, end = time.perf_counter(), list[tuple[int, int]](), -1
+    begun, places, end = time.perf_counter(), list[Range](), -1
     told = channel.receive_reply().outcomes("names")
-    if len(told) != len(batch):
+    if len(told) != len(batch.names):
         raise Malformed("other names were answered than requested")
-    for one, (_, start, room) in zip(told, batch, strict=True):
+    for one, (start, room) in zip(told, batch.inside, strict=True):
         if not isinstance(one, int):
             continue
         if one > room:
@@ -123,18 +113,18 @@ def _receive(
         else:
             places.append((start, one))
         end = start + one
-    reply = engine.receive(channel, view, places, batch[0].name)
+    reply = engine.carry("read", channel, view, places, batch.names[0])
     side, digests = protocol.parse_side(reply), iter(reply.get("checksum", str).split())
     seconds, outcomes = time.perf_counter() - begun, list[Outcome]()
     records: dict[tuple[int, str], RemoteTransfer] = {}
-    for one, (name, start, _) in zip(told, batch, strict=True):
+    for one, name, (start, _) in zip(told, batch.names, batch.inside, strict=True):
         if not isinstance(one, int):
             error = protocol.parse_error(one, session.name)
             outcomes.append(error if isinstance(error, OSError) else OSError(str(error)))
             continue
         audited = ""
-        if limit:
-            part = view[start : start + min(limit, one)]
+        if batch.limit:
+            part = view[start : start + min(batch.limit, one)]
             audited = compare(next(digests, ""), [part], one, name)
         if (one, audited) not in records:  # equal ones share a record
             there = replace(side, nbytes=one, copied=min(side.copied, one))

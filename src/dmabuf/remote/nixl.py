@@ -1,8 +1,8 @@
-"""Engine nixl: what both ends of a connection do to have NIXL move the bytes.
+"""Engine nixl: which transports it may use, and the client's end.
 
 Each end has a pump (pump.py) for each connection. The node's pump is the one that acts: it writes
 into the regions of the client's pump what it has read from a file, and reads from them what it
-writes to one. So the client's end only grants memory, and the node's end never does.
+writes to one. So the client's end only grants memory; `mover.py` is the node's end.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ import os
 import socket
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
 
-from dmabuf.copying import CopySide, Meter
-from dmabuf.errors import TransferError, os_error
-from dmabuf.memory import Buffer, allocate
+from dmabuf.copying import CopySide
+from dmabuf.errors import os_error
+from dmabuf.memory import Buffer
 from dmabuf.remote import protocol
 from dmabuf.remote.channel import Channel
-from dmabuf.remote.protocol import Malformed, Message
-from dmabuf.remote.pump import Operation, Part, Pump, Region, library
+from dmabuf.remote.engine import Engine, Moved
+from dmabuf.remote.protocol import Message
+from dmabuf.remote.pump import Pump, Region, library
 from dmabuf.remote.ranges import Range
 from dmabuf.transfer import Direction, Plan, Route
 
@@ -32,18 +33,9 @@ _RDMA = "rc_verbs,ud_verbs,self"
 _TCP = "tcp"
 _OF_RDMA = ("rc", "ud", "dc", "self")
 """How the names of UCX's transports begin that only reach registered memory."""
-BLOCK = 8 << 20
-"""Bytes of a staging block of the node."""
-_BLOCKS = 3
 _SIOCGIFADDR = 0x8915
 
-Tick = Callable[[], None]
-
 INSTALL = "pip install --no-deps nixl-cu13==1.5.1 numpy"
-
-
-def _idle() -> None:
-    pass
 
 
 def transports(*, trusted: bool) -> list[str]:
@@ -102,17 +94,14 @@ def device_of(transports: str, local: str | None) -> str | None:
     raise os_error(errno.ENODEV, text)
 
 
-# -- the client's end
-
-
 class _Granted(NamedTuple):
     buffer: Buffer
     region: Region
     on_close: Callable[[], None]
 
 
-class Nixl:
-    """How bytes travel between a buffer and the node by NIXL; it has the members of Tcp.
+class Nixl(Engine):
+    """How bytes travel between a buffer and the node by NIXL.
 
     The node may reach the buffers that were granted to it, until each is revoked or closed. They
     are kept by identity, and by no address: another buffer at the same address has a region of its
@@ -120,10 +109,9 @@ class Nixl:
     """
 
     def __init__(self, transports: str, device: str | None) -> None:
-        self.transport = transports.partition(",")[0]
-        if self.transport == "tcp":
-            self.transport = "ucx_tcp"
-        self.why = f"both ends have NIXL, and UCX_TLS={transports} is allowed"
+        first = transports.partition(",")[0]
+        why = f"both ends have NIXL, and UCX_TLS={transports} is allowed"
+        super().__init__("ucx_tcp" if first == "tcp" else first, why)
         self.by_card = is_rdma(transports)
         self.route = Route.DIRECT if self.by_card else Route.STAGED
         self.pump = Pump(transports, device)
@@ -145,8 +133,8 @@ class Nixl:
             return {Route.NATIVE: native}
         return {Route.NATIVE: native, Route.DIRECT: f"UCX over TCP copies by the CPU; {end}"}
 
-    def refusal(self, buffer: Buffer) -> str | None:
-        """Return why a buffer cannot be granted; None if it is granted now.
+    def grant(self, buffer: Buffer) -> str | None:
+        """Have the pump register a buffer that it has not; return why it cannot.
 
         Raises OSError if the pump has ended.
         """
@@ -178,54 +166,28 @@ class Nixl:
     def prepare(
         self, channel: Channel, buffer: Buffer, places: Sequence[Range]
     ) -> dict[str, object]:
-        """Return the fields of a request by which the node reaches places of a granted buffer."""
+        """Return the addresses of places, when the node knows the present regions."""
         if self._changed:
             channel.send(protocol.pack(op="regions", metadata=self.metadata()))
             channel.receive_reply()
         base = self._granted[id(buffer)].region.address
         return {"addresses": [base + start for start, _ in places]}
 
-    def receive(
-        self,
-        channel: Channel,
-        view: memoryview,
-        places: Sequence[Range],
-        path: str,
-        meter: Meter | None = None,
-        undefined: str = "the content of the buffer's range is undefined",
+    def _receive(
+        self, channel: Channel, view: memoryview, places: Sequence[Range], moved: Moved
     ) -> Message:
-        """Wait until the node has moved the bytes, and return its reply; as `Tcp.receive`."""
-        done = 0
-        try:
-            while True:
-                found = channel.receive_message()
-                if "moved" in found:
-                    done += found.number("moved")
-                    if meter is not None:
-                        meter(done)
-                elif "go" not in found:
-                    break
-            if "broken" in found:
-                error = protocol.parse_error(found, channel.name)
-                raise os_error(getattr(error, "errno", None) or errno.EIO, str(error))
-        except OSError as error:
-            text = f"{error.strerror}; {undefined}"
-            raise TransferError(error.errno or errno.EIO, text, path, nbytes=done) from None
-        if "error" not in found and found.number("nbytes") != done:
-            raise Malformed("fewer bytes were moved than the node reports")
-        return protocol.checked(found, channel.name)
+        while True:
+            found = channel.receive_message()
+            if "moved" in found:
+                moved.add(found.number("moved"))
+            elif "go" not in found:
+                break
+        if "broken" in found:
+            error = protocol.parse_error(found, channel.name)
+            raise os_error(getattr(error, "errno", None) or errno.EIO, str(error))
+        return found
 
-    def send(
-        self,
-        channel: Channel,
-        view: memoryview,
-        places: Sequence[Range],
-        path: str,
-        meter: Meter | None = None,
-    ) -> Message:
-        """Wait until the node has fetched the bytes, and return its reply; as `Tcp.send`."""
-        undefined = "what the node holds of the range is undefined"
-        return self.receive(channel, view, places, path, meter, undefined)
+    _send = _receive  # the node's end acts in both directions
 
     def revoke(self, buffer: Buffer) -> None:
         """Deregister and unmap a buffer in the pump, if it was granted; from any thread.
@@ -252,64 +214,3 @@ class Nixl:
         """Close a forked child's copy."""
         self.pump.forget()
         self._granted = {}
-
-
-# -- the node's end
-
-
-class Mover:
-    """The pump of a client's connection, and the memory that it moves bytes from and to.
-
-    The staging blocks are of this connection alone: its peer can reach what the pump has mapped.
-    """
-
-    def __init__(self, transports: str, device: str | None, timeout: float) -> None:
-        self.by_card = is_rdma(transports)
-        self.timeout = timeout
-        self.pump = Pump(transports, device)
-        self._blocks: list[Buffer] = []
-        self._at: dict[int, int] = {}
-
-    def close(self) -> None:
-        """End the pump, and free the memory."""
-        self.pump.close()
-        for block in self._blocks:
-            block.close()
-        self._blocks = []
-
-    @property
-    def blocks(self) -> list[Buffer]:
-        """The staging blocks."""
-        if not self._blocks:
-            with ExitStack() as stack:
-                made = [
-                    stack.enter_context(allocate(BLOCK, exporter="memfd", name="dmabuf nixl"))
-                    for _ in range(_BLOCKS)
-                ]
-                for block in made:
-                    region = self.pump.grant(block.fileno(), block.size, writable=True)
-                    self._at[id(block)] = region.address
-                stack.pop_all()
-            self._blocks = made
-        return self._blocks
-
-    def move_block(
-        self,
-        operation: Operation,
-        block: Buffer,
-        at: int,
-        there: Sequence[Range],
-        tick: Tick = _idle,
-    ) -> None:
-        """Move bytes between a block from `at` on and ranges of addresses in the client's pump."""
-        local, parts = self._at[id(block)] + at, list[Part]()
-        for remote, size in there:
-            parts.append(Part(local, remote, size))
-            local += size
-        self.pump.move(operation, parts, self.timeout, tick)
-
-    def write_file(self, fd: int, size: int, address: int, tick: Tick) -> None:
-        """Write a memory file to an address of the client's pump."""
-        region = self.pump.grant(fd, size, writable=self.by_card)  # as the card registers it
-        self.pump.move("WRITE", [Part(region.address, address, size)], self.timeout, tick)
-        self.pump.revoke(region)

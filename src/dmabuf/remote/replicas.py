@@ -22,9 +22,10 @@ from dmabuf.errors import (
     os_error,
 )
 from dmabuf.memory import Buffer, allocate
+from dmabuf.remote.engine import Engine
 from dmabuf.remote.file import RemoteFile
 from dmabuf.remote.ranges import Range, Ranges, total
-from dmabuf.remote.session import Engine, RemotePlan, RemoteTransfer
+from dmabuf.remote.session import RemotePlan, RemoteTransfer
 from dmabuf.sizes import Size
 from dmabuf.transfer import Direction, Progress, Terms, stopping
 

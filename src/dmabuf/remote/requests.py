@@ -8,24 +8,24 @@ import logging
 import os
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from mmap import ACCESS_READ, mmap
+from types import MappingProxyType
 
 from dmabuf.copying import CopySide, Reader, Source
 from dmabuf.errors import ShortReadError, os_error
 from dmabuf.kernel import files
-from dmabuf.memory import Buffer, allocate
+from dmabuf.memory import Buffer
 from dmabuf.remote import nixl, protocol
 from dmabuf.remote.channel import Channel
-from dmabuf.remote.data import Far, FarSource, FileRanges, SocketSource, write_all
+from dmabuf.remote.data import Data, FileRanges, FromClient, Pools
 from dmabuf.remote.folder import Folder, Served
 from dmabuf.remote.lending import Lending
-from dmabuf.remote.nixl import Mover
+from dmabuf.remote.mover import Mover, MoverData
 from dmabuf.remote.protocol import Malformed, Message
 from dmabuf.remote.ranges import Ranges, total
 from dmabuf.sizes import OFFSET_MAX
@@ -35,11 +35,6 @@ from dmabuf.transfer import Direction, File, Plan, Route, Terms
 
 log = logging.getLogger("dmabuf.remote")
 
-_BLOCK = 8 << 20
-_BLOCKS = 3
-_POOLS = 8
-"""Sets of staging blocks that are kept for all clients; further clients get small ones."""
-_SMALL_BLOCK = 256 << 10
 _PIECE = 1 << 20
 """Bytes of a checksum that are read at once."""
 _MOST_FILES = 1024
@@ -59,54 +54,6 @@ _ZERO_COPY_ANYWAY = "the page cache has all of the range, and its pages are sent
 _FROM_MEMORY = "the kernel sends the memory's pages"
 _INSTEAD = {Route.NATIVE: _ZERO_COPY_ANYWAY, Route.DIRECT: _ZERO_COPY_ANYWAY}
 _NO_STORE = "the node has no store"
-
-
-class Pools:
-    """The staging blocks of all clients: pinned memory between a file and a socket."""
-
-    def __init__(self) -> None:
-        self._large = threading.BoundedSemaphore(_POOLS)
-        self._free: deque[list[Buffer]] = deque()
-
-    @contextmanager
-    def take(self, total: int) -> Iterator[list[Buffer]]:
-        """Give blocks for a request of so many bytes."""
-        large = total > _SMALL_BLOCK and self._large.acquire(blocking=False)
-        pool: list[Buffer] = []
-        try:
-            if large:
-                with suppress(IndexError):
-                    pool = self._free.pop()
-                pool = pool or _allocated(_BLOCK, _BLOCKS)
-            else:
-                pool = _allocated(_SMALL_BLOCK, 2)
-            yield pool
-        finally:
-            if large:
-                self._free.extend([pool] if pool else [])
-                self._large.release()
-            else:
-                _close(pool)
-
-    def close(self) -> None:
-        """Free the memory."""
-        for pool in self._free:
-            _close(pool)
-
-
-def _close(pool: list[Buffer]) -> None:
-    for block in pool:
-        block.close()
-
-
-def _allocated(size: int, count: int) -> list[Buffer]:
-    with ExitStack() as stack:
-        made = [
-            stack.enter_context(allocate(size, exporter="memfd", name="dmabuf remote"))
-            for _ in range(count)
-        ]
-        stack.pop_all()
-        return made
 
 
 class Shared:
@@ -147,6 +94,8 @@ class Client:
         self._files: dict[int, Served] = {}
         self._numbers = 0
         self._mover: Mover | None = None
+        self._incoming: Data | None = None
+        """What the client sends, and was not received yet."""
 
     def serve(self) -> None:
         """Carry out requests until the client ends the connection. Raises OSError if it fails."""
@@ -171,7 +120,7 @@ class Client:
                 path = self._served(request).path
             elif "name" in request or "path" in request:
                 path = request.get("name" if "name" in request else "path", str)
-            reply: dict[str, object] | None = getattr(self, f"_do_{op}")(request)
+            reply: dict[str, object] = getattr(self, f"_do_{op}")(request)
         except Malformed:
             raise
         except (OSError, ValueError, EOFError) as error:
@@ -179,8 +128,10 @@ class Client:
                 raise
             log.info("%s: %s %r: %s", self._channel.name, op, path, error)
             reply = self._failed(error, path)
-        if reply is not None:
-            self._channel.send(protocol.pack(**reply))
+        self._channel.send(protocol.pack(**reply))
+        if self._incoming is not None:
+            data, self._incoming = self._incoming, None
+            data.drain()
 
     def _failed(self, error: BaseException, path: str) -> dict[str, object]:
         """Return the reply to a request that failed."""
@@ -221,18 +172,11 @@ class Client:
             raise Malformed("a message about NIXL, which was not requested")
         return self._mover
 
-    def _far(self, request: Message, sizes: Sequence[int | None]) -> Far | None:
-        """Return the places of the data in the client's pump; None if it goes by the socket.
-
-        `sizes` are those of the ranges; None for one without data.
-        """
+    def _data(self, request: Message) -> Data:
+        """Return how the data of a request travels: as the client asks for it."""
         if "addresses" not in request:
-            return None
-        addresses = request.numbers("addresses")
-        if len(addresses) != len(sizes):
-            raise Malformed("another number of addresses than of ranges")
-        ranges = [(at, size) for at, size in zip(addresses, sizes, strict=True) if size is not None]
-        return Far(self._channel, self._needed_mover(), ranges)
+            return Data(self._channel, self._shared.pools)
+        return MoverData(self._channel, self._needed_mover(), request.numbers("addresses"))
 
     # -- files
 
@@ -295,11 +239,12 @@ class Client:
         file, begun = served.file, time.perf_counter()
         wanted, whole = request.pairs("segments", int), request.get("whole", bool)
         segments = _within(wanted, file.size or 0, whole=whole)
-        far = self._far(request, [size for _, size in segments])
-        if far is None and self._is_sendable(file, segments, terms):
+        data = self._data(request)
+        data.begin([size for _, size in segments])
+        if "addresses" not in request and self._is_sendable(file, segments, terms):
             side = self._send_cached(file, segments, begun)
         else:
-            side = self._send_read(file, segments, terms, far)
+            side = self._send_read(file, segments, terms, data)
         limit = request.number("checksum")
         digest = _checksum_of_file(file.fileno(), segments, limit, self._channel)
         return _reply(side, digest)
@@ -326,77 +271,53 @@ class Client:
             done, calls = done + sent, calls + count
             if sent < size:
                 raise ShortReadError("the file shrank while it was read", None, done)
-        side = _side(done, Route.BUFFERED, _FROM_CACHE, calls, 0, begun)
-        return replace(side, rejected=_INSTEAD)
+        return _buffered(done, _FROM_CACHE, begun, requests=calls, rejected=_INSTEAD)
 
     def _send_read(
-        self, file: File, segments: Sequence[tuple[int, int]], terms: Terms, far: Far | None
+        self, file: File, segments: Sequence[tuple[int, int]], terms: Terms, data: Data
     ) -> CopySide:
-        nbytes = total(segments)
-        if not nbytes:
-            return _side(0, Route.BUFFERED, "there are no such bytes", 0, 0, time.perf_counter())
-        source = FileRanges(file, segments, terms)
-        with self._blocks(nbytes, far) as pool:
-            ahead = nbytes > pool[0].size
-            if far is None:
-                self._channel.announce(nbytes)
-            with Reader(source, pool, nbytes, whole=True, ahead=ahead) as reader:
+        nbytes, source = total(segments), FileRanges(file, segments, terms)
+        if nbytes:
+            data.announce()
+            with (
+                data.blocks(nbytes) as pool,
+                Reader(source, pool, nbytes, whole=True, ahead=nbytes > pool[0].size) as reader,
+            ):
                 while True:
                     filled = reader.take()
-                    if far is not None:
-                        far.write(filled.buffer, filled.size)
-                    elif filled.size:
-                        with filled.buffer.map("r", 0, filled.size) as view:
-                            self._channel.send_data(view)
+                    data.send_block(filled.buffer, filled.size)
                     if filled.error is not None:
                         raise filled.error
                     if filled.last:
                         break
                     reader.give_back(filled.buffer)
-        return _by_cpu(source, far)
-
-    def _blocks(self, total: int, far: Far | None) -> AbstractContextManager[list[Buffer]]:
-        """Give staging blocks for a request of so many bytes."""
-        return self._shared.pools.take(total) if far is None else nullcontext(far.blocks)
+        return _of_file(source, data)
 
     # -- writing a file
 
-    def _do_write(self, request: Message) -> dict[str, object] | None:
-        served, terms = self._served(request), protocol.parse_terms(request)
-        segments, file = request.pairs("segments", int), served.file
+    def _do_write(self, request: Message) -> dict[str, object]:
+        file, terms = self._served(request).file, protocol.parse_terms(request)
+        segments = request.pairs("segments", int)
         _check_apart(segments)
-        nbytes = total(segments)
-        far = self._far(request, [size for _, size in segments])
-        data = SocketSource(self._channel, nbytes, terms) if far is None else FarSource(far, terms)
-        with self._blocks(nbytes, far) as pool:
+        nbytes, data = total(segments), self._data(request)
+        data.begin([size for _, size in segments])
+        source = FromClient(data, terms)
+        with data.blocks(nbytes) as pool:
             for offset, size in segments[:1]:
                 part = min(size, pool[0].size)
                 file.plan(pool[0], "write", size=part, file_offset=offset, terms=terms)
-            write = partial(write_all, file, segments, terms, data, pool)
-            if not self._receive(data, served.path, write):
-                return None
+            self._receive(data, partial(source.write_all, file, segments, pool))
         limit = request.number("checksum")
         digest = _checksum_of_file(file.fileno(), segments, limit, self._channel)
-        return _reply(_by_cpu(data, far), digest)
+        return _reply(_of_file(source, data), digest)
 
-    def _receive(self, data: SocketSource | FarSource, path: str, work: Callable[[], None]) -> bool:
-        """Have the client send its data, which `work` takes; return whether it took all.
-
-        Otherwise the client has the error as its reply.
-        """
+    def _receive(self, data: Data, work: Callable[[], None]) -> None:
+        """Have the client send its data, all of which `work` takes."""
         self._channel.send(protocol.pack(go=True))
-        try:
-            work()
-        except Malformed:
-            raise
-        except (OSError, ValueError) as error:
-            if self._channel.failed:
-                raise
-            self._channel.send(protocol.pack(**self._failed(error, path)))
-            data.drain()
-            return False
+        self._incoming = data
+        work()
         data.finish()
-        return True
+        self._incoming = None
 
     # -- names of the store
 
@@ -405,99 +326,80 @@ class Client:
         channel, server, begun = self._channel, self._shared.server, time.perf_counter()
         if server is None:
             raise os_error(errno.EOPNOTSUPP, _NO_STORE)
-        lent = server.lend([name for name, _ in names])
+        data, lent = self._data(request), server.lend([name for name, _ in names])
         with ExitStack() as stack:
             stack.callback(_close_lent, lent)
             found = [
-                self._content(name, room, one, stack, "addresses" in request)
+                self._content(name, room, one, stack, files=data.takes_files)
                 for (name, room), one in zip(names, lent, strict=True)
             ]
+            data.begin([0 if isinstance(one, OSError) else one[1] for one in found])
             told = [
                 protocol.error_fields(one, name) if isinstance(one, OSError) else one[1]
                 for one, (name, _) in zip(found, names, strict=True)
             ]
-            sizes = [None if isinstance(one, OSError) else one[1] for one in found]
-            far = self._far(request, sizes)
-            channel.send(protocol.pack(names=told), more=far is None)
-            contents = [one for one in found if not isinstance(one, OSError)]
-            nbytes = sum(size for _, size in contents)
-            calls, copied, digests = 0, 0, list[str]()
-            if far is None:
-                channel.announce(nbytes)
-            for one, size in contents:
-                if far is not None:
-                    calls, copied = calls + 1, copied + far.write_content(one, size)
-                elif isinstance(one, int):
-                    calls += channel.send_file(one, 0, size)[1]
-                else:
-                    channel.send_data(one)
-                    calls, copied = calls + 1, copied + size
-                if isinstance(one, memoryview):
-                    digests += [_checksum([one[:limit]])] if limit else []
+            channel.send(protocol.pack(names=told), more=True)
+            data.announce()
+            nbytes, calls, copied, digests = 0, 0, 0, list[str]()
+            for one in found:
+                if isinstance(one, OSError):
+                    continue
+                content, size = one
+                count, touched = data.send_content(content, size)
+                nbytes, calls, copied = nbytes + size, calls + count, copied + touched
+                if isinstance(content, memoryview):
+                    digests += [_checksum([content[:limit]])] if limit else []
                 elif limit:
-                    digests.append(_checksum_of_file(one, [(0, size)], limit, channel))
-            if far is not None:
-                far.flush()
+                    digests.append(_checksum_of_file(content, [(0, size)], limit, channel))
+            data.flush()
         reason = "the CPU copies the memory" if copied else _FROM_MEMORY
-        side = _side(nbytes, Route.BUFFERED, reason, calls, copied, begun)
+        side = _buffered(nbytes, reason, begun, requests=calls, copied=copied)
         return _reply(side, " ".join(digests))
 
     def _content(
-        self, name: str, room: int, lent: Lent | Buffer | OSError, stack: ExitStack, by_nixl: bool
+        self, name: str, room: int, lent: Lent | Buffer | OSError, stack: ExitStack, *, files: bool
     ) -> tuple[int | memoryview, int] | OSError:
-        """Return a name's descriptor, or its mapping where sendfile(2) cannot be used; its size."""
+        """Return a name's memory and its size: a descriptor if `files`, or a mapping; or why not.
+
+        `stack` keeps it until the data is sent.
+        """
         if isinstance(lent, OSError):
             return lent
-        fd, size, number = (-1, lent.size, 0) if isinstance(lent, Buffer) else lent
+        size = lent.size if isinstance(lent, Buffer) else lent.length
         if size > room:
             text = f"its {size} bytes do not fit into the {room} of the buffer"
             return os_error(errno.ENOSPC, text, name)
-        if isinstance(lent, Buffer):
-            return self._content_of(lent, stack, by_nixl)
-        if fd >= 0 and (by_nixl or self._channel.sends_files or not size):
-            return fd, size
         try:
-            if fd >= 0:
-                mapping = mmap(fd, size, access=ACCESS_READ)
-                return stack.enter_context(memoryview(mapping)), size
-            buffer = self._shared.store.open(name, trusted=None, number=number)
-            return stack.enter_context(stack.enter_context(buffer).map("r", 0, size)), size
+            if isinstance(lent, Buffer):
+                lent.hold()
+                stack.callback(lent.release)
+                view = stack.enter_context(lent.map("r"))
+                file = lent.memfd if lent.is_dmabuf else lent.slabs[0].fd
+                return view if file is None or not files else file, size
+            if lent.fd < 0:
+                buffer = self._shared.store.open(name, trusted=None, number=lent.number)
+                return stack.enter_context(stack.enter_context(buffer).map("r", 0, size)), size
+            if files or not size:
+                return lent.fd, size
+            mapping = mmap(lent.fd, size, access=ACCESS_READ)
+            return stack.enter_context(memoryview(mapping)), size
         except OSError as error:
             return error
+        except ValueError as error:  # a buffer that was closed
+            return os_error(errno.EBADF, str(error), name)
 
-    def _content_of(
-        self, buffer: Buffer, stack: ExitStack, by_nixl: bool
-    ) -> tuple[int | memoryview, int] | OSError:
-        """Return the memory file of a buffer of this process, or its mapping; and its size."""
-        try:
-            buffer.hold()
-            stack.callback(buffer.release)
-            view = stack.enter_context(buffer.map("r"))
-            file = buffer.memfd if buffer.is_dmabuf else buffer.slabs[0].fd
-        except (OSError, ValueError) as error:
-            return OSError(errno.EBADF, str(error))
-        if file is None or not (by_nixl or self._channel.sends_files):
-            return view, buffer.size
-        return file, buffer.size
-
-    def _do_publish(self, request: Message) -> dict[str, object] | None:
+    def _do_publish(self, request: Message) -> dict[str, object]:
         name, size = request.get("name", str), request.number("size")
         mode, replaced = request.number("mode") & 0o777, request.get("replace", bool)
-        if self._shared.read_only:
-            raise os_error(errno.EROFS, "the node serves for reading only", name)
+        self._check_writable(name)
         store, begun = self._shared.store, time.perf_counter()
         check_name(name)
+        data = self._data(request)
+        data.begin([size])
         buffer, linked = store.create(None, size, mode=mode, trusted=True), False
         try:
-            far = self._far(request, [size])
-            data = (
-                SocketSource(self._channel, size, Terms())
-                if far is None
-                else FarSource(far, Terms())
-            )
             with buffer.map("rw", 0, size) as view:
-                if not self._receive(data, name, partial(data.read_into, view)):
-                    return None
+                self._receive(data, partial(data.read_into, view))
                 limit = min(request.number("checksum"), size)
                 digest = _checksum([view[:limit]]) if limit else ""
             store.link(buffer, name, replace=replaced, length=size)
@@ -508,13 +410,16 @@ class Client:
             else:
                 with suppress(OSError, ValueError):
                     store.discard(buffer)
-        side = _side(size, Route.BUFFERED, "the kernel copies into the memory", 1, size, begun)
-        return _reply(side, digest)
+        reason = "the kernel copies into the memory"
+        return _reply(_buffered(size, reason, begun, requests=1, copied=size), digest)
+
+    def _check_writable(self, name: str) -> None:
+        if self._shared.read_only:
+            raise os_error(errno.EROFS, "the node serves for reading only", name)
 
     def _do_remove(self, request: Message) -> dict[str, object]:
         name = request.get("name", str)
-        if self._shared.read_only:
-            raise os_error(errno.EROFS, "the node serves for reading only", name)
+        self._check_writable(name)
         self._shared.store.remove(name)
         return {}
 
@@ -588,19 +493,26 @@ def _checksum_of_file(
     return _checksum(pieces())
 
 
-def _side(
-    nbytes: int, route: Route, reason: str, requests: int, copied: int, begun: float
+def _buffered(
+    nbytes: int,
+    reason: str,
+    begun: float,
+    *,
+    requests: int = 0,
+    copied: int = 0,
+    rejected: Mapping[Route, str] = MappingProxyType({}),
 ) -> CopySide:
+    """Return the record of bytes that the kernel or the CPU moved since `begun`."""
     seconds = time.perf_counter() - begun
-    return CopySide(nbytes, route, reason, requests=requests, copied=copied, seconds=seconds)
+    return CopySide(
+        nbytes, Route.BUFFERED, reason, rejected, requests=requests, copied=copied, seconds=seconds
+    )
 
 
-def _by_cpu(source: Source, far: Far | None) -> CopySide:
+def _of_file(source: Source, data: Data) -> CopySide:
     """Return the record of a file's end; unless a card moved them, the CPU copied the bytes too."""
-    side = source.tally.side() or _side(0, Route.BUFFERED, "no bytes", 0, 0, time.perf_counter())
-    if far is not None and far.by_card:
-        return side
-    return replace(side, copied=side.copied + side.nbytes)
+    side = source.tally.side() or _buffered(0, "there are no such bytes", time.perf_counter())
+    return side if data.by_card else replace(side, copied=side.copied + side.nbytes)
 
 
 def _reply(side: CopySide, digest: str) -> dict[str, object]:

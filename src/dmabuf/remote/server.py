@@ -9,7 +9,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
 from dmabuf.errors import os_error
@@ -36,19 +36,41 @@ class _Connection(threading.Thread):
     """A client's socket, and the thread that serves it."""
 
     def __init__(
-        self, connection: socket.socket, name: str, serve: Callable[[_Connection], object]
+        self,
+        connection: socket.socket,
+        name: str,
+        shared: Shared,
+        context: ssl.SSLContext | None,
+        timeout: float,
     ) -> None:
         super().__init__(name=name, daemon=True)
-        self.socket, self._serve = connection, serve
+        self._socket, self._shared = connection, shared
+        self._context, self._timeout = context, timeout
 
     def run(self) -> None:
-        """Serve the client."""
-        self._serve(self)
+        """Serve the client until it ends, or fails."""
+        try:
+            if self._context is not None:
+                self._socket.settimeout(_HANDSHAKE)
+                self._socket = self._context.wrap_socket(
+                    self._socket, server_side=True, do_handshake_on_connect=False
+                )
+                self._socket.do_handshake()
+            log.info("%s: connected", self.name)
+            Client(Channel(self._socket, self.name, self._timeout), self._shared).serve()
+            log.info("%s: ended", self.name)
+        except OSError as error:
+            log.warning("%s: dropped: %s", self.name, error.strerror or error)
+            _part(self._socket)
+        except Exception:  # a fault here ends one connection, not the node
+            log.exception("%s: a request failed", self.name)
+        finally:
+            self._socket.close()
 
     def stop(self) -> None:
         """End the connection; from any thread."""
         with suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)
+            self._socket.shutdown(socket.SHUT_RDWR)
 
 
 class Listener:
@@ -64,9 +86,7 @@ class Listener:
     ) -> None:
         self._listener, self._shared, self._context = listener, shared, context
         self._timeout = timeout
-        self._lock = threading.Lock()
-        self._connections: set[_Connection] = set()
-        self._ended: list[_Connection] = []
+        self._connections: list[_Connection] = []
         self._stopped = threading.Event()
         self._accepting = threading.Thread(
             target=self._accept, name="dmabuf node: accept", daemon=True
@@ -79,7 +99,7 @@ class Listener:
     @property
     def clients(self) -> int:
         """The number of connections."""
-        return len(self._connections)
+        return sum(one.is_alive() for one in self._connections)
 
     def start(self, store: Server | Lending | None = None) -> None:
         """Accept connections, and serve the names of a store whose server runs in this process."""
@@ -93,19 +113,10 @@ class Listener:
             self._listener.shutdown(socket.SHUT_RDWR)
         if self._accepting.ident is not None:
             self._accepting.join()
-        while self._connections:
-            with self._lock:
-                left = list(self._connections)
-            for one in left:
-                one.stop()
-                one.join()
-        self._join_ended()
-
-    def _join_ended(self) -> None:
-        with self._lock:
-            ended, self._ended = self._ended, []
-        for one in ended:
-            one.join()
+        for one in self._connections:
+            while one.is_alive():
+                one.stop()  # again: TLS may have put another socket in its place
+                one.join(_RETRY)
 
     def _accept(self) -> None:
         while not self._stopped.is_set():
@@ -119,43 +130,18 @@ class Listener:
                 log.error("accept: %s", error.strerror)  # EMFILE and the like: try again later
                 self._stopped.wait(_RETRY)
                 continue
-            self._join_ended()
+            self._connections = [one for one in self._connections if one.is_alive()]
             name = f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else "a local client"
-            if len(self._connections) >= _MOST_CLIENTS:
-                log.error("%s: refused: there are %d clients", name, _MOST_CLIENTS)
-                connection.close()
-                continue
-            one = _Connection(connection, name, self._serve)
-            with self._lock:
-                self._connections.add(one)
             try:
+                if len(self._connections) >= _MOST_CLIENTS:
+                    raise RuntimeError(f"there are {_MOST_CLIENTS} clients")
+                one = _Connection(connection, name, self._shared, self._context, self._timeout)
                 one.start()
-            except RuntimeError as error:  # no more threads
+            except RuntimeError as error:  # or no more threads
                 log.error("%s: refused: %s", name, error)
                 connection.close()
-                self._connections.discard(one)
-
-    def _serve(self, one: _Connection) -> None:
-        try:
-            if self._context is not None:
-                one.socket.settimeout(_HANDSHAKE)
-                one.socket = self._context.wrap_socket(
-                    one.socket, server_side=True, do_handshake_on_connect=False
-                )
-                one.socket.do_handshake()
-            log.info("%s: connected", one.name)
-            Client(Channel(one.socket, one.name, self._timeout), self._shared).serve()
-            log.info("%s: ended", one.name)
-        except OSError as error:
-            log.warning("%s: dropped: %s", one.name, error.strerror or error)
-            _part(one.socket)
-        except Exception:  # a fault here ends one connection, not the node
-            log.exception("%s: a request failed", one.name)
-        finally:
-            one.socket.close()
-            with self._lock:
-                self._connections.discard(one)
-                self._ended.append(one)
+            else:
+                self._connections.append(one)
 
 
 def _part(connection: socket.socket) -> None:

@@ -14,14 +14,13 @@ from dmabuf.errors import ClosedError, IntegrityError, RouteUnavailable
 from dmabuf.memory import Buffer
 from dmabuf.remote import nixl, protocol
 from dmabuf.remote.channel import Channel
+from dmabuf.remote.engine import Engine
 from dmabuf.remote.nixl import Nixl
 from dmabuf.remote.protocol import Message, Reported
 from dmabuf.remote.ranges import Range, Ranges, total
-from dmabuf.remote.tcp import Tcp
 from dmabuf.sizes import OFFSET_MAX, format_size
 from dmabuf.transfer import Direction, Plan, Progress, Terms, Transfer, stopping
 
-Engine = Tcp | Nixl
 _ONLY = 'engine="tcp" was requested'
 _NOT_AUDITED = "not audited: the first transfer was, or audit='off'"
 
@@ -58,7 +57,7 @@ class Session:
 
     def __init__(self, channel: Channel) -> None:
         self.name = channel.name
-        self.engine: Engine = Tcp(channel.transport, _ONLY)
+        self.engine = Engine(channel.transport, _ONLY)
         """What moves the bytes of a request."""
         self._channel = channel
         self._lock = threading.Lock()
@@ -86,7 +85,7 @@ class Session:
         except OSError as error:
             if required or self.closed:
                 raise
-            self.engine = Tcp(self._channel.transport, f"NIXL is not used: {error.strerror}")
+            self.engine = self._by_socket(error.strerror)
         else:
             self.engine = made
 
@@ -97,9 +96,11 @@ class Session:
 
     def carrier(self, buffer: Buffer) -> Engine:
         """Return the engine for a buffer; in an exchange."""
-        if isinstance(self.engine, Nixl) and (why := self.engine.refusal(buffer)) is not None:
-            return Tcp(self._channel.transport, f"NIXL is not used: {why}")
-        return self.engine
+        why_not = self.engine.grant(buffer)
+        return self.engine if why_not is None else self._by_socket(why_not)
+
+    def _by_socket(self, why_not: object) -> Engine:
+        return Engine(self._channel.transport, f"NIXL is not used: {why_not}")
 
     def _drop(self) -> None:
         """Close the connection; when this returns, nobody writes to a buffer by it."""
@@ -176,30 +177,24 @@ class Session:
 
         Raises TransferError, IntegrityError, and the error of the node.
         """
-        begun = time.perf_counter()
-        first = min((start for start, _ in places), default=0)
-        last = max((start + size for start, size in places), default=0)
-        shifted = [(start - first, size) for start, size in places]
-        meter = None if progress is None else Meter(progress, total(places))
+        begun, meter = time.perf_counter(), Meter(progress, total(places))
         limit = self.audit_limit(buffer, terms, direction, places)
         with (
-            mapped(buffer, terms, direction, first, last - first) as view,
+            mapped(buffer, terms, direction, places) as (view, inside),
             self.exchange(terms.timeout) as channel,
         ):
             engine = self.carrier(buffer)
             about = engine.prepare(channel, buffer, places)
             channel.send(protocol.pack(**request, checksum=limit, **about))
-            carry = engine.receive if direction == "read" else engine.send
-            reply = carry(channel, view, shifted, path, meter)
+            reply = engine.carry(direction, channel, view, inside, path, meter)
             nbytes, side = reply.number("nbytes"), protocol.parse_side(reply)
             audited = ""
             if limit and nbytes:
-                compared = Ranges(shifted).take(min(limit, nbytes))
+                compared = Ranges(inside).take(min(limit, nbytes))
                 parts = [view[start : start + size] for start, size in compared]
                 audited = compare(reply.get("checksum", str), parts, nbytes, path)
                 self.note_audit(buffer, direction)
-        if meter is not None:
-            meter.finish(nbytes)
+        meter.finish(nbytes)
         seconds = time.perf_counter() - begun
         return self.record(engine, direction, nbytes, audited, seconds, side)
 
@@ -295,15 +290,20 @@ def check_terms(buffer: Buffer, terms: Terms, engine: Engine, path: str) -> None
 
 @contextmanager
 def mapped(
-    buffer: Buffer, terms: Terms, direction: Direction, start: int, size: int
-) -> Iterator[memoryview]:
-    """Give a range of a buffer's memory, once the devices that use it have finished."""
+    buffer: Buffer, terms: Terms, direction: Direction, places: Sequence[Range]
+) -> Iterator[tuple[memoryview, list[Range]]]:
+    """Give the memory of places, and where they are in it.
+
+    Devices that use the buffer have finished then, and it cannot be closed meanwhile.
+    """
     reads = direction == "write"
+    first = min((start for start, _ in places), default=0)
+    last = max((start + size for start, size in places), default=0)
     if buffer.is_dmabuf:
         buffer.wait("read" if reads else "write", terms.timeout)
     buffer.hold()
     try:
-        with buffer.map("r" if reads else "rw", start, size) as view:
-            yield view
+        with buffer.map("r" if reads else "rw", first, last - first) as view:
+            yield view, [(start - first, size) for start, size in places]
     finally:
         buffer.release()
