@@ -283,12 +283,23 @@ def test_a_buffer_cannot_be_closed_while_the_node_moves_it(
 
 
 @pytest.mark.parametrize("victim", ["node's pump", "client's pump"])
-def test_a_pump_that_is_killed(there: remote.Node, victim: str) -> None:
-    with dmabuf.allocate(SIZE + 8192, exporter="memfd") as buffer:
-        thread, ended = in_flight(there, buffer)
-        theirs, mine = pumps()
-        os.kill(theirs if victim == "node's pump" else mine, signal.SIGKILL)
-        thread.join()
+@pytest.mark.parametrize("busy", [True, False])
+def test_a_pump_that_is_killed(there: remote.Node, victim: str, busy: bool) -> None:
+    with dmabuf.allocate(SIZE + 8192, exporter="memfd") as buffer, there.open("a.bin") as file:
+        if busy:
+            thread, ended = in_flight(there, buffer)
+        else:
+            file.read_into(buffer)
+        pid = pumps()[0 if victim == "node's pump" else -1]
+        os.kill(pid, signal.SIGKILL)
+        if busy:
+            thread.join()
+        else:
+            status = Path(f"/proc/{pid}/stat")
+            wait_until(lambda: ") Z " in status.read_text(), "the end of the pump")
+            with pytest.raises(OSError) as caught:
+                file.read_into(buffer)
+            ended = [caught.value]
         check_ended(there, ended, buffer)
     wait_until(lambda: not pumps(), "the end of the pumps")
 

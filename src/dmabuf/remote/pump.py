@@ -195,7 +195,8 @@ class Pump:
                 if not self._serves:
                     _check(self._receive("start", _START, tick))
                     self._serves = True
-                socket.send_fds(self._socket, [request], descriptors)
+                with suppress(ConnectionError):  # it has ended: there is no reply either
+                    socket.send_fds(self._socket, [request], descriptors)
                 reply = self._receive(op, timeout, tick)
             except BaseException:
                 self.close()
