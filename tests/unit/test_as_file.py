@@ -26,6 +26,8 @@ SIZE = (1 << 20) + 3 * mmap.PAGESIZE
 
 pytestmark = pytest.mark.usefixtures("leaves_nothing")
 
+os.environ.setdefault("DMABUF_TESTS_OF", str(os.getpid()))  # processes started from here have it
+
 
 @pytest.fixture
 def buf():
@@ -46,11 +48,12 @@ def by_fuse(buf, writable=True):
 
 
 def servers():
-    """The processes behind files by FUSE that this user has."""
-    found = set()
+    """The processes behind files by FUSE that were started from here, not by other tests."""
+    found, ours = set(), f"\0DMABUF_TESTS_OF={os.environ['DMABUF_TESTS_OF']}\0".encode()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if b"dmabuf.mount.one_file" in (folder / "cmdline").read_bytes():
+            command, environment = ((folder / name).read_bytes() for name in ("cmdline", "environ"))
+            if b"dmabuf.mount.one_file" in command and ours in b"\0" + environment:
                 found.add(int(folder.name))
         except OSError:  # ended meanwhile
             continue
