@@ -1,9 +1,14 @@
-"""The targets. Each takes the dice and tries one input; it raises where the answer is wrong."""
+"""The targets. Each takes the dice and tries one input; it raises where the answer is wrong.
+
+Those of `BYTES` make their input first, as bytes. corpus.py keeps inputs of them that reach code
+which no other one reaches, and one of three attempts changes such an input instead of making one.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import io
 import json
 import os
@@ -11,6 +16,7 @@ import random
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +28,14 @@ from dmabuf.inspect import kernel_text
 from dmabuf.kernel import proc
 from dmabuf.safetensors import header
 from dmabuf.store import protocol
+from tests.fuzz import corpus
+from tests.fuzz.commands import check_line, commands_target, make_line
+from tests.fuzz.mount import mount_target
 from tests.fuzz.nodes import client_target, node_target
 from tests.serving import in_a_thread
 
-Try = Callable[[random.Random], None]
+Try = Callable[[random.Random], int | None]
+"""Returns the number of inputs that it tried, where that is not 1."""
 
 # -- bytes
 
@@ -79,8 +89,8 @@ def _entry(dice: random.Random, at: int) -> tuple[object, int]:
     return entry, at + bits // 8
 
 
-def try_header(dice: random.Random) -> None:
-    """Compare the verdict on a header with that of the safetensors package."""
+def make_header(dice: random.Random) -> bytes:
+    """Return the number of bytes of data after a header, in two bytes, and the header."""
     made: dict[str, object] = {}
     end = 0
     for _ in range(dice.randrange(4)):
@@ -89,11 +99,13 @@ def try_header(dice: random.Random) -> None:
         made["__metadata__"] = dice.choice(({}, {"a": "b"}, None, {"a": 1}, [], {"dtype": "U8"}))
     raw = json.dumps(made, ensure_ascii=dice.random() < 0.5).encode()
     raw = mutated(dice, raw) if dice.random() < 0.5 else raw
-    data = bytes(max(0, end + dice.choice((0, 0, 0, 0, 1, -1))))
-    compare_verdicts(raw, data)
+    size = max(0, end + dice.choice((0, 0, 0, 0, 1, -1)))
+    return min(size, 65535).to_bytes(2) + raw
 
 
-def compare_verdicts(raw: bytes, data: bytes) -> None:
+def check_header(made: bytes) -> None:
+    """Compare the verdict on a header with that of the safetensors package."""
+    raw, data = made[2:], bytes(int.from_bytes(made[:2]))
     mine: object
     try:
         entries, _ = header.parse(raw, 8 + len(raw) + len(data))
@@ -158,13 +170,18 @@ def request(dice: random.Random) -> bytes:
     return mutated(dice, raw) if dice.random() < 0.5 else raw
 
 
-def try_messages(dice: random.Random) -> None:
-    """Parse requests and replies: nothing but Refusal may be raised."""
+def make_message(dice: random.Random) -> bytes:
+    """Return a request or a reply."""
+    return request(dice) if dice.random() < 0.7 else mutated(dice, dice.choice(_RESULTS))
+
+
+def check_message(raw: bytes) -> None:
+    """Parse a message as a request and as a reply: nothing but Refusal may be raised."""
     with contextlib.suppress(protocol.Refusal):
-        found = protocol.parse_request(request(dice))
+        found = protocol.parse_request(raw)
         assert found.fields.keys() == protocol.OPERATIONS[found.op].keys()
     with contextlib.suppress(protocol.Refusal):
-        assert isinstance(protocol.parse_reply(mutated(dice, dice.choice(_RESULTS))), dict)
+        assert isinstance(protocol.parse_reply(raw), dict)
 
 
 # -- what the kernel writes
@@ -172,8 +189,8 @@ def try_messages(dice: random.Random) -> None:
 _LABELS = "ab\n\t: )(\\é0123456789"
 
 
-def try_kernel_text(dice: random.Random) -> None:
-    """Parse what the kernel would write with hostile labels, exactly; then garbage of it."""
+def make_kernel_text(dice: random.Random) -> bytes:
+    """Parse what the kernel would write with hostile labels, exactly; return garbage of it."""
     label = "".join(dice.choice(_LABELS) for _ in range(dice.randrange(31)))
     made, wanted = [], {}
     for number in range(dice.randrange(3)):
@@ -196,7 +213,12 @@ def try_kernel_text(dice: random.Random) -> None:
     line = f"12 ({label}) S 1 " + " ".join(["0"] * 40)
     state = kernel_text.status(line)
     assert state is not None and state.command == label, line
-    garbage = mutated(dice, mutated(dice, (text + info + line).encode())).decode(errors="replace")
+    return mutated(dice, mutated(dice, (text + info + line).encode()))
+
+
+def check_kernel_text(raw: bytes) -> None:
+    """Parse text that no kernel writes: nothing may be raised."""
+    garbage = raw.decode(errors="replace")
     kernel_text.entries(garbage)
     kernel_text.mappings(garbage)
     kernel_text.status(garbage)
@@ -205,12 +227,15 @@ def try_kernel_text(dice: random.Random) -> None:
 
 # -- DLPack capsules
 
-_SHARED = dmabuf.allocate(4096, exporter="memfd")
+
+@functools.cache
+def _shared() -> dmabuf.Buffer:
+    return dmabuf.allocate(4096, exporter="memfd")
 
 
 def try_capsules(dice: random.Random) -> None:
     """Make capsules and arrays of a Buffer, use some, drop them in any order, and close it."""
-    buffer = dmabuf.allocate(4096, exporter="memfd") if dice.random() < 0.1 else _SHARED
+    buffer = dmabuf.allocate(4096, exporter="memfd") if dice.random() < 0.1 else _shared()
     held: list[object] = []
     for _ in range(dice.randrange(6)):
         what = dice.randrange(4)
@@ -225,7 +250,7 @@ def try_capsules(dice: random.Random) -> None:
                 held.append(
                     buffer.asarray(dice.choice(("u1", "f4", "O", "", "U0")), dice.choice(NUMBERS))
                 )
-    if buffer is _SHARED:
+    if buffer is _shared():
         return
     try:
         buffer.close()
@@ -280,12 +305,41 @@ def send(dice: random.Random, bad: socket.socket) -> None:
         os.close(fd)
 
 
+@dataclass(frozen=True)
+class Bytes:
+    """A target whose inputs are bytes."""
+
+    make: Callable[[random.Random], bytes]
+    check: Callable[[bytes], None]
+
+    def with_kept(self, kept: list[bytes]) -> Try:
+        """Return attempts, of which some change an input that was kept."""
+
+        def attempt(dice: random.Random) -> None:
+            again = kept and dice.random() < 0.3
+            self.check(mutated(dice, dice.choice(kept)) if again else self.make(dice))
+
+        return attempt
+
+
+BYTES = {
+    "headers": Bytes(make_header, check_header),
+    "messages": Bytes(make_message, check_message),
+    "kernel text": Bytes(make_kernel_text, check_kernel_text),
+    "command lines": Bytes(make_line, check_line),
+}
+
+
+def _bytes_target(name: str) -> contextlib.AbstractContextManager[Try]:
+    return contextlib.nullcontext(BYTES[name].with_kept(corpus.kept(name)))
+
+
 TARGETS: dict[str, Callable[[], contextlib.AbstractContextManager[Try]]] = {
-    "headers": lambda: contextlib.nullcontext(try_header),
-    "messages": lambda: contextlib.nullcontext(try_messages),
-    "kernel text": lambda: contextlib.nullcontext(try_kernel_text),
+    **{name: functools.partial(_bytes_target, name) for name in BYTES},
     "capsules": lambda: contextlib.nullcontext(try_capsules),
+    "commands": commands_target,
     "store": store_target,
     "node": lambda: node_target(mutated),
     "clients of nodes": lambda: client_target(mutated),
+    "mount": mount_target,
 }

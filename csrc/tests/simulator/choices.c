@@ -66,6 +66,16 @@ void choices_replay(const uint32_t *choices, size_t count)
 	past = 0;
 }
 
+void choices_from_bytes(const uint8_t *data, size_t size)
+{
+	dice.given = size / 2 < CHOICES ? size / 2 : CHOICES;
+	for (size_t i = 0; i < dice.given; i++)
+		made[i] = (uint32_t)data[2 * i] << 8 | data[2 * i + 1];
+	dice.replaying = true;
+	dice.count = 0;
+	past = 0;
+}
+
 const uint32_t *choices_made(size_t *count)
 {
 	*count = dice.count;

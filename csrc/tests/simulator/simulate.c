@@ -4,11 +4,13 @@
  * the first failure.
  *
  *	simulate [--seconds N] [--episodes N] [--seed N] [--workers N] [--failures N] [--shrink N]
- *		[--seeds FILE]
+ *		[--seeds FILE] [--corpus FOLDER]
  *
  * An episode's seed is the first seed plus its number. A run ends after so many failures (20), and
- * tries so many smaller ones than the first (4000). --seeds runs the seeds of a file only.
+ * tries so many smaller ones than the first (4000). --seeds runs the seeds of a file only, --corpus
+ * the choices in the files of a folder, which libFuzzer found (../fuzz.c).
  */
+#include <dirent.h>
 #include <errno.h>
 #include <signal.h>
 #include <stdio.h>
@@ -45,7 +47,7 @@ static struct progress *mine;
 
 static struct options {
 	uint64_t seconds, episodes, seed, workers, failures, attempts;
-	const char *seeds;
+	const char *seeds, *corpus;
 } options = {.episodes = UINT64_MAX, .workers = 2, .failures = 20, .attempts = 4000};
 
 static double seconds(void)
@@ -310,6 +312,58 @@ static void run_file(const char *path)
 	fclose(file);
 }
 
+/* -- the choices that libFuzzer found */
+
+static const char *input;
+
+static void run_input(const char *path)
+{
+	static uint8_t data[2 * MOST];
+	FILE *file = fopen(path, "rb");
+	size_t size = file ? fread(data, 1, sizeof(data), file) : 0;
+
+	if (!file) {
+		perror(path);
+		exit(2);
+	}
+	fclose(file);
+	input = path;
+	alarm(PATIENCE_S);
+	choices_from_bytes(data, size);
+	episode();
+	alarm(0);
+	totals.episodes++;
+}
+
+static void input_broken(const char *format)
+{
+	(void)format;
+	printf("... %s\n", input);
+	exit(BROKEN);
+}
+
+static void run_corpus(const char *folder)
+{
+	DIR *opened = opendir(folder);
+	double begun = seconds();
+	struct dirent *entry;
+	char path[4096];
+
+	if (!opened) {
+		perror(folder);
+		exit(2);
+	}
+	on_broken = input_broken;
+	while ((entry = readdir(opened)))
+		if (entry->d_name[0] != '.') {
+			snprintf(path, sizeof(path), "%s/%s", folder, entry->d_name);
+			run_input(path);
+		}
+	closedir(opened);
+	totals.transfers = transfers_done();
+	totals.seconds = seconds() - begun;
+}
+
 static void parse(int argc, char **argv)
 {
 	static const struct {
@@ -328,6 +382,10 @@ static void parse(int argc, char **argv)
 			options.seeds = argv[i + 1];
 			continue;
 		}
+		if (i + 1 < argc && !strcmp(argv[i], "--corpus")) {
+			options.corpus = argv[i + 1];
+			continue;
+		}
 		for (int k = 0; i + 1 < argc && k < 6; k++) {
 			char *rest;
 
@@ -338,7 +396,8 @@ static void parse(int argc, char **argv)
 		}
 		if (!known) {
 			printf("usage: simulate [--seconds N] [--episodes N] [--seed N] "
-			       "[--workers N] [--failures N] [--shrink N] [--seeds FILE]\n");
+			       "[--workers N] [--failures N] [--shrink N] [--seeds FILE] "
+			       "[--corpus FOLDER]\n");
 			exit(2);
 		}
 	}
@@ -353,6 +412,8 @@ int main(int argc, char **argv)
 	parse(argc, argv);
 	if (options.seeds)
 		run_file(options.seeds);
+	else if (options.corpus)
+		run_corpus(options.corpus);
 	else
 		run_workers();
 	if (totals.failed && options.attempts)

@@ -37,6 +37,8 @@ uint64_t choose(uint64_t limit);
 bool chance(unsigned per_mille);
 void choices_from_seed(uint64_t seed);
 void choices_replay(const uint32_t *choices, size_t count);
+/* The same, of two bytes each. */
+void choices_from_bytes(const uint8_t *data, size_t size);
 const uint32_t *choices_made(size_t *count);
 
 /* -- what happened */
