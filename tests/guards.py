@@ -295,6 +295,8 @@ def _fuse() -> str | None:
         os.close(serve_by_fuse([(memory, 4096, False)], True))
     except OSError as error:
         return error.strerror
+    except ImportError as error:
+        return str(error)
     finally:
         os.close(memory)
     return None

@@ -66,7 +66,8 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises Misuse, with the options that several commands share."""
 
-    def __init__(self, prog: str, command: Command) -> None:
+    def __init__(self, prog: str, command: Command, color: bool = False) -> None:
+        # Subparsers of Python 3.14 and later pass `color`. Help is the same on each Python.
         super().__init__(
             prog,
             description=command.help,
@@ -75,6 +76,7 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             add_help=False,
         )
+        self.color = color
         self.add_argument("-h", "--help", action="help", help="Show this text.")
         command.arguments(self)
 
