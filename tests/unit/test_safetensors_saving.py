@@ -259,6 +259,37 @@ def test_saves_of_one_path_run_in_their_order(path):
         one.result()
 
 
+@pytest.mark.parametrize("how", ["save", "save_file", "save_sharded"])
+def test_a_save_waits_for_those_of_its_path_in_the_background(path, monkeypatch, how):
+    """Its content stays, by whatever name the path is given."""
+    (path.parent / "link").symlink_to(path.name)
+    gate, wait, waited = Gate(), models.Saving.wait, []
+
+    def open_and_wait(saving):
+        waited.append(saving)
+        gate.open()
+        wait(saving)
+
+    monkeypatch.setattr(models.Saving, "wait", open_and_wait)
+    pending = models.save_async(MODEL, path, progress=gate)
+    assert gate.reached.wait(PATIENCE)
+    last = {"a": some(90, 1), "b": some(90, 2)}
+    if how == "save_sharded":
+        models.save_sharded(last, path.parent, max_shard_size=100)
+    else:
+        getattr(models, how)(last, path.parent / "link")
+    gate.open()  # which has no effect where the save has waited
+    pending.result()
+    if how == "save_sharded":
+        assert not path.exists()
+        assert_holds_folder(path.parent, last)
+    else:
+        assert_holds(path, last)
+    assert waited == [pending]
+    models.save(OLD, path)
+    assert waited == [pending]
+
+
 def test_a_save_that_fails_says_so_and_lets_the_next_one_go_on(path, caplog):
     def stop(done, total):
         raise ZeroDivisionError("at the disk")

@@ -16,15 +16,17 @@ are that of `Buffer.asarray`. Other formats belong in packages of their own.
 The modules: ``header`` (the format), ``layout`` (places in a buffer), ``files`` (the files of a
 model), ``views`` (tensors over bytes), ``loading``, ``shared`` (the copy that all processes of a
 host have), ``opening`` and ``slicing`` (single tensors and their parts), ``device`` (CUDA),
-``saving``, ``checkpoints`` (in the background, and as shards), and ``modules`` (those of PyTorch).
+``saving``, ``checkpoints`` (in the background, and as shards), ``pending`` (their order), and
+``modules`` (those of PyTorch).
 """
 
-from dmabuf.safetensors.checkpoints import Saving, save_async, save_sharded
+from dmabuf.safetensors.checkpoints import save_async, save_sharded
 from dmabuf.safetensors.files import Source, files_of
 from dmabuf.safetensors.header import Entry
 from dmabuf.safetensors.loading import Tensors, load, load_file
 from dmabuf.safetensors.modules import load_model, save_model
 from dmabuf.safetensors.opening import SafeOpen, Slice, safe_open
+from dmabuf.safetensors.pending import Saving
 from dmabuf.safetensors.saving import save, save_file
 from dmabuf.safetensors.shared import SharedModel, shared_models
 from dmabuf.safetensors.views import Framework

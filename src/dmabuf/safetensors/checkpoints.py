@@ -13,99 +13,14 @@ from contextlib import ExitStack, suppress
 from functools import partial
 
 from dmabuf.copying import Replacement, sync_folder
-from dmabuf.errors import ClosedError, os_error
-from dmabuf.kernel import process
+from dmabuf.errors import os_error
 from dmabuf.memory import Buffer, allocate
 from dmabuf.safetensors.files import read_index
 from dmabuf.safetensors.layout import UNIT
+from dmabuf.safetensors.pending import Saving, wait_for_pending
 from dmabuf.safetensors.saving import Layout, replacing, write, write_image
 from dmabuf.sizes import Size, parse_size, round_up
 from dmabuf.transfer import Engine, Progress, Require, Terms, Transfer, part_of
-
-
-class Saving:
-    """A save in the background, made by `save_async`."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        """The file that it writes."""
-        self._ended = threading.Event()
-        self._transfers: tuple[Transfer, ...] = ()
-        self._error: BaseException | None = None
-        self._pid = process.pid
-        self.thread: threading.Thread | None = None
-        """What makes it."""
-
-    def done(self) -> bool:
-        """Return whether it has ended: the file is on the medium, or the save failed."""
-        return self._ended.is_set()
-
-    def exception(self, timeout: float | None = None) -> BaseException | None:
-        """Wait until it has ended, and return the exception of its failure, or None.
-
-        Raises:
-            TimeoutError: it goes on after `timeout` seconds.
-            ClosedError: a process that forked this one makes the save.
-        """
-        if not self._ended.is_set() and self._pid != process.pid:
-            raise ClosedError(f"save {self.path}: it runs in the process that forked this one")
-        if not self._ended.wait(timeout):
-            raise TimeoutError(f"save {self.path}: it goes on after {timeout} s")
-        if self.thread is not None:
-            self.thread.join()  # it has nothing left to do
-        return self._error
-
-    def result(self, timeout: float | None = None) -> tuple[Transfer, ...]:
-        """Wait until the file is on the medium, and return the records of the transfers.
-
-        Raises:
-            TimeoutError: it goes on after `timeout` seconds.
-            OSError: the save failed; the file is as it was.
-        """
-        error = self.exception(timeout)
-        if error is not None:
-            raise error
-        return self._transfers
-
-    def wait(self) -> None:
-        """Return when it has ended."""
-        self._ended.wait()
-
-    def succeed(self, transfer: Transfer) -> None:
-        """Note the record of the transfer; the thread of the save calls it."""
-        self._transfers = (transfer,)
-
-    def fail(self, error: BaseException) -> None:
-        """Note why it fails; the thread of the save calls it."""
-        import logging
-
-        self._error = error
-        logging.getLogger("dmabuf").error("save %s in the background: %s", self.path, error)
-
-    def end(self, key: str) -> None:
-        """Note that it has ended; nothing uses its memory any more."""
-        with _changing:
-            if _latest.get(key) is self:
-                del _latest[key]
-        self._ended.set()
-
-    def __repr__(self) -> str:
-        state = "running" if not self.done() else "failed" if self._error else "done"
-        return f"<dmabuf.safetensors.Saving {self.path!r} {state}>"
-
-
-_latest: dict[str, Saving] = {}
-"""The last save of each path, unless it has ended: the next one writes after it."""
-_changing = threading.Lock()
-
-
-def _after_fork() -> None:
-    global _changing
-    _changing = threading.Lock()
-    _latest.clear()
-
-
-os.register_at_fork(after_in_child=_after_fork)
 
 
 def save_async(
@@ -123,8 +38,8 @@ def save_async(
 
     The tensors may change as soon as this returns. A thread writes the file, which appears whole or
     not at all: after an error, or a kill at any moment, the old one is there. Saves of one path run
-    one after the other, in the order of the calls. A process that ends waits for its saves. An
-    error is also logged, by the logger "dmabuf".
+    one after the other, in the order of the calls, and `save` waits for those that are pending. A
+    process that ends waits for its saves. An error is also logged, by the logger "dmabuf".
 
     Args:
         tensors: as for `save`.
@@ -146,9 +61,9 @@ def save_async(
     """
     Terms(require=require)
     layout = Layout(tensors, metadata)
-    saving, key = Saving(os.fspath(path)), os.path.realpath(path)
+    saving = Saving(os.fspath(path))
     with ExitStack() as stack:
-        stack.callback(saving.end, key)
+        stack.callback(saving.end)
         replacement = stack.enter_context(replacing(path, force))
         size = round_up(layout.size, UNIT)
         if buffer is None:
@@ -160,9 +75,7 @@ def save_async(
         layout.copy_to(buffer)
         buffer.hold()
         stack.callback(buffer.release)
-        with _changing:
-            before = _latest.get(key)
-            _latest[key] = saving
+        before = saving.take_turn()
         owned = deque([stack.pop_all()])
     image = partial(write_image, replacement, buffer, layout.size, require, progress)
     work = partial(_save, saving, owned, replacement, image, before)
@@ -217,7 +130,8 @@ def save_sharded(
     ``model.safetensors.index.json``. They get their names when all of them are on the medium, and
     the index comes last. So a reader finds the old model or the new, also after a crash. Where the
     folder has a model of the same name, its files are removed at the end, and the new shards get
-    names that it does not use. When this returns, all that is on the medium.
+    names that it does not use. When this returns, all that is on the medium. A `save_async` of
+    ``model.safetensors`` in the folder that is still pending ends first.
 
     Args:
         tensors: as for `save`; each shard has the next of them in this order.
@@ -250,6 +164,7 @@ def save_sharded(
     folder = os.fspath(folder).rstrip("/") or "/"
     os.makedirs(folder, exist_ok=True)
     single, index = f"{name}.safetensors", f"{name}.safetensors.index.json"
+    wait_for_pending(os.path.join(folder, single))
     stale = _stale(folder, single, index)
     names = _shard_names(folder, name, len(layouts)) if len(layouts) > 1 else [single]
     transfers: list[Transfer] = []

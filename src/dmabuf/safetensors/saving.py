@@ -25,6 +25,7 @@ from dmabuf.kernel import log
 from dmabuf.memory import Buffer, allocate, find_buffer, import_optional
 from dmabuf.safetensors.header import DTYPES, make
 from dmabuf.safetensors.layout import UNIT
+from dmabuf.safetensors.pending import wait_for_pending
 from dmabuf.sizes import round_up
 from dmabuf.transfer import (
     Engine,
@@ -150,7 +151,8 @@ def save(
     The bytes are written to a temporary file in the same directory, flushed to the medium, and then
     renamed: a reader finds the old content or the new, also after a crash. The file is identical to
     the one that the safetensors package writes for the same tensors. Room for all of it is
-    allocated before the first byte is written.
+    allocated before the first byte is written. A `save_async` of the same path that is still
+    pending ends first, so this content stays.
 
     Args:
         tensors: PyTorch tensors or NumPy arrays by name, such as `load` returns. Those that lie in
@@ -175,6 +177,7 @@ def save(
     """
     Terms(require=require)
     layout = Layout(tensors, metadata)
+    wait_for_pending(path)
     with replacing(path, force) as replacement:
         transfers = write(replacement, layout, require, engine, progress)
         replacement.commit(None, sync=True)
