@@ -446,6 +446,23 @@ def test_a_tensor_that_is_larger_than_a_shard_has_one_of_its_own(tmp_path):
     assert_holds_folder(tmp_path, tensors)
 
 
+_SHARDS = """
+import resource, sys
+import numpy as np
+from dmabuf import safetensors
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+model = {str(number): np.full(1000 + number % 7, number, "<u4") for number in range(300)}
+safetensors.save_sharded(model, sys.argv[1], max_shard_size=1)
+"""
+
+
+def test_more_shards_than_descriptors(tmp_path):
+    in_child(_SHARDS, tmp_path)
+    tensors = {str(number): np.full(1000 + number % 7, number, "<u4") for number in range(300)}
+    assert_holds_folder(tmp_path, tensors)
+    assert len(os.listdir(tmp_path)) == 301
+
+
 def assert_holds_folder(folder, tensors):
     model = models.load(folder, framework="np")
     assert set(model) == set(tensors)

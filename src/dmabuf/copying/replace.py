@@ -6,7 +6,7 @@ place by rename(2). The content is flushed before that: otherwise a power cut ma
 and, of a file that was written through the page cache, zeros. So a program that opens the target
 sees the old content or the new, also after a crash, and a killed copy leaves nothing, except
 between those two calls a file with a hidden name. Filesystems without O_TMPFILE (NFS, FUSE) have
-the hidden name from the start.
+the hidden name from the start, and so has a file that is not to keep a descriptor open.
 
 Some files can be written but not replaced: the files that containers have mounted over others, the
 files of /proc and /sys, and files in a directory without write permission. They are written in
@@ -34,17 +34,22 @@ _FS_APPEND_FL = 0x20  # <linux/fs.h>
 class Replacement:
     """A context manager: write to `temporary`, then `commit`; without that nothing has happened.
 
+    With `nameless` False it keeps no descriptor open, and a kill leaves a file with a hidden name.
+
     An existing target keeps its permissions, owner and attributes as far as that is allowed. A
     symbolic link stays one, and the file it points to is replaced.
     """
 
-    def __init__(self, path: str, *, force: bool, note: Callable[[str], object]) -> None:
+    def __init__(
+        self, path: str, *, force: bool, note: Callable[[str], object], nameless: bool = True
+    ) -> None:
         self.path = os.path.realpath(path) if os.path.islink(path) else path
         self.in_place: str | None = None
         """Why the target is written in place; None if it is replaced."""
         self._asked = path
         self._force = force
         self._note = note
+        self._nameless = nameless
         self._folder = os.path.dirname(self.path) or "."
         self._hidden = os.path.join(self._folder, f".dmabuf-{os.urandom(6).hex()}.tmp")
         self._fd = -1
@@ -125,12 +130,13 @@ class Replacement:
         return None
 
     def _make(self, mode: int) -> None:
-        with suppress(OSError):  # no O_TMPFILE here; the next open has any other reason as well
-            self._fd = os.open(self._folder, os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC, mode)
-            if os.path.exists(self.temporary):
-                return
-            os.close(self._fd)  # without /proc it could not get a name
-            self._fd = -1
+        if self._nameless:
+            with suppress(OSError):  # no O_TMPFILE here; the next open has any other reason as well
+                self._fd = os.open(self._folder, os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC, mode)
+                if os.path.exists(self.temporary):
+                    return
+                os.close(self._fd)  # without /proc it could not get a name
+                self._fd = -1
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         os.close(os.open(self._hidden, flags, mode))
 

@@ -22,6 +22,9 @@ from dmabuf.safetensors.saving import Layout, replacing, write, write_image
 from dmabuf.sizes import Size, parse_size, round_up
 from dmabuf.transfer import Engine, Progress, Require, Terms, Transfer, part_of
 
+_NAMELESS = 256
+"""Shards that are files without a name, each an open descriptor, until all are on the medium."""
+
 
 def save_async(
     tensors: Mapping[str, object],
@@ -173,7 +176,9 @@ def save_sharded(
         shards = []
         for shard, layout in zip(names, layouts, strict=True):
             path = os.path.join(folder, shard)
-            shards.append((path, stack.enter_context(replacing(path, force))))
+            nameless = len(layouts) <= _NAMELESS
+            replacement = replacing(path, force, nameless=nameless)
+            shards.append((path, stack.enter_context(replacement)))
             part = part_of(progress, done, total)
             transfers += write(shards[-1][1], layout, require, engine, part)
             done += layout.size

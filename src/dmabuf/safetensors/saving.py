@@ -200,7 +200,9 @@ def save_file(
 
 
 @contextmanager
-def replacing(path: str | os.PathLike[str], force: bool) -> Iterator[Replacement]:
+def replacing(
+    path: str | os.PathLike[str], force: bool, *, nameless: bool = True
+) -> Iterator[Replacement]:
     """Yield the replacement of a file to be saved. Errors in the block have the file's path."""
     path = os.fspath(path)
     if not path:
@@ -208,7 +210,8 @@ def replacing(path: str | os.PathLike[str], force: bool) -> Iterator[Replacement
     with suppress(FileNotFoundError):
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise os_error(errno.EINVAL, "save: it exists and is not a regular file", path)
-    with Replacement(path, force=force, note=log.info) as replacement:
+    how = Replacement(path, force=force, note=log.info, nameless=nameless)
+    with how as replacement:
         try:
             yield replacement
         except OSError as error:
