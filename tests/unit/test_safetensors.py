@@ -337,21 +337,29 @@ def test_a_shard_without_a_wanted_tensor_is_not_opened(sharded):
 
 
 _SHARDS = """
-import resource, sys
+import json, resource, sys
 import numpy as np
-from dmabuf import safetensors
-paths = [f"{sys.argv[1]}/{number}" for number in range(100)]
-for number, path in enumerate(paths):
-    safetensors.save({str(number): np.full(2048, number, "<f4")}, path)
+import safetensors.numpy
+from dmabuf import safetensors as models
+folder, count, map = sys.argv[1], int(sys.argv[2]), {}
+content = lambda number: np.full(1000 + number % 7, number, "<u4")
+for number in range(count):
+    map[f"{number}"] = f"{number}.safetensors"
+    with open(f"{folder}/{number}.safetensors", "wb") as file:
+        file.write(safetensors.numpy.save({f"{number}": content(number)}))
+with open(f"{folder}/model.safetensors.index.json", "w") as file:
+    json.dump({"weight_map": map}, file)
 resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))
-model = safetensors.load(paths, framework="np")
-assert all((model[str(number)] == number).all() for number in range(100))
+model = models.load(folder, framework="np")
+assert len(model) == count
+assert all(np.array_equal(model[f"{number}"], content(number)) for number in range(count))
 print(*{str(one.route) for one in model.transfers})
 """
 
 
-def test_more_shards_than_descriptors_take_one_route(tmp_path):
-    assert len(in_child(_SHARDS, tmp_path).split()) == 1
+@pytest.mark.parametrize("count", [100, 10_000])
+def test_more_shards_than_descriptors_take_one_route(tmp_path, count):
+    assert len(in_child(_SHARDS, tmp_path, count).split()) == 1
 
 
 def test_a_folder_with_one_file(path):

@@ -8,7 +8,7 @@ import zipfile
 
 import numpy as np
 import pytest
-import safetensors
+import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -225,6 +225,24 @@ def test_a_length_that_lies_reads_nothing(tmp_path):
         assert tracemalloc.get_traced_memory()[1] < 1_000_000
     finally:
         tracemalloc.stop()
+
+
+def test_a_header_of_100_megabytes(tmp_path):
+    """The largest that the format allows, and one that is longer."""
+    path = tmp_path / "x"
+    tensors = {"a": np.arange(5, dtype="u1")}
+    plain = safetensors.numpy.save(tensors, {"m": ""})
+    text = "x" * (100_000_000 - len(plain[8:-5].rstrip(b" ")))
+    models.save(tensors, path, metadata={"m": text})
+    assert path.stat().st_size == 8 + 100_000_000 + 5
+    assert models.load(path, framework="np").metadata == {"m": text}
+    with models.safe_open(path, "np") as file:
+        assert file.get_tensor("a").tolist() == [0, 1, 2, 3, 4] and file.metadata() == {"m": text}
+    with safetensors.safe_open(path, "np") as file:
+        assert file.metadata() == {"m": text}
+    with pytest.raises(ValueError, match="a header of 100000008 bytes: the format allows"):
+        models.save(tensors, path, metadata={"m": text + "y"})
+    assert models.load(path, framework="np")["a"].tolist() == [0, 1, 2, 3, 4]
 
 
 def agree(mine, file):

@@ -30,6 +30,8 @@ from tests.support import (
     cached,
     in_child,
     let_go,
+    loop_device,
+    mounted,
     pattern,
     poison,
     raises_errno,
@@ -164,6 +166,34 @@ def test_a_full_disk_is_found_before_anything_is_written(tmp_path):
         assert os.listdir(tmp_path) == ["x"]
     finally:
         let_go(lambda: run("umount", tmp_path))
+
+
+@needs("loop", "ext4")
+@pytest.mark.parametrize("how", ["save", "save_async", "save_sharded"])
+def test_a_disk_without_room_beforehand_fills_at_90_percent(tmp_path, how):
+    """Without extents ext4 cannot allocate the room first, so the write itself meets ENOSPC."""
+    with (
+        loop_device(tmp_path / "image", 64 * MIB) as device,
+        mounted(device, "ext4", tmp_path / "mount", "-O", "^extents,^64bit", "-m0") as folder,
+    ):
+        path, total = folder / "model.safetensors", sum(one.nbytes for one in MODEL.values())
+        models.save(OLD, path)
+        with (folder / "filler").open("wb") as filler:
+            while (status := os.statvfs(folder)).f_bavail * status.f_frsize > 0.9 * total:
+                filler.write(bytes(MIB // 4))
+                filler.flush()
+        if how == "save_sharded":
+            with raises_errno(errno.ENOSPC):
+                models.save_sharded(MODEL, folder, max_shard_size=4 * MIB)
+        else:
+            with raises_errno(errno.ENOSPC, filename=str(path)):
+                done = getattr(models, how)(MODEL, path)
+                done.result()
+        assert_holds(path, OLD)
+        assert sorted(os.listdir(folder)) == ["filler", "lost+found", path.name]
+        (folder / "filler").unlink()
+        models.save(MODEL, path)
+        assert_holds(path, MODEL)
 
 
 @pytest.mark.filterwarnings("ignore:unclosed <dmabuf.Buffer:ResourceWarning")
