@@ -60,7 +60,8 @@ def parse_object(raw: bytes, what: str, hook: Any = None) -> dict[str, Any]:
     try:
         found = json.loads(raw.decode(), object_hook=hook)
         if b"\\u" in raw:  # half of a surrogate pair is not text: this raises UnicodeEncodeError
-            json.dumps(found, ensure_ascii=False).encode()
+            every = json.loads(raw.decode(), object_pairs_hook=tuple)  # keys that are twice, too
+            json.dumps(every, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise Malformed(f"{what} is not valid JSON: {error}") from None
     if not isinstance(found, dict):
