@@ -189,7 +189,7 @@ def test_a_client_that_names_memory_it_has_not_granted(folder: Path, beyond: int
     ):
         buffer.pwrite(poison(MIB), 0)
         region = pump.grant(buffer.fileno(), MIB, writable=True)
-        assert peer.ask(op="nixl", transports=["tcp"]) == {"transports": "tcp"}
+        assert peer.ask(op="nixl", transports=["tcp"], start=60.0) == {"transports": "tcp"}
         assert peer.ask(op="regions", metadata=pump.metadata()) == {}
         number = open_by_hand(peer, "a.bin")
         reply = peer.ask(**asked(number, [0, 8192]), addresses=[region.address + beyond])

@@ -46,6 +46,33 @@ def test_auto_uses_tcp_and_reports_why(address: str) -> None:
         there.revoke(buffer)  # nothing was granted
 
 
+@pytest.fixture
+def slow_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A node as above, where both ends have a NIXL whose start never ends."""
+    library = tmp_path / "library" / "nixl_cu13"
+    library.mkdir(parents=True)
+    (library / "__init__.py").touch()
+    (library / "_api.py").write_text("import threading\nthreading.Event().wait()\n")
+    monkeypatch.syspath_prepend(str(library.parent))
+    monkeypatch.setenv("UCX_TLS", "tcp")
+    (tmp_path / "served").mkdir()
+    (tmp_path / "served" / "a.bin").write_bytes(DATA)
+    with node(tmp_path / "served", trusted_network=True) as listener:
+        yield listener.address
+
+
+def test_auto_does_not_wait_long_for_a_nixl_that_is_slow_to_start(slow_address: str) -> None:
+    with (
+        remote.connect(slow_address, trusted_network=True, timeout=30) as there,
+        there.open("a.bin") as file,
+        dmabuf.allocate(len(DATA), exporter="memfd") as buffer,
+    ):
+        assert there.transport == "tcp"
+        assert there.reason == "NIXL is not used: NIXL: start its process: nothing came in 10 s"
+        file.read_into(buffer)
+        assert_same(buffer.pread(len(DATA), 0), DATA, "the buffer")
+
+
 def test_another_engine_is_refused(address: str) -> None:
     with pytest.raises(ValueError, match="use 'auto', 'tcp' or 'nixl'"):
         remote.connect(address, engine="quic")

@@ -56,7 +56,8 @@ def connect(
             serve the same files: these are read from all of them, and nothing else is possible.
         engine: what moves the bytes: "tcp", the connection itself, or "nixl", by which UCX moves
             them between processes that hold the memory for both ends. "auto" is NIXL if both ends
-            have it and the network is trusted or RDMA; `Node.reason` says why not.
+            have it, start it within a third of `timeout`, and the network is trusted or RDMA;
+            `Node.reason` says why not.
         certificates: use TLS with these; the node must have been started with its own.
         trusted_network: do without TLS beyond this machine: everyone on the way can read and change
             the bytes. NIXL over TCP needs it, also on this machine.

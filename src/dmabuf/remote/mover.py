@@ -23,10 +23,10 @@ class Mover:
     The blocks are of this connection alone: its peer can reach what the pump has mapped.
     """
 
-    def __init__(self, transports: str, device: str | None, timeout: float) -> None:
+    def __init__(self, transports: str, device: str | None, start: float, timeout: float) -> None:
         self.by_card = is_rdma(transports)
         self._timeout = timeout
-        self.pump = Pump(transports, device)
+        self.pump = Pump(transports, device, start)
         self._blocks: list[Buffer] = []
         self._at: dict[int, int] = {}
 

@@ -108,13 +108,13 @@ class Nixl(Engine):
     own.
     """
 
-    def __init__(self, transports: str, device: str | None) -> None:
+    def __init__(self, transports: str, device: str | None, start: float) -> None:
         first = transports.partition(",")[0]
         why = f"both ends have NIXL, and UCX_TLS={transports} is allowed"
         super().__init__("ucx_tcp" if first == "tcp" else first, why)
         self.by_card = is_rdma(transports)
         self.route = Route.DIRECT if self.by_card else Route.STAGED
-        self.pump = Pump(transports, device)
+        self.pump = Pump(transports, device, start)
         self._granted: dict[int, _Granted] = {}
         self._changed = True
 

@@ -52,8 +52,8 @@ _AT_ONCE = 2
 """Transfers under way at once, so that the connection is never idle between them."""
 _GOES_ON = {"moved": True}
 """What the pump sends after each transfer, before the reply."""
-_START = 60.0
-"""Seconds until a pump serves."""
+_MOST = 60.0
+"""Seconds that a request may take, but for `Pump.move`."""
 _SLICE = 100
 """Milliseconds between two looks at the time."""
 _POLL = 50e-6
@@ -87,10 +87,14 @@ def library() -> str | None:
 class Pump:
     """A pump process of this process. Thread-safe: one request at a time."""
 
-    def __init__(self, transports: str, device: str | None) -> None:
-        """Start it. `transports` is UCX_TLS for it; `device` UCX_NET_DEVICES, unless that is set.
+    def __init__(self, transports: str, device: str | None, start: float = _MOST) -> None:
+        """Start it.
 
-        It need not serve yet when this returns; the first request waits for it.
+        Args:
+            transports: UCX_TLS for it.
+            device: UCX_NET_DEVICES for it, unless that is set.
+            start: the most seconds that the first request waits until it serves. On a busy
+                machine, or with a low priority, that takes long.
         """
         env = os.environ | {"UCX_TLS": transports}
         env["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, sys.path))
@@ -98,7 +102,7 @@ class Pump:
             env.setdefault("UCX_NET_DEVICES", device)
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
-        self._serves = False
+        self._serves, self._start = False, start
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             self._process = subprocess.Popen(
@@ -183,7 +187,7 @@ class Pump:
         self,
         op: str,
         *descriptors: int,
-        timeout: float = _START,
+        timeout: float = _MOST,
         tick: Callable[[], None] = lambda: None,
         **fields: object,
     ) -> dict[str, object]:
@@ -193,7 +197,7 @@ class Pump:
                 raise os_error(errno.ECONNRESET, "the NIXL process was ended; connect again")
             try:
                 if not self._serves:
-                    _check(self._receive("start", _START, tick))
+                    _check(self._receive("start its process", self._start, tick))
                     self._serves = True
                 with suppress(ConnectionError):  # it has ended: there is no reply either
                     socket.send_fds(self._socket, [request], descriptors)

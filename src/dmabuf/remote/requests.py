@@ -157,7 +157,8 @@ class Client:
             text = f"NIXL: {_MOST_MOVERS} clients of the node have it already; use engine='tcp'"
             raise os_error(errno.EUSERS, text)
         try:
-            self._mover = Mover(taken, device, self._channel.timeout)
+            start = min(self._channel.timeout, request.get("start", float))
+            self._mover = Mover(taken, device, start, self._channel.timeout)
         except BaseException:
             self._shared.movers.release()
             raise

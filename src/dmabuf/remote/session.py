@@ -71,14 +71,18 @@ class Session:
     def use_nixl(self, *, trusted: bool, required: bool) -> None:
         """Have NIXL move the bytes, if both ends have it and the network allows it.
 
+        Unless it is `required`, each end has a third of the connection's timeout to start it.
+
         Raises OSError if it is `required` and not possible.
         """
+        start = self._channel.timeout / (1 if required else 3)
         try:
             offered = nixl.transports(trusted=trusted)
-            taken = self.ask("nixl", transports=offered).choice("transports", *offered)
+            reply = self.ask("nixl", transports=offered, start=start)
+            taken = reply.choice("transports", *offered)
             device = nixl.device_of(taken, self._channel.local_address)
             with ExitStack() as stack:
-                made = Nixl(taken, device)
+                made = Nixl(taken, device, start)
                 stack.callback(made.close)
                 self.ask("regions", metadata=made.metadata())
                 stack.pop_all()
