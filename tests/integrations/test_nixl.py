@@ -234,6 +234,34 @@ def test_a_pump_has_what_was_granted_and_nothing_else(
         assert "NoNewPrivs:\t1" in Path(f"/proc/{pid}/status").read_text()
 
 
+@pytest.mark.parametrize("within", [False, True])
+def test_a_buffer_that_is_dropped_is_taken_from_the_node(
+    there: remote.Node, big: dmabuf.Buffer, within: bool
+) -> None:
+    """Also where it is dropped within a request to the pump, as the garbage collector can do."""
+    _, mine = pumps()
+    dropped = [dmabuf.allocate("1MiB", exporter="memfd", name="dropped")]
+    dropped[0].closes_unasked = True  # as Buffers are whose arrays close them
+
+    def drop(frame: object, event: str, argument: object) -> None:
+        if frame.f_code.co_qualname == "Pump._receive":
+            dropped.clear()
+
+    with there.open("a.bin") as file:
+        file.read_into(dropped[0], "1MiB")
+        assert granted(mine) == ["dropped"]
+        if within:
+            sys.setprofile(drop)
+        else:
+            dropped.clear()
+        try:
+            file.read_into(big)
+        finally:
+            sys.setprofile(None)
+    assert not dropped and "dropped" not in granted(mine)
+    assert_same(big.pread(SIZE, 0), DATA, "the other buffer")
+
+
 def stop(there: remote.Node, buffer: dmabuf.Buffer) -> Callable[[], None]:
     """Stop the client's pump, so that no bytes arrive; return what waits for a read under way."""
     mine = pumps()[-1]

@@ -13,6 +13,7 @@ import glob
 import os
 import socket
 import struct
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -95,17 +96,23 @@ def device_of(transports: str, local: str | None) -> str | None:
 
 
 class _Granted(NamedTuple):
-    buffer: Buffer
     region: Region
+    buffer: weakref.ref[Buffer]
     on_close: Callable[[], None]
+
+    def forget(self) -> None:
+        """Take the callback back from the buffer."""
+        buffer = self.buffer()
+        if buffer is not None:
+            buffer.not_on_close(self.on_close)
 
 
 class Nixl(Engine):
     """How bytes travel between a buffer and the node by NIXL.
 
-    The node may reach the buffers that were granted to it, until each is revoked or closed. They
-    are kept by identity, and by no address: another buffer at the same address has a region of its
-    own.
+    The node may reach the buffers that were granted to it, until each is revoked, closed or
+    dropped. They are known by identity, and by no address: another buffer at the same address has a
+    region of its own. A closed or dropped buffer takes its entry out before it is freed.
     """
 
     def __init__(self, transports: str, device: str | None, start: float) -> None:
@@ -116,6 +123,7 @@ class Nixl(Engine):
         self.route = Route.DIRECT if self.by_card else Route.STAGED
         self.pump = Pump(transports, device, start)
         self._granted: dict[int, _Granted] = {}
+        """By id(buffer)."""
         self._changed = True
 
     def reason(self, direction: Direction) -> str:
@@ -151,17 +159,16 @@ class Nixl(Engine):
             if self.pump.closed:
                 raise
             return f"its pages cannot be registered: {error.strerror}"
-        on_close = partial(self.revoke, buffer)
-        self._granted[id(buffer)] = _Granted(buffer, region, on_close)
+        on_close = partial(self._end, id(buffer))
+        self._granted[id(buffer)] = _Granted(region, weakref.ref(buffer), on_close)
         self._changed = True
         buffer.on_close(on_close)
         return None
 
     def metadata(self) -> str:
         """Return what the node has to know of the pump and its present regions."""
-        found = self.pump.metadata()
         self._changed = False
-        return found
+        return self.pump.metadata()
 
     def prepare(
         self, channel: Channel, buffer: Buffer, places: Sequence[Range]
@@ -190,25 +197,21 @@ class Nixl(Engine):
     _send = _receive  # the node's end acts in both directions
 
     def revoke(self, buffer: Buffer) -> None:
-        """Deregister and unmap a buffer in the pump, if it was granted; from any thread.
+        """Deregister and unmap a buffer in the pump, if it was granted; from any thread."""
+        self._end(id(buffer))
 
-        If that fails the pump is ended, and with it all its regions.
-        """
-        found = self._granted.pop(id(buffer), None)
+    def _end(self, key: int) -> None:
+        found = self._granted.pop(key, None)
         if found is not None:
+            found.forget()
             self._changed = True
-            buffer.not_on_close(found.on_close)
-            try:
-                self.pump.revoke(found.region)
-            except OSError:
-                self.pump.close()
+            self.pump.revoke(found.region)
 
     def close(self) -> None:
         """End the pump, and with it all regions."""
         self.pump.close()
         while self._granted:
-            _, (buffer, _, on_close) = self._granted.popitem()
-            buffer.not_on_close(on_close)
+            self._granted.popitem()[1].forget()
 
     def forget(self) -> None:
         """Close a forked child's copy."""

@@ -101,6 +101,10 @@ class Pump:
         if device is not None:
             env.setdefault("UCX_NET_DEVICES", device)
         self._lock = threading.Lock()
+        self._holder = 0
+        """The thread that makes a request."""
+        self._late: deque[Region] = deque()
+        """Regions that a finalizer revoked within a request."""
         self._numbers = itertools.count(1)
         self._serves, self._start = False, start
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -158,8 +162,17 @@ class Pump:
         return Region(number, int(str(reply["address"])))
 
     def revoke(self, region: Region) -> None:
-        """Have it deregister and unmap a region."""
-        self._ask("revoke", number=region.number)
+        """Have it deregister and unmap a region; if that fails, end it, and with it all regions.
+
+        In a finalizer within a request of this thread, it is done after the request.
+        """
+        if self._holder == threading.get_ident():
+            self._late.append(region)
+            return
+        try:
+            self._ask("revoke", number=region.number)
+        except OSError:
+            self.close()
 
     def move(
         self,
@@ -193,9 +206,10 @@ class Pump:
     ) -> dict[str, object]:
         request = json.dumps({"op": op, **fields}).encode()
         with self._lock:
-            if self.closed:
-                raise os_error(errno.ECONNRESET, "the NIXL process was ended; connect again")
+            self._holder = threading.get_ident()
             try:
+                if self.closed:
+                    raise os_error(errno.ECONNRESET, "the NIXL process was ended; connect again")
                 if not self._serves:
                     _check(self._receive("start its process", self._start, tick))
                     self._serves = True
@@ -205,7 +219,12 @@ class Pump:
             except BaseException:
                 self.close()
                 raise
-            return _check(reply)
+            finally:
+                self._holder = 0
+        while self._late:
+            with suppress(IndexError):  # another thread was faster
+                self.revoke(self._late.popleft())
+        return _check(reply)
 
     def _receive(self, op: str, timeout: float, tick: Callable[[], None]) -> dict[str, object]:
         until = time.monotonic() + timeout
