@@ -11,11 +11,12 @@ import pytest
 
 import dmabuf
 from tests.guards import needs
+from tests.nodes import node, url_of
 from tests.support import assert_same, pattern, poison, wait_until
 
 ray = pytest.importorskip("ray", reason="needs Ray (make integrations installs it)")
 
-from dmabuf.ray import get, use  # noqa: E402 - it needs Ray
+from dmabuf.ray import files_source, get, model_source, use  # noqa: E402 - it needs Ray
 
 SIZE = (9 << 20) + 4096
 DATA = pattern(SIZE, 41)
@@ -28,7 +29,8 @@ pytestmark = pytest.mark.timeout(300)
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     """Ray on this machine."""
-    os.environ["RAY_AUTH_MODE"] = "disabled"
+    # With their usual low priority the workers starve on a busy machine.
+    os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"}
     ray.init(
         num_cpus=4, include_dashboard=False, object_store_memory=80 << 20,
         log_to_driver=False,
@@ -127,6 +129,68 @@ def test_an_actor_that_was_killed_gives_no_buffer(storage: object) -> None:
         with pytest.raises((OSError, ray.exceptions.RayError)):
             get(ref, into=buffer)
         assert_same(buffer.pread(SIZE, 0), poison(SIZE), "the buffer")
+
+
+@pytest.fixture(params=["paths", "URLs"])
+def served(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """A folder, and what its files' names begin with: its path, or the URL of a node."""
+    pytest.importorskip("pyarrow", reason="needs pyarrow (make integrations installs it)")
+    folder = tmp_path / "served"
+    folder.mkdir()
+    with node(folder, f"unix:{tmp_path}/node"):
+        yield folder, str(folder) if request.param == "paths" else url_of(tmp_path / "node")
+
+
+of_ray = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+"""Ray uses what it has deprecated itself."""
+
+
+def rows_of(source: object) -> list[dict]:
+    return ray.data.read_datasource(source, override_num_blocks=3).take_all()
+
+
+@of_ray
+def test_files_are_rows_of_ray_data(cluster: None, served: tuple[Path, str]) -> None:
+    folder, where = served
+    contents = {"a": DATA[: 3 << 20], "b": DATA[77:5000], "empty": b"", "c": DATA[: 1 << 20]}
+    expected = []
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+        for at in range(0, len(content) or 1, 1_000_000):
+            part = content[at : at + 1_000_000]
+            expected.append({"path": f"{where}/{name}", "offset": at, "bytes": part})
+    source = files_source([f"{where}/{name}" for name in contents], row_size=1_000_000)
+    assert source.estimate_inmemory_data_size() == sum(map(len, contents.values()))
+    assert len(source.get_read_tasks(3)) == 3
+    rows = rows_of(source)
+    assert sorted(rows, key=str) == sorted(expected, key=str)
+    with pytest.raises(FileNotFoundError):
+        files_source(f"{where}/none")
+    os.truncate(folder / "a", 5)
+    with pytest.raises(ray.exceptions.RayTaskError, match="the file shrank meanwhile"):
+        rows_of(source)
+
+
+@of_ray
+def test_the_tensors_of_a_model_are_rows_of_ray_data(
+    cluster: None, served: tuple[Path, str]
+) -> None:
+    np, (folder, where) = pytest.importorskip("numpy"), served
+    models = {
+        "1.safetensors": {"large": np.frombuffer(DATA[:3_000_000], "u1").reshape(-1, 1000)},
+        "2.safetensors": {"a": np.arange(7.0), "none": np.empty((0, 5), "f4"), "b": np.int16(5)},
+    }
+    expected = []
+    for name, tensors in models.items():
+        dmabuf.safetensors.save(tensors, folder / name)
+        for key, tensor in tensors.items():
+            known = {"uint8": "U8", "float64": "F64", "float32": "F32", "int16": "I16"}
+            expected.append({
+                "path": f"{where}/{name}", "name": key, "dtype": known[str(tensor.dtype)],
+                "shape": list(tensor.shape), "bytes": tensor.tobytes(),
+            })  # fmt: skip
+    rows = rows_of(model_source([f"{where}/{name}" for name in models]))
+    assert sorted(rows, key=str) == sorted(expected, key=str)
 
 
 @needs("netns")
