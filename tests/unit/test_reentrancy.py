@@ -20,6 +20,14 @@ from tests.unit.interrupting import Interruptions, Points
 
 SIZE = 128 << 10
 SEGMENTS = array.array("Q", [0, 0, 8192, 16384, 16384, 8192])
+PAST_THE_END = array.array("Q", [0, 0, 8192, SIZE, 16384, 8192])
+
+
+def fail(file, buffer):
+    with suppress(EOFError):
+        file.read_segments(buffer, PAST_THE_END)
+
+
 MOVES = {
     "read": lambda file, buffer: file.read_into(buffer, SIZE - 5),
     "small read": lambda file, buffer: file.read_into(buffer, 4096),
@@ -27,6 +35,7 @@ MOVES = {
     "write": lambda file, buffer: file.write_from(buffer, SIZE - 5),
     "growing write": lambda file, buffer: file.write_from(buffer, 9999, file_offset=SIZE),
     "segments": lambda file, buffer: file.read_segments(buffer, SEGMENTS),
+    "segments that fail": fail,
     "plan": lambda file, buffer: file.plan(buffer),
 }
 

@@ -114,11 +114,13 @@ def segments_of(array: object) -> Iterator[Segments]:
     Raises:
         TypeError, ValueError: the array is not a contiguous array of triples.
     """
-    with _as_triples(array) as view, ffi.from_buffer("uint64_t[]", view) as held:
-        yield Segments(held, view.nbytes // 24, True)
+    _check_triples(array)
+    # A single context: of two, an interrupt could end the outer one first, which is a BufferError.
+    with ffi.from_buffer("uint64_t[]", array) as held:
+        yield Segments(held, len(held) // 3, True)
 
 
-def _as_triples(array: object) -> memoryview:
+def _check_triples(array: object) -> None:
     try:
         view = memoryview(array)  # type: ignore[arg-type]
     except TypeError:
@@ -131,7 +133,6 @@ def _as_triples(array: object) -> memoryview:
     flat = len(shape) == 1 and shape[0] % 3 == 0
     if not flat and not (len(shape) == 2 and shape[1] == 3):
         raise ValueError(f"{_SEGMENTS}, not of shape {shape}")
-    return view
 
 
 class Waiter(Protocol):
