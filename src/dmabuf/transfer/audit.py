@@ -196,7 +196,8 @@ class Check:
         self._limit = LIMIT if extent == "first" else OFFSET_MAX
         self._path = path
         self._about = about
-        self._unit = PAGE if extent == "some" else BLOCK
+        total = sum(size for _, _, size in segments)
+        self._unit = PAGE if extent == "some" else max(1, min(total, BLOCK))
         self._poison = b"" if write else os.urandom(self._unit) * 2
         self._before: dict[int, bytes] = {}  # by position
         self._sample = list(self._choose()) if extent == "some" else None
@@ -255,7 +256,8 @@ class Check:
                 view[offset : offset + size] = self._poison_at(position, size)
 
     def _poison_at(self, position: int, size: int) -> bytes:
-        return self._poison[position % self._unit :][:size]
+        start = position % self._unit
+        return self._poison[start : start + size]
 
     def compare(self, nbytes: int) -> str:
         """Compare the first `nbytes` bytes, and return the sentence for the transfer's record.

@@ -27,7 +27,7 @@ from dmabuf.errors import ClosedError, Uncopyable
 from dmabuf.kernel import log, process
 from dmabuf.memory import Buffer
 from dmabuf.sizes import as_int, parse_size, round_up
-from dmabuf.transfer.plan import Route
+from dmabuf.transfer.plan import Route, with_nbytes
 from dmabuf.transfer.ring import SLOT_SIZE, Refusal, Ring, why_no_uring
 
 Backend = Literal["auto", "io_uring", "threads"]
@@ -375,7 +375,7 @@ class Engine(Uncopyable, instead="make another where it is needed"):
         prepare(ring, job, min(most, 2 * job.count + nbytes // block + 2), block)
         rc = lib.dmb_batch_create(ring.handle, core, job.segments, job.count, batch)
         if rc:
-            raise failure(-rc, "preparing a transfer", job.path)
+            raise with_nbytes(failure(-rc, "preparing a transfer", job.path), 0)
         lib.dmb_batch_start(batch[0], tag)
 
     def _run_nested(self, job: Job) -> Job:
@@ -472,7 +472,7 @@ def run_on(ring: Ring, job: Job, depth: int, block: int) -> Job:
     finally:
         lib.dmb_batch_destroy(batch[0])  # drains it first
     if rc < 0:
-        raise failure(-rc, "running a transfer", job.path)
+        raise with_nbytes(failure(-rc, "running a transfer", job.path), result.nbytes)
     return job
 
 
