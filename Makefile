@@ -15,7 +15,7 @@ demo: $(VENV)/ready
 	examples/demo.sh
 
 # One part after the other: tests of waiting and of interrupts need the processors for themselves.
-test: lint types docs c-tests unit packages-tests lab-tests
+test: lint types docs c-tests simulate-test unit packages-tests lab-tests
 	@echo "make test: all of it passed"
 
 check: lint types docs c-tests unit
@@ -72,6 +72,14 @@ SECONDS := 60
 simulate: $(VENV)/ready
 	$(BIN)/python -m tests.simulator --seconds $$(($(SECONDS) / 4)) --seed $(or $(SEED),$$(date +%s)000)
 	$(MAKE) -s -C csrc simulate SECONDS=$$(($(SECONDS) * 3 / 4)) $(if $(SEED),SEED=$(SEED))
+
+# In `make test`: the seeds that failed before, and two minutes of new ones, of which `c-tests` runs 30
+# seconds.
+.PHONY: simulate-test
+simulate-test: $(VENV)/ready
+	$(BIN)/python -m tests.simulator --seeds tests/simulator/failed-seeds --seconds 600
+	$(BIN)/python -m tests.simulator --seconds 45 --seed $$(date +%s)000
+	$(MAKE) -s -C csrc simulate SECONDS=45
 
 # Random input for the parsers and the store's server for half of the time, then libFuzzer on the core.
 .PHONY: fuzz

@@ -46,7 +46,7 @@ def make(folder: str, *, testing: bool = False, virtual: bool = False) -> FFI:
         testing: whether it has the seams of tests/testing.h, which only tests use.
         virtual: whether it runs on the virtual kernel of tests/simulator, which only tests use.
     """
-    kernel = ["calls.c", "choices.c", "rings.c", "virtual.c"] if virtual else []
+    kernel = ["calls.c", "choices.c", "python.c", "rings.c", "virtual.c"] if virtual else []
     headers = ["core.h"] + ["tests/testing.h"] * testing
     headers += ["tests/simulator/control.h"] * virtual
     sources = sorted(path.name for path in HERE.glob("*.c")) + ["tests/testing.c"] * testing

@@ -8,8 +8,10 @@ import os
 import random
 from array import array
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,11 @@ from tests.simulator import core  # before dmabuf
 # isort: split
 
 import anyio
+import numpy as np
 
 import dmabuf
 from dmabuf import IntegrityError, aio
+from dmabuf.aio import engine as loop_engines
 from dmabuf.aio.engine import LoopEngine
 from dmabuf.aio.requests import Call
 from dmabuf.kernel import uapi
@@ -41,6 +45,24 @@ def _call_in_the_loop(engine: LoopEngine, request: Call) -> None:
 
 
 LoopEngine.start_call = _call_in_the_loop  # type: ignore[method-assign]
+
+
+class _AtOnce:
+    """Passes for the queue of rings whose dma-bufs a thread of the loop's engine lets go of."""
+
+    @staticmethod
+    def put(ring: Any) -> None:
+        if ring is not None:
+            lib.virtual_forbid(0, 0)
+            ring.unregister_all()
+            lib.virtual_forbid(0, 1)
+
+    @staticmethod
+    def get() -> None:
+        """Return None, which ends the thread."""
+
+
+loop_engines.SimpleQueue = _AtOnce  # type: ignore[misc, assignment]
 # Where a fault refuses the probe of io_uring, worker threads would enter the virtual kernel.
 Engine._choose_backend = lambda *_: lib.DMB_BACKEND_URING  # type: ignore[method-assign]
 
@@ -52,6 +74,35 @@ PLAUSIBLE = {
 }
 """What the virtual kernel answers, and what the package makes of it."""
 _NOISE = random.Random(0).randbytes(1 << 20)
+
+
+class Cuts:
+    """Passes for ftruncate(2), which fails where `refused`."""
+
+    refused = False
+    _real = staticmethod(os.ftruncate)
+
+    def __call__(self, fd: int, size: int) -> None:
+        if self.refused and os.fstat(fd).st_nlink:  # no memfd
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._real(fd, size)
+
+
+CUTS = os.ftruncate = Cuts()  # type: ignore[assignment]
+
+
+class Stop(Exception):
+    """What the caller's function of progress raises at the end."""
+
+
+class Dice(random.Random):
+    """The choices of an episode. `choice` and `below` are several times as fast as Random's."""
+
+    def below(self, limit: int) -> int:
+        return int(self.random() * limit)
+
+    def choice(self, of: Sequence[Any]) -> Any:
+        return of[int(self.random() * len(of))]
 
 
 class Broken(AssertionError):
@@ -67,52 +118,71 @@ class Episode:
 
     def __init__(self, seed: int, folder: Path) -> None:
         lib.virtual_begin(seed, NO_FAULTS)
-        self.dice = dice = random.Random(seed)
+        self.dice = dice = Dice(seed)
         self.path = folder / "file"
         self.counts: Counter[str] = Counter()
         self.lying = dice.random() < 0.4
-        often = 1 << dice.randrange(8)
+        often = 1 << dice.below(8)
         faults = ffi.new("struct faults *")
-        faults.latency = 1 << dice.randrange(9)
+        faults.latency = 1 << dice.below(9)
         for name, most in {"short_count": 8, "again": 8, "interrupt": 4, "submit": 4}.items():
             setattr(faults, name, min(most * often, 500) if dice.random() < 0.4 else 0)
         for name in ("error", "memory", "reset"):
             setattr(faults, name, often if dice.random() < 0.2 else 0)
         faults.lost = 20 if dice.random() < 0.05 else 0
         faults.lie = 300 if self.lying else 0
-        depth, block = dice.choice([(1, 4096), (4, 4096), (32, "16KiB")])
-        self.engine = dmabuf.Engine(queue_depth=depth, block_size=block, backend="io_uring")
+        self.faults = faults
+        self.faultless = not any((faults.short_count, faults.again, faults.error, faults.lost))
+        self.synced = dice.random() < 0.1
+        self.shared = not self.lying and dice.random() < 0.2
+        depth, self.block = dice.choice([(1, BLOCK), (4, BLOCK), (32, 4 * BLOCK)])
+        self.engine = dmabuf.Engine(queue_depth=depth, block_size=self.block, backend="io_uring")
         default_engine().close()  # for the copies, without what earlier ones left in it
         _default.clear()
         self.model = bytearray(self.noise(dice.choice([FILE, FILE - 100, 5000, 512])))
         self.path.write_bytes(self.model)
         self.memory = Memory(MEMORY)
         self.buffer = self.memory.buffer
-        self.image = bytearray(MEMORY)
+        self.image = bytearray(self.noise(MEMORY))
+        self.memory.bytes[:] = self.image
         audit.PAIRS.forget()
-        ways: list[Callable[[], None]] = [self.one_by_one] * 6 + [self.loop, self.copies]
-        self.way = dice.choice(ways)
+        audit.SHARE = dice.choice((0, 1e9))  # of the time: no clock decides what is audited
+        ways = [self.one_by_one] * 9 + [self.loop] * 2 + [self.copies, self.copy_into]
+        self.way: Callable[[], None] = dice.choice(ways)
+        CUTS.refused = self.way != self.copies and dice.random() < 0.1
         self.history = 0
         lib.virtual_begin(seed, faults)
 
     def noise(self, size: int) -> bytes:
-        start = self.dice.randrange(len(_NOISE) - size)
+        start = self.dice.below(len(_NOISE) - size)
         return _NOISE[start : start + size]
 
     def run(self) -> Counter[str]:
         """Run the transfers; raise Broken where one breaks a promise."""
         try:
             self.way()
+            self.check_permitted()
         finally:
             self.history = lib.virtual_history()
+            CUTS.refused = False
+            lib.virtual_share(-1, 0, 0)
             lib.virtual_begin(1, NO_FAULTS)
             self.memory.close()
+            lib.virtual_forbid(0, 0)
         self.check_left()
         return self.counts
 
     def close(self) -> None:
         self.memory.close()
         self.engine.close()
+
+    def content(self) -> bytes:
+        """Return the bytes of the file."""
+        fd = os.open(self.path, os.O_RDONLY)
+        try:
+            return os.pread(fd, os.fstat(fd).st_size, 0)
+        finally:
+            os.close(fd)
 
     def check_left(self) -> None:
         """Check that nothing is left: slots, requests."""
@@ -124,6 +194,11 @@ class Episode:
                 raise Broken("leaked", f"files {ring.files}")
         self.check_idle(0, 0)
 
+    def check_permitted(self) -> None:
+        violation = lib.virtual_violation()
+        if violation:
+            raise Broken("other", ffi.string(violation).decode())
+
     def check_idle(self, offset: int, size: int) -> None:
         address = self.memory.address + offset if size else 0
         count = lib.virtual_in_flight(address, size)
@@ -133,12 +208,13 @@ class Episode:
     # -- ranges
 
     def near(self, top: int) -> int:
-        unit = self.dice.choice([1, 512, BLOCK, BLOCK])
-        return min(self.dice.randint(0, top) // unit * unit + self.dice.choice([0, 0, 0, 1]), top)
+        unit = self.dice.choice((1, 512, BLOCK, BLOCK))
+        value = self.dice.below(top + 1)
+        return min(value - value % unit + self.dice.choice((0, 0, 0, 1)), top)
 
     def ranges(self, write: bool) -> list[tuple[int, int, int]]:
         """Return (file offset, buffer offset, size) of ranges that overlap nowhere."""
-        count = self.dice.choice([1, 1, 1, 2, 5])
+        count = self.dice.choice((1, 1, 1, 2, 5))
         end, piece = len(self.model), MEMORY // count
         found = []
         for number in range(count):
@@ -151,14 +227,27 @@ class Episode:
                 start = min(start // BLOCK * BLOCK + offset % BLOCK, piece - 1)
             most = min(piece - start, file_end - offset)
             found.append((offset, number * piece + start, self.near(max(0, most))))
+        if write and count > 1 and self.dice.random() < 0.1:  # a gap behind the end of the file
+            _, start, size = found[-1]
+            found[-1] = end + 16 * BLOCK, start, size
+        elif count == 1 and self.dice.random() < 0.2:  # neighbours
+            (offset, start, size), parts = found[0], self.dice.choice([3, 20])
+            edges = [size * number // parts for number in range(parts + 1)]
+            found = [(offset + at, start + at, to - at) for at, to in pairwise(edges)]
         return found
 
     # -- one transfer after the other
 
     def one_by_one(self) -> None:
-        with dmabuf.open(self.path, "r+", engine=self.engine) as file:
-            for _ in range(self.dice.randint(1, 8)):
-                self.transfer(file)
+        fd = os.open(self.path, os.O_RDWR | (os.O_DSYNC if self.synced else 0))
+        try:
+            lib.virtual_forbid(self.synced, 0)
+            opened = fd if self.synced or self.shared else self.path
+            with dmabuf.open(opened, "r+", engine=self.engine) as file:
+                for _ in range(1 + self.dice.below(16)):
+                    self.transfer(file, fd)
+        finally:
+            os.close(fd)
 
     def how(self) -> dict[str, Any]:
         how: dict[str, Any] = {"audit": "always"} if self.lying else {}
@@ -168,38 +257,59 @@ class Episode:
             how["route"] = self.dice.choice(["native", "direct", "staged", "buffered"])
         return how
 
-    def transfer(self, file: dmabuf.File) -> None:
+    def transfer(self, file: dmabuf.File, fd: int) -> None:
         write, how = self.dice.random() < 0.5, self.how()
         ranges = self.ranges(write)
-        self.refill()
+        self.refill(ranges)
+        poison = not write and how.get("audit") != "off"
+        if self.dice.random() < 0.05:
+            how["progress"] = stop_at_the_end
         if len(ranges) == 1:
             offset, start, size = ranges[0]
             function: Any = file.write_from if write else file.read_into
-            arguments: tuple[Any, ...] = (self.buffer, size)
-            how |= {"file_offset": offset, "buffer_offset": start}
+            arguments: tuple[Any, ...] = (self.buffer, self.number(size))
+            how |= {"file_offset": self.number(offset), "buffer_offset": self.number(start)}
         else:
             function = file.write_segments if write else file.read_segments
             arguments = (self.buffer, array("Q", (n for place in ranges for n in place)))
-        if self.dice.random() < 0.02:
-            points = interrupting.Interruptions({self.dice.randrange(1, 200)})
-        else:
-            points = None
-        poison = not write and how.get("audit") != "off"
-        call = partial(self.call, function, arguments, how, points)
-        self.judge(write, ranges, call, poison)
+        call, chance = partial(function, *arguments, **how), self.dice.random()
+        if chance < 0.02:
+            points = interrupting.Interruptions({1 + self.dice.below(120)})
+            call = partial(self.at_points, points, call)
+        elif chance < 0.04:
+            action = partial(self.transfer_inside, file, write)
+            points = interrupting.Points({1 + self.dice.below(120)}, action)
+            call = partial(self.at_points, points, call)
+        if self.shared and write:
+            lib.virtual_share(fd, 50, 0)
+        try:
+            self.judge(write, ranges, call, poison)
+        finally:
+            lib.virtual_share(-1, 0, 0)
         self.check_idle(0, 0)
 
-    @staticmethod
-    def call(function: Any, arguments: Any, how: dict[str, Any], points: Any) -> Any:
-        if points is None:
-            return function(*arguments, **how)
-        with points:
-            return function(*arguments, **how)
+    def number(self, value: int) -> Any:
+        """Return a number, which may be one of NumPy's smallest."""
+        return np.min_scalar_type(value).type(value) if self.dice.random() < 0.05 else value
 
-    def refill(self) -> None:
-        data = self.noise(MEMORY)
-        self.memory.put(data)
-        self.image[:] = data
+    @staticmethod
+    def at_points(points: interrupting.Points, call: Callable[[], Any]) -> Any:
+        with points:
+            return call()
+
+    def transfer_inside(self, file: dmabuf.File, write: bool) -> None:
+        """Make a transfer inside another one, as a signal handler may."""
+        how: dict[str, Any] = {"audit": "always"} if self.lying else {}
+        with dmabuf.allocate(BLOCK, exporter="memfd") as buffer, suppress(OSError):
+            nbytes = file.read_into(buffer, BLOCK, **how).nbytes
+            if not write and buffer.pread(nbytes, 0) != self.model[:nbytes]:
+                raise Broken("undetected", "a transfer inside another one")
+
+    def refill(self, ranges: list[tuple[int, int, int]]) -> None:
+        """Put new bytes in ranges of the memory: those to be written, or poison for a read."""
+        for _, start, size in ranges:
+            self.image[start : start + size] = new = self.noise(size)
+            self.memory.bytes[start : start + size] = new
 
     def judge(
         self,
@@ -213,11 +323,13 @@ class Episode:
         A read that fails may leave the audit's poison in its ranges.
         """
         lib.virtual_lies()
+        resets, blocks = lib.virtual_resets(), self.path.stat().st_blocks
         self.counts["transfers"] += 1
         failure: BaseException | None = None
         try:
-            nbytes = call().nbytes
-        except (OSError, EOFError, KeyboardInterrupt) as error:
+            done = call()
+            nbytes = done.nbytes
+        except (OSError, EOFError, KeyboardInterrupt, Stop) as error:
             failure, nbytes = error, getattr(error, "nbytes", 0)
         lies = lib.virtual_lies()
         self.counts["lies"] += lies
@@ -227,17 +339,51 @@ class Episode:
                 raise Broken("false alarm", str(failure))
         elif isinstance(failure, OSError):
             self.counts["errors"] += 1
-            refused = isinstance(failure, dmabuf.RouteUnavailable)
-            if not refused and failure.errno not in PLAUSIBLE:
-                raise Broken("an error out of nowhere", repr(failure))
+            if not isinstance(failure, dmabuf.RouteUnavailable):
+                self.check_error(failure, lib.virtual_resets() - resets)
         elif isinstance(failure, KeyboardInterrupt):
             self.counts["interrupts"] += 1
+        elif isinstance(failure, Stop) and not hasattr(failure, "nbytes"):
+            raise Broken("other", "the exception of a function of progress has no nbytes")
         sure = not (failure and (lies or poison))
         try:
             self.compare(write, ranges, nbytes, sure=sure, failed=isinstance(failure, OSError))
+            if failure is None:
+                self.check_requests(ranges, done)
+            if write:
+                self.check_blocks(ranges, blocks)
         except Broken as error:
             error.add_note(f"the transfer: {failure!r}, {call}")
             raise
+
+    def check_error(self, failure: OSError, resets: int) -> None:
+        """Check that an error has a cause, a path and `nbytes`."""
+        if failure.errno not in PLAUSIBLE:
+            raise Broken("an error out of nowhere", repr(failure))
+        if failure.errno == errno.ENODEV and resets <= 16 and not self.faults.memory:
+            raise Broken("other", f"a transfer gives up after {resets} resets: {failure!r}")
+        if failure.errno == errno.ENOMEM:  # no ring could be made, perhaps
+            return
+        if not hasattr(failure, "nbytes") or failure.filename is None:
+            raise Broken("other", f"an error without a path or nbytes: {failure!r}")
+
+    def check_requests(self, ranges: list[tuple[int, int, int]], done: Any) -> None:
+        """Check that neighbours were joined. Faults, and a device that is read, take more."""
+        most, run, after = 0, 0, (-1, -1)
+        for offset, start, size in ranges:
+            if size:
+                run = run + size if after == (offset, start) else size
+                most += 4 * (run == size) + run // self.block - (run - size) // self.block
+                after = offset + size, start + size
+        if self.faultless and done.requests > most:
+            raise Broken("other", f"{done.requests} requests, and {most} suffice for {ranges}")
+
+    def check_blocks(self, ranges: list[tuple[int, int, int]], before: int) -> None:
+        """Check that a write allocates what it writes, and no gap."""
+        room = before * 512 + sum(size + 2 * BLOCK for _, _, size in ranges) + 2 * BLOCK
+        blocks = self.path.stat().st_blocks
+        if blocks * 512 > room:
+            raise Broken("leaked", f"{blocks} blocks of a file that had {before}")
 
     def compare(
         self,
@@ -252,52 +398,53 @@ class Episode:
 
         Without `sure`, any byte of the ranges may be wrong: that was reported.
         """
-        file = bytearray(self.path.read_bytes())
-        memory = bytearray(self.memory.get())
+        file, memory = self.content(), self.memory.bytes
         now, model = (file, self.model) if write else (memory, self.image)
-        source = self.image if write else self.model
-        expected = bytearray(model)
-        left = nbytes
-        if len(now) > len(expected):
-            expected += bytes(len(now) - len(expected))
+        before, left = len(self.model), nbytes
+        if write and len(file) > before:
+            self.model.extend(bytes(len(file) - before))
+        extended = self.appended()
+        self.settle_appended(self.model, extended)
         for offset, start, size in ranges:
-            to, come = (offset, start) if write else (start, offset)
-            new = source[come : come + size]
-            arrived = min(left, size)
-            left -= arrived
-            if not sure:
-                expected[to : to + size] = now[to : to + size]
-                continue
-            expected[to : to + arrived] = new[:arrived]
-            for at in range(arrived, len(new)):
-                if to + at < len(now) and now[to + at] == new[at]:
-                    expected[to + at] = new[at]
-        if write and len(now) < len(expected):
-            raise Broken("undetected", f"the file has {len(now)} of {len(expected)} bytes")
-        if now != expected:
-            at = next(
-                i for i, (one, other) in enumerate(zip(now, expected, strict=True)) if one != other
-            )
+            if write:
+                to, source = offset, self.image[start : start + size]
+            else:
+                to, source = start, self.model[offset : offset + size]
+            settle(now, model, to, source, min(left, size), size, sure=sure)
+            left -= min(left, size)
+        if len(file) < before:
+            raise Broken("undetected", f"the file has {len(file)} of {before} bytes")
+        if model != now:
+            at = next(i for i, byte in enumerate(model) if i >= len(now) or byte != now[i])
             raise Broken(
                 "undetected",
-                f"byte {at} is {now[at]:#x} and not {expected[at]:#x} after "
-                f"{'writing' if write else 'reading'} {ranges}, {nbytes} moved",
+                f"byte {at} of {len(now)} is {now[at : at + 1].hex()} and not {model[at]:02x} "
+                f"after {'writing' if write else 'reading'} {ranges}, {nbytes} moved",
             )
         # A file is not cut below the place where the write's own allocation begins.
-        begun = [to for to, _, size in ranges if size and to + size > len(self.model)]
+        begun = [to for to, _, size in ranges if size and to + size > before]
         reached = max([to + size for to, _, size in ranges if nbytes] + [min(begun, default=0)])
-        if write and failed and len(now) > max(len(self.model), reached):
-            raise Broken("leaked", f"a file of {len(now)} bytes was not cut to {reached}")
-        if (memory if write else file) != (self.image if write else self.model):
+        most = max(before, reached, sum(extended))
+        if write and failed and not CUTS.refused and len(file) > most:
+            raise Broken("leaked", f"a file of {len(file)} bytes was not cut to {reached}")
+        if (self.image if write else self.model) != (memory if write else file):
             raise Broken("undetected", "the other side changed")
-        if write:
-            self.model = file
-        else:
-            self.image = memory
+
+    @staticmethod
+    def appended() -> tuple[int, int]:
+        """Return where another program appended bytes to the file, and how many."""
+        at = ffi.new("uint64_t *")
+        return (at[0], size) if (size := lib.virtual_appended(at)) else (0, 0)
+
+    @staticmethod
+    def settle_appended(model: bytearray, extended: tuple[int, int]) -> None:
+        at, size = extended
+        model[at : at + size] = bytes([lib.APPENDED]) * size
 
     # -- an event loop
 
     def loop(self) -> None:
+        lib.virtual_forbid(0, 1)
         try:
             anyio.run(self.at_once, backend=self.dice.choice(["asyncio", "trio"]))
         except OSError as error:  # no memory for the loop's ring
@@ -308,66 +455,60 @@ class Episode:
     async def at_once(self) -> None:
         """Run transfers in parts of the file and of the memory, and cancel some of them."""
         parts = 8
-        self.refill()
-        ends = [len(self.model) // BLOCK // parts * BLOCK * i for i in range(parts)]
         piece = min(MEMORY // parts, len(self.model) // BLOCK // parts * BLOCK)
         if not piece:
             return
-        done: list[tuple[bool, tuple[int, int, int], int, bool]] = []
+        fd = os.open(self.path, os.O_RDONLY)
+        try:
+            async with await aio.open(self.path, "r+") as file:
+                async with anyio.create_task_group() as group:
+                    for number in range(parts):
+                        group.start_soon(self.in_part, file, fd, number, piece)
+        finally:
+            os.close(fd)
+        self.check_idle(0, 0)
+        self.counts["lies"] += lib.virtual_lies()
+        if self.model != self.content() or self.image != self.memory.bytes:
+            raise Broken("undetected", "in a loop, outside of all parts")
 
-        async def one(file: aio.File, number: int) -> None:
-            write, turns = self.dice.random() < 0.5, self.dice.randrange(40)
-            offset, start = ends[number], number * (MEMORY // parts)
-            size = self.near(piece)
-            how = {"file_offset": offset, "buffer_offset": start} | self.how()
-            function: Any = file.write_from if write else file.read_into
+    async def in_part(self, file: aio.File, fd: int, number: int, piece: int) -> None:
+        """Run transfers in a part, one after the other."""
+        offset, start = number * piece, number * piece
+        for _ in range(1 + self.dice.below(6)):
+            write, size, how = self.dice.random() < 0.5, self.near(piece), self.how()
+            self.refill([(offset, start, size)])
+            turns = self.dice.below(40)
+            call = file.write_from if write else file.read_into
             self.counts["transfers"] += 1
-            nbytes, sure = 0, False
+            nbytes, failed = 0, True
             async with anyio.create_task_group() as group:
-
-                async def cancel() -> None:
-                    for _ in range(turns):
-                        await anyio.sleep(0)
-                    group.cancel_scope.cancel()
-
                 if turns < 10:
-                    group.start_soon(cancel)
+                    group.start_soon(cancel_after, turns, group.cancel_scope)
                 try:
-                    nbytes, sure = (await function(self.buffer, size, **how)).nbytes, True
-                except IntegrityError:
-                    self.counts["detected"] += 1
+                    done = await call(
+                        self.buffer, size, file_offset=offset, buffer_offset=start, **how
+                    )
+                    nbytes, failed = done.nbytes, False
                 except (OSError, EOFError) as error:
-                    self.counts["errors"] += 1
-                    nbytes, sure = getattr(error, "nbytes", 0), not self.lying
+                    self.counts["detected" if isinstance(error, IntegrityError) else "errors"] += 1
+                    nbytes = getattr(error, "nbytes", 0)
                 finally:
                     self.check_idle(start, piece)
                 group.cancel_scope.cancel()
-            done.append((write, (offset, start, size), nbytes, sure))
-
-        async with await aio.open(self.path, "r+") as file:
-            async with anyio.create_task_group() as group:
-                for number in range(parts):
-                    group.start_soon(one, file, number)
-        self.check_idle(0, 0)
-        self.counts["lies"] += lib.virtual_lies()
-        file_now, memory_now = self.path.read_bytes(), self.memory.get()
-        for write, (offset, start, size), nbytes, sure in done:
-            came, was = self.image[start : start + size], self.model[offset : offset + size]
-            new, old = (came, was) if write else (was, came)
-            now = file_now[offset : offset + size] if write else memory_now[start : start + size]
-            if sure and now[:nbytes] != new[:nbytes]:
-                raise Broken("undetected", f"in a loop: {write=} {offset} {start} {size} {nbytes}")
-            if (
-                not self.lying
-                and write
-                and any(
-                    byte not in (one, other)
-                    for byte, one, other in zip(
-                        now[nbytes:], new[nbytes:], old[nbytes:], strict=False
-                    )
-                )
-            ):
-                raise Broken("undetected", f"in a loop, neither old nor new: {offset}")
+            poison = not write and how.get("audit") != "off"
+            sure = not (failed and (self.lying or poison))
+            model = self.model[offset : offset + piece]
+            image = self.image[start : start + piece]
+            found, memory = os.pread(fd, piece, offset), self.memory.bytes[start : start + piece]
+            if write:
+                settle(found, model, 0, image[:size], nbytes, size, sure=sure)
+            else:
+                settle(memory, image, 0, model[:size], nbytes, size, sure=sure)
+            if model != found or image != memory:
+                what = f"{'write' if write else 'read'} of {size} at {offset}, {nbytes} moved"
+                raise Broken("undetected", f"in a loop: {what}")
+            self.model[offset : offset + piece] = model
+            self.image[start : start + piece] = image
 
     # -- copies and files of tensors
 
@@ -376,7 +517,7 @@ class Episode:
         target = self.path.with_name("copy")
         old = self.noise(3000)
         target.write_bytes(old)
-        self.counts["transfers"] += 2
+        self.counts["transfers"] += 1
         saving = self.dice.random() < 0.5
         try:
             if saving:
@@ -397,16 +538,95 @@ class Episode:
         if left:
             raise Broken("leaked", f"{left}")
 
+    def copy_into(self) -> None:
+        """Copy into a part of a file that others extend, or from one that they cut for a while."""
+        cutting = self.shared and self.dice.random() < 0.5
+        old, offset = self.noise(self.dice.choice([3000, FILE])), self.near(2 * BLOCK)
+        target = self.path.with_name("copy")
+        target.write_bytes(old)
+        how = {"progress": stop_at_the_end} if self.dice.random() < 0.1 else {}
+        self.counts["transfers"] += 1
+        failure: Exception | None = None
+        lib.virtual_forbid(self.synced, 0)
+        with self.path.open("r+b", 0) as source, target.open("r+b", 0) as plain:
+            fd = os.open(target, os.O_RDWR | os.O_DSYNC) if self.synced else os.dup(plain.fileno())
+            if self.shared:
+                lib.virtual_share(*((source.fileno(), 0, 50) if cutting else (fd, 50, 0)))
+            try:
+                done = dmabuf.copy(
+                    self.path, fd, dst_offset=offset, blocks=1, block_size="16KiB", **how
+                )
+                nbytes = done.nbytes
+            except (OSError, EOFError, Stop) as error:
+                failure, nbytes = error, getattr(error, "nbytes", -1)
+            end, extended = source.seek(0, os.SEEK_END), self.appended()
+            lib.virtual_share(-1, 0, 0)
+            os.close(fd)
+        if isinstance(failure, OSError):
+            self.counts["errors"] += 1
+            if not isinstance(failure, dmabuf.RouteUnavailable):
+                self.check_error(failure, 99)
+        if nbytes < 0 and getattr(failure, "errno", 0) != errno.ENOMEM:
+            raise Broken("other", f"{failure!r} has no nbytes")
+        if failure is None and nbytes < end:
+            raise Broken("undetected", f"a copy of {end} bytes ended after {nbytes}")
+        nbytes = max(0, nbytes)
+        sure, now, model = not lib.virtual_lies(), target.read_bytes(), bytearray(old)
+        reached = max(len(old), offset + nbytes, sum(extended))
+        if failure is not None and not CUTS.refused and len(now) > reached:
+            raise Broken("leaked", f"a file of {len(now)} bytes was not cut to {reached}")
+        model.extend(bytes(max(0, len(now) - len(model))))
+        if cutting:  # zeros in the place of what was cut
+            came = bytearray(now[offset : offset + nbytes])
+            settle(came, zeros := bytearray(nbytes), 0, self.model, 0, nbytes, sure=sure)
+            if sure and came != zeros:
+                raise Broken("undetected", "a copy differs from what was there")
+        settle(now, model, offset, self.model, nbytes, len(self.model), sure=sure and not cutting)
+        self.settle_appended(model, extended)
+        if model != now:
+            raise Broken("undetected", f"a copy of {nbytes} bytes to {offset}: {failure!r}")
+        self.check_idle(0, 0)
+
     def save(self, target: Path) -> bytes:
-        import numpy as np
         import safetensors.numpy
 
         from dmabuf import safetensors as ours
 
-        sizes = [self.dice.randint(0, 20000) for _ in range(self.dice.randint(1, 4))]
+        sizes = [self.dice.below(20000) for _ in range(1 + self.dice.below(4))]
         tensors = {str(i): np.frombuffer(self.noise(size), "uint8") for i, size in enumerate(sizes)}
         ours.save(tensors, target, engine=self.engine)
         return safetensors.numpy.save(tensors)
+
+
+def stop_at_the_end(done: int, total: int | None) -> None:
+    if done == total:
+        raise Stop
+
+
+async def cancel_after(turns: int, scope: anyio.CancelScope) -> None:
+    for _ in range(turns):
+        await anyio.sleep(0)
+    scope.cancel()
+
+
+def settle(
+    now: Any, model: bytearray, to: int, source: bytearray, arrived: int, size: int, *, sure: bool
+) -> None:
+    """Make the model what a range may hold: `arrived` bytes of the source, then old or new ones.
+
+    Without `sure` it may hold anything.
+    """
+    if not sure:
+        model[to : to + size] = now[to : to + size]
+        return
+    model[to : to + arrived] = source[:arrived]
+    start, end = to + arrived, min(to + len(source), len(now))
+    if start < end and now[start:end] != model[start:end]:
+        found, new, old = (
+            np.frombuffer(part, "uint8")
+            for part in (now[start:end], source[arrived:][: end - start], model[start:end])
+        )
+        model[start:end] = np.where(found == new, new, old).tobytes()
 
 
 class Memory:
@@ -415,7 +635,7 @@ class Memory:
     def __init__(self, size: int) -> None:
         fd = os.memfd_create("dma-buf")
         os.ftruncate(fd, size)
-        self._map = mmap.mmap(fd, size)
+        self.bytes = mmap.mmap(fd, size)
         self.buffer = dmabuf.Buffer(
             [Slab(fd, 0, size)],
             mmap.mmap(fd, size),
@@ -426,12 +646,6 @@ class Memory:
         )
         self.address = int(self.buffer.address or 0)
 
-    def put(self, data: bytes) -> None:
-        self._map[:] = data
-
-    def get(self) -> bytes:
-        return self._map[:]
-
     def close(self) -> None:
         self.buffer.close()
-        self._map.close()
+        self.bytes.close()

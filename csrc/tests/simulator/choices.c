@@ -119,23 +119,3 @@ _Noreturn void broken(const char *format, ...)
 	on_broken(format);
 	abort();
 }
-
-/* -- for Python */
-
-uint32_t virtual_lies(void)
-{
-	uint32_t lies = (uint32_t)world.lies;
-
-	world.lies = 0;
-	return lies;
-}
-
-void virtual_loud(int loud)
-{
-	world.loud = loud;
-}
-
-uint64_t virtual_history(void)
-{
-	return history();
-}

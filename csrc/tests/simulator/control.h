@@ -33,11 +33,31 @@ struct faults {
 void virtual_begin(uint64_t seed, const struct faults *faults);
 /* Return the number of requests in flight whose memory lies in a range; of all for size 0. */
 uint32_t virtual_in_flight(uint64_t address, uint64_t size);
+/* Return the number of controller resets. */
+uint32_t virtual_resets(void);
 /* Return the number of lies since the last call. */
 uint32_t virtual_lies(void);
 /* Print everything that happens, or stop that. */
 void virtual_loud(int loud);
 /* Return a hash of everything that happened since the beginning. */
 uint64_t virtual_history(void);
+
+/*
+ * From now on another program uses the real file of a descriptor: with a chance in a thousand, at
+ * each event, it appends bytes APPENDED, once, or cuts the file and later makes it as long again.
+ * Before the next call the file has its length again. -1 for none.
+ */
+void virtual_share(int fd, uint32_t append, uint32_t cut);
+/* Return how many bytes it appended, and where. */
+uint64_t virtual_appended(uint64_t *at);
+/*
+ * From now on report writes to real files by descriptors without O_DSYNC, and waits until the
+ * kernel lets go of a dma-buf, which take about 18 ms.
+ */
+void virtual_forbid(int unsynced, int waits);
+/* Return one of these since the last call, or NULL. */
+const char *virtual_violation(void);
+
+enum { APPENDED = 0x5a };
 
 #endif

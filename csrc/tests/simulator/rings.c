@@ -203,8 +203,11 @@ static long register_dmabuf(struct virtual_ring *ring, const struct dmb_rsrc_upd
 	struct slot with = {.target = desc->target_fd};
 	int slab = desc->dmabuf_fd - SLAB_FD, rc;
 
-	if (desc->type == DMB_REGBUF_EMPTY)
+	if (desc->type == DMB_REGBUF_EMPTY) {
+		if (ring->slots[update->offset]) /* else a probe */
+			check_wait();
 		return fill_slot(ring, update->offset, NULL);
+	}
 	if (slab >= 0 && slab < SLABS) {
 		with.memory = world.slabs[slab];
 		with.size = world.slab_sizes[slab];

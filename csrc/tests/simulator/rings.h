@@ -21,5 +21,9 @@ unsigned pages_count(uint64_t start, uint64_t end);
 void synchronous_done(int64_t result);
 /* Do what happens next, if that is before the deadline; else let the time pass until then. */
 bool event_until(uint64_t deadline);
+/* python.c: what another program does, and whether a request or a wait is permitted. */
+void others_in_real_file(void);
+void check_sync(const struct request *request);
+void check_wait(void);
 
 #endif

@@ -290,6 +290,7 @@ static void others(void)
 	struct virtual_file *file = &world.file;
 	unsigned page, count;
 
+	others_in_real_file();
 	if (world.truncated != UINT64_MAX && chance(100))
 		cut_file();
 	if (world.failing && chance(world.faults.reset)) {
@@ -437,6 +438,7 @@ void request_start(struct request *request)
 		request->ending = true;
 		return;
 	}
+	check_sync(request);
 	decide(request);
 	answered(request->error);
 	if (request->direct && is_virtual(request->fd)) {
@@ -761,7 +763,8 @@ void virtual_begin(uint64_t seed, const struct faults *faults)
 	choices_from_seed(seed);
 	world.faults = *faults;
 	world.failing = true;
-	world.lies = 0;
+	world.truncated = UINT64_MAX;
+	world.lies = world.waits = 0;
 	kernel.numbers = 0;
 }
 
