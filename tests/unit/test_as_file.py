@@ -277,7 +277,8 @@ def test_its_process_is_nobodys_child_and_holds_the_buffer_alone(buf):
             os.waitpid(-1, os.WNOHANG)
         assert os.getsid(pid) == pid
         links = sorted(os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir())
-        named = [link for link in links if link.startswith("/")]
+        # libffi 3.5 keeps its own library open.
+        named = [link for link in links if link.startswith("/") and "/libffi.so" not in link]
         memfd = os.readlink(f"/proc/self/fd/{buf.fileno()}")
         assert named == ["/dev/fuse"] + ["/dev/null"] * 3 + [memfd] * 2, links
         assert os.readlink(f"/proc/{pid}/cwd") == "/"
