@@ -1,14 +1,17 @@
 """The examples that need no device; tests/device runs the others."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+import dmabuf
 from tests.guards import needs
-from tests.support import assert_same, pattern
+from tests.support import assert_same, pattern, poison
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,6 +55,52 @@ def test_far_memory_names_the_exporter_that_is_missing():
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
     assert "/dev/dax99.0" in done.stderr.splitlines()[-1]
+
+
+@pytest.fixture
+def shared_memory():
+    """The example; tests/guests runs it in two machines."""
+    path = ROOT / "examples/shared_memory.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_shared_memory_hands_over_no_bytes_that_changed_meanwhile(
+    shared_memory, tmp_path, monkeypatch
+):
+    source, other, copy = (tmp_path / name for name in ("source", "other", "copy"))
+    source.write_bytes(pattern(100_003, 4))
+    other.write_bytes(pattern(100_003, 5))
+    copy.write_bytes(poison(100_003))
+    with dmabuf.allocate("256KiB", exporter="memfd") as memory:
+        for path in (other, source):  # the second time with bytes of the first one there
+            shared_memory.put(memory, path)
+        real = shared_memory.digest
+
+        def again(*words):
+            monkeypatch.undo()
+            for path in (other, source):
+                shared_memory.put(memory, path)
+            return real(*words)
+
+        monkeypatch.setattr(shared_memory, "digest", again)
+        with pytest.raises(SystemExit, match="the memory changed"):
+            shared_memory.get(memory, str(copy))
+        assert_same(copy.read_bytes(), poison(100_003), "the file that was to be replaced")
+        shared_memory.get(memory, str(copy))
+        assert_same(copy.read_bytes(), pattern(100_003, 4), "the copy")
+
+
+def test_shared_memory_stays_unfinished_where_the_file_does_not_fit(shared_memory, tmp_path):
+    (tmp_path / "source").write_bytes(pattern(100_003, 4))
+    with dmabuf.allocate("64KiB", exporter="memfd") as memory:
+        with pytest.raises(SystemExit, match="does not fit into 61440 bytes"):
+            shared_memory.put(memory, tmp_path / "source")
+        with pytest.raises(SystemExit, match="a writer is at work, or died"):
+            shared_memory.get(memory, str(tmp_path / "copy"))
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 @needs("sentence_model")
