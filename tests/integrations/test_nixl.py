@@ -18,7 +18,7 @@ import dmabuf
 from dmabuf import remote
 from dmabuf.remote.pump import Pump
 from tests.guards import needs
-from tests.nodes import Peer, node
+from tests.nodes import Peer, node, pumps
 from tests.serving import as_a_program
 from tests.support import assert_same, pattern, poison, ranges, run, wait_until
 from tests.unit.test_remote_hostile import asked, open_by_hand
@@ -55,20 +55,6 @@ def there(folder: Path) -> Iterator[remote.Node]:
         remote.connect(listener.address, engine="nixl", trusted_network=True) as made,
     ):
         yield made
-
-
-def pumps() -> list[int]:
-    """The pumps of this process, the oldest first: that of a node in it, then its client's."""
-    found = []
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            fields = Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()
-            command = Path("/proc", pid, "cmdline").read_bytes()
-        except OSError:
-            continue
-        if int(fields[1]) == os.getpid() and b"dmabuf.remote.pump" in command:
-            found.append((int(fields[19]), int(pid)))
-    return [pid for _, pid in sorted(found)]
 
 
 def granted(pid: int) -> list[str]:

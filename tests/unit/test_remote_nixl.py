@@ -8,7 +8,7 @@ import pytest
 
 import dmabuf
 from dmabuf import remote
-from tests.nodes import node
+from tests.nodes import node, pumps
 from tests.support import assert_same, pattern, raises_errno
 
 DATA = pattern(1 << 20, 31)
@@ -69,6 +69,7 @@ def test_auto_does_not_wait_long_for_a_nixl_that_is_slow_to_start(slow_address: 
     ):
         assert there.transport == "tcp"
         assert there.reason == "NIXL is not used: NIXL: start its process: nothing came in 10 s"
+        assert not pumps()  # at either end
         file.read_into(buffer)
         assert_same(buffer.pread(len(DATA), 0), DATA, "the buffer")
 

@@ -126,11 +126,6 @@ class Pump:
             theirs.close()
 
     @property
-    def pid(self) -> int:
-        """Its process number."""
-        return self._process.pid
-
-    @property
     def closed(self) -> bool:
         """Whether it was ended, by `close` or because a transfer of it failed."""
         return self._socket.fileno() < 0

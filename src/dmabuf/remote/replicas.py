@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -186,45 +185,34 @@ class _Team:
         self._idle: SimpleQueue[RemoteFile] = SimpleQueue()
         for one in files:
             self._idle.put(one)
-        self._lock = threading.Lock()
-        self._left = len(files)
         self._failure: OSError | None = None
 
     def move(self, piece: Sequence[Range]) -> RemoteTransfer:
         """Move a piece by the next node that is idle; another one repeats it if that fails."""
-        while True:
-            file, terms = self._next(), self._terms
-            if self._until is not None:
-                terms = replace(terms, timeout=max(0.0, self._until - time.monotonic()))
-            try:
-                done = file.move(self._direction, self._buffer, piece, terms, None, whole=True)
-            except (RouteUnavailable, IntegrityError) as error:
-                self._give_up(file, error, final=True)
-            except (OSError, ShortReadError, ClosedError) as error:
-                self._give_up(file, error)
-            else:
-                self._idle.put(file)
-                return done
-
-    def _next(self) -> RemoteFile:
         while self._failure is None:
             if stopping.check is not None:
                 stopping.check()
             with suppress(Empty):
-                return self._idle.get(timeout=_SLICE)
+                file, terms = self._idle.get(timeout=_SLICE), self._terms
+                if self._until is not None:
+                    terms = replace(terms, timeout=max(0.0, self._until - time.monotonic()))
+                try:
+                    done = file.move(self._direction, self._buffer, piece, terms, None, whole=True)
+                    self._idle.put(file)
+                    return done
+                except (OSError, ShortReadError, ClosedError) as error:
+                    self._give_up(file, error)
         raise self._failure
 
-    def _give_up(self, file: RemoteFile, error: Exception, *, final: bool = False) -> None:
+    def _give_up(self, file: RemoteFile, error: Exception) -> None:
         file.close()
         log.warning("%s: not used any more: %s", file.name, str(error))  # without its frames
-        with self._lock:
-            self._left -= 1
-            if final and isinstance(error, OSError):
-                self._failure = error
-            elif not self._left and self._failure is None:
-                text = f"no node is left; the last one: {getattr(error, 'strerror', None) or error}"
-                number = getattr(error, "errno", None) or errno.EIO
-                self._failure = TransferError(number, text, file.name, nbytes=0)
+        if isinstance(error, RouteUnavailable | IntegrityError):  # no other node mends that
+            self._failure = error
+        elif self._failure is None and all(one.closed for one in self.files):
+            text = f"no node is left; the last one: {getattr(error, 'strerror', None) or error}"
+            number = getattr(error, "errno", None) or errno.EIO
+            self._failure = TransferError(number, text, file.name, nbytes=0)
 
 
 def open_replicas(open_one: Iterable[Callable[[], RemoteFile]], path: str) -> ReplicaFile:

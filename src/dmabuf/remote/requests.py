@@ -108,9 +108,7 @@ class Client:
         finally:
             for served in self._files.values():
                 served.close()
-            if self._mover is not None:
-                self._mover.close()
-                self._shared.movers.release()
+            self._end_mover()
 
     def _carry_out(self, request: Message) -> None:
         op = request.choice("op", *_OPERATIONS)
@@ -143,10 +141,14 @@ class Client:
     # -- the engine nixl
 
     def _do_nixl(self, request: Message) -> dict[str, object]:
-        """Start a pump for this client, if there is a transport that both ends accept."""
-        if self._mover is not None:
-            raise Malformed("a second request for NIXL")
+        """Start a pump for this client, if there is a transport that both ends accept.
+
+        Without any it ends the pump, which the client does not need after all.
+        """
         offered = request.get("transports", list)
+        if self._mover is not None and offered:
+            raise Malformed("a second request for NIXL")
+        self._end_mover()
         mine = nixl.transports(trusted=self._shared.trusted)
         taken = next((one for one in offered if one in mine), None)
         if taken is None:
@@ -163,6 +165,12 @@ class Client:
             self._shared.movers.release()
             raise
         return {"transports": taken}
+
+    def _end_mover(self) -> None:
+        mover, self._mover = self._mover, None
+        if mover is not None:
+            mover.close()
+            self._shared.movers.release()
 
     def _do_regions(self, request: Message) -> dict[str, object]:
         self._needed_mover().pump.connect(request.get("metadata", str))

@@ -6,7 +6,7 @@ import hashlib
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 from dmabuf.copying import CopySide, Meter
@@ -75,7 +75,7 @@ class Session:
 
         Raises OSError if it is `required` and not possible.
         """
-        start = self._channel.timeout / (1 if required else 3)
+        start, taken = self._channel.timeout / (1 if required else 3), ""
         try:
             offered = nixl.transports(trusted=trusted)
             reply = self.ask("nixl", transports=offered, start=start)
@@ -90,6 +90,9 @@ class Session:
             if required or self.closed:
                 raise
             self.engine = self._by_socket(error.strerror)
+            if taken:
+                with suppress(OSError):  # the node ends its process, and reports that none is left
+                    self.ask("nixl", transports=[])
         else:
             self.engine = made
 
