@@ -114,7 +114,7 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
-	$(BIN)/clang-format --dry-run --Werror csrc/*.[ch] csrc/python/*.c csrc/tests/*.[ch] csrc/tests/simulator/*.[ch] benchmarks/*.c tests/unit/*.[ch] tests/device/*.c
+	$(BIN)/clang-format --dry-run --Werror csrc/*.[ch] csrc/python/*.c csrc/tests/*.[ch] csrc/tests/simulator/*.[ch] benchmarks/*.c tests/unit/*.[ch] tests/device/*.c docs/kernel-findings/*.c
 
 types: $(VENV)/ready
 	$(BIN)/mypy

@@ -43,7 +43,8 @@ def main() -> None:
     places["examples"] = "examples.md"
     places |= {path: f"{path.removesuffix('.py')}.md" for path in found("examples/*.py")}
     for source, place in places.items():
-        if source.endswith((".md", ".py")) and source != "README.md":
+        of_site = source.endswith(".md") or source.startswith("examples/")
+        if of_site and source != "README.md":
             text = (ROOT / source).read_text()
             if source.endswith(".py"):
                 about = ast.get_docstring(ast.parse(text))

@@ -11,10 +11,10 @@ has no call that does both at once. Writers of this process are kept out by a lo
 
 On ext4 of Linux 7.3, O_DIRECT writes into holes can lose bytes on a disk without a free block: when
 the kernel cannot split an extent at the end of a request it zeroes the rest of that extent, where
-another request may be writing (tests/kernel/ext4_zeroes.py, docs/reference/kernels.md). A disk that
-is merely full keeps a reserve for such splits, unless blocks were freed whose release the journal
-has not yet committed. So where room is short, the holes of the range are allocated too, and a cut
-is committed at once.
+another request may be writing (docs/kernel-findings/ext4-zeroes.md). A disk that is merely full
+keeps a reserve for such splits, unless blocks were freed whose release the journal has not yet
+committed. So where room is short, the holes of the range are allocated too, and a cut is committed
+at once.
 """
 
 from __future__ import annotations

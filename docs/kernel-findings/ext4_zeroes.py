@@ -1,13 +1,13 @@
-"""Shows, without dmabuf, that ext4 of Linux 7.3 may zero what O_DIRECT has written.
+"""Show that ext4 of Linux 7.3 may zero blocks to which another O_DIRECT write has finished.
 
-    modprobe loop; python3 tests/kernel/ext4_zeroes.py [SECONDS]    (root; in the lab or not)
+    modprobe loop; python3 ext4_zeroes.py [SECONDS]    (root)
 
 A file has one extent of 2 MiB that is allocated and not yet written, and three more: as many as its
-inode holds. The disk has no free block; those of a file cut short are not to be had before the
-journal commits. Two threads write the extent with O_DIRECT, one its first 64 KiB, one the rest.
-When the first write ends, ext4 splits the extent, has no block for the fifth, zeroes the rest
-instead (ext4_issue_zeroout) and calls all of it written; the other write is still under way, and
-its bytes may reach the disk before the zeroes do. Both pwrite(2)s tell that they wrote everything.
+inode holds. The disk has no free block; those of a file that was cut are free only when the journal
+has committed. Two threads write the extent with O_DIRECT, one its first 64 KiB, one the rest. When
+the first write ends, ext4 splits the extent, has no block for the fifth one, zeroes the rest of the
+extent instead (ext4_issue_zeroout) and marks all of it written. The other write is in flight, and
+its bytes may reach the disk before the zeroes do. Both pwrite(2) calls return the full length.
 """
 
 import ctypes
@@ -27,21 +27,24 @@ BLOCK = 1024
 
 
 def run(*command: object) -> str:
+    """Return what a command prints; raise CalledProcessError where it fails."""
     done = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
     return done.stdout.strip()
 
 
 def allocated(fd: int, start: int, size: int) -> bool:
+    """Return whether fallocate(2) succeeds."""
     return libc.fallocate(fd, 0, ctypes.c_long(start), ctypes.c_long(size)) == 0
 
 
 def free(folder: str) -> int:
+    """Return the free bytes of a filesystem."""
     status = os.statvfs(folder)
     return status.f_bfree * status.f_frsize
 
 
 def exhaust(folder: str, kept: int) -> int:
-    """Leave no free block but those that wait for the journal; the filler's descriptor."""
+    """Leave no free block but those that wait for the journal; return the filler's descriptor."""
     filler = os.open(f"{folder}/filler", os.O_RDWR | os.O_CREAT)
     end, step = 0, 4 * MIB
     while step >= BLOCK:
@@ -60,7 +63,7 @@ def exhaust(folder: str, kept: int) -> int:
 
 
 def attempt(folder: str, memory: list[mmap.mmap], kept: int) -> list[int]:
-    """Which of the two writes, of those that told that all was written, were lost."""
+    """Return which of the two writes lost bytes, of those that returned the full length."""
     path = f"{folder}/file"
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_DIRECT)
     assert all(allocated(fd, at * MIB, size) for at, size in
@@ -90,6 +93,7 @@ def attempt(folder: str, memory: list[mmap.mmap], kept: int) -> list[int]:
 
 
 def main() -> None:
+    """Repeat for so many seconds, each time on a new filesystem."""
     seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 30
     memory = [mmap.mmap(-1, end - start) for start, end in PARTS]
     for number, one in enumerate(memory):
