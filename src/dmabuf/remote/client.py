@@ -140,7 +140,7 @@ class Node(Uncopyable, instead="call dmabuf.remote.connect() again"):
     @property
     def transport(self) -> str:
         """What carries the bytes: "tcp", "tls" or "unix"; by NIXL "ucx_tcp" or "rc_verbs"."""
-        return self._sessions[0].transport
+        return self._sessions[0].engine.transport
 
     @property
     def reason(self) -> str:

@@ -143,8 +143,12 @@ class RemoteFile(
     ) -> RemotePlan:
         self._check(direction, buffer, terms)
         offset, _, nbytes = self._range(direction, buffer, size, file_offset, buffer_offset)
+        return self.plan_range(direction, offset, nbytes, terms)
+
+    def plan_range(self, direction: Direction, offset: int, size: int, terms: Terms) -> RemotePlan:
+        """Return the plan for a range of the file."""
         about = protocol.terms_fields(terms)
-        reply = self._ask("plan", direction=direction, offset=offset, size=nbytes, terms=about)
+        reply = self._ask("plan", direction=direction, offset=offset, size=size, terms=about)
         route, reason = reply.choice("route", *Route), reply.get("reason", str)
         return self._session.plan(direction, Plan(route, reason, protocol.parse_reasons(reply)))
 

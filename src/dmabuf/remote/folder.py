@@ -23,38 +23,35 @@ _PERMISSIONS = 0o666  # as open(2) of most programs; the umask applies
 
 
 class Served:
-    """A file below the directory that a client has open."""
+    """A file below the directory that a client has open.
 
-    def __init__(self, fd: int, path: str, mode: Mode) -> None:
-        """Take over a descriptor."""
+    A new file that replaces the one with its path has a temporary name until `commit`, and vanishes
+    without it.
+    """
+
+    def __init__(
+        self, fd: int, path: str, mode: Mode, folder: int = -1, temporary: str = ""
+    ) -> None:
+        """Take over descriptors: the file's, and for a temporary name that of its folder."""
         self.path = path
+        self._folder, self._temporary = folder, temporary
         try:
             self.file = File(fd, mode)
+        except BaseException:
+            self._remove()
+            raise
         finally:
             os.close(fd)
-
-    def commit(self, *, sync: bool) -> None:
-        """Give it its name. Raises OSError(EINVAL) unless it replaces a file."""
-        raise os_error(errno.EINVAL, "commit: the file has its name already", self.path)
-
-    def close(self) -> None:
-        """Close it."""
-        self.file.close()
-
-
-class Replacing(Served):
-    """A new file that takes the place of the one with its path, or vanishes."""
-
-    def __init__(self, fd: int, path: str, folder: int, temporary: str) -> None:
-        """Take over two descriptors: the file's, and that of the folder it is in."""
-        self._folder, self._temporary = folder, temporary
-        super().__init__(fd, path, "r+")
 
     def commit(self, *, sync: bool) -> None:
         """Give it its name, with `sync` also on the medium, and close it.
 
         The content is on the medium before the name, so that a power cut leaves the old or the new.
+
+        Raises OSError: EINVAL unless it replaces a file.
         """
+        if not self._temporary:
+            raise os_error(errno.EINVAL, "commit: the file has its name already", self.path)
         name = os.path.basename(self.path)
         os.fdatasync(self.file.fileno())
         os.rename(self._temporary, name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
@@ -69,7 +66,10 @@ class Replacing(Served):
 
     def close(self) -> None:
         """Close it, and remove it unless it has its name."""
-        super().close()
+        self.file.close()
+        self._remove()
+
+    def _remove(self) -> None:
         folder, self._folder = self._folder, -1
         if folder >= 0:
             if self._temporary:
@@ -135,7 +135,7 @@ class Folder:
             raise
         if permissions != _PERMISSIONS:
             os.fchmod(fd, permissions)
-        return Replacing(fd, path, folder, temporary)
+        return Served(fd, path, "r+", folder, temporary)
 
     def _beneath(self, path: str, flags: int, permissions: int) -> int:
         try:

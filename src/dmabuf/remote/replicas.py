@@ -25,7 +25,6 @@ from dmabuf.remote.engine import Engine
 from dmabuf.remote.file import RemoteFile
 from dmabuf.remote.ranges import Range, Ranges, total
 from dmabuf.remote.session import RemotePlan, RemoteTransfer
-from dmabuf.sizes import Size
 from dmabuf.transfer import Direction, Progress, Terms, stopping
 
 log = logging.getLogger("dmabuf.remote")
@@ -109,22 +108,9 @@ class ReplicaFile(RemoteFile):
                     raise
         raise ClosedError(f"{self.name} is closed")
 
-    def _plan(
-        self,
-        direction: Direction,
-        buffer: Buffer,
-        size: Size | None,
-        file_offset: Size | None,
-        buffer_offset: Size,
-        terms: Terms,
-    ) -> RemotePlan:
-        self._check(direction, buffer, terms)
-        return self._first(
-            lambda one: one.plan(
-                buffer, direction, size=size, file_offset=file_offset,
-                buffer_offset=buffer_offset, terms=terms,
-            )
-        )  # fmt: skip
+    def plan_range(self, direction: Direction, offset: int, size: int, terms: Terms) -> RemotePlan:
+        """Return the plan for a range of the file at the first node that is left."""
+        return self._first(lambda one: one.plan_range(direction, offset, size, terms))
 
     def move(
         self,

@@ -63,11 +63,6 @@ class Session:
         self._lock = threading.Lock()
         self._audited: set[tuple[str, Direction]] = set()
 
-    @property
-    def transport(self) -> str:
-        """What carries the bytes."""
-        return self.engine.transport
-
     def use_nixl(self, *, trusted: bool, required: bool) -> None:
         """Have NIXL move the bytes, if both ends have it and the network allows it.
 
