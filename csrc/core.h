@@ -128,7 +128,7 @@ struct dmb_result {
 	uint64_t copied;   /* bytes that the CPU copied */
 	uint64_t straight; /* bytes moved by the device between file and buffer */
 	uint64_t requests; /* completed requests */
-	uint64_t reissues; /* requests issued again after EAGAIN or EINTR */
+	uint64_t reissues; /* requests issued again after EAGAIN or EINTR, see pacing.c */
 	int32_t error;	   /* 0, or the errno of the first request that failed; EBUSY if the page
 			      cache still holds old bytes of a range that was written */
 	int32_t failed_straight; /* 1 if that request was not staged */

@@ -44,10 +44,20 @@ bool dmb_is_transient(int result)
 	return result == -EAGAIN || result == -EINTR;
 }
 
+/*
+ * While no path to an NVMe namespace is usable, the kernel refuses passthrough: io_uring with
+ * EINVAL, ioctl(2) with EAGAIN (nvme_ns_head_chr_uring_cmd and nvme_ns_head_chr_ioctl in
+ * drivers/nvme/host/ioctl.c).
+ */
+static bool may_lack_a_path(const struct dmb_io *io, int result)
+{
+	return io->nsid && result == -EINVAL && !io->status;
+}
+
 bool dmb_may_reissue(const struct dmb_io *io, int result)
 {
-	return dmb_is_transient(result) && !dmb_is_abandoned(io->batch, io) &&
-	       io->reissues < REISSUES_MAX;
+	return (dmb_is_transient(result) || may_lack_a_path(io, result)) &&
+	       !dmb_is_abandoned(io->batch, io) && io->reissues < REISSUES_MAX;
 }
 
 void dmb_reissue(struct dmb_ring *ring, struct dmb_io *list)

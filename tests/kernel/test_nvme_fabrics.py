@@ -2,8 +2,10 @@
 
 import contextlib
 import errno
+import fcntl
 import itertools
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 import dmabuf
 from dmabuf import Engine, Route
 from dmabuf.inspect.doctor_devices import examine_devices
+from dmabuf.kernel import uapi
 from tests import nvmet
 from tests.guards import needs
 from tests.kernel.fabric import HOST, PORTS, Fabric
@@ -167,12 +170,9 @@ def test_it_goes_in_the_middle(
                 with Filter(judge):
                     worker.run(file)
         error = worker.error
-        # Until the kernel has removed the node, it refuses passthrough without a namespace so.
-        early = {errno.EINVAL} if (how, kind) == ("namespace", "node") else set()
-        assert isinstance(error, OSError) and error.errno in GONE | early, error
+        assert isinstance(error, OSError) and error.errno in GONE, error
         assert error.filename == path
-        # There the transfer begins anew, as for a path that is lost for a moment.
-        assert (0 if early else 1) <= error.nbytes < PART
+        assert 1 <= error.nbytes < PART
         worker.check(local().read(SIZE), sure=True, network=True)
         come_back(fabric, target, how)
         check_memory(path_of(fabric, kind), buf)
@@ -228,6 +228,57 @@ def test_it_comes_back_under_many(
         assert {route for worker in workers for route in worker.routes} == {Route.DIRECT}
     if kind != "file":
         check_memory(path_of(fabric, kind), buf)
+
+
+def opens(path: str) -> None:
+    dmabuf.open(path).close()
+
+
+def flushes(path: str) -> None:
+    with dmabuf.open(path, "r+", force=True) as file, dmabuf.allocate(4096) as buffer:
+        file.write_from(buffer, 0, sync=True)
+
+
+def compares(path: str) -> None:
+    with dmabuf.open(path) as file, dmabuf.allocate(4096) as buffer:
+        file.read_into(buffer, audit="always")
+
+
+@everything
+def test_commands_beside_transfers_while_the_controller_is_reset(
+    fabric: Fabric, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel answers those that go by ioctl(2) with EAGAIN, which no caller gets."""
+    refusals, errors, over = [0], list[OSError](), threading.Event()
+
+    def ioctl(*arguments):
+        try:
+            return fcntl.ioctl(*arguments)
+        except BlockingIOError:
+            refusals[0] += 1
+            raise
+
+    def disturb() -> None:
+        for _ in range(3):
+            fabric.reset()
+            wait_until(lambda: (fabric.controller / "state").read_text() == "live\n", "live")
+        over.set()
+
+    monkeypatch.setattr(uapi, "ioctl", ioctl)
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    while not over.is_set():
+        for command in (opens, flushes, compares):
+            try:
+                command(fabric.node)
+            except OSError as error:
+                errors.append(error)
+    thread.join()
+    assert refusals[0] > 3, "so often the kernel had no path"
+    for error in errors:
+        assert error.errno in GONE and error.filename == fabric.node, error
+    for command in (opens, flushes, compares):
+        command(fabric.node)
 
 
 # -- the doctor

@@ -12,9 +12,9 @@ import dmabuf
 from dmabuf import Engine, Route
 from dmabuf.kernel import nvme, uapi
 from tests.core import lib
-from tests.support import Filter, raises_errno
+from tests.support import Filter, assert_same, pattern, raises_errno
 
-SIZE = 1 << 20
+SIZE, STEP = 1 << 20, 16 << 10
 NODE = "/dev/null"  # a character device that takes none of the commands
 
 
@@ -106,10 +106,11 @@ def test_what_a_status_says(status, text):
 class Device:
     """NODE as a namespace: its sysfs, and its answers to ioctls."""
 
-    def __init__(self, root):
+    def __init__(self, root, folder="nvme0"):
         self.root, self.answer, self.status, self.refusal = root, identified(), 0, 0
-        self.commands = []
-        node = root / "devices/nvme0/ng0n1"
+        self.commands, self.pending = [], []
+        self.folder = root / "devices" / folder
+        node = self.folder / "ng0n1"
         node.mkdir(parents=True)
         for name in ("nvme", "nvme-generic"):
             (root / "class" / name).mkdir(parents=True)
@@ -119,25 +120,47 @@ class Device:
         (root / f"dev/char/{os.major(rdev)}:{os.minor(rdev)}").symlink_to(node)
 
     def be(self, subsystem):
-        link = self.root / "devices/nvme0/ng0n1/subsystem"
+        link = self.folder / "ng0n1/subsystem"
         link.unlink(missing_ok=True)
         link.symlink_to(self.root / "class" / subsystem)
 
     def disk(self, name="nvme0n1", **queue):
-        (self.root / "devices/nvme0" / name).mkdir()
+        (self.folder / name).mkdir()
         folder = self.root / "class/block" / name / "queue"
         folder.mkdir(parents=True)
         (folder.parent / "dev").write_text("259:77\n")
         for key, value in queue.items():
             (folder / key).write_text(f"{value}\n")
 
+    def controller(self, number, state, ana="optimized", size=2048):
+        """A controller of a subsystem; no path to the namespace if `size` is None."""
+        folder = self.folder / f"nvme{number}"
+        folder.mkdir()
+        (folder / "state").write_text(f"{state}\n")
+        if size is not None:
+            (folder / f"nvme0c{number}n1").mkdir()
+            (folder / f"nvme0c{number}n1/ana_state").write_text(f"{ana}\n")
+            (folder / f"nvme0c{number}n1/size").write_text(f"{size}\n")
+        (folder / f"nvme0c{number}n11").mkdir()  # the path to another namespace
+        (folder / f"nvme0c{number}n11/size").write_text("2048\n")
+
+    def leave(self):
+        """The kernel removes the node."""
+        for link in (self.root / "dev/char").iterdir():
+            link.unlink()
+
     def ioctl(self, _fd, request, argument):
-        if request == uapi.NVME_IOCTL_ID:
-            return 3
-        if self.refusal:
-            raise OSError(self.refusal, os.strerror(self.refusal))
+        """Give a pending answer first: an errno if it is negative, otherwise a status."""
+        pending = self.pending.pop() if self.pending else 0
+        if pending < 0 or (self.refusal and request != uapi.NVME_IOCTL_ID):
+            number = -pending or self.refusal
+            raise OSError(number, os.strerror(number))
+        if pending or request == uapi.NVME_IOCTL_ID:
+            return pending or 3
         fields = uapi.NVME_CMD_STRUCT.unpack(argument)
         self.commands.append((request, fields[0], fields[3], fields[10]))
+        if fields[0] == 2:
+            ctypes.memmove(fields[7], pattern(fields[9], fields[10]), fields[9])
         if fields[0] == 6 and not self.status:
             answer = self.answer if fields[10] == 0 else b"\0" * 77 + b"\5" + b"\0" * 4018
             ctypes.memmove(fields[7], answer, 4096)
@@ -145,11 +168,14 @@ class Device:
 
 
 @pytest.fixture
-def device(tmp_path, monkeypatch):
-    device = Device(tmp_path)
+def device(tmp_path, monkeypatch, request):
+    device = Device(tmp_path, getattr(request, "param", "nvme0"))
     monkeypatch.setattr(nvme, "SYSFS", tmp_path)
     monkeypatch.setattr(uapi, "ioctl", device.ioctl)
     return device
+
+
+multipath = pytest.mark.parametrize("device", ["nvme-subsys0"], indirect=True)
 
 
 def test_a_namespace(device, buf):
@@ -169,7 +195,7 @@ def test_the_disk_is_the_one_beside_it_whatever_its_name(device):
     """With native multipath numbers differ, and another drive has the one that fits."""
     (device.root / "class/block/nvme0n1").mkdir(parents=True)
     for name in ("nvme7n2", "nvme7c0n1", "nvme0"):
-        (device.root / "devices/nvme0" / name).mkdir()
+        (device.folder / name).mkdir()
     device.disk("nvme7n1", max_hw_sectors_kb=64)
     with dmabuf.open(NODE) as file:
         namespace = file.target.namespace
@@ -235,37 +261,142 @@ def test_a_flush_that_fails_is_named(device, buf):
             file.write_from(buf, 0, sync=True)
 
 
+# -- paths that are lost
+
+
+def opens(_file, _buf):
+    dmabuf.open(NODE).close()
+
+
+def flushes(file, buf):
+    file.write_from(buf, 0, sync=True)
+
+
+def reads_to_compare(file, _buf):
+    with file.target.reference() as reference:
+        assert_same(reference.read(4096, 8192), pattern(8192, 8), "what is compared with")
+
+
+NOT_READY = {"no path": -errno.EAGAIN, "a signal": -errno.EINTR, "a status": 0x022}
+
+
+@pytest.mark.parametrize("answer", NOT_READY.values(), ids=NOT_READY)
+@pytest.mark.parametrize("command", [opens, flushes, reads_to_compare])
+def test_a_command_is_tried_again_while_the_device_is_not_ready(device, buf, command, answer):
+    with dmabuf.open(NODE, "r+", force=True) as file:
+        if command is opens and answer > 0:
+            device.pending = [*[answer] * 3, 0]  # NVME_IOCTL_ID has no status
+        else:
+            device.pending = [answer] * 3
+        command(file, buf)
+        assert not device.pending
+
+
+@multipath
 @pytest.mark.parametrize(
-    ("states", "number", "text"),
+    ("state", "answer", "number", "text"),
     [
-        (
-            ["connecting", "resetting"],
-            errno.ENOLINK,
-            "path to .*: nvme0 is connecting, nvme1 is re",
-        ),
-        (["connecting", "live"], errno.EINVAL, "Invalid argument"),
-        ([], errno.EINVAL, "Invalid argument"),
-        (None, errno.ENODEV, "was pulled"),
+        ("connecting", -errno.EAGAIN, errno.ENOLINK, "no path to the namespace: nvme4 is conn"),
+        ("live", -errno.EAGAIN, errno.EBUSY, "Resource temporarily unavailable"),
+        ("live", 0x082, errno.EBUSY, "Namespace not ready .NVMe status 0x0082"),
+        (None, -errno.EAGAIN, errno.ENODEV, "the namespace is gone: open it again"),
     ],
 )
-def test_no_path_to_the_namespace(device, buf, states, number, text):
-    for index, state in enumerate(states or []):
-        (device.root / f"devices/nvme0/nvme{index}").mkdir()
-        (device.root / f"devices/nvme0/nvme{index}/state").write_text(f"{state}\n")
-    with dmabuf.open(NODE) as file, Filter(lambda _: -errno.EINVAL) as filter_:
-        if states is None:
-            next((device.root / "dev/char").iterdir()).unlink()
+def test_a_command_of_a_device_that_stays_not_ready(device, buf, state, answer, number, text):
+    with dmabuf.open(NODE, "r+", force=True) as file:
+        if state is not None:
+            device.controller(4, state)
+        for command in (opens, flushes, reads_to_compare):
+            device.pending = [answer] * 1000
+            if command is opens and answer > 0:
+                device.pending.append(0)
+            if state is None:
+                if command is opens:
+                    continue  # there is no file to open
+                device.leave()
+            with raises_errno(number, text, filename=NODE):
+                command(file, buf)
+
+
+@multipath
+@pytest.mark.parametrize(
+    ("controllers", "number", "text"),
+    [
+        (
+            [("connecting",), ("resetting",)],
+            errno.ENOLINK,
+            "no path to the namespace: nvme0 is connecting, nvme1 is resetting; its block device",
+        ),
+        ([("live", "inaccessible")], errno.ENOLINK, "nvme0 is live, but inaccessible; its block"),
+        ([("deleting",), ("connecting",)], errno.ENOLINK, "nvme0 is deleting, nvme1 is connecting"),
+        ([("live", "optimized", 0)], errno.ENODEV, "the namespace is gone, nvme0 is live without"),
+        ([("live", "optimized", None)], errno.ENODEV, "is gone, nvme0 is live without it: open it"),
+        ([("deleting (no IO)",)], errno.ENODEV, "is gone, nvme0 is deleting .no IO.: open it"),
+        ([], errno.ENODEV, "the namespace is gone: open it again when it is back"),
+        ([("connecting",), ("live",)], errno.EINVAL, "Invalid argument"),
+    ],
+)
+def test_no_path_to_the_namespace(device, buf, controllers, number, text):
+    for index, one in enumerate(controllers):
+        device.controller(index, *one)
+    with dmabuf.open(NODE) as file, Filter(lambda _: -errno.EINVAL):
         with raises_errno(number, text, nbytes=0, filename=NODE):
             file.read_into(buf, 4096)
-    assert len(filter_.seen) > 1 if "live" in (states or []) else len(filter_.seen) == 1
 
 
-def test_a_path_that_is_lost_for_a_moment(device, buf):
-    (device.root / "devices/nvme0/nvme2").mkdir()
-    (device.root / "devices/nvme0/nvme2/state").write_text("live\n")
-    answers = iter([-errno.EINVAL] * 3)
-    with dmabuf.open(NODE) as file, Filter(lambda one: next(answers, one.size)):
-        assert file.read_into(buf, 4096).nbytes == 4096
+@pytest.mark.parametrize("device", ["nvme0", "nvme-subsys0"], indirect=True)
+@pytest.mark.parametrize("gone", [False, True])
+def test_one_path_has_errors_of_its_own(device, buf, gone):
+    with dmabuf.open(NODE) as file, Filter(lambda _: -errno.EINVAL):
+        if gone:
+            device.leave()
+        number = errno.ENODEV if gone or device.folder.name != "nvme0" else errno.EINVAL
+        with raises_errno(number, nbytes=0, filename=NODE):
+            file.read_into(buf, 4096)
+
+
+REFUSALS = {"io_uring": -errno.EINVAL, "ioctl": -errno.EAGAIN}
+
+
+@multipath
+@pytest.mark.parametrize("refusal", REFUSALS.values(), ids=REFUSALS)
+def test_a_path_that_is_lost_for_a_moment(device, buf, refusal):
+    """Only the requests that were refused are issued again."""
+    device.controller(2, "live")
+    left = dict.fromkeys(range(SIZE // 4, SIZE // 2, STEP), 3)
+
+    def judge(one):
+        left[one.offset] = left.get(one.offset, 0) - 1
+        return refusal if left[one.offset] >= 0 else one.size
+
+    with Engine(queue_depth=4, block_size=STEP) as engine, Filter(judge) as filter_:
+        with dmabuf.open(NODE, engine=engine) as file:
+            done = file.read_into(buf, SIZE, audit="off")
+    again = 3 * (SIZE // 4 // STEP)
+    assert (done.nbytes, done.reissues) == (SIZE, again)
+    assert len(filter_.seen) == SIZE // STEP + again
+
+
+@multipath
+@pytest.mark.parametrize("refusal", REFUSALS.values(), ids=REFUSALS)
+@pytest.mark.parametrize(
+    ("controller", "number", "text"),
+    [
+        (("live", "optimized", 0), errno.ENODEV, "the namespace is gone, nvme2 is live without it"),
+        (("resetting",), errno.ENOLINK, "no path to the namespace: nvme2 is resetting"),
+    ],
+)
+def test_a_path_that_is_lost_in_the_middle(device, buf, refusal, controller, number, text):
+    """The error has the number of bytes that are whole."""
+    device.controller(2, *controller)
+
+    def judge(one):
+        return refusal if one.offset >= SIZE // 2 else one.size
+
+    with Engine(queue_depth=4, block_size=STEP) as engine, Filter(judge):
+        with dmabuf.open(NODE, engine=engine) as file:
+            with raises_errno(number, text, nbytes=SIZE // 2, file_offset=SIZE // 2):
+                file.read_into(buf, SIZE, audit="off")
 
 
 def test_io_uring_without_passthrough_leaves_it_to_threads(device, buf, monkeypatch, caplog):

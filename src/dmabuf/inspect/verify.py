@@ -200,7 +200,7 @@ def known_good(file: File) -> Iterator[Reference]:
     kind = files.kind_of(os.fstat(fd).st_mode)
     namespace = nvme.namespace(fd, str(file.name)) if kind == "character device" else None
     if namespace is not None:
-        reference = NamespaceReference(fd, namespace)
+        reference = NamespaceReference(fd, namespace, str(file.name))
         try:
             yield reference
         finally:

@@ -21,6 +21,8 @@ import os
 import re
 import stat
 import struct
+import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 from dmabuf._core import ffi, lib
@@ -35,6 +37,8 @@ _FLUSH, _READ = 0, 2  # I/O opcodes
 _ANSWER = 4096  # bytes of what Identify answers
 _MOST_BLOCKS = 1 << 16  # of one command
 _UNKNOWN_LIMIT = 128 << 10
+_TRIES, _PAUSE = 50, 0.001
+"""Tries of a command, and seconds after each: about as long as the core issues requests again."""
 
 
 class Format(NamedTuple):
@@ -109,6 +113,30 @@ def request_limit(block: int, sectors_kib: int | None, segments: int | None) -> 
 # -- commands
 
 
+def _persist(fd: int, attempt: Callable[[], int]) -> int:
+    """Return the result of an attempt; make it again, for a time, while the device is not ready.
+
+    With native multipath ioctl(2) raises EAGAIN while no path is usable
+    (nvme_ns_head_chr_ioctl in drivers/nvme/host/ioctl.c). Some NVMe statuses ask for another try.
+
+    Raises:
+        OSError: ENOLINK or ENODEV, with the reason, where no path leads to the namespace any more;
+            EBUSY where it stays not ready; whatever else `attempt` raises.
+    """
+    refusal = OSError()
+    for _ in range(_TRIES):
+        try:
+            return attempt()
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EINTR):
+                raise
+            refusal = error
+        time.sleep(_PAUSE)
+    number, text = no_path(os.fstat(fd).st_rdev) or (0, "")
+    text = text or f"{refusal.strerror}; try again later"
+    raise OSError(number or errno.EBUSY, text) from refusal
+
+
 def _command(
     fd: int, request: int, opcode: int, nsid: int, answer: object, size: int, *cdw10: int
 ) -> None:
@@ -118,10 +146,15 @@ def _command(
     """
     address = int(ffi.cast("uintptr_t", answer)) if answer else 0
     dwords = cdw10 + (0,) * (8 - len(cdw10))
-    fields = (opcode, 0, 0, nsid, 0, 0, 0, address, 0, size, *dwords)
-    status = uapi.ioctl(fd, request, bytearray(uapi.NVME_CMD_STRUCT.pack(*fields)))
-    if status:
-        raise OSError(lib.dmb_nvme_errno(status, lib.DMB_WRITE), status_text(status))
+    packed = uapi.NVME_CMD_STRUCT.pack(opcode, 0, 0, nsid, 0, 0, 0, address, 0, size, *dwords)
+
+    def attempt() -> int:
+        status = uapi.ioctl(fd, request, bytearray(packed))
+        if status:
+            raise OSError(lib.dmb_nvme_errno(status, lib.DMB_WRITE), status_text(status))
+        return 0
+
+    _persist(fd, attempt)
 
 
 def _identify(fd: int, nsid: int, what: int) -> bytes:
@@ -213,24 +246,56 @@ def _paths(controller: str) -> dict[str, str]:
     }
 
 
-def path_states(device: int) -> dict[str, str] | None:
-    """Return the controllers that lead to a namespace, each with its state.
+def no_path(device: int) -> tuple[int, str] | None:
+    """Return the errno and the reason where no path leads to a namespace now.
 
-    Without native multipath there are none to choose from, and the dictionary is empty. None if the
-    character device is gone.
+    Return (0, "") where one does, and None without native multipath: then a namespace has one path,
+    whose errors have an errno of their own.
 
-    Where no controller is live, the kernel refuses passthrough with EINVAL
-    (nvme_ns_head_chr_uring_cmd in drivers/nvme/host/ioctl.c); a block device waits for one.
+    Args:
+        device: the number of the namespace's character device.
     """
-    folder = os.path.dirname(os.path.realpath(_char_device(device)))
+    link = _char_device(device)
+    folder, node = os.path.split(os.path.realpath(link))
     try:
-        names = os.listdir(folder) if os.path.exists(_char_device(device)) else None
+        names = sorted(os.listdir(folder)) if os.path.exists(link) else []
     except OSError:
-        names = None
-    if names is None:
+        names = []
+    if names and not os.path.basename(folder).startswith("nvme-subsys"):
         return None
-    found = sorted(name for name in names if re.fullmatch(r"nvme\d+", name))
-    return {name: proc.read(folder, name, "state").strip() for name in found}
+    controllers = [name for name in names if re.fullmatch(r"nvme\d+", name)]
+    number = node.rpartition("n")[2]
+    found = {name: _obstacle(os.path.join(folder, name), number) for name in controllers}
+    if not all(found.values()):
+        return 0, ""
+    states = ", ".join(f"{name} is {why}" for name, why in found.items())
+    if all(why.startswith(_FOR_GOOD) for why in found.values()):
+        text = f"the namespace is gone{states and f', {states}'}: open it again when it is back"
+        return errno.ENODEV, text
+    text = f"no path to the namespace: {states}; its block device waits for one"
+    return errno.ENOLINK, text
+
+
+_WITHOUT = "live without it"
+_FOR_GOOD = (_WITHOUT, "deleting", "dead")
+_UNUSABLE = ("inaccessible", "persistent-loss", "change")
+
+
+def _obstacle(controller: str, number: str) -> str:
+    """Return why a controller is no path to its subsystem's namespace of a number; "" if it is one.
+
+    While the kernel removes a path, the size is 0 (nvme_ns_remove in drivers/nvme/host/core.c).
+    """
+    state = proc.read(controller, "state").strip() or "deleting"
+    if state != "live":
+        return state
+    names = os.listdir(controller) if os.path.isdir(controller) else []
+    for name in names:
+        if re.fullmatch(rf"nvme\d+(c\d+)?n{number}", name):
+            ana = proc.read(controller, name, "ana_state").strip()
+            if proc.number(controller, name, "size"):
+                return f"live, but {ana}" if ana in _UNUSABLE else ""
+    return _WITHOUT
 
 
 # -- devices
@@ -307,8 +372,9 @@ def namespace(fd: int, path: str) -> Namespace | None:
     if not is_namespace(status):
         return None
     try:
-        nsid = int(uapi.ioctl(fd, uapi.NVME_IOCTL_ID, 0))
+        nsid = _persist(fd, lambda: int(uapi.ioctl(fd, uapi.NVME_IOCTL_ID, 0)))
         found = parse_format(_identify(fd, nsid, _OF_NAMESPACE))
+        limits = _limits(fd, nsid, disk := disk_of(status.st_rdev))
     except PermissionError as error:
         raise explained(error, path) from error
     except OSError as error:
@@ -323,17 +389,7 @@ def namespace(fd: int, path: str) -> Namespace | None:
         raise os_error(errno.EOPNOTSUPP, text, path)
     if not found.blocks or found.block < 512:
         raise os_error(errno.ENODEV, "the namespace is not active: it has no blocks", path)
-    return _with_limits(fd, nsid, found, disk_of(status.st_rdev))
-
-
-def _with_limits(fd: int, nsid: int, found: Format, disk: str | None) -> Namespace:
-    queue = os.path.join(SYSFS, "class/block", disk or "-", "queue")
-    kib = proc.number(queue, "max_hw_sectors_kb")
-    segments = proc.number(queue, "max_segments")
-    alignment = proc.number(queue, "dma_alignment")  # a mask; Linux 6.0
-    if kib is None:
-        mdts = parse_mdts(_identify(fd, nsid, _OF_CONTROLLER)) or _UNKNOWN_LIMIT
-        kib = min(mdts, _UNKNOWN_LIMIT) >> 10
+    kib, segments, alignment = limits
     return Namespace(
         nsid=nsid,
         size=found.blocks * found.block,
@@ -342,6 +398,18 @@ def _with_limits(fd: int, nsid: int, found: Format, disk: str | None) -> Namespa
         memory_align=4 if alignment is None else min(alignment + 1, found.block),
         disk=disk,
     )
+
+
+def _limits(fd: int, nsid: int, disk: str | None) -> tuple[int, int | None, int | None]:
+    """Return the KiB and the segments of a request at most, and the mask of its alignment."""
+    queue = os.path.join(SYSFS, "class/block", disk or "-", "queue")
+    kib = proc.number(queue, "max_hw_sectors_kb")
+    segments = proc.number(queue, "max_segments")
+    alignment = proc.number(queue, "dma_alignment")  # Linux 6.0
+    if kib is None:
+        mdts = parse_mdts(_identify(fd, nsid, _OF_CONTROLLER)) or _UNKNOWN_LIMIT
+        kib = min(mdts, _UNKNOWN_LIMIT) >> 10
+    return kib, segments, alignment
 
 
 def check_claim(namespace: Namespace, path: str) -> None:

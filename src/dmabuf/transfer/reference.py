@@ -97,9 +97,9 @@ class NamespaceReference(Reference):
     The caller keeps and closes the descriptor.
     """
 
-    def __init__(self, fd: int, namespace: nvme.Namespace) -> None:
+    def __init__(self, fd: int, namespace: nvme.Namespace, path: str) -> None:
         super().__init__(fd, -1, None, namespace.block)
-        self._namespace = namespace
+        self._namespace, self._path = namespace, path
 
     @property
     def how(self) -> str:
@@ -113,8 +113,12 @@ class NamespaceReference(Reference):
         block = self._namespace.block
         start = offset // block * block
         end = min(-(-(offset + size) // block) * block, self._namespace.size)
-        with ffi.from_buffer(self._memory) as memory:
-            nvme.read_blocks(self._fd, self._namespace, memory, start, end - start)
+        try:
+            with ffi.from_buffer(self._memory) as memory:
+                nvme.read_blocks(self._fd, self._namespace, memory, start, end - start)
+        except OSError as error:
+            error.filename = self._path
+            raise
         return bytes(self._view[offset - start : min(end - start, offset - start + size)])
 
     def close(self) -> None:

@@ -243,24 +243,22 @@ class Target:
         )
 
     def lost_path(self, result: Any) -> str | None:
-        """Return why no controller reaches an NVMe character device now; "" if one does again.
+        """Return why no path leads to an NVMe character device now; "" if one does again.
 
-        The kernel answers passthrough with EINVAL then; this corrects the error in `result`. None
-        where the error has another cause.
+        The kernel refuses passthrough with EINVAL or EAGAIN then; this corrects the error in
+        `result`. None where the error has another cause.
         """
-        if self.namespace is None or result.error != errno.EINVAL or result.nvme_status:
+        unclear = (errno.EINVAL, errno.EAGAIN)
+        if self.namespace is None or result.error not in unclear:
             return None
-        states = nvme.path_states(os.fstat(self.fd).st_rdev)
-        if states is None:
-            result.error = errno.ENODEV
-            return GONE
-        if "live" in states.values():
-            return ""
-        if not states:
+        lost = None if result.nvme_status else nvme.no_path(os.fstat(self.fd).st_rdev)
+        if result.error == errno.EAGAIN:
+            result.error = errno.EBUSY  # the core has issued it again for long enough
+        if lost is None:
             return None
-        result.error = errno.ENOLINK
-        found = ", ".join(f"{name} is {state}" for name, state in states.items())
-        return f"no path to the namespace: {found}; its block device waits for one"
+        number, why = lost
+        result.error = number or result.error
+        return why
 
     def device(self) -> str:
         """Return the device that holds the file's bytes, as a path in sysfs."""
@@ -279,7 +277,7 @@ class Target:
             with open_reference(self.fd, self.direct().refusal) as reference:
                 yield reference
             return
-        reference = NamespaceReference(self.fd, self.namespace)
+        reference = NamespaceReference(self.fd, self.namespace, self.path)
         try:
             yield reference
         finally:
@@ -300,7 +298,7 @@ class Target:
                 os.fdatasync(self.fd)
         except OSError as error:
             number, why = error.errno or errno.EIO, error.strerror or ""
-        if number == errno.ENODEV or self.gone():  # fdatasync succeeds on a removed device
+        if why == os.strerror(errno.ENODEV) or self.gone():  # fdatasync succeeds if it is gone
             number, why = errno.ENODEV, GONE
         if number:
             failed = os_error(number, f"flushing to the medium failed: {why}", self.path)
