@@ -73,9 +73,19 @@ def registrar(function: Callable[[int, int], int]) -> Iterator[None]:
         lib.dmb_testing_set_registrar(ffi.NULL, ffi.NULL)
 
 
+@contextlib.contextmanager
+def memory(fd: int, offset: int) -> Iterator[None]:
+    """Have the emulation map a range of a file in the place of a dma-buf that cannot be mapped."""
+    lib.dmb_testing_set_memory(fd, offset)
+    try:
+        yield
+    finally:
+        lib.dmb_testing_set_memory(-1, 0)
+
+
 def interrupt(signal: int, *, after: int = 0, count: int = 1) -> None:
     """Have a signal come in `count` waits for completions, after so many others."""
     lib.dmb_testing_interrupt(after, count, signal)
 
 
-__all__ = ["Filter", "core", "engine", "interrupt", "native", "registrar"]
+__all__ = ["Filter", "core", "engine", "interrupt", "memory", "native", "registrar"]

@@ -55,10 +55,12 @@ static struct {
 	dmb_registrar registrar;
 	void *registrar_arg;
 	unsigned native;
+	int memory_fd;
+	off_t memory_offset;
 	int signal;
 	unsigned first, count;
 	atomic_uint waits;
-} seams;
+} seams = {.memory_fd = -1};
 
 void dmb_testing_set_filter(dmb_filter filter, void *arg)
 {
@@ -75,6 +77,12 @@ void dmb_testing_set_registrar(dmb_registrar registrar, void *arg)
 {
 	seams.registrar = registrar;
 	seams.registrar_arg = arg;
+}
+
+void dmb_testing_set_memory(int fd, uint64_t offset)
+{
+	seams.memory_fd = fd;
+	seams.memory_offset = (off_t)offset;
 }
 
 void dmb_testing_interrupt(unsigned first, unsigned count, int signal)
@@ -113,6 +121,9 @@ static int map(int dmabuf_fd, int target_fd, struct mapped **ret)
 	memory = mmap(NULL, (size_t)size, PROT_READ | PROT_WRITE, MAP_SHARED, dmabuf_fd, 0);
 	if (memory == MAP_FAILED && errno == EACCES) /* the kernel does not look either */
 		memory = mmap(NULL, (size_t)size, PROT_READ, MAP_SHARED, dmabuf_fd, 0);
+	if (memory == MAP_FAILED && errno == EINVAL && seams.memory_fd >= 0)
+		memory = mmap(NULL, (size_t)size, PROT_READ | PROT_WRITE, MAP_SHARED,
+			      seams.memory_fd, seams.memory_offset);
 	if (memory == MAP_FAILED)
 		return -errno;
 	mapped = malloc(sizeof(*mapped));

@@ -36,6 +36,12 @@ typedef int32_t (*dmb_registrar)(void *arg, int32_t dmabuf_fd, int32_t target_fd
 void dmb_testing_set_registrar(dmb_registrar registrar, void *arg);
 
 /*
+ * Have the emulation map `fd` from `offset` on in the place of a dma-buf that cannot be mapped; -1
+ * for none.
+ */
+void dmb_testing_set_memory(int fd, uint64_t offset);
+
+/*
  * Send a signal to the waiting thread in each of `count` waits for completions, after `first`
  * others from now on. Such a wait ends without a completion.
  */

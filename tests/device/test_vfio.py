@@ -16,10 +16,19 @@ import dmabuf
 from dmabuf.devices import drm, vfio
 from dmabuf.kernel import uapi
 from dmabuf.memory import foreign
-from tests import forking
+from tests import emulation, forking
 from tests.guards import needs, since, vfio_address, vgem_node
 from tests.kernel.conftest import native
-from tests.support import PAGE, assert_same, poison, raises_errno
+from tests.support import (
+    PAGE,
+    assert_same,
+    drop_cache,
+    fill,
+    pattern,
+    poison,
+    raises_errno,
+    whole,
+)
 
 ADDRESS = str(vfio_address())
 MEMORY, REGISTERS = 2, 0  # the BARs of QEMU's ivshmem-plain: 1 MiB, and 256 bytes
@@ -33,12 +42,17 @@ def device() -> Iterator[vfio.Device]:
         yield opened
 
 
-def through_vfio(device: vfio.Device) -> mmap.mmap:
-    """The BAR by VFIO's own mapping, which no dma-buf has part in."""
+def place(device: vfio.Device) -> int:
+    """Where the BAR is in the device's file."""
     layout = uapi.VFIO_REGION_STRUCT
     data = bytearray(layout.pack(layout.size, 0, MEMORY, 0, 0, 0))
     uapi.ioctl(device.fileno(), uapi.VFIO_DEVICE_GET_REGION_INFO, data)
-    return mmap.mmap(device.fileno(), SIZE, offset=layout.unpack(data)[5])
+    return layout.unpack(data)[5]
+
+
+def through_vfio(device: vfio.Device) -> mmap.mmap:
+    """The BAR by VFIO's own mapping, which no dma-buf has part in."""
+    return mmap.mmap(device.fileno(), SIZE, offset=place(device))
 
 
 @exports
@@ -97,6 +111,42 @@ def test_native_or_nothing(device: vfio.Device, direction: str, tmp_path: Path) 
                 assert "native: " in told
                 for route in ("direct", "staged", "buffered"):
                     assert f"{route}: the CPU cannot map this memory of a PCI dev" in told
+
+
+@exports
+@needs("vfio", "nvme")
+@pytest.mark.device_table(
+    "VFIO", "read", "write", "zero-copy", by="an emulation of the kernel series"
+)
+@pytest.mark.parametrize("start", [0, 16 * PAGE], ids=["all", "a part"])
+def test_an_emulated_drive_reads_and_writes_it_natively(device: vfio.Device, start: int) -> None:
+    """The kernel's own dma-buf is registered; the emulation has the BAR by VFIO's mapping."""
+    drive, size = os.environ["DMABUF_TEST_NVME0"], SIZE - start
+    with (
+        through_vfio(device) as bar,
+        open(drive, "r+b", buffering=0) as plain,
+        emulation.memory(device.fileno(), place(device) + start),
+        emulation.engine(queue_depth=4, block_size="64KiB") as engine,
+        device.bar(MEMORY, start) as buffer,
+        dmabuf.open(drive, "r+", engine=engine) as file,
+    ):
+        fill(plain.fileno(), pattern(SIZE, 1))
+        drop_cache(plain.fileno())
+        bar[:] = poison(SIZE)
+        done = file.read_into(buffer, size - 8192, buffer_offset=4096)
+        assert (done.route, done.copied, done.nbytes) == ("native", 0, size - 8192)
+        expected = bytearray(poison(SIZE))
+        expected[start + 4096 : -4096] = pattern(SIZE, 1)[: size - 8192]
+        assert_same(bar[:], bytes(expected), "the device's memory")
+
+        bar[:] = data = pattern(SIZE, 2)
+        done = file.write_from(buffer, size - 4096, buffer_offset=4096, file_offset=8192)
+        assert (done.route, done.copied, done.nbytes) == ("native", 0, size - 4096)
+        drop_cache(plain.fileno())
+        expected = pattern(SIZE, 1)[:8192] + data[start + 4096 :]
+        assert_same(whole(plain.fileno(), len(expected)), expected, "the drive")
+        with pytest.raises(io.UnsupportedOperation, match="the CPU cannot map"):
+            buffer.pread(1, 0)
 
 
 @exports
