@@ -142,7 +142,11 @@ class _Reading(io.RawIOBase):
     def __init__(self, path: str, terms: Terms, block_size: int) -> None:
         self.name, self.mode, self._terms = path, "rb", terms
         self._staging = Staging(block_size)
-        self._file = File(path)
+        try:
+            self._file = File(path)
+        except BaseException:
+            super().close()  # nothing else is open
+            raise
         self._position = 0
         self._end = -1  # where the last transfer ended in the file
         self._ahead = 0  # bytes of the next transfer, if it follows the last one

@@ -45,14 +45,14 @@ class _Connection(threading.Thread):
     ) -> None:
         super().__init__(name=name, daemon=True)
         self._socket, self._shared = connection, shared
-        self._context, self._timeout = context, timeout
+        self._tls, self._timeout = context, timeout
 
     def run(self) -> None:
         """Serve the client until it ends, or fails."""
         try:
-            if self._context is not None:
+            if self._tls is not None:
                 self._socket.settimeout(_HANDSHAKE)
-                self._socket = self._context.wrap_socket(
+                self._socket = self._tls.wrap_socket(
                     self._socket, server_side=True, do_handshake_on_connect=False
                 )
                 self._socket.do_handshake()
