@@ -218,6 +218,8 @@ def test_a_pump_has_what_was_granted_and_nothing_else(
         for one in listening(pid):
             assert one.startswith("0100007F:"), "it listens beyond the network of the connection"
         assert "NoNewPrivs:\t1" in Path(f"/proc/{pid}/status").read_text()
+        # With its cache of registrations UCX kept revoked memory pinned, over RDMA.
+        assert b"UCX_RCACHE_ENABLE=n" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
 
 
 @pytest.mark.parametrize("within", [False, True])

@@ -96,7 +96,8 @@ class Pump:
             start: the most seconds that the first request waits until it serves. On a busy
                 machine, or with a low priority, that takes long.
         """
-        env = os.environ | {"UCX_TLS": transports}
+        # UCX's cache of registrations would keep revoked memory pinned.
+        env = os.environ | {"UCX_TLS": transports, "UCX_RCACHE_ENABLE": "n"}
         env["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, sys.path))
         if device is not None:
             env.setdefault("UCX_NET_DEVICES", device)
