@@ -38,6 +38,9 @@ _WAIT = (
     "\t\trc = batch->ring->ops->wait(batch->ring, left > 0"
 )
 
+_ADD = "self.users.add(token)"
+_TOKEN = f"        target, token = self.target, object()\n        try:\n            {_ADD}\n"
+
 FAULTS = (
     Fault(
         "an edge shares a page with its middle, or with another write's",
@@ -149,6 +152,108 @@ PACKAGE_FAULTS = (
         "copying/replace.py",
         "    def __exit__(self, *exc: object) -> None:\n",
         "    def __exit__(self, *exc: object) -> None:\n        exc[0] and self._take_name()\n",
+    ),
+    Fault(
+        "a registration is renewed once after controller resets",
+        "transfer/link.py",
+        "\n_RENEWALS = 16\n",
+        "\n_RENEWALS = 1\n",
+    ),
+    Fault(
+        "neighbouring segments are not joined",
+        "transfer/link.py",
+        "        if count == segments.count:\n",
+        "        if count:\n",
+    ),
+    Fault(
+        "an event loop waits until the kernel lets go of a dma-buf",
+        "transfer/ring.py",
+        "                if self.unregister_elsewhere is None:\n",
+        "                if self.unregister_elsewhere is not self:\n",
+    ),
+    Fault(
+        "a write that fails cuts off what others appended",
+        "transfer/growth.py",
+        "            if os.fstat(self._fd).st_size != size:\n",
+        "            if os.fstat(self._fd).st_size < size:\n",
+    ),
+    Fault(
+        "a copy cuts off what lies behind its end",
+        "copying/targets.py",
+        "            self._growth.cut(self._start + nbytes)\n",
+        "            os.ftruncate(self._here.fileno(), self._start + nbytes)\n",
+    ),
+    Fault(
+        "gaps between segments are allocated",
+        "transfer/growth.py",
+        "                for start, stop in _joined(ranges())\n",
+        "                for start, stop in [(0, end)]\n",
+    ),
+    Fault(
+        "a transfer inside another one waits for its ring",
+        "transfer/engine.py",
+        "        if this_thread.transfers > 1:\n",
+        "        if this_thread.transfers > 1 << 30:\n",
+    ),
+    Fault(
+        "sizes and offsets stay integers of NumPy",
+        "sizes.py",
+        "    return operator.index(value)\n",
+        "    return operator.index(value) and value\n",
+    ),
+    Fault(
+        "O_DSYNC of the caller's descriptor is lost",
+        "kernel/files.py",
+        "    flags |= had & (os.O_SYNC | os.O_DSYNC)\n",
+        "",
+    ),
+    Fault(
+        "a copy ends early where the source was cut for a while",
+        "copying/sources.py",
+        "        if not pseudo or os.pread(fd, 1, self._offset):\n",
+        "        if pseudo and os.pread(fd, 1, self._offset):\n",
+    ),
+    Fault(
+        "an error while cutting back hides the error before",
+        "transfer/growth.py",
+        '            error.add_note(f"the file could not be cut back: {why}")\n',
+        "            raise refused from None\n",
+    ),
+    Fault(
+        "a failed write reports what was not flushed",
+        "transfer/link.py",
+        "            with_nbytes(failed, 0)\n",
+        "",
+    ),
+    Fault(
+        "an exception of a copy's progress skips the flush",
+        "copying/pipeline.py",
+        "            if sync and not isinstance(target, Memory):\n",
+        "            meter.finish(done)\n            if sync and not isinstance(target, Memory):\n",
+    ),
+    Fault(
+        "a copy with sync reports what was not flushed",
+        "copying/pipeline.py",
+        "            nbytes = 0 if self._sync else nbytes\n",
+        "",
+    ),
+    Fault(
+        "an interrupt leaves a buffer in use",
+        "transfer/link.py",
+        _TOKEN,
+        _TOKEN.replace(f"try:\n            {_ADD}", f"{_ADD}\n        try:"),
+    ),
+    Fault(
+        "an exception of progress has no nbytes",
+        "transfer/file.py",
+        "        with_nbytes(error, done.nbytes)\n",
+        "",
+    ),
+    Fault(
+        "an exception of a copy's progress has no nbytes",
+        "copying/pipeline.py",
+        "        error.nbytes = done  # type: ignore[attr-defined]\n",
+        "",
     ),
 )
 """Of the package, which the slower simulator, `python -m tests.simulator`, has to find."""
@@ -262,8 +367,8 @@ class Bench:
             capture_output=True,
             text=True,
         )
-        broken = [line for line in run.stdout.splitlines() if "Broken:" in line]
-        return broken[0].strip() if run.returncode and broken else ""
+        said = re.search(r"^[ |]*[\w.]*(?:Broken|Error|died).*", run.stdout, re.MULTILINE)
+        return said[0].strip() if run.returncode and said else ""
 
 
 def faults(bench: Bench) -> int:

@@ -26,7 +26,7 @@ import dmabuf
 from dmabuf import IntegrityError, aio
 from dmabuf.aio import engine as loop_engines
 from dmabuf.aio.engine import LoopEngine
-from dmabuf.aio.requests import Call
+from dmabuf.aio.requests import Call as LoopCall
 from dmabuf.kernel import uapi
 from dmabuf.memory import Slab
 from dmabuf.transfer import Engine, audit
@@ -38,7 +38,7 @@ NO_FAULTS = ffi.new("struct faults *")
 uapi.sync = lambda fd, flags: None  # the Buffers' memfds pass for dma-bufs
 
 
-def _call_in_the_loop(engine: LoopEngine, request: Call) -> None:
+def _call_in_the_loop(engine: LoopEngine, request: LoopCall) -> None:
     """Make a call in the loop's thread: the virtual kernel is for one thread at a time."""
     engine.check_usable()
     engine._call_soon(partial(engine._run_call, request, engine.add(request)))
@@ -76,19 +76,29 @@ PLAUSIBLE = {
 _NOISE = random.Random(0).randbytes(1 << 20)
 
 
-class Cuts:
-    """Passes for ftruncate(2), which fails where `refused`."""
+class Call:
+    """Passes for a call of the system on a file by its descriptor, which fails where `refused`."""
 
     refused = False
-    _real = staticmethod(os.ftruncate)
+    made = 0
 
-    def __call__(self, fd: int, size: int) -> None:
+    def __init__(self, real: Callable[..., None], number: int) -> None:
+        self._real, self._number = real, number
+
+    def __call__(self, fd: int, *arguments: int) -> None:
+        self.made += 1
         if self.refused and os.fstat(fd).st_nlink:  # no memfd
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self._real(fd, size)
+            raise OSError(self._number, os.strerror(self._number))
+        self._real(fd, *arguments)
 
 
-CUTS = os.ftruncate = Cuts()  # type: ignore[assignment]
+CUTS = os.ftruncate = Call(os.ftruncate, errno.ENOSPC)  # type: ignore[assignment]
+FLUSHES = os.fdatasync = Call(os.fdatasync, errno.EIO)  # type: ignore[assignment]
+
+
+def uncut() -> bool:
+    """Return whether a file may be too long: it could not be cut, or all but a flush was done."""
+    return CUTS.refused or (FLUSHES.refused and FLUSHES.made > 0)
 
 
 class Stop(Exception):
@@ -149,7 +159,9 @@ class Episode:
         audit.SHARE = dice.choice((0, 1e9))  # of the time: no clock decides what is audited
         ways = [self.one_by_one] * 9 + [self.loop] * 2 + [self.copies, self.copy_into]
         self.way: Callable[[], None] = dice.choice(ways)
-        CUTS.refused = self.way != self.copies and dice.random() < 0.1
+        CUTS.refused, FLUSHES.refused = (
+            self.way != self.copies and dice.random() < 0.1 for _ in range(2)
+        )
         self.history = 0
         lib.virtual_begin(seed, faults)
 
@@ -164,7 +176,7 @@ class Episode:
             self.check_permitted()
         finally:
             self.history = lib.virtual_history()
-            CUTS.refused = False
+            CUTS.refused = FLUSHES.refused = False
             lib.virtual_share(-1, 0, 0)
             lib.virtual_begin(1, NO_FAULTS)
             self.memory.close()
@@ -264,6 +276,8 @@ class Episode:
         poison = not write and how.get("audit") != "off"
         if self.dice.random() < 0.05:
             how["progress"] = stop_at_the_end
+        if write and self.dice.random() < 0.1:
+            how["sync"] = True
         if len(ranges) == 1:
             offset, start, size = ranges[0]
             function: Any = file.write_from if write else file.read_into
@@ -283,14 +297,14 @@ class Episode:
         if self.shared and write:
             lib.virtual_share(fd, 50, 0)
         try:
-            self.judge(write, ranges, call, poison)
+            self.judge(write, ranges, call, poison, sync="sync" in how)
         finally:
             lib.virtual_share(-1, 0, 0)
         self.check_idle(0, 0)
 
     def number(self, value: int) -> Any:
         """Return a number, which may be one of NumPy's smallest."""
-        return np.min_scalar_type(value).type(value) if self.dice.random() < 0.05 else value
+        return np.min_scalar_type(value).type(value) if self.dice.random() < 0.1 else value
 
     @staticmethod
     def at_points(points: interrupting.Points, call: Callable[[], Any]) -> Any:
@@ -317,13 +331,15 @@ class Episode:
         ranges: list[tuple[int, int, int]],
         call: Callable[[], Any],
         poison: bool,
+        *,
+        sync: bool,
     ) -> None:
         """Make one transfer and compare everything with the model.
 
         A read that fails may leave the audit's poison in its ranges.
         """
         lib.virtual_lies()
-        resets, blocks = lib.virtual_resets(), self.path.stat().st_blocks
+        resets, blocks, FLUSHES.made = lib.virtual_resets(), self.path.stat().st_blocks, 0
         self.counts["transfers"] += 1
         failure: BaseException | None = None
         try:
@@ -345,6 +361,8 @@ class Episode:
             self.counts["interrupts"] += 1
         elif isinstance(failure, Stop) and not hasattr(failure, "nbytes"):
             raise Broken("other", "the exception of a function of progress has no nbytes")
+        if sync:
+            self.check_sync(failure, nbytes, sum(size for _, _, size in ranges))
         sure = not (failure and (lies or poison))
         try:
             self.compare(write, ranges, nbytes, sure=sure, failed=isinstance(failure, OSError))
@@ -360,12 +378,20 @@ class Episode:
         """Check that an error has a cause, a path and `nbytes`."""
         if failure.errno not in PLAUSIBLE:
             raise Broken("an error out of nowhere", repr(failure))
-        if failure.errno == errno.ENODEV and resets <= 16 and not self.faults.memory:
+        if failure.errno == errno.ENODEV and resets < 16 and not self.faults.memory:
             raise Broken("other", f"a transfer gives up after {resets} resets: {failure!r}")
         if failure.errno == errno.ENOMEM:  # no ring could be made, perhaps
             return
         if not hasattr(failure, "nbytes") or failure.filename is None:
             raise Broken("other", f"an error without a path or nbytes: {failure!r}")
+
+    @staticmethod
+    def check_sync(failure: BaseException | None, nbytes: int, size: int) -> None:
+        """Check that what a call reports as written was flushed."""
+        flushed = FLUSHES.made and not FLUSHES.refused
+        moved = size if failure is None else nbytes
+        if moved and not flushed and not isinstance(failure, KeyboardInterrupt):
+            raise Broken("other", f"{moved} bytes were not flushed: {failure!r}")
 
     def check_requests(self, ranges: list[tuple[int, int, int]], done: Any) -> None:
         """Check that neighbours were joined. Faults, and a device that is read, take more."""
@@ -425,7 +451,7 @@ class Episode:
         begun = [to for to, _, size in ranges if size and to + size > before]
         reached = max([to + size for to, _, size in ranges if nbytes] + [min(begun, default=0)])
         most = max(before, reached, sum(extended))
-        if write and failed and not CUTS.refused and len(file) > most:
+        if write and failed and not uncut() and len(file) > most:
             raise Broken("leaked", f"a file of {len(file)} bytes was not cut to {reached}")
         if (self.image if write else self.model) != (memory if write else file):
             raise Broken("undetected", "the other side changed")
@@ -542,9 +568,12 @@ class Episode:
         """Copy into a part of a file that others extend, or from one that they cut for a while."""
         cutting = self.shared and self.dice.random() < 0.5
         old, offset = self.noise(self.dice.choice([3000, FILE])), self.near(2 * BLOCK)
+        place = self.number(offset)
         target = self.path.with_name("copy")
         target.write_bytes(old)
-        how = {"progress": stop_at_the_end} if self.dice.random() < 0.1 else {}
+        how: dict[str, Any] = {"progress": stop_at_the_end} if self.dice.random() < 0.1 else {}
+        how |= {"sync": True} if (sync := self.dice.random() < 0.5) else {}
+        FLUSHES.made = 0
         self.counts["transfers"] += 1
         failure: Exception | None = None
         lib.virtual_forbid(self.synced, 0)
@@ -554,7 +583,7 @@ class Episode:
                 lib.virtual_share(*((source.fileno(), 0, 50) if cutting else (fd, 50, 0)))
             try:
                 done = dmabuf.copy(
-                    self.path, fd, dst_offset=offset, blocks=1, block_size="16KiB", **how
+                    self.path, fd, dst_offset=place, blocks=1, block_size="16KiB", **how
                 )
                 nbytes = done.nbytes
             except (OSError, EOFError, Stop) as error:
@@ -571,9 +600,11 @@ class Episode:
         if failure is None and nbytes < end:
             raise Broken("undetected", f"a copy of {end} bytes ended after {nbytes}")
         nbytes = max(0, nbytes)
+        if sync:
+            self.check_sync(failure, nbytes, nbytes)
         sure, now, model = not lib.virtual_lies(), target.read_bytes(), bytearray(old)
         reached = max(len(old), offset + nbytes, sum(extended))
-        if failure is not None and not CUTS.refused and len(now) > reached:
+        if failure is not None and not uncut() and len(now) > reached:
             raise Broken("leaked", f"a file of {len(now)} bytes was not cut to {reached}")
         model.extend(bytes(max(0, len(now) - len(model))))
         if cutting:  # zeros in the place of what was cut
