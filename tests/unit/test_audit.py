@@ -317,6 +317,15 @@ def test_how_often_samples_are_due():
     assert not pairs.ledger("a", "b", "read").due() and pairs.ledger("a", "b", "write").due()
     ledger.moving = 2.0
     assert ledger.due()
+    ledger.busy = True
+    assert not ledger.due()
+
+
+def test_transfers_at_the_same_time_count_once():
+    ledger = audit.Pairs().ledger("a", "b", "read")
+    for begun, ended in ((1.0, 2.0), (1.5, 2.5), (2.0, 2.5), (4.0, 5.0)):
+        ledger.ran(begun, ended)
+    assert ledger.moving == 2.5
 
 
 def test_one_byte_at_the_end_of_unaligned_segments(file, path, buf, monkeypatch, engine):

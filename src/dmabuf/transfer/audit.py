@@ -69,19 +69,30 @@ NOTHING = "not audited: nothing was moved"
 class Ledger:
     """What audits showed of transfers in one direction between an exporter and a device."""
 
-    __slots__ = ("moving", "passed", "sampling")
+    __slots__ = ("_until", "busy", "moving", "passed", "sampling")
 
     def __init__(self) -> None:
         self.passed = False
         """Whether a transfer passed an audit."""
         self.moving = 0.0
-        """Seconds that the transfers after that took."""
+        """Seconds in which at least one transfer after that ran."""
         self.sampling = 0.0
         """Seconds that their samples took."""
+        self.busy = False
+        """Whether a transfer is being audited in a sample now."""
+        self._until = 0.0
+
+    def ran(self, begun: float, ended: float) -> None:
+        """Add the time of a transfer that has just ended, except what others have added already.
+
+        Of many transfers at once each second counts once, so that samples stay rare.
+        """
+        self.moving += max(0.0, ended - max(begun, self._until))
+        self._until = ended
 
     def due(self) -> bool:
         """Return whether the next transfer is to be audited in a sample of its pages."""
-        return self.sampling <= SHARE * self.moving
+        return not self.busy and self.sampling <= SHARE * self.moving
 
 
 class Pairs:
@@ -419,7 +430,7 @@ async def run(
     if why is not None:
         await move()
         if native and ledger.passed and why is not AUDIT_OFF:
-            ledger.moving += time.perf_counter() - begun
+            ledger.ran(begun, time.perf_counter())
         return why
     with ExitStack() as stack:
         try:
@@ -431,6 +442,9 @@ async def run(
                 raise with_nbytes(RouteUnavailable(text, job.path), 0) from None
             await move()
             return f"not audited: {text}"
+        if extent == "some":
+            stack.callback(setattr, ledger, "busy", False)
+            ledger.busy = True
         check = Check(
             job.buffer,
             segments,
@@ -460,7 +474,7 @@ async def run(
                 log.error("%s\n%s", error, error.report)
             raise
         if native and extent == "some":
-            ledger.moving += moved - prepared
+            ledger.ran(prepared, moved)
             ledger.sampling += time.perf_counter() - begun - (moved - prepared)
         ledger.passed = ledger.passed or (native and result.straight > 0)
         return text
