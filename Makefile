@@ -160,7 +160,8 @@ unit-busy: $(VENV)/ready
 	tools/install-system-packages $(UNIT_PACKAGES)
 	tests/busy.sh $(BIN)/python $(UNIT) --timeout 1200 $(TESTS)
 
-# The coverage of the unit tests: Python, subprocesses included, and the C core.
+# The coverage of the unit tests: Python, subprocesses included, and the C core. Its own tests and the
+# simulator show which of its branches are taken.
 COVERAGE := $(CURDIR)/build/coverage
 COUNTING := CFLAGS="--coverage -fprofile-update=atomic" LDFLAGS=--coverage
 coverage: $(VENV)/ready
@@ -174,9 +175,15 @@ coverage: $(VENV)/ready
 	$(BIN)/coverage report --data-file=$(COVERAGE)/data >$(COVERAGE)/python.txt
 	$(BIN)/gcovr --root . --filter csrc/ --exclude csrc/tests/ --txt $(COVERAGE)/core.txt \
 		$(COVERAGE)/core $(COVERAGE)/tests
+	rm -rf build/csrc/coverage build/csrc/coverage-simulator
+	$(MAKE) -s -C csrc coverage
+	$(BIN)/gcovr --root . --object-directory csrc --filter csrc/ --exclude csrc/tests/ \
+		--json $(COVERAGE)/core.json build/csrc/coverage build/csrc/coverage-simulator
+	$(BIN)/python tests/branches.py $(COVERAGE)/core.json >$(COVERAGE)/branches.txt || true
 	$(MAKE) $(VENV)/ready
 	@echo "Python, lines and branches: build/coverage/python.txt"; tail -n 1 $(COVERAGE)/python.txt
 	@echo "C core, lines: build/coverage/core.txt"; tail -n 2 $(COVERAGE)/core.txt
+	@echo "C core, branches that its own tests take: build/coverage/branches.txt"; tail -n 1 $(COVERAGE)/branches.txt
 
 # Two guests, of which each takes about half of the time.
 LAB_TESTS_1 := $(wildcard tests/kernel/test_[a-f]*.py)
