@@ -88,11 +88,12 @@ def make_line(dice: random.Random) -> bytes:
 def check_line(raw: bytes) -> None:
     """Parse a command line: nothing but Misuse may be raised."""
     try:
-        name, *words = json.loads(raw)
+        words = json.loads(raw)
     except ValueError:
         return
-    if name in COMMANDS and all(isinstance(word, str) for word in words):
-        parse(name, words)
+    valid = isinstance(words, list) and all(isinstance(word, str) for word in words)
+    if valid and words and words[0] in COMMANDS:
+        parse(words[0], words[1:])
 
 
 class _Run:
