@@ -5,17 +5,24 @@ had or could have. ``python -m tests.mutants csrc/batch.c`` makes small changes 
 one at a time: conditions negated, comparisons and numbers changed, statements left out. A change
 that the simulator does not notice is tried by the core's own tests. One that these do not notice
 either is printed: it survives.
+
+``python -m tests.mutants --sample 50 src/dmabuf/transfer/*.py`` makes such changes to files of the
+package, 50 of all that there are, and runs the unit tests of transfers on each.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import io
 import os
+import random
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -288,6 +295,51 @@ def small_changes(text: str) -> Iterator[tuple[int, str, str]]:
                 yield number, line, re.sub(rf"\b{old}\b", new, line, count=1)
 
 
+_WORDS = {
+    **_COMPARISONS,
+    "and": "or", "or": "and", "True": "False", "False": "True", "+": "-", "-": "+",
+    "min": "max", "max": "min", "in": "not in", "is": "is not", "+=": "-=",
+}  # fmt: skip
+_CONDITIONS = ("if", "elif", "while")
+
+
+def small_changes_of_python(text: str) -> Iterator[tuple[int, str, str]]:
+    """Yield (line number, line, changed line) for every small change of a Python file."""
+    lines = text.splitlines()
+    tree = ast.parse(text)
+    tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
+    for before, token, after in zip(tokens, tokens[1:], tokens[2:], strict=False):
+        if token.type not in (tokenize.OP, tokenize.NAME) or before.string in ("import", "def"):
+            continue
+        number, column = token.start[0] - 1, token.start[1]
+        line, new = lines[number], _WORDS.get(token.string)
+        if token.string == "in" and before.string == "not":
+            continue
+        if token.string == "is" and after.string == "not":
+            new = None
+        if new:
+            yield number, line, line[:column] + new + line[token.end[1] :]
+        if token.string in _CONDITIONS and line.endswith(":") and not line[:column].strip():
+            yield number, line, f"{line[: token.end[1]]} not ({line[token.end[1] :].strip()[:-1]}):"
+    for node in ast.walk(tree):
+        left_out = isinstance(node, ast.Expr | ast.AugAssign | ast.Raise | ast.Return)
+        left_out = left_out or (
+            isinstance(node, ast.Assign) and not isinstance(node.targets[0], ast.Name)
+        )
+        text_only = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if left_out and not text_only and node.lineno == node.end_lineno:
+            line = lines[node.lineno - 1]
+            if line[: node.col_offset].strip() == "":
+                yield node.lineno - 1, line, f"{line[: node.col_offset]}pass"
+
+
+TESTS_OF_TRANSFERS = (
+    "transfer", "route", "file", "lone", "growth", "transfer_errors", "audit", "engine", "native",
+    "native_files", "transfer_cache", "transfer_targets", "stream", "facts", "unsized", "together",
+    "reentrancy", "transfer_interrupt", "copy", "aio", "apart", "many", "one_descriptor",
+)  # fmt: skip
+"""The files of tests/unit that run on a changed package, in this order."""
+
 TIMEOUT = 120
 """Seconds in which each of the core's tests ends."""
 SKIPPED = 77
@@ -371,6 +423,71 @@ class Bench:
         return said[0].strip() if run.returncode and said else ""
 
 
+class PackageBench:
+    """A copy of the package, in which one file at a time is changed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.source = folder / "src"
+        shutil.copytree(ROOT / "src", self.source)
+
+    def killed(self, file: str, text: str) -> str | None:
+        """Return the test that fails with a changed file; "" if none; None if it is invalid."""
+        path = self.source / file
+        before = path.read_text()
+        try:
+            compile(text, file, "exec")
+        except SyntaxError:
+            return None
+        path.write_text(text)
+        try:
+            for name in TESTS_OF_TRANSFERS:
+                if how := self._fails(f"tests/unit/test_{name}.py"):
+                    return how
+            return ""
+        finally:
+            path.write_text(before)
+
+    def _fails(self, tests: str) -> str:
+        options = "-x", "-q", "-p", "no:cacheprovider", "--timeout", "60"
+        try:
+            run = subprocess.run(
+                [sys.executable, "-m", "pytest", *options, tests],
+                cwd=ROOT,
+                env=os.environ | {"PYTHONPATH": str(self.source), "PYTHONDONTWRITEBYTECODE": "1"},
+                capture_output=True,
+                text=True,
+                timeout=600,
+            )
+        except subprocess.TimeoutExpired:
+            return f"{tests} does not end"
+        failed = [line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+        return (failed or [f"{tests} fails"])[0] if run.returncode else ""
+
+
+def package_changes(bench: PackageBench, files: list[str], sample: int, seed: int) -> int:
+    """Try a sample of the small changes of files of the package; print those that survive."""
+    every = []
+    for file in files:
+        text = (ROOT / "src" / file).read_text()
+        every += [(file, *one) for one in dict.fromkeys(small_changes_of_python(text))]
+    dice = random.Random(seed)
+    killed = tried = 0
+    for file, number, line, new in dice.sample(every, min(sample, len(every))):
+        lines = (ROOT / "src" / file).read_text().splitlines()
+        changed_lines = [*lines[:number], new, *lines[number + 1 :]]
+        how = bench.killed(file, "\n".join(changed_lines) + "\n")
+        if how is None:
+            continue
+        tried, killed = tried + 1, killed + bool(how)
+        print(
+            f"{'killed  ' if how else 'SURVIVES'} {file}:{number + 1}: {line.strip()}\n"
+            f"         {new.strip()}   {how}",
+            flush=True,
+        )
+    print(f"{killed} of {tried} changes noticed, of {len(every)} that there are")
+    return 0
+
+
 def faults(bench: Bench) -> int:
     """Put in every fault, one at a time; return how many were missed."""
     missed = 0
@@ -396,11 +513,13 @@ def told(fault: Fault, how: str | None) -> bool:
     return not how
 
 
-def changes(bench: Bench, file: str) -> int:
+def changes(bench: Bench, file: str, first: int) -> int:
     text = (ROOT / "csrc" / file).read_text()
     lines = text.splitlines()
     killed = by_tests = survived = 0
     for number, line, new in small_changes(text):
+        if number + 1 < first:
+            continue
         all_lines = [*lines[:number], new, *lines[number + 1 :]]
         how = bench.killed(file, "\n".join(all_lines) + "\n", tests=True)
         if how is None:
@@ -421,12 +540,21 @@ def main() -> int:
     parser.add_argument(
         "--episodes", type=int, default=40_000, help="of each of two processes, for each (40000)"
     )
+    parser.add_argument("--sample", type=int, default=50, help="of the package's changes (50)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample (0)")
+    parser.add_argument("--from-line", type=int, default=1, help="of a file of csrc (1)")
     options = parser.parse_args()
+    of_package = [str(Path(one).resolve().relative_to(ROOT / "src")) for one in options.files
+                  if one.endswith(".py")]  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="dmabuf-mutants-", dir="/var/tmp") as folder:
+        if of_package:
+            bench = PackageBench(Path(folder))
+            return package_changes(bench, of_package, options.sample, options.seed)
         bench = Bench(Path(folder), options.episodes)
         if not options.files:
             return faults(bench)
-        return sum(changes(bench, Path(file).name) for file in options.files)
+        first = options.from_line
+        return sum(changes(bench, Path(file).name, first) for file in options.files)
 
 
 if __name__ == "__main__":
