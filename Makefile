@@ -196,12 +196,12 @@ lab-tests-1 lab-tests-2: lab-tests-%: $(VENV)/ready
 	lab/run --timeout 2700 --devices all -- python3 -m pytest --timeout 600 $(LAB_TESTS_$*)
 
 # Not part of `make test`: NVMe over TCP in one guest; then tests between two guests, of which one
-# loses its power and boots again.
+# loses its power and boots again, and which have RDMA.
 .PHONY: test-guests
 test-guests: $(VENV)/ready
 	tools/install-system-packages $$(lab/run --apt-packages)
 	lab/run --devices nvmf -- python3 -m pytest --timeout 600 $(FABRICS)
-	lab/run --guests 2 --devices nvmf,dax --memory 2G -- python3 -m pytest --timeout 600 tests/guests
+	lab/run --guests 2 --devices nvmf,dax,rdma --memory 2G -- python3 -m pytest --timeout 600 tests/guests
 
 # Other loaders side by side: takes minutes, downloads 2 GiB, and needs 5 GiB of disk and, as root,
 # 10 GiB of memory.

@@ -25,6 +25,8 @@ class Device:
     """What modprobe loads before COMMAND, each with its parameters."""
     built: tuple[str, ...] = ()
     """Those of them that Debian's kernels lack: names in modules.py, which builds them."""
+    alone: bool = False
+    """Whether "all" leaves it out, because `make test` does not need it."""
     iommu: bool = False
     """Whether an IOMMU has to be there."""
     both: bool = False
@@ -57,6 +59,18 @@ if [ ! -e /dev/dax0.0 ]; then
     echo namespace0.0 > "$dax/namespace"
     echo "$dax" > /sys/bus/nd/drivers/dax_pmem/bind
 fi
+"""
+
+_RXE = """\
+net=link0
+if [ ! -e /sys/class/net/link0 ]; then
+    net=rdma0
+    ip link add rdma0 mtu 9000 type veth peer name rdma1 mtu 9000
+    ip address add 198.18.0.1/24 dev rdma0
+    ip link set rdma0 up
+    ip link set rdma1 up
+fi
+rdma link add rxe0 type rxe netdev $net
 """
 
 DEVICES = {
@@ -102,6 +116,13 @@ DEVICES = {
         "a target and a host of NVMe over TCP, with nothing connected",
         modules=("nvmet-tcp", "nvme-tcp"),
         both=True,
+    ),
+    "rdma": Device(
+        "a network card with RDMA by the kernel's rxe (soft RoCE)",
+        modules=("rdma_rxe",),
+        alone=True,
+        both=True,
+        setup=_RXE,
     ),
     "numa": Device(
         "two NUMA nodes without processors: node 1 of ordinary memory, node 2 of ZONE_MOVABLE",
@@ -154,9 +175,11 @@ def named(value: str, processor: Processor) -> tuple[Device, ...]:
     Raises ValueError for a name that is unknown, or that a guest with this processor lacks.
     """
     there = {name: device for name, device in DEVICES.items() if name not in processor.lacks}
-    wanted = there if value == "all" else dict.fromkeys(filter(None, value.split(",")))
+    wanted = list(filter(None, value.split(",")))
+    if value == "all":
+        wanted = [name for name, device in there.items() if not device.alone]
     for name in wanted:
         if name not in there:
             known = ", ".join(there)
             raise ValueError(f"no {name!r} with {processor.name}: all, or some of {known}")
-    return tuple(there[name] for name in wanted)
+    return tuple(there[name] for name in dict.fromkeys(wanted))

@@ -222,6 +222,13 @@ def _nvmf() -> str | None:
     return _root()
 
 
+def _rdma() -> str | None:
+    for path in Path("/sys/class/infiniband").glob("*/ports/*/state"):
+        if "ACTIVE" in path.read_text():
+            return _python("pyverbs", "apt install python3-pyverbs; lab/run has it")
+    return "no network card with RDMA is up (lab/run --devices rdma)"
+
+
 def _loop() -> str | None:
     problem = _root() or _module("loop", "/dev/loop-control")
     return problem or _program("losetup", "util-linux")
@@ -389,6 +396,7 @@ _GUARDS: dict[str, Callable[[], str | None]] = {
     "nvme": _nvme,
     "unplug": _unplug,
     "nvmf": _nvmf,
+    "rdma": _rdma,
     "peer": lambda: (
         None if "DMABUF_TEST_PEER" in os.environ else "no second machine (lab/run --guests 2)"
     ),
