@@ -286,6 +286,11 @@ struct dmb_stat {
 	int32_t allocated; /* it has bytes or blocks */
 };
 int dmb_stat(int fd, struct dmb_stat *ret);
+/*
+ * Return the st_mode of a file whose filesystem is on a block device, 0 of any other, or -errno. It
+ * waits neither for a FUSE server nor for a network (AT_STATX_DONT_SYNC).
+ */
+int dmb_mode_on_disk(int fd);
 /* Return the f_type of statfs(2), or -errno. */
 int64_t dmb_statfs_type(int fd);
 /*

@@ -45,6 +45,16 @@ int dmb_stat(int fd, struct dmb_stat *ret)
 	return 0;
 }
 
+int dmb_mode_on_disk(int fd)
+{
+	struct dmb_statx stat;
+
+	memset(&stat, 0, sizeof(stat));
+	if (syscall(SYS_statx, fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, STATX_TYPE, &stat))
+		return -errno;
+	return stat.dev_major ? stat.mode : 0;
+}
+
 int64_t dmb_statfs_type(int fd)
 {
 	struct statfs stat;

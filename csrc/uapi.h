@@ -20,7 +20,9 @@ struct dmb_statx {
 	uint8_t number[10];
 	uint64_t size;
 	uint64_t blocks;
-	uint8_t between[88];
+	uint8_t between[80];
+	uint32_t dev_major; /* of the filesystem; 0 where it has no block device */
+	uint32_t dev_minor;
 	uint64_t mnt_id;
 	uint32_t dio_mem_align;
 	uint32_t dio_offset_align;
@@ -29,6 +31,7 @@ struct dmb_statx {
 
 static_assert(offsetof(struct dmb_statx, mode) == 0x1c, "statx(2)");
 static_assert(offsetof(struct dmb_statx, size) == 0x28, "statx(2)");
+static_assert(offsetof(struct dmb_statx, dev_major) == 0x88, "statx(2)");
 static_assert(offsetof(struct dmb_statx, mnt_id) == 0x90, "statx(2)");
 static_assert(offsetof(struct dmb_statx, dio_mem_align) == 0x98, "statx(2)");
 static_assert(sizeof(struct dmb_statx) == 256, "statx(2)");

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dmabuf.store import protocol
-from dmabuf.store.protocol import Grant, Refusal, Request, Status, Usage
+from dmabuf.store.protocol import Grant, Loaded, Refusal, Request, Status, Usage
 
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters="/"), min_size=1, max_size=60)
 FIELDS = {
@@ -23,6 +23,7 @@ FIELDS = {
     "exporter": st.text(max_size=64),
     "huge_pages": st.booleans() | st.integers(1, 2**40),
     "trusted": st.booleans(),
+    "file_offset": st.integers(0, 2**62),
     "replace": st.booleans(),
     "cached": st.booleans(),
     "after": st.text(max_size=255),
@@ -115,7 +116,7 @@ def test_a_reply_is_a_result_or_refused(data: bytes) -> None:
         result = protocol.parse_reply(data)
     except Refusal:
         return
-    for record in (Status, Grant, Usage):
+    for record in (Status, Grant, Usage, Loaded):
         try:
             protocol.parse_record(record, result.get("x"))
         except Refusal as refusal:
@@ -127,11 +128,13 @@ STATUS = Status("n", 8192, 5, 0o640, 1, 2, 3, 4, 5, 6, "udmabuf", "why", 1, True
 
 def test_records_come_over_as_they_were() -> None:
     grant, usage = Grant("dma-buf", 1, True, False, 7), Usage(1, 2, 3, 4)
-    data = protocol.pack_result(status=STATUS, grant=grant, usage=usage)
+    loaded = Loaded("why", True, "how", 1, 2, 3, "every byte")
+    data = protocol.pack_result(status=STATUS, grant=grant, usage=usage, loaded=loaded)
     result = protocol.parse_reply(data)
     assert protocol.parse_record(Status, result["status"]) == STATUS
     assert protocol.parse_record(Grant, result["grant"]) == grant
     assert protocol.parse_record(Usage, result["usage"]) == usage
+    assert protocol.parse_record(Loaded, result["loaded"]) == loaded
     for wrong in ({**result["usage"], "names": True}, {**result["usage"], "more": 1}, [1], None):
         with pytest.raises(Refusal):
             protocol.parse_record(Usage, wrong)

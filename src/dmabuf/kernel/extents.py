@@ -167,7 +167,7 @@ def open_device(fd: int) -> tuple[int, str]:
         device = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
     except OSError as error:
         fix = {
-            errno.EACCES: "be root, or in the group of the node",
+            errno.EACCES: "be root, or in the group of the node, or use a store's Store.load()",
             errno.EPERM: "give the container the device",
         }.get(error.errno or 0, "it has to be in /dev")
         text = (

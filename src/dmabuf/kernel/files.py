@@ -101,6 +101,20 @@ def status_of(fd: int) -> Any:
     return status
 
 
+def is_file_on_disk(fd: int) -> bool:
+    """Return whether it is a regular file whose filesystem is on a block device.
+
+    It waits neither for a FUSE server nor for a network.
+
+    Raises:
+        OSError: as statx(2).
+    """
+    mode = int(lib.dmb_mode_on_disk(fd))
+    if mode < 0:
+        raise failure(-mode, "examining a file")
+    return stat.S_ISREG(mode)
+
+
 def filesystem_of(fd: int, mount: int | None = None) -> int:
     """Return the type of the filesystem of a file, as statfs(2) reports it.
 

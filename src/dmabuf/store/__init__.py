@@ -15,15 +15,17 @@ memory, the socket. What does not: how memory is allocated or mapped (memory/), 
 not to exhaust memory on purpose, so nothing here keeps accounts of users.
 
 ``protocol.py`` has the messages, ``names.py`` the rules, ``memory.py`` the server's descriptors,
-``server.py`` the loop, ``restart.py`` what outlives it, ``metrics.py`` its figures. ``client.py``,
-``connection.py`` and ``grant.py`` are the other side, and ``place.py`` is the socket of both.
+``loading.py`` files that it reads, ``server.py`` the loop, ``clients.py`` its connections,
+``restart.py`` what outlives it, ``metrics.py`` its figures. ``client.py``, ``connection.py`` and
+``grant.py`` are the other side, and ``place.py`` is the socket of both.
 """
 
 from dmabuf.store.client import Store, check_name, connect
+from dmabuf.store.memory import default_limit
 from dmabuf.store.metrics import serving_metrics
 from dmabuf.store.place import default_path, listening, notify_systemd
 from dmabuf.store.protocol import Status, Usage
-from dmabuf.store.server import Lent, Server, default_limit, started
+from dmabuf.store.server import Lent, Server, started
 
 __all__ = [
     "Lent",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import fcntl
 import os
@@ -10,16 +11,19 @@ import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from dmabuf.errors import ClosedError
+from dmabuf.errors import ClosedError, RouteUnavailable
 from dmabuf.kernel import uapi
 from dmabuf.memory import Buffer
 from dmabuf.sizes import parse_size
 from dmabuf.store import place, protocol
 from dmabuf.store.connection import Connection, reported, reporting
 from dmabuf.store.grant import as_buffer
-from dmabuf.store.protocol import UNCHANGED, Grant, Status, Usage
+from dmabuf.store.protocol import UNCHANGED, Grant, Loaded, Status, Usage
+
+if TYPE_CHECKING:
+    from dmabuf.transfer import Transfer
 
 __all__ = ["Store", "check_name", "connect"]
 
@@ -85,9 +89,9 @@ class Store:
     raises ClosedError.
 
     An orderly restart of the server keeps the connection. If the server was killed and another one
-    listens, the Store connects to it and makes the request once more. A ``create``, ``link``,
-    ``discard``, ``remove`` or ``rename`` raises ConnectionError then, because the killed server may
-    have carried it out. Buffers without a name are lost with the killed server.
+    listens, the Store connects to it and makes the request once more. A ``create``, ``load``,
+    ``link``, ``discard``, ``remove`` or ``rename`` raises ConnectionError then, because the killed
+    server may have carried it out. Buffers without a name are lost with the killed server.
 
     Thread-safe: one request at a time.
     """
@@ -129,18 +133,85 @@ class Store:
         this process cannot receive or map the memory (EMFILE, ENOMEM), neither name nor memory
         remains.
         """
+        return self._make("create", name, size, huge_pages, mode, exporter, trusted)[0]
+
+    def load(
+        self,
+        name: str | None,
+        file: str | bytes | os.PathLike[str] | int,
+        size: int | str | None = None,
+        *,
+        file_offset: int | str = 0,
+        mode: int = 0o600,
+        exporter: str = "auto",
+        huge_pages: bool | str | int = False,
+        trusted: bool = False,
+    ) -> tuple[Buffer, Transfer]:
+        """Create a buffer with bytes of a file that the server reads natively.
+
+        It is for a client that may read the file, and not the block device below its filesystem,
+        which a native read goes through. The client opens the file and sends the descriptor; the
+        server, such as one of root, reads its device. The memory is new, and nobody has it before
+        the bytes are the file's: see docs/explanations/security.md.
+
+        Args:
+            name: that of the buffer, which appears with its content; or None, as for `create`.
+            file: the path of a regular file on ext4 or xfs, or a descriptor open for reading.
+            size: bytes, which the file must have; by default all from `file_offset` on.
+            file_offset: where in the file, in bytes; a multiple of the disk's block.
+            mode: as for `create`, and so the keywords after it.
+
+        Returns:
+            The Buffer, and the record of the transfer. `timeout` of `connect` is the most time that
+            it takes; the server then gives the memory up when the device has finished.
+
+        Raises:
+            RouteUnavailable: the server cannot read it natively: the reason is that of a File.
+            OSError: as `create`; of opening the file; ESTALE, the file became shorter meanwhile.
+        """
+        path = None if isinstance(file, int) else os.fsdecode(file)
+        fd = file if isinstance(file, int) else os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            begun, offset = time.perf_counter(), parse_size(file_offset, "file_offset")
+            if size is None:
+                size = max(os.fstat(fd).st_size - offset, 0)
+            buffer, result = self._make(
+                "load", name, size, huge_pages, mode, exporter, trusted, fd, file_offset=offset
+            )
+        except OSError as error:
+            if error.errno == errno.EOPNOTSUPP:
+                raise RouteUnavailable(str(error.strerror), path, route="native") from None
+            raise
+        finally:
+            if path is not None:
+                os.close(fd)
+        return buffer, _transfer(result, parse_size(size), time.perf_counter() - begun)
+
+    def _make(
+        self,
+        op: str,
+        name: str | None,
+        size: int | str,
+        huge_pages: bool | str | int,
+        mode: int,
+        exporter: str,
+        trusted: bool,
+        *sending: int,
+        **fields: int,
+    ) -> tuple[Buffer, dict[str, Any]]:
         nbytes = parse_size(size)
         if not nbytes:
             raise ValueError("size is 0: a buffer holds at least one byte")
-        huge: bool | int = huge_pages if isinstance(huge_pages, bool) else parse_size(huge_pages)
         result, descriptors = self._connection.ask(
-            "create",
+            op,
+            sending=sending,
             name=name,
             size=nbytes,
             mode=mode,
             exporter=exporter,
-            huge_pages=huge,
+            huge_pages=huge_pages if isinstance(huge_pages, bool) else parse_size(huge_pages),
             trusted=trusted,
+            **fields,
         )
         try:
             buffer, _, unnamed = _buffer(name, result, descriptors)
@@ -149,7 +220,7 @@ class Store:
             raise
         if unnamed is not None:
             self._unnamed[buffer] = unnamed
-        return buffer
+        return buffer, result
 
     def _undo(self, name: str | None, result: dict[str, Any]) -> None:
         """Make the server drop the new buffer, if its reply can be read."""
@@ -313,8 +384,9 @@ class Store:
 
         For the owner, and users who may write the name.
         """
-        times = {"accessed_ns": accessed_ns, "modified_ns": modified_ns}
-        self._connection.ask("utime", name=name, number=number, **times)
+        self._connection.ask(
+            "utime", name=name, number=number, accessed_ns=accessed_ns, modified_ns=modified_ns
+        )
 
     def usage(self) -> Usage:
         """Return how many bytes and names the store holds, and the limits."""
@@ -368,6 +440,17 @@ def _make_final(buffer: Buffer, name: str) -> None:
                 return
     finally:
         os.close(fd)
+
+
+def _transfer(result: dict[str, Any], nbytes: int, seconds: float) -> Transfer:
+    """Return the record of what the server has read."""
+    from dmabuf.transfer import Route, Transfer  # only where it is needed
+
+    with reporting(None):
+        loaded = protocol.parse_record(Loaded, result.get("loaded"))
+    return Transfer(
+        nbytes, Route.NATIVE, rejected={}, seconds=seconds, **dataclasses.asdict(loaded)
+    )
 
 
 def _buffer(

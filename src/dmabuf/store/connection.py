@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -72,10 +72,13 @@ class Connection:
         self._lock = threading.Lock()
         self._socket.close()
 
-    def ask(self, op: str, **fields: object) -> tuple[dict[str, Any], list[int] | None]:
+    def ask(
+        self, op: str, *, sending: Sequence[int] = (), **fields: object
+    ) -> tuple[dict[str, Any], list[int] | None]:
         """Return the server's result and its descriptors, which the caller closes.
 
-        The descriptors are None if this process could not receive them (EMFILE).
+        `sending` are descriptors that go with the request. Those of the result are None if this
+        process could not receive them (EMFILE).
         """
         name = fields.get("name")
         with reporting(name):
@@ -84,11 +87,11 @@ class Connection:
             if self.closed:
                 raise ClosedError("this Store is closed, or belongs to the parent of a fork")
             try:
-                data, descriptors = self._exchange(request)
+                data, descriptors = self._exchange(request, sending)
             except ConnectionError:
                 if not self._reconnect() or op not in protocol.REPEATABLE:
                     raise
-                data, descriptors = self._exchange(request)
+                data, descriptors = self._exchange(request, sending)
         try:
             with reporting(name):
                 return protocol.parse_reply(data), descriptors
@@ -103,10 +106,10 @@ class Connection:
                 self._socket = self._connected()
         return not self.closed
 
-    def _exchange(self, request: bytes) -> tuple[bytes, list[int] | None]:
+    def _exchange(self, request: bytes, sending: Sequence[int]) -> tuple[bytes, list[int] | None]:
         try:
             with suppress(BrokenPipeError, ConnectionResetError):  # there may be a reply to read
-                self._socket.send(request)
+                socket.send_fds(self._socket, [request], sending)
             try:
                 data, descriptors, flags, _ = self._receive()
             except ConnectionResetError:  # reported once, before the data that was received

@@ -1,4 +1,4 @@
-"""The client's Buffer from a grant; the descriptors are checked before use."""
+"""Buffers of what the store holds: the client's from a grant, whose descriptors are checked."""
 
 from __future__ import annotations
 
@@ -46,6 +46,22 @@ def as_buffer(status: Status, grant: Grant, descriptors: Sequence[int]) -> Buffe
         name=status.name or None,
         writable=grant.writable,
         pin_refusal=pin_refusal,
+        map_refusal=refusal,
+    )
+
+
+def of_dmabufs(descriptors: Sequence[int]) -> Buffer:
+    """Return a writable Buffer of dma-bufs, which takes over their descriptors."""
+    exporter, slabs = _slabs(descriptors)
+    memory, refusal = foreign.map_slabs(slabs, exporter, writable=True)
+    return Buffer(
+        slabs,
+        memory,
+        exporter=exporter,
+        reason="made by the store",
+        name=None,
+        writable=True,
+        pin_refusal=foreign.pin_refusal(exporter),
         map_refusal=refusal,
     )
 

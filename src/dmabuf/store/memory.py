@@ -19,6 +19,26 @@ from dmabuf.store.protocol import MOST_DESCRIPTORS, Grant, Refusal
 _LABEL_BYTES = 31
 
 
+def default_limit(root: str = "/") -> int:
+    """Return half the bytes of memory that this process may use.
+
+    That is the machine's memory, or the limit of the process's memory cgroup if that is smaller.
+    ``root`` is the directory with proc and sys, for tests.
+    """
+    least = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE")
+    for line in proc.read(root, "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        folder = os.path.join(root, "sys/fs/cgroup", controllers)
+        limit = "memory.limit_in_bytes" if controllers else "memory.max"
+        for part in ("", *path.strip("/").split("/")):
+            folder = os.path.join(folder, part)
+            found = proc.number(folder, limit)
+            least = least if found is None else min(least, found)
+    return least // 2
+
+
 class Memory:
     """One buffer of the store: a descriptor for each dma-buf, and one for the memfd behind them.
 

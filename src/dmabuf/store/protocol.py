@@ -8,6 +8,8 @@ for a request and 32 KiB for a reply::
     {"result": {...}}    with the descriptors of a grant, if it is one
     {"error": [2, "there is no such buffer", "frames"]}
 
+A ``load`` comes with the descriptor of the file, which the client has opened for reading.
+
 A client sends one request at a time and reads the reply before it sends the next. A request with a
 ``number`` (Status.number, or null) fails with ESTALE if the name now belongs to another buffer.
 
@@ -113,6 +115,19 @@ class Grant:
     unnamed: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """How the server read a file natively: the fields of a Transfer with the same names."""
+
+    reason: str
+    registered: bool
+    registration: str
+    requests: int
+    reissues: int
+    copied: int
+    audited: str
+
+
 def check_name(name: object) -> str:
     """Return a valid name.
 
@@ -163,15 +178,17 @@ _LENGTH = _integer(0, _SIZE_MAX)
 _NUMBER = _integer(1, _SIZE_MAX)
 _MAYBE_NUMBER = _either(_NONE, _NUMBER)
 _MODE = _integer(0, 0o777)
+_CREATE: dict[str, Callable[[object], bool]] = {
+    "name": _either(_NONE, _name),
+    "size": _integer(1, _SIZE_MAX),
+    "mode": _MODE,
+    "exporter": _text(64),
+    "huge_pages": _either(_FLAG, _NUMBER),
+    "trusted": _FLAG,
+}
 OPERATIONS: dict[str, dict[str, Callable[[object], bool]]] = {
-    "create": {
-        "name": _either(_NONE, _name),
-        "size": _integer(1, _SIZE_MAX),
-        "mode": _MODE,
-        "exporter": _text(64),
-        "huge_pages": _either(_FLAG, _NUMBER),
-        "trusted": _FLAG,
-    },
+    "create": _CREATE,
+    "load": {**_CREATE, "file_offset": _LENGTH},
     "link": {
         "unnamed": _NUMBER,
         "name": _name,
@@ -278,7 +295,7 @@ _TYPES: dict[object, tuple[type, ...]] = {
 
 
 def parse_record(kind: type[Record], value: object) -> Record:
-    """Return a record (Status, Usage or Grant) from a reply. Raises Refusal(EPROTO)."""
+    """Return a record (Status, Usage, Grant or Loaded) from a reply. Raises Refusal(EPROTO)."""
     known = {field.name: _TYPES[field.type] for field in fields(kind)}  # type: ignore[arg-type]
     if not isinstance(value, dict) or value.keys() != known.keys():
         raise Refusal(errno.EPROTO, _NOT_A_STORE)
@@ -288,7 +305,7 @@ def parse_record(kind: type[Record], value: object) -> Record:
 
 
 def _plain(value: object) -> object:
-    return asdict(value) if isinstance(value, (Status, Usage, Grant)) else value
+    return asdict(value) if isinstance(value, (Status, Usage, Grant, Loaded)) else value
 
 
 def _dump(message: object) -> bytes:

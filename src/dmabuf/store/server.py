@@ -7,7 +7,6 @@ before it has read the last reply, so a reply always fits the socket and nothing
 from __future__ import annotations
 
 import errno
-import fcntl
 import functools
 import logging
 import os
@@ -15,8 +14,6 @@ import resource
 import selectors
 import signal
 import socket
-import struct
-import termios
 import threading
 import time
 from collections import Counter, deque
@@ -24,16 +21,17 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from dmabuf.kernel import proc
 from dmabuf.store import place, protocol
+from dmabuf.store.clients import Client
+from dmabuf.store.loading import load, why_not
 from dmabuf.store.memory import Memory, make, rounded
 from dmabuf.store.names import READ, WRITE, Entry, Names, Peer
-from dmabuf.store.protocol import Refusal, Usage
+from dmabuf.store.protocol import Loaded, Refusal, Usage
 from dmabuf.store.restart import Item, Shelf, Takeover, hand_over, take_over
 
-__all__ = ["Lent", "Server", "default_limit", "started"]
+__all__ = ["Lent", "Server", "started"]
 
 log = logging.getLogger("dmabuf.store")
 
@@ -43,72 +41,19 @@ _ON_NAMES = ("remove", "rename", "truncate", "chmod", "chown", "utime")
 _READING = ("open", "stat", "list", "usage")
 _LISTED = 256  # records in one reply, at most
 _MEMORY_THREADS = 4
+_LOADS = 2
+"""How many files are read at the same time."""
 _RETRY_SECONDS = 1.0
 _LOOKS = 4
 """How often an idle time is checked within it."""
 _SLICE = 0.1
-_SO_PEERGROUPS = 59
-_GROUPS_BYTES = 1024  # the most that Python reads of a socket option: 256 groups
 
 
-def default_limit(root: str = "/") -> int:
-    """Return half the bytes of memory that this process may use.
+class _Made(NamedTuple):
+    """New memory, and how a file was read into it, if one was."""
 
-    That is the machine's memory, or the limit of the process's memory cgroup if that is smaller.
-    ``root`` is the directory with proc and sys, for tests.
-    """
-    least = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE")
-    for line in proc.read(root, "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory"):
-            continue
-        folder = os.path.join(root, "sys/fs/cgroup", controllers)
-        limit = "memory.limit_in_bytes" if controllers else "memory.max"
-        for part in ("", *path.strip("/").split("/")):
-            folder = os.path.join(folder, part)
-            found = proc.number(folder, limit)
-            least = least if found is None else min(least, found)
-    return least // 2
-
-
-class _Client:
-    """A connection, its user, the buffers it created without a name, and the name it reserved."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        connection.setblocking(False)
-        self.connection = connection
-        self.peer = _peer(connection)
-        self.alive = True
-        self.watched = False
-        self.unnamed: dict[int, Entry] = {}
-        self.reserved: str | None = None
-        self.awaited: str | None = None
-        """The name of a `reserve` that has no reply yet."""
-        self.request = protocol.Request("invalid", {})
-        """The one that is carried out."""
-
-    def receive(self) -> bytes:
-        """Return a message, or b"" at the end of the connection.
-
-        The kernel closes the descriptors in a message (MSG_CTRUNC), and that ends the connection.
-        """
-        data, _, flags, _ = self.connection.recvmsg(protocol.REQUEST_BYTES + 1)
-        return b"" if flags & socket.MSG_CTRUNC else data
-
-    def has_unread(self) -> bool:
-        """Return whether the client has yet to read something that was sent."""
-        return any(fcntl.ioctl(self.connection, termios.TIOCOUTQ, bytes(4)))
-
-    def close(self) -> None:
-        """Close the connection, so that the client can still read the last reply.
-
-        The client would get ECONNRESET instead if requests were left unread here.
-        """
-        with suppress(OSError):
-            self.connection.shutdown(socket.SHUT_RDWR)
-            while self.connection.recv(1):
-                pass
-        self.connection.close()
+    memory: Memory
+    loaded: Loaded | None = None
 
 
 class Lent(NamedTuple):
@@ -143,8 +88,8 @@ class Server:
         self._listener = listener
         listener.setblocking(False)
         self._names = Names(max_memory, min(_MOST_NAMES, descriptors // 4), self._free)
-        self._clients: set[_Client] = set()
-        self._pool = _pool()
+        self._clients: set[Client] = set()
+        self._pool, self._loads = _pool(), _loads()
         self._frees: list[Future[None]] = []
         self._idle = idle
         self._last_use = self._last_look = time.monotonic()
@@ -173,7 +118,7 @@ class Server:
                     entries[entry.number] = entry
                     self._names.adopt(entry)
                     continue
-                client = _Client(socket.socket(fileno=item.descriptors[0]))
+                client = Client(socket.socket(fileno=item.descriptors[0]))
                 client.unnamed = {number: entries[number] for number in item.record["unnamed"]}
                 client.reserved = item.record.get("reserved")
                 client.awaited = item.record.get("awaited")
@@ -299,6 +244,7 @@ class Server:
 
     def _settle(self) -> None:
         """Finish the requests that wait for memory."""
+        self._loads.shutdown()
         self._pool.shutdown()
         self._call_back()
 
@@ -378,7 +324,7 @@ class Server:
 
     # Connections.
 
-    def _watch(self, connection: socket.socket, client: _Client | None) -> bool:
+    def _watch(self, connection: socket.socket, client: Client | None) -> bool:
         try:
             self._selector.register(connection, selectors.EVENT_READ, client)
         except OSError as error:  # ENOMEM, or ENOSPC from fs.epoll.max_user_watches
@@ -396,21 +342,21 @@ class Server:
             self._selector.unregister(self._listener)
             self._listening = False
             return
-        client = _Client(connection)
+        client = Client(connection)
         self._clients.add(client)
         self._resume(client)
 
-    def _resume(self, client: _Client) -> None:
+    def _resume(self, client: Client) -> None:
         if client.alive:
             client.watched = self._watch(client.connection, client)
             if not client.watched:
                 self._drop(client)
 
-    def _pause(self, client: _Client) -> None:
+    def _pause(self, client: Client) -> None:
         self._selector.unregister(client.connection)
         client.watched = False
 
-    def _drop(self, client: _Client) -> None:
+    def _drop(self, client: Client) -> None:
         if not client.alive:
             return
         client.alive = False
@@ -423,22 +369,54 @@ class Server:
             self._names.drop(entry)
         self._pass_on(client)
 
-    def _serve(self, client: _Client) -> None:
+    def _serve(self, client: Client) -> None:
         try:
             data = client.receive()
         except BlockingIOError:
             return
         except OSError:
             data = b""
+        if isinstance(client.file, int) and (refusal := why_not(client.file)):
+            self._refuse_file(client, client.file, refusal, data)
+        else:
+            self._serve_message(client, data)
+
+    def _serve_message(self, client: Client, data: bytes) -> None:
         if not data or client.has_unread() or client.awaited is not None:
             self._drop(client)
         else:
             self._attempt(client, lambda: self._do(client, data))
+        left = client.take_file()
+        if isinstance(left, int):
+            os.close(left)
+        if left is not None:
+            self._drop(client)
 
-    def _do(self, client: _Client, data: bytes) -> None:
+    def _refuse_file(self, client: Client, file: int, refusal: Refusal, data: bytes) -> None:
+        """Close a descriptor beside the loop: one of FUSE waits for its server (FUSE_FLUSH)."""
+        client.file = refusal
+        self._pause(client)
+
+        def go_on() -> None:
+            if client.alive and not self._left:
+                self._resume(client)
+                self._serve_message(client, data)
+
+        def close() -> None:
+            with suppress(OSError):  # that of the flush
+                os.close(file)
+            self._calls.append(go_on)
+            self._wake_up()
+
+        threading.Thread(target=close, daemon=True).start()
+
+    def _do(self, client: Client, data: bytes) -> None:
         client.request = protocol.Request("invalid", {})
         client.request = protocol.parse_request(data)
         op, fields = client.request.op, client.request.fields.copy()
+        if client.file is not None and op != "load":  # uninvited
+            self._drop(client)
+            return
         number = fields.pop("number", None)
         if number is not None:
             self._names.find(fields["name"], number)
@@ -454,7 +432,7 @@ class Server:
         if client.watched and client.awaited is None:  # otherwise it waits
             self._log(client, None)
 
-    def _log(self, client: _Client, refusal: Refusal | None) -> None:
+    def _log(self, client: Client, refusal: Refusal | None) -> None:
         """Log and count the result of a request."""
         op, fields = client.request
         result = "ok" if refusal is None else errno.errorcode.get(refusal.errno, "error")
@@ -472,7 +450,7 @@ class Server:
         text = " ".join(f"{key}={value!r}" for key, value in told.items())
         log.log(level, "%s", text, extra={"fields": told})
 
-    def _attempt(self, client: _Client, what: Callable[[], None]) -> None:
+    def _attempt(self, client: Client, what: Callable[[], None]) -> None:
         """Carry out a request, and reply with its error."""
         try:
             what()
@@ -483,7 +461,7 @@ class Server:
             log.exception("dmabuf store: a request of user %d", client.peer.uid)
             self._drop(client)
 
-    def _send(self, client: _Client, data: bytes, descriptors: tuple[int, ...] = ()) -> None:
+    def _send(self, client: Client, data: bytes, descriptors: tuple[int, ...] = ()) -> None:
         if not client.alive:
             return
         try:
@@ -496,15 +474,29 @@ class Server:
 
     # Operations: each is named by protocol.OPERATIONS.
 
+    def _do_load(self, client: Client, file_offset: int, **fields: Any) -> None:
+        file = client.take_file()
+        if file is None:
+            raise Refusal(errno.EPROTO, "load: the message has no descriptor of a file")
+        if isinstance(file, Refusal):
+            raise file
+        try:
+            self._do_create(client, **fields, file=file, file_offset=file_offset)
+        except BaseException:
+            os.close(file)
+            raise
+
     def _do_create(
         self,
-        client: _Client,
+        client: Client,
         name: str | None,
         size: int,
         mode: int,
         exporter: str,
         huge_pages: bool | int,
         trusted: bool,
+        file: int | None = None,
+        file_offset: int = 0,
     ) -> None:
         try:
             charge = rounded(size, huge_pages)
@@ -513,19 +505,23 @@ class Server:
         entry = self._names.begin(name, client.peer, mode, size, charge)
         self._pause(client)
         frees = tuple(self._frees)  # all of them run before it, so that it waits for none in vain
-        made = self._pool.submit(_make_after, frees, charge, exporter, name, huge_pages)
+        make_memory = functools.partial(_make_after, frees, charge, exporter, name, huge_pages)
+        if file is None:
+            made = self._pool.submit(lambda: _Made(make_memory()))
+        else:
+            made = self._loads.submit(_load_after, make_memory, file, file_offset, size)
 
-        def call_back(made: Future[Memory]) -> None:
+        def call_back(made: Future[_Made]) -> None:
             finish = functools.partial(self._created, client, entry, trusted, made)
             self._calls.append(lambda: self._attempt(client, finish))
             self._wake_up()
 
         made.add_done_callback(call_back)
 
-    def _created(self, client: _Client, entry: Entry, trusted: bool, made: Future[Memory]) -> None:
+    def _created(self, client: Client, entry: Entry, trusted: bool, made: Future[_Made]) -> None:
         try:
             try:
-                self._names.finish(entry, made.result())
+                self._names.finish(entry, made.result().memory)
                 self._keep(entry)
             except OSError as error:
                 text = str(error.strerror or error)
@@ -535,7 +531,8 @@ class Server:
                 raise Refusal(errno.EINVAL, str(error), entry.name) from None
             self._resume(client)
             unnamed = entry.number if entry.name is None else None
-            self._grant(client, entry, "r+", may_write=True, trusted=trusted, unnamed=unnamed)
+            loaded = made.result().loaded
+            self._grant(client, entry, "r+", True, trusted, unnamed=unnamed, loaded=loaded)
         except BaseException:
             self._names.drop(entry)
             if client.alive and not client.watched:
@@ -550,7 +547,7 @@ class Server:
 
     def _do_link(
         self,
-        client: _Client,
+        client: Client,
         unnamed: int,
         name: str,
         replace: bool | int,
@@ -569,12 +566,12 @@ class Server:
         self._send(client, protocol.pack_result(status=entry.status()))
         self._appeared(entry)
 
-    def _do_discard(self, client: _Client, unnamed: int) -> None:
+    def _do_discard(self, client: Client, unnamed: int) -> None:
         self._names.drop(self._unnamed(client, unnamed))
         del client.unnamed[unnamed]
         self._send(client, protocol.pack_result())
 
-    def _do_reserve(self, client: _Client, name: str) -> None:
+    def _do_reserve(self, client: Client, name: str) -> None:
         self._pass_on(client)
         entry = self._names.owned_or_none(name, client.peer)
         if entry is not None:
@@ -585,7 +582,7 @@ class Server:
             client.reserved = name
             self._send(client, protocol.pack_result(status=None))
 
-    def _pass_on(self, client: _Client) -> None:
+    def _pass_on(self, client: Client) -> None:
         """Give what a client has reserved to one that waits for it."""
         name, client.reserved, client.awaited = client.reserved, None, None
         for one in self._clients:
@@ -601,7 +598,7 @@ class Server:
             elif entry.name is not None and one.awaited == entry.name:
                 self._again(one)
 
-    def _again(self, client: _Client) -> None:
+    def _again(self, client: Client) -> None:
         """Carry out the `reserve` that waits."""
         name, client.awaited = client.awaited, None
         assert name is not None
@@ -614,12 +611,12 @@ class Server:
         self._attempt(client, reserve)
 
     @staticmethod
-    def _unnamed(client: _Client, unnamed: int) -> Entry:
+    def _unnamed(client: Client, unnamed: int) -> Entry:
         if unnamed not in client.unnamed:
             raise Refusal(errno.ENOENT, "this connection created no such buffer")
         return client.unnamed[unnamed]
 
-    def _do_open(self, client: _Client, name: str, mode: str, trusted: bool | None) -> None:
+    def _do_open(self, client: Client, name: str, mode: str, trusted: bool | None) -> None:
         entry = self._names.open(name, client.peer, mode)
         is_owner = client.peer.uid in (0, entry.uid)
         if trusted and not is_owner:
@@ -628,17 +625,18 @@ class Server:
         may_write = entry.allows(client.peer, READ | WRITE)
         self._used(entry)
         with_memfd = is_owner if trusted is None else trusted
-        self._grant(client, entry, mode, may_write=may_write, trusted=with_memfd, unnamed=None)
+        self._grant(client, entry, mode, may_write, with_memfd)
 
     def _grant(
         self,
-        client: _Client,
+        client: Client,
         entry: Entry,
         mode: str,
-        *,
         may_write: bool,
         trusted: bool,
-        unnamed: int | None,
+        *,
+        unnamed: int | None = None,
+        loaded: Loaded | None = None,
     ) -> None:
         assert entry.memory is not None
         try:
@@ -649,27 +647,28 @@ class Server:
             text = f"grant: {error.strerror}"
             raise Refusal(error.errno or errno.EIO, text, entry.name) from None
         try:
-            result = protocol.pack_result(status=entry.status(), grant=grant)
+            more = {} if loaded is None else {"loaded": loaded}
+            result = protocol.pack_result(status=entry.status(), grant=grant, **more)
             self._send(client, result, tuple(descriptors))
         finally:
             if ours is not None:
                 os.close(ours)
 
-    def _do_stat(self, client: _Client, name: str) -> None:
+    def _do_stat(self, client: Client, name: str) -> None:
         entry = self._names.find(name)
         assert entry.memory is not None
         kept = self._shelf is not None and self._shelf.room > 0
         status = entry.status(entry.memory.in_use(2 if kept else 1))
         self._send(client, protocol.pack_result(status=status))
 
-    def _do_list(self, client: _Client, after: str) -> None:
+    def _do_list(self, client: Client, after: str) -> None:
         found = islice(self._names.after(after), _LISTED)
         self._send(client, protocol.pack_listing(entry.status() for entry in found))
 
-    def _do_usage(self, client: _Client) -> None:
+    def _do_usage(self, client: Client) -> None:
         self._send(client, protocol.pack_result(usage=self.usage))
 
-    def _do_hand_over(self, client: _Client) -> None:
+    def _do_hand_over(self, client: Client) -> None:
         if client.peer.uid != os.geteuid():
             raise Refusal(errno.EPERM, "the server is another user's")
         if self._shelf is not None:
@@ -682,7 +681,7 @@ class Server:
             hand_over(client.connection, [listener, *buffers, *self._client_items()])
         except OSError as error:
             log.error("hand-over to another server: %s; this one goes on", error)
-            self._pool = _pool()
+            self._pool, self._loads = _pool(), _loads()
         else:
             log.info("another server has taken over")
             self._left = True
@@ -703,8 +702,25 @@ def _make_after(
     return make(size, exporter, name, huge_pages)
 
 
+def _load_after(make_memory: Callable[[], Memory], file: int, offset: int, size: int) -> _Made:
+    """Make memory and read a file into it, which is closed."""
+    try:
+        memory = make_memory()
+        try:
+            return _Made(memory, load(memory, file, offset, size))
+        except BaseException:
+            memory.close()
+            raise
+    finally:
+        os.close(file)
+
+
 def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_MEMORY_THREADS, "dmabuf store")
+
+
+def _loads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_LOADS, "dmabuf store: load")
 
 
 @contextmanager
@@ -737,14 +753,3 @@ def started(
             if isinstance(inherited, Takeover):
                 stack.callback(inherited.close)
         yield Server(listener, max_memory, inherited, idle)
-
-
-def _peer(connection: socket.socket) -> Peer:
-    """Return the user who connected, with SO_PEERGROUPS: unix(7)."""
-    uid, gid = place.user_of(connection)
-    try:
-        data = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_BYTES)
-        groups = frozenset(struct.unpack(f"={len(data) // 4}I", data))
-    except OSError:  # more groups than fit: only the first group counts
-        groups = frozenset()
-    return Peer(uid, gid, groups)
