@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from queue import Empty, SimpleQueue
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from dmabuf._core import lib
 from dmabuf.copying.pipeline import Meter
@@ -34,7 +34,17 @@ from dmabuf.transfer import (
     stopping,
 )
 
+
+class Moved(Protocol):
+    """What became of an item that was moved: a Transfer, or anything else that counts bytes."""
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes were moved."""
+
+
 T = TypeVar("T")
+M = TypeVar("M", bound=Moved)
 
 DEPTH = 32
 """Files that are open at once, unless the caller asks for another number."""
@@ -286,13 +296,13 @@ class _Stopped(BaseException):
 
 
 def in_threads(
-    move: Callable[[T], Transfer],
+    move: Callable[[T], M],
     items: Sequence[T],
     total: int,
     buffer: Buffer,
     queue_depth: int,
     progress: Progress | None,
-) -> list[Outcome]:
+) -> list[M | OSError]:
     """Move every item, `queue_depth` at once, and return what became of each.
 
     After an exception other than an OSError, in this thread or another, no thread begins an item.
@@ -308,7 +318,7 @@ def in_threads(
     """
     if not 1 <= queue_depth <= _MOST:
         raise ValueError(f"invalid queue_depth={queue_depth}: use a number from 1 to {_MOST}")
-    outcomes: list[Outcome | None] = [None] * len(items)
+    outcomes: list[M | OSError | None] = [None] * len(items)
     left = iter(enumerate(items))
     raised: list[BaseException] = []
     meter = Meter(progress, total)

@@ -14,7 +14,7 @@ import sys
 import time
 from array import array
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -46,11 +46,9 @@ if TYPE_CHECKING:
     Raw: TypeAlias = npt.NDArray[np.uint8]
 
 _BLOCK = 8 << 20
-"""Bytes of one staging block."""
-_BLOCKS = 4
-"""Staging blocks, each with a thread that fills it and writes it."""
-_COPY = 64 << 20
-"""Bytes of a copy between two chances for signal handlers."""
+"""Bytes that a thread copies at once: those of a staging block, which it then writes."""
+_THREADS = 4
+"""Threads that copy. Each has a staging block."""
 _STRAIGHT = 64 << 10
 """The fewest bytes that are worth a request from the buffer they lie in."""
 
@@ -100,20 +98,25 @@ class Layout:
         numpy = sys.modules["numpy"]
         with buffer.map("w", 0, round_up(self.size, UNIT)) as view:
             target = numpy.frombuffer(view, "u1")
-            for _, raw in self.parts:
-                if not isinstance(raw, _Later) and numpy.may_share_memory(target, raw):
-                    del target
-                    raise ValueError("save: tensors lie in the snapshot's buffer; give another one")
-            for at, part in self.parts:
-                _copy(target, at, part.raw() if isinstance(part, _Later) else part)
-            target[self.size :] = 0
-            del target
+            try:
+                self._copy_to(target, buffer)
+            finally:
+                del target
 
+    def _copy_to(self, target: Raw, buffer: Buffer) -> None:
+        here = [(at, part) for at, part in self.parts if not isinstance(part, _Later)]
+        if any(sys.modules["numpy"].may_share_memory(target, raw) for _, raw in here):
+            raise ValueError("save: tensors lie in the snapshot's buffer; give another one")
 
-def _copy(target: Raw, at: int, raw: Raw) -> None:
-    for begin in range(0, raw.nbytes, _COPY):
-        some = raw[begin : begin + _COPY]
-        target[at + begin : at + begin + some.nbytes] = some
+        def copy(chunk: _Chunk) -> _Chunk:
+            chunk.copy_to(target[chunk.at :])
+            return chunk
+
+        in_threads(copy, list(_chunks(here)), self.size, buffer, _THREADS, None)
+        for at, part in self.parts:
+            if isinstance(part, _Later):
+                target[at : at + part.nbytes] = part.raw()
+        target[self.size :] = 0
 
 
 class _Chunk(NamedTuple):
@@ -122,7 +125,12 @@ class _Chunk(NamedTuple):
     at: int
     parts: list[tuple[int, Raw]]
     """Where in the chunk, and what."""
-    size: int
+    nbytes: int
+
+    def copy_to(self, target: Raw) -> None:
+        """Copy the bytes to the beginning of an array."""
+        for at, raw in self.parts:
+            target[at : at + raw.nbytes] = raw
 
 
 @dataclasses.dataclass(slots=True)
@@ -330,7 +338,7 @@ def _divide(
     return held, loose
 
 
-def _chunks(loose: Sequence[tuple[int, Raw]]) -> Iterator[_Chunk]:
+def _chunks(loose: Iterable[tuple[int, Raw]]) -> Iterator[_Chunk]:
     """Yield whole pages with the loose bytes; between chunks lies what is written from buffers."""
     parts: list[tuple[int, Raw]] = []
     begin = end = 0
@@ -360,8 +368,8 @@ def _write_chunks(
     if not chunks:
         return []
     numpy = sys.modules["numpy"]
-    count = min(_BLOCKS, len(chunks)) if engine is None else 1
-    block = max(chunk.size for chunk in chunks)
+    count = min(_THREADS, len(chunks)) if engine is None else 1
+    block = max(chunk.nbytes for chunk in chunks)
     free, failed = deque(range(count)), deque[OSError]()
     begun = time.perf_counter()
     demanded: Require = "any" if require == "any" else "uncached"
@@ -372,14 +380,11 @@ def _write_chunks(
                 raise failed[0]
             slot = free.pop()
             try:
-                with buffer.map("w", slot * block, chunk.size) as view:
-                    target = numpy.frombuffer(view, "u1")
-                    for at, raw in chunk.parts:
-                        target[at : at + raw.nbytes] = raw
-                    del target
+                with buffer.map("w", slot * block, chunk.nbytes) as view:
+                    chunk.copy_to(numpy.frombuffer(view, "u1"))
                 return file.write_from(
                     buffer,
-                    chunk.size,
+                    chunk.nbytes,
                     file_offset=chunk.at,
                     buffer_offset=slot * block,
                     require=demanded,
@@ -390,7 +395,7 @@ def _write_chunks(
             finally:
                 free.append(slot)
 
-        size = sum(chunk.size for chunk in chunks)
+        size = sum(chunk.nbytes for chunk in chunks)
         outcomes = in_threads(move, chunks, size, buffer, count, progress)
     if failed:
         raise failed[0]
