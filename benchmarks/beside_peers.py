@@ -14,12 +14,17 @@ and those of the load by getrusage(2). The table, charts and figures go into doc
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
+import ctypes
+import functools
 import importlib.util
 import json
 import os
 import random
+import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -51,6 +56,23 @@ EVERY = [FIO, *PEERS]
 SCRIPT = str(Path(__file__).with_name("peers.py"))
 
 
+@functools.cache
+def driver() -> dict[str, str]:
+    """Return what to add to the environment of KvikIO, which loads a CUDA driver in any case.
+
+    On a machine without one it is libcuda.c, whose functions fail.
+    """
+    try:
+        ctypes.CDLL("libcuda.so.1")
+        return {}
+    except OSError:
+        folder = tempfile.mkdtemp(prefix="dmabuf-bench-")
+        atexit.register(shutil.rmtree, folder)
+    how = ["-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", f"{folder}/libcuda.so.1"]
+    run(["cc", *how, str(Path(__file__).with_name("libcuda.c"))])
+    return {"LD_LIBRARY_PATH": folder}
+
+
 def one(name: str, path: str, how: str) -> dict[str, Any]:
     """Run one process; return its figures, its cost and its pages in the page cache."""
     drop(path)
@@ -64,7 +86,8 @@ def one(name: str, path: str, how: str) -> dict[str, Any]:
             "cpu_of_load": process.cpu - idle.process.cpu,
         }
     else:
-        process = run([sys.executable, SCRIPT, name, path, how])
+        env = os.environ | (driver() if name == "kvikio" else {})
+        process = run([sys.executable, SCRIPT, name, path, how], env=env)
         answer = json.loads(process.output.splitlines()[-1])
     return answer | {"cpu": process.cpu, "peak": process.peak, "pages": cached(path)}
 

@@ -247,7 +247,7 @@ PEERS = {
     ),
     "kvikio": Peer(
         "KvikIO, host memory", _kvikio, GIVEN, True,
-        "needs a GPU driver's libcuda.so.1, for host memory too",
+        "host memory only; on a machine without a GPU's driver with one whose functions fail",
         package="kvikio-cu12",
     ),
     "load_file-copied": Peer(

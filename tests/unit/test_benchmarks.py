@@ -294,11 +294,19 @@ def test_the_table_ranks_and_says_what_was_skipped(tmp_path, monkeypatch):
                 "cpu": [2.0] * count, "peak": [MIB] * count, "pages": [0] * count}  # fmt: skip
 
     rows = [row("load_file-copied", 2.0, 3.0, 2.0), row("dmabuf-direct", 1.0, 1.0, 1.0)]
+    rows.append(row("fio", 1.0, 1.5, 0.5))
     rows.append({"name": "kvikio", "skipped": "RuntimeError: no driver"})
     report.write(tmp_path, {"size": 1 << 30, "runs": 3, "machine": ["m"], "on": {"zram": rows}})
     text = (tmp_path / "peers.md").read_text()
     assert text.index("| dmabuf, direct |") < text.index("| safetensors load_file, copied |")
     assert "2.00 (2.00 to 3.00) times the speed of the fastest of the others" in text
+    cells = {
+        line.split(" | ")[0]: line.split(" | ")[3]
+        for line in text.splitlines()[8:]
+        if " | " in line
+    }
+    assert cells["| dmabuf, direct"] == "100 %"
+    assert cells["| safetensors load_file, copied"] == "50 %"
     assert "KvikIO, host memory: skipped: RuntimeError: no driver" in text
 
 
