@@ -1,6 +1,7 @@
 # For users: `make demo` and `make test`. Most other targets are parts of `make test`.
 .PHONY: demo test test-stable test-arm soak check lint types docs c-tests unit packages-tests unit-busy \
-	coverage lab-tests lab-tests-1 lab-tests-2 benchmarks integrations integrations-vllm man schemas clean
+	coverage lab-tests lab-tests-1 lab-tests-2 benchmarks integrations integrations-vllm \
+	integrations-sglang man schemas clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,8 +9,9 @@ BIN := $(VENV)/bin
 PEERS := .venv-peers
 OTHERS := .venv-integrations
 VLLM := .venv-vllm
+SGLANG := .venv-sglang
 
-demo test benchmarks integrations integrations-vllm: export PIP_DISABLE_PIP_VERSION_CHECK := 1
+demo test benchmarks integrations integrations-vllm integrations-sglang: export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 demo: $(VENV)/ready
 	examples/demo.sh
@@ -225,6 +227,10 @@ integrations: $(OTHERS)/ready
 integrations-vllm: $(VLLM)/ready
 	$(VLLM)/bin/python -m pytest tests/integrations/test_vllm.py
 
+# 6 GB more: SGLang, with the PyTorch for CUDA that it needs also on a CPU.
+integrations-sglang: $(SGLANG)/ready
+	$(SGLANG)/bin/python -m pytest tests/integrations/test_sglang.py
+
 IN_TORCH := tests/unit/test_checkpoint.py tests/unit/test_kvikio.py
 
 $(OTHERS)/ready: $(wildcard tests/integrations/requirements*.txt) benchmarks/requirements-kvikio.txt pyproject.toml setup.py csrc/core.h $(wildcard csrc/*.c csrc/*.h)
@@ -246,6 +252,15 @@ $(VLLM)/ready: tests/integrations/requirements-vllm.txt pyproject.toml setup.py 
 	$(VLLM)/bin/python -m pip install --quiet ml_dtypes pytest pytest-timeout hypothesis trio
 	touch $@
 
+$(SGLANG)/ready: tests/integrations/requirements-sglang.txt pyproject.toml setup.py csrc/core.h $(wildcard csrc/*.c csrc/*.h)
+	tools/install-system-packages gcc libc6-dev liburing-dev python3-dev python3-venv
+	test -x $(SGLANG)/bin/python || $(PYTHON) -m venv $(SGLANG)
+	$(SGLANG)/bin/python -m pip install --quiet setuptools cffi -r tests/integrations/requirements-sglang.txt
+	$(SGLANG)/bin/python -m pip install --quiet --no-deps sglang==0.5.23
+	$(SGLANG)/bin/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	$(SGLANG)/bin/python -m pip install --quiet ml_dtypes pytest pytest-timeout hypothesis trio
+	touch $@
+
 clean:
-	rm -rf build $(VENV) $(PEERS) $(OTHERS) $(VLLM) .mypy_cache .pytest_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf build $(VENV) $(PEERS) $(OTHERS) $(VLLM) $(SGLANG) .mypy_cache .pytest_cache .ruff_cache .hypothesis src/*.egg-info
 	find . -name '*.so' -path './src/*' -delete

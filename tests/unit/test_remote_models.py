@@ -175,10 +175,10 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
         module.__dict__.update(vars(found))
         monkeypatch.setitem(sys.modules, f"vllm{name}", module)
     monkeypatch.delitem(sys.modules, "dmabuf.integrations.vllm_loader", raising=False)
-    from dmabuf.integrations import vllm_loader
+    from dmabuf.integrations import vllm_loader, weights
 
     # With arrays in the place of PyTorch's tensors.
-    monkeypatch.setattr(vllm_loader, "load", partial(safetensors.load, framework="np"))
+    monkeypatch.setattr(weights, "load", partial(safetensors.load, framework="np"))
     yield vllm_loader
     sys.modules.pop("dmabuf.integrations.vllm_loader")
 

@@ -2,9 +2,9 @@
 
 `StoreFileSystem` and `DirectFileSystem` are the protocols ``dmabuf://`` and ``dmabuf+file://`` of
 fsspec, which pandas, zarr and datasets open. `DmabufReader` and `DmabufWriter` are the storage of
-torch.distributed.checkpoint. `vllm_loader` and `lmcache_files` are named in the configuration of
-vLLM and LMCache, and `dmabuf.ray` registers `ray_transport`. docs/guides/integrations.md shows each
-one.
+torch.distributed.checkpoint. `vllm_loader`, `sglang_loader` and `lmcache_files` are named in the
+configuration of vLLM, SGLang and LMCache, and `dmabuf.ray` registers `ray_transport`.
+docs/guides/integrations.md shows each one.
 
 What may enter this room: what another library's plug-in interface asks for, in terms of the rooms
 below. The libraries themselves are never needed by any other room: a module here is loaded when one
