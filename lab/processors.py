@@ -57,6 +57,6 @@ PROCESSORS = {
         built=("dma_heap", "system_heap", "scsi_debug"),
         modules=("system_heap",),
         # Memory in slots needs ACPI, which QEMU offers with a firmware only.
-        lacks=("numa", "dax", "p2pmem", "cxl"),
+        lacks=("numa", "dax", "cxl"),
     ),
 }

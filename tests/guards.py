@@ -33,7 +33,7 @@ def needs(*guards: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     for guard in guards:
         problem = problem_with(guard)
         if problem is not None:
-            reason = f"needs {guard}: {problem}"
+            reason = _reason(guard, problem)
             return _failing(reason) if required(guard) else pytest.mark.skip(reason=reason)
         if f"-{guard}" in _wanted():
             return _failing(f"the machine has {guard}, which DMABUF_REQUIRE excludes")
@@ -53,7 +53,13 @@ def demand(*guards: str) -> None:
         problem = problem_with(guard)
         if problem is not None:
             end = pytest.fail if required(guard) else pytest.skip
-            end(f"needs {guard}: {problem}")
+            end(_reason(guard, problem))
+
+
+def _reason(guard: str, problem: str) -> str:
+    if f"-{guard}" in _wanted():
+        problem += "; DMABUF_REQUIRE excludes it: in the lab, see lacks in lab/processors.py"
+    return f"needs {guard}: {problem}"
 
 
 def _failing(reason: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
