@@ -383,7 +383,7 @@ class Episode:
         if failure.errno == errno.ENOMEM:  # no ring could be made, perhaps
             return
         if not hasattr(failure, "nbytes") or failure.filename is None:
-            raise Broken("other", f"an error without a path or nbytes: {failure!r}")
+            raise Broken("other", f"an error without a path or nbytes: {failure!r}") from failure
 
     @staticmethod
     def check_sync(failure: BaseException | None, nbytes: int, size: int) -> None:

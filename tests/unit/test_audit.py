@@ -301,6 +301,22 @@ def test_samples_of_many_segments_and_of_the_end_of_the_file(file, path, buf):
     assert_same(content(buf), bytes(before), "the buffer, around the samples too")
 
 
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_file_that_cannot_be_read_again(file, path, buf, direction, monkeypatch):
+    def refuse(_fd, views, _offset):
+        views.clear()  # which the exception would hold
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", refuse)
+        with raises_errno(
+            errno.EIO, "cannot be read again: Input/output error", nbytes=0
+        ) as caught:
+            move(file, direction, buf)
+    assert caught.value.filename == str(path)
+    assert "every byte" in move(file, direction, buf).audited
+
+
 def test_a_sample_has_eight_pages_or_all(file, buf):
     assert "every byte" in move(file, "read", buf).audited
     audit.PAIRS.ledger("fake", file.target.device(), "read").moving += 1e9

@@ -29,7 +29,7 @@ import random
 import stat
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from itertools import pairwise
 from typing import Any, Literal, Protocol, TypeAlias
@@ -391,6 +391,19 @@ class Audited(Protocol):
         """Yield what reads it."""
 
 
+@contextmanager
+def _reading_again(path: str | None) -> Iterator[None]:
+    """Give an OSError of the other descriptors a path, a sentence and `nbytes`: nothing is sure."""
+    try:
+        yield
+    except IntegrityError:
+        raise
+    except OSError as error:
+        text = f"audit: the file cannot be read again: {error.strerror}; audit='off' goes without"
+        number = error.errno or errno.EIO
+        raise with_nbytes(os_error(number, text, error.filename or path), 0) from None
+
+
 async def run(
     job: Job,
     segments: Segments,
@@ -455,7 +468,8 @@ async def run(
             path=job.path,
             about=partial(_about, job, segments, pair, direction, target.engine.backend),
         )
-        await waiter.call(check.prepare)
+        with _reading_again(job.path):
+            await waiter.call(check.prepare)
         prepared = time.perf_counter()
         await move()
         moved = time.perf_counter()
@@ -464,7 +478,8 @@ async def run(
         if result.error or job.interruption or job.moved or cut_short:
             return NOT_AUDITED
         try:
-            text = await waiter.call(partial(check.compare, result.nbytes))
+            with _reading_again(job.path):
+                text = await waiter.call(partial(check.compare, result.nbytes))
         except IntegrityError as error:
             if job.changed is not None and await waiter.call(job.changed):
                 job.moved = True  # the file changed after the job, and the bytes were right
