@@ -766,6 +766,8 @@ void virtual_begin(uint64_t seed, const struct faults *faults)
 	world.truncated = UINT64_MAX;
 	world.lies = world.waits = 0;
 	kernel.numbers = 0;
+	/* the core counts milliseconds, so each episode begins with a whole one */
+	kernel.now = (kernel.now / 1000000000 + 1) * 1000000000;
 }
 
 uint32_t virtual_in_flight(uint64_t address, uint64_t size)
