@@ -14,7 +14,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
-from multiprocessing import Process, SimpleQueue, Value
+from multiprocessing import Process, SimpleQueue, Value, set_start_method
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2, help="processes (2)")
     parser.add_argument("--loud", action="store_true", help="print everything that happens")
     options = parser.parse_args()
+    set_start_method("fork")
     lib.virtual_loud(options.loud)
     seeds = range(options.seed, options.seed + options.episodes * options.workers)
     if options.seeds:

@@ -127,7 +127,7 @@ def _allocated_kb() -> int:
         file.seek(0)
         text = file.read().decode().rpartition("</heap>")[2]
     sizes = {kind: int(size) for kind, size in re.findall(r'type="(\w+)"[^>]* size="(\d+)"', text)}
-    free = sizes["fast"] + sizes["rest"]
+    free = sizes.get("fast", 0) + sizes["rest"]  # glibc 2.43 has no fast bins
     return (sizes["current"] + sizes["mmap"] - free) >> 10
 
 
