@@ -357,6 +357,8 @@ def test_a_lost_device_keeps_its_blocks(path, direction):
 # -- interrupts
 
 
+# One that arrives while Python closes a generator is only reported.
+@pytest.mark.filterwarnings("ignore:.*generator:pytest.PytestUnraisableExceptionWarning")
 @DIRECTIONS
 @pytest.mark.parametrize(("failing", "burst"), [(False, 1), (True, 1), (False, 4)])
 def test_an_interrupt_at_any_moment(device, stage, path, direction, failing, burst):
