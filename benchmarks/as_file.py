@@ -68,7 +68,7 @@ def main() -> None:
     """Measure all three and print the table."""
     print(f"Linux {platform.release()}, {platform.machine()}, Python {platform.python_version()}")
     with dmabuf.allocate(SIZE) as buffer:
-        with buffer.map("rw") as view:
+        with buffer.map("r+") as view:
             measure_copies(view)
         slabs = [(slab.fd, slab.size, buffer.is_dmabuf) for slab in buffer.slabs]
         begun = time.perf_counter()

@@ -79,7 +79,7 @@ def _copying(target: str, flags: int, size: int) -> dict[str, float]:
     import dmabuf
 
     # A bounce buffer of the size of a request, on its own pages.
-    with dmabuf.allocate(GIB) as buffer, buffer.map("rw") as view, mmap.mmap(-1, size) as bounce:
+    with dmabuf.allocate(GIB) as buffer, buffer.map("r+") as view, mmap.mmap(-1, size) as bounce:
         bounce.write(bytes(size))
         with memoryview(bounce) as block:
             begun = time.perf_counter()

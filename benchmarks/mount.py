@@ -65,7 +65,7 @@ def measure(size: int, rounds: int) -> dict[str, list[float]]:
         stack.enter_context(program("mount", "--socket", socket, directory))
         fd = os.open(directory / "x", os.O_RDWR)
         stack.callback(os.close, fd)
-        view = stack.enter_context(buffer.map("rw"))
+        view = stack.enter_context(buffer.map("r+"))
         block = mmap.mmap(-1, MIB)
         stack.callback(block.close)
         words = memoryview(block)

@@ -238,13 +238,13 @@ def measure(args: argparse.Namespace) -> None:
         remote.connect(f"{HOST}:{TCP}", engine="tcp", trusted_network=True) as node,
         node.open("large") as file,
     ):
-        with buffer.map("rw") as view:
+        with buffer.map("r+") as view:
             view[:] = bytes(1) * size
         print(f"transport   {node.transport}, {size / GIB:g} GiB, {args.rounds} rounds\n")
 
         def compare(what: str, act: Callable[[], object], node: str, plain: str) -> None:
             def plainly() -> None:
-                with buffer.map("rw") as view:
+                with buffer.map("r+") as view:
                     receive_plainly(view, size, FILE if plain == "file" else MEMORY)
 
             pairs = []
@@ -378,7 +378,7 @@ def limited(args: argparse.Namespace, buffer: dmabuf.Buffer, file: remote.Remote
         ours.append(8 * size / (time.perf_counter() - begun) / bits)
         counted.append((received() - before) / size)
         begun = time.perf_counter()
-        with buffer.map("rw") as view:
+        with buffer.map("r+") as view:
             receive_plainly(view, size, FILE)
         plain.append(8 * size / (time.perf_counter() - begun) / bits)
     print(f"of a link of {args.rate}: {Spread.of(ours)}; sendfile and recv: {Spread.of(plain)}")

@@ -73,7 +73,7 @@ def make(folder: Path, count: int) -> list[str]:
 def one_at_a_time(folder: Path, rounds: int) -> None:
     """Print what one file costs, beside the three system calls."""
     paths = make(folder, 200)
-    with dmabuf.allocate(SIZE) as buffer, buffer.map("rw") as memory:
+    with dmabuf.allocate(SIZE) as buffer, buffer.map("r+") as memory:
 
         def read(path: str) -> None:
             with dmabuf.open(path) as file:
@@ -148,7 +148,7 @@ def many_at_once(folder: Path, count: int, rounds: int, depth: int) -> None:
         for _ in range(GIB // MIB):
             file.write(os.urandom(MIB))
         os.fsync(file.fileno())
-    with dmabuf.allocate(count * SIZE) as buffer, buffer.map("rw") as memory:
+    with dmabuf.allocate(count * SIZE) as buffer, buffer.map("r+") as memory:
         memory[:] = bytes(len(memory))  # its pages exist before anything is measured
         records = [(path, 0, SIZE, index * SIZE) for index, path in enumerate(paths)]
 

@@ -79,7 +79,7 @@ def test_the_cpu_has_no_way_in(device: vfio.Device) -> None:
     with device.bar(MEMORY) as buffer:
         assert (buffer.mode, buffer.readable(), buffer.writable()) == ("", False, False)
         for attempt in (
-            lambda: buffer.map("rw").__enter__(),
+            lambda: buffer.map("r+").__enter__(),
             lambda: buffer.open("r"),
             lambda: buffer.pread(1, 0),
             lambda: buffer.pwrite(b"x", 0),

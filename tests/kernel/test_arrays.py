@@ -52,7 +52,7 @@ def test_an_array_sees_what_a_drive_writes_and_a_drive_what_is_in_it(drive, kind
             disk.read_into(buffer, SIZE)
             with buffer.map("r"):
                 assert_same(array.tobytes(), pattern(SIZE, 3), "the array")
-            with buffer.map("rw"):
+            with buffer.map("r+"):
                 array[::2] ^= 0xFFFFFFFF
             disk.write_from(buffer, SIZE)
         expected = array.tobytes()

@@ -112,7 +112,7 @@ def test_cpu_access_waits_by_itself(card, buf):
     job = card.job("read")
     with buf.map("r"):
         pass  # beside another reader
-    with card.ending(job), buf.map("rw"):
+    with card.ending(job), buf.map("r+"):
         assert not card.fences
 
 

@@ -485,7 +485,7 @@ def test_each_that_is_made_has_its_own(kernel, fake):
     assert brackets(kernel) == [("START", "RW")] * 2
     del first
     assert brackets(kernel) == [("END", "RW")]
-    with fake.map("rw"):
+    with fake.map("r+"):
         second[0] = 1
     assert brackets(kernel) == [("START", "RW"), ("END", "RW")]
 

@@ -59,7 +59,7 @@ def test_only_the_slabs_that_are_touched(kernel, buf):
 def test_no_bytes_no_bracket(kernel, buf):
     assert buf.pread(1, 4 * PAGE) == buf.pread(0, 5) == b""
     assert buf.pwrite(b"", 0) == 0
-    with buf.map("rw", PAGE, 0):
+    with buf.map("r+", PAGE, 0):
         pass
     assert calls(kernel) == []
 
@@ -74,7 +74,7 @@ def test_each_access_names_its_direction(kernel, buf):
     with buf.map("w", 0, PAGE):
         pass
     assert calls(kernel) == around([0], "W")
-    with buf.map("rw", 0, PAGE):
+    with buf.map("r+", 0, PAGE):
         pass
     assert calls(kernel) == around([0], "RW")
     window = buf.open(offset=PAGE)
@@ -99,7 +99,7 @@ def test_the_bracket_is_retried_when_interrupted(kernel, buf):
 
 
 def test_end_comes_after_an_exception_too(kernel, buf):
-    with pytest.raises(ZeroDivisionError), buf.map("rw", 0, 2 * PAGE):
+    with pytest.raises(ZeroDivisionError), buf.map("r+", 0, 2 * PAGE):
         raise ZeroDivisionError
     assert calls(kernel) == around([0, 1], "RW")
 
@@ -142,7 +142,7 @@ def test_an_end_that_fails_is_reported_after_all_the_others(kernel, buf):
 
 
 def test_a_view_over_which_an_array_was_made_is_left_to_it(kernel, buf):
-    with buf.map("rw", 0, PAGE) as view:
+    with buf.map("r+", 0, PAGE) as view:
         over = memoryview(bytearray(0))
         from pickle import PickleBuffer
 
@@ -174,6 +174,6 @@ def test_a_heap_has_the_bracket(kernel):
 def test_a_memfd_has_none(kernel):
     with allocate(PAGE, exporter="memfd") as buffer:
         buffer.write(b"x")
-        with buffer.map("rw"):
+        with buffer.map("r+"):
             pass
     assert kernel.calls == []

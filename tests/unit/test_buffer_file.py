@@ -220,7 +220,7 @@ def test_a_window_has_its_own_position_and_end(buf):
 
 
 def test_windows_and_maps_have_modes(buf):
-    for mode in ("r", "rb", "w", "wb", "rw", "r+", "rb+", "r+b"):
+    for mode in ("r", "w", "r+"):
         window = buf.open(mode)
         assert window.readable() == ("r" in mode)
         assert window.writable() == ("w" in mode or "+" in mode)
@@ -239,10 +239,10 @@ def test_windows_and_maps_have_modes(buf):
     ):
         with pytest.raises(io.UnsupportedOperation, match="this window is not"):
             call()
-    for wrong in ("", "a", "x", "rw+", None, 3):
-        with pytest.raises(ValueError, match="mode must be"):
+    for wrong in ("", "a", "x", "rw", "rb", "r+b", None, 3):
+        with pytest.raises(ValueError, match="invalid mode"):
             buf.map(wrong).__enter__()
-    with pytest.raises(ValueError, match="mode must be"):
+    with pytest.raises(ValueError, match="invalid mode"):
         buf.open("a")
 
 
@@ -255,7 +255,7 @@ def test_windows_and_maps_stay_within_the_buffer(buf):
 
 
 def test_map_is_the_memory(buf):
-    with buf.map("rw", 10, 4) as view:
+    with buf.map("r+", 10, 4) as view:
         assert bytes(view) == CONTENT[10:14]
         view[:2] = b"hi"
     assert buf.pread(5, 9) == CONTENT[9:10] + b"hi" + CONTENT[12:14]
@@ -280,6 +280,6 @@ def test_a_window_outlives_its_buffer_as_an_error(buf):
 
 
 def test_memory_of_another_part_of_itself(buf):
-    with buf.map("rw") as view:
+    with buf.map("r+") as view:
         buf.pwrite(view[0:1000], 500)
     assert buf.pread(1000, 500) == CONTENT[:1000]

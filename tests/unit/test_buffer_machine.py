@@ -155,7 +155,7 @@ class BufferMachine(RuleBasedStateMachine):
     @rule(offset=st.integers(0, SIZE), data=DATA, keep=st.booleans())
     def map(self, offset, data, keep):
         data = data[: SIZE - offset]
-        with self.buffer.map("rw", offset, len(data)) as view:
+        with self.buffer.map("r+", offset, len(data)) as view:
             assert view == self.memory[offset : offset + len(data)]
             view[:] = data
             self.memory[offset : offset + len(data)] = data

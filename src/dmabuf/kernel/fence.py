@@ -37,7 +37,7 @@ What is coherent, and when:
 - *Native and direct transfers* need no bracket: the target device's DMA mapping of the memory,
   made by the kernel, does the cache work for that device. The edges are copied by the CPU, so a
   transfer that has any is bracketed like every other copy. Where the target device snoops and
-  another, which does not, is to read what it brought, an empty bracket (map("rw")) writes back
+  another, which does not, is to read what it brought, an empty bracket (map("r+")) writes back
   what the caches may hold.
 - *PCIe.* A device's posted writes to host memory arrive in order, and its completion after them,
   so a completion the CPU sees is after the data. That holds for one destination: with

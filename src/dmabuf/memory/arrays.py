@@ -6,7 +6,7 @@ refuses to close while one exists. All are read-only if the buffer is.
 Each array and tensor is one CPU access: DMA_BUF_IOCTL_SYNC START when it is made, which waits for
 the fences of devices and makes their writes visible, and END when the last object over it is
 deleted. While devices work in between, each phase of CPU access needs a START and END of its own:
-`with buffer.map("rw"):` issues them, for existing arrays too.
+`with buffer.map("r+"):` issues them, for existing arrays too.
 """
 
 from __future__ import annotations

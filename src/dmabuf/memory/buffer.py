@@ -189,7 +189,7 @@ class Buffer(
 
         Args:
             mode: "r" (the view is read-only), "w" (bytes that are not written are undefined on
-                machines without coherent DMA) or "rw".
+                machines without coherent DMA) or "r+", which reads and writes.
             offset: bytes, or text such as "1MiB".
             size: bytes, or text; None is all the rest.
 
@@ -229,8 +229,7 @@ class Buffer(
         """Return a window: a range of the buffer as a file of its own.
 
         Args:
-            mode: "r", "w" or "rw" ("r+" and "b" are accepted); by default all that the buffer
-                itself allows.
+            mode: "r", "w" or "r+"; by default all that the buffer itself allows.
             offset: bytes, or text such as "1MiB".
             size: bytes, or text; None is all the rest.
 
@@ -243,7 +242,7 @@ class Buffer(
 
         Raises what :meth:`map` raises.
         """
-        mode = ("rw" if self._access[1] else "r") if mode is None else mode
+        mode = ("r+" if self._access[1] else "r") if mode is None else mode
         read, write = self.check_mode(mode)
         start, length = self.check_range(offset, size)
         written = (self._written or 0) - start

@@ -16,15 +16,14 @@ if TYPE_CHECKING:
 
 _PEEK = 8192
 
-_DIRECTIONS = {"r": (True, False), "w": (False, True), "rw": (True, True)}
+_DIRECTIONS = {"r": (True, False), "w": (False, True), "r+": (True, True)}
 
 
 def parse_mode(mode: object) -> tuple[bool, bool]:
-    """Return (read, write) of a mode: "r", "w" or "rw"; "r+" and "b" are accepted as by open()."""
-    plain = mode.replace("b", "").replace("r+", "rw") if isinstance(mode, str) else None
-    if plain not in _DIRECTIONS:
-        raise ValueError(f'mode must be "r", "w" or "rw", not {mode!r}')
-    return _DIRECTIONS[plain]
+    """Return whether a mode reads, and whether it writes; raise ValueError for an unknown one."""
+    if not isinstance(mode, str) or mode not in _DIRECTIONS:
+        raise ValueError(f"invalid mode={mode!r}: use one of 'r', 'w', 'r+'")
+    return _DIRECTIONS[mode]
 
 
 def _as_bytes(data: "ReadableBuffer", *, writable: bool = False) -> memoryview:

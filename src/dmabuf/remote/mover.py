@@ -121,7 +121,7 @@ class MoverData(Data):
         done, block = 0, self._mover.blocks[0]
         while done < size:
             part = min(size - done, block.size - self._filled)
-            with block.map("rw", self._filled, part) as view:
+            with block.map("r+", self._filled, part) as view:
                 if not isinstance(content, int):
                     view[:] = content[done : done + part]
                 elif os.preadv(content, [view], done) != part:

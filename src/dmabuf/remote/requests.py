@@ -407,7 +407,7 @@ class Client:
         data.begin([size])
         buffer, linked = store.create(None, size, mode=mode, trusted=True), False
         try:
-            with buffer.map("rw", 0, size) as view:
+            with buffer.map("r+", 0, size) as view:
                 self._receive(data, partial(data.read_into, view))
                 limit = min(request.number("checksum"), size)
                 digest = _checksum([view[:limit]]) if limit else ""

@@ -305,7 +305,7 @@ def mapped(
         buffer.wait("read" if reads else "write", terms.timeout)
     buffer.hold()
     try:
-        with buffer.map("r" if reads else "rw", first, last - first) as view:
+        with buffer.map("r" if reads else "r+", first, last - first) as view:
             yield view, [(start - first, size) for start, size in places]
     finally:
         buffer.release()
