@@ -264,6 +264,7 @@ def test_misused(name: str, capsys: Capture) -> None:
     assert (ended.status, ended.out) == (2, "")
     assert ended.err.startswith("error: ")
     assert text in ended.err
+    assert "<" not in ended.err, "no representation of a Python object"
     assert ended.err.endswith("try 'dmabuf cp --help'\n")
 
 

@@ -82,7 +82,7 @@ def _arguments(parser: Parser) -> None:
     parser.option(
         "--require", "", "Which routes are acceptable.", default="any", choices=[*ALLOWED]
     )
-    parser.option("--route", "", "The only acceptable route.", choices=[*Route])
+    parser.option("--route", "", "The only acceptable route.", choices=[one.value for one in Route])
     text = "fastest takes from the page cache what is there."
     parser.option("--prefer", "", text, default="zero-copy", choices=["zero-copy", "fastest"])
     parser.shared("exporter")
