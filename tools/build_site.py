@@ -21,12 +21,23 @@ PUBLIC = [
     "dmabuf",
     *(
         f"dmabuf.{room}"
-        for room in ("aio", "safetensors", "formats", "store", "remote", "mount", "inspect")
+        for room in ("aio", "safetensors", "formats", "store", "remote", "mount", "inspect", "ray")
     ),
     *(f"dmabuf.{room}" for room in ("remote.aio", "integrations", "compat.kvikio")),
     *(
         f"dmabuf.devices.{kind}"
-        for kind in ("v4l2", "drm", "vulkan", "cuda", "hip", "level_zero", "vfio")
+        for kind in (
+            "v4l2",
+            "codec",
+            "drm",
+            "vaapi",
+            "vulkan",
+            "cuda",
+            "hip",
+            "level_zero",
+            "vfio",
+            "block",
+        )
     ),
 ]
 """The modules whose `__all__` is the public interface."""

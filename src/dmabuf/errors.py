@@ -156,12 +156,12 @@ class IntegrityError(OSError):
         path: _Path = None,
         *,
         offset: int | None = None,
-        counts: Mapping[Any, int] | None = None,
+        counts: Mapping[str, int] | None = None,
         report: str = "",
     ) -> None:
         super().__init__(errno.EIO, message, path)
         self.offset = offset
-        self.counts: dict[str, int] = {str(kind): count for kind, count in (counts or {}).items()}
+        self.counts = dict(counts or {})
         self.report = report
 
     def __reduce__(self) -> tuple[object, ...]:

@@ -26,13 +26,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from dmabuf.memory import Buffer
 from dmabuf.remote import Certificates
 from dmabuf.sizes import Size, parse_size
 
 if TYPE_CHECKING:
+    import ray
     from ray.data.datasource import Datasource
 
 __all__ = ["files_source", "get", "model_source", "use"]
@@ -68,7 +69,9 @@ def use(
         register_tensor_transport(ray_transport.NAME, ["cpu"], Transport, Buffer)
 
 
-def get(ref: Any, into: Buffer, *, buffer_offset: Size = 0, size: Size | None = None) -> Buffer:
+def get(
+    ref: ray.ObjectRef, into: Buffer, *, buffer_offset: Size = 0, size: Size | None = None
+) -> Buffer:
     """Fetch the Buffer of a reference into a range of one that exists, and return that.
 
     Args:

@@ -85,7 +85,15 @@ def content(buffer, start=0, size=None):
 @pytest.mark.parametrize("terms", [None, Terms(route="staged"), Terms(route="buffered")])
 def test_every_byte_is_read_to_its_place(many, files, buffer, queue_depth, terms):
     records = [(path, 0, SIZE, index * SIZE) for index, path in enumerate(files)]
-    done = many.read_files(records, buffer, queue_depth=queue_depth, terms=terms)
+    calls = []
+    done = many.read_files(
+        records,
+        buffer,
+        queue_depth=queue_depth,
+        terms=terms,
+        progress=lambda *sums: calls.append(sums),
+    )
+    assert calls[-1] == (sum(len(data) for data in files.values()),) * 2
     expected = bytearray(poison(buffer.size))
     for index, (record, data) in enumerate(zip(done, files.values(), strict=True)):
         assert record.nbytes == len(data)
@@ -154,7 +162,9 @@ def test_every_byte_is_written(many, buffer, tmp_path, terms):
         (tmp_path / f"out-{index}", 7 * (index % 2), SIZE - index, index * SIZE + index % 3)
         for index in range(40)
     ]
-    done = many.write_files(records, buffer, terms=terms)
+    calls = []
+    done = many.write_files(records, buffer, terms=terms, progress=lambda *sums: calls.append(sums))
+    assert calls[-1] == (sum(size for _, _, size, _ in records),) * 2
     for record, (path, offset, size, start) in zip(done, records, strict=True):
         assert record.nbytes == size
         assert_same(path.read_bytes(), bytes(offset) + data[start : start + size], str(path))

@@ -9,10 +9,10 @@ from typing import TypeVar
 from dmabuf import copying
 from dmabuf.aio.engine import loop_engine
 from dmabuf.aio.waiter import Loop
-from dmabuf.copying import DEPTH, AnyFileRange, Copy, Outcome, SourceEnd, TargetEnd
+from dmabuf.copying import DEPTH, AnyFileRange, Copy, SourceEnd, TargetEnd
 from dmabuf.memory import Buffer
 from dmabuf.sizes import Size
-from dmabuf.transfer import Prefer, Progress, Require, Route, Terms, stopping
+from dmabuf.transfer import Prefer, Progress, Require, Route, Terms, Transfer, stopping
 
 T = TypeVar("T")
 
@@ -98,12 +98,16 @@ async def read_files(
     *,
     terms: Terms | None = None,
     queue_depth: int = DEPTH,
-) -> list[Outcome]:
+    progress: Progress | None = None,
+) -> list[Transfer | OSError]:
     """Read a range of each of many files into a buffer; see `dmabuf.read_files`.
 
-    Cancelling it returns when the transfers in flight have ended. No further file is opened.
+    `progress` is called in a thread. Cancelling it returns when the transfers in flight have ended.
+    No further file is opened.
     """
-    read = partial(copying.read_files, files, buffer, terms=terms, queue_depth=queue_depth)
+    read = partial(
+        copying.read_files, files, buffer, terms=terms, queue_depth=queue_depth, progress=progress
+    )
     return await _in_thread(lambda _: read())
 
 
@@ -113,10 +117,14 @@ async def write_files(
     *,
     terms: Terms | None = None,
     queue_depth: int = DEPTH,
-) -> list[Outcome]:
+    progress: Progress | None = None,
+) -> list[Transfer | OSError]:
     """Write ranges of a buffer to many files, each whole or not; see `dmabuf.write_files`.
 
-    Cancelling it returns when the transfers in flight have ended. No further file is begun.
+    `progress` is called in a thread. Cancelling it returns when the transfers in flight have ended.
+    No further file is begun.
     """
-    write = partial(copying.write_files, files, buffer, terms=terms, queue_depth=queue_depth)
+    write = partial(
+        copying.write_files, files, buffer, terms=terms, queue_depth=queue_depth, progress=progress
+    )
     return await _in_thread(lambda _: write())

@@ -74,8 +74,6 @@ class Range(NamedTuple):
     buffer_offset: int
 
 
-Outcome = Transfer | OSError
-"""What became of one file."""
 AnyFileRange = FileRange | tuple[str | bytes | os.PathLike[str], Size, Size, Size]
 
 
@@ -86,7 +84,7 @@ def read_files(
     terms: Terms | None = None,
     queue_depth: int = DEPTH,
     progress: Progress | None = None,
-) -> list[Outcome]:
+) -> list[Transfer | OSError]:
     """Read a range of each of many files into a buffer, many of them at once.
 
     Args:
@@ -141,7 +139,7 @@ def write_files(
     terms: Terms | None = None,
     queue_depth: int = DEPTH,
     progress: Progress | None = None,
-) -> list[Outcome]:
+) -> list[Transfer | OSError]:
     """Write ranges of a buffer to many files, many of them at once; each appears whole or not.
 
     A file that exists is replaced when its new content is complete, and keeps its permissions,

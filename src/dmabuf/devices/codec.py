@@ -24,7 +24,7 @@ from dmabuf.kernel import fence
 from dmabuf.memory import Buffer
 from dmabuf.sizes import as_int
 
-__all__ = ["Codec", "Input", "codec"]
+__all__ = ["Codec", "Frame", "Input", "codec"]
 
 Kind = Literal["encoder", "decoder", "converter"]
 

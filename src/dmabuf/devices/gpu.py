@@ -294,7 +294,7 @@ class Device(DeviceHandle):
         address, nbytes = as_int(address, "address"), _size(size)
         return self._within(address, nbytes, None)
 
-    def from_dlpack(self, tensor: Any) -> Memory:
+    def from_dlpack(self, tensor: object) -> Memory:
         """Use the memory of a tensor on this device, which the Memory keeps alive; copy nothing.
 
         ``tensor`` is anything with ``__dlpack__``, and contiguous. A transfer with ``stream=``

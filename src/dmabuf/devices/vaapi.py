@@ -32,7 +32,7 @@ from dmabuf.kernel import fence
 from dmabuf.memory import Buffer, from_fd
 from dmabuf.sizes import as_int
 
-__all__ = ["Display", "Surface", "open"]
+__all__ = ["Display", "Image", "Surface", "open"]
 
 _MAJOR = 226  # of every DRM node (Documentation/admin-guide/devices.txt)
 _NODES = "/dev/dri/renderD128 or similar"

@@ -23,6 +23,7 @@ from dmabuf.sizes import Size, as_int
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+    import torch
 
 HOST = 1
 """kDLCPU, the device type of memory that the CPU reaches (dlpack.h)."""
@@ -84,7 +85,12 @@ def asarray(
     return array
 
 
-def astensor(self: Mapped, dtype: Any = None, shape: Shape = None, offset: Size = 0) -> Any:
+def astensor(
+    self: Mapped,
+    dtype: torch.dtype | str | None = None,
+    shape: Shape = None,
+    offset: Size = 0,
+) -> torch.Tensor:
     """Return the memory from ``offset`` on as a PyTorch tensor on the CPU: no copy.
 
     Args:
@@ -100,11 +106,11 @@ def astensor(self: Mapped, dtype: Any = None, shape: Shape = None, offset: Size 
         ImportError: PyTorch or NumPy is not installed; names the command that installs it.
         ValueError, TypeError, io.UnsupportedOperation, OSError: as :meth:`asarray`.
     """
-    torch = import_optional("torch", "Buffer.astensor", "torch")
-    item = torch.uint8 if dtype is None else dtype
+    library = import_optional("torch", "Buffer.astensor", "torch")
+    item = library.uint8 if dtype is None else dtype
     if isinstance(item, str):
-        item = getattr(torch, item.removeprefix("torch."), None)
-    if not isinstance(item, torch.dtype):
+        item = getattr(library, item.removeprefix("torch."), None)
+    if not isinstance(item, library.dtype):
         raise TypeError(f"dtype must be a torch.dtype or the name of one, not {dtype!r}")
     if self.readable() and not self.writable():
         raise PermissionError(
@@ -122,7 +128,7 @@ def astensor(self: Mapped, dtype: Any = None, shape: Shape = None, offset: Size 
             "needs that, asarray() accepts any"
         )
     flat = asarray(self, "u1", math.prod(lengths) * item.itemsize, offset)
-    return torch.from_numpy(flat).view(item).reshape(lengths)
+    return library.from_numpy(flat).view(item).reshape(lengths)
 
 
 def dlpack(

@@ -327,7 +327,7 @@ class TensorMemory(NamedTuple):
     read_only: bool
 
 
-def from_dlpack(tensor: Any) -> Window:
+def from_dlpack(tensor: object) -> Window:
     """Return the part of a Buffer that an array or tensor lies in, as a window; copy nothing.
 
     ``tensor`` is anything with ``__dlpack__`` over memory of a Buffer of this process, such as a

@@ -29,6 +29,7 @@ from dmabuf.remote.lending import Lending
 from dmabuf.remote.replicas import ReplicaFile
 from dmabuf.remote.server import Listener, serving
 from dmabuf.remote.session import RemotePlan, RemoteTransfer
+from dmabuf.store import Status
 
 __all__ = [
     "Certificates",
@@ -39,6 +40,7 @@ __all__ = [
     "RemotePlan",
     "RemoteTransfer",
     "ReplicaFile",
+    "Status",
     "certificates_from_environment",
     "connect",
     "open_url",

@@ -22,10 +22,10 @@ import anyio
 
 from dmabuf import remote
 from dmabuf.aio import call
-from dmabuf.remote import Certificates
+from dmabuf.remote import Certificates, RemotePlan, RemoteTransfer, Status
 from dmabuf.transfer import Mode
 
-__all__ = ["Node", "RemoteFile", "connect"]
+__all__ = ["Node", "RemoteFile", "RemotePlan", "RemoteTransfer", "Status", "connect"]
 
 P = ParamSpec("P")
 T = TypeVar("T")

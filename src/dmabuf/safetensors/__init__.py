@@ -29,7 +29,7 @@ from dmabuf.safetensors.opening import SafeOpen, Slice, safe_open
 from dmabuf.safetensors.pending import Saving
 from dmabuf.safetensors.saving import save, save_file
 from dmabuf.safetensors.shared import SharedModel, shared_models
-from dmabuf.safetensors.views import Framework
+from dmabuf.safetensors.views import Framework, Tensor
 
 __all__ = [
     "Entry",
@@ -39,6 +39,7 @@ __all__ = [
     "SharedModel",
     "Slice",
     "Source",
+    "Tensor",
     "Tensors",
     "files_of",
     "load",

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dmabuf.safetensors.files import Source
 from dmabuf.safetensors.loading import load_file
 from dmabuf.safetensors.saving import save_file
 from dmabuf.transfer import Progress
 
+if TYPE_CHECKING:
+    import torch
+
 
 def save_model(
-    model: Any,
+    model: torch.nn.Module,
     filename: str | os.PathLike[str],
     metadata: Mapping[str, str] | None = None,
     *,
@@ -44,7 +47,7 @@ def save_model(
 
 
 def load_model(
-    model: Any,
+    model: torch.nn.Module,
     filename: Source,
     strict: bool = True,
     device: object = "cpu",

@@ -338,9 +338,8 @@ class Check:
             lines.append(f"  wanted {run.wanted[:16].hex(' ')}")
             lines.append(f"  found  {run.got[:16].hex(' ')}")
         report = "\n".join(lines)
-        error = IntegrityError(
-            text, self._path, offset=offset, counts=findings.counts, report=report
-        )
+        counts = {str(kind): count for kind, count in findings.counts.items()}
+        error = IntegrityError(text, self._path, offset=offset, counts=counts, report=report)
         error.nbytes = findings.first if self._sample is None else 0
         return error
 
