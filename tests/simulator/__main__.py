@@ -69,14 +69,14 @@ def give_up(*_: object) -> None:
 
 
 def one(seed: int, folder: Path, counts: Counter[str]) -> None:
-    """Run one episode; one of 64 a second time, unless it is one of an event loop."""
+    """Run one episode; one of 64 a second time."""
     episode = Episode(seed, folder)
     try:
         counts.update(episode.run())
         counts["episodes"] += 1
     finally:
         episode.close()
-    if counts["episodes"] % 64 != 1 or episode.way == episode.loop:
+    if counts["episodes"] % 64 != 1:
         return
     again = Episode(seed, folder)
     try:

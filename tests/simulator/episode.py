@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from tests.simulator import core  # before dmabuf
+from tests.simulator import core, loops  # before dmabuf
 
 # isort: split
 
@@ -128,7 +128,7 @@ class Episode:
 
     def __init__(self, seed: int, folder: Path) -> None:
         lib.virtual_begin(seed, NO_FAULTS)
-        self.dice = dice = Dice(seed)
+        self.seed, self.dice = seed, (dice := Dice(seed))
         self.path = folder / "file"
         self.counts: Counter[str] = Counter()
         self.lying = dice.random() < 0.4
@@ -472,7 +472,7 @@ class Episode:
     def loop(self) -> None:
         lib.virtual_forbid(0, 1)
         try:
-            anyio.run(self.at_once, backend=self.dice.choice(["asyncio", "trio"]))
+            loops.run(self.at_once, self.dice.choice(["asyncio", "trio"]), self.seed)
         except OSError as error:  # no memory for the loop's ring
             self.counts["errors"] += 1
             if error.errno != errno.ENOMEM:
