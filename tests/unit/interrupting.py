@@ -77,7 +77,8 @@ class Points:
 
     def _at(self, code, offset):
         name = dis.opname[code.co_code[offset]]
-        point = self._after_call or name.startswith(("RESUME", "JUMP_BACKWARD"))
+        point = name.startswith(("RESUME", "JUMP_BACKWARD"))
+        point = point or (self._after_call and name != "PUSH_EXC_INFO")  # that call has raised
         self._after_call = name.startswith("CALL")
         if point:
             self.seen += 1
