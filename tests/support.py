@@ -1,6 +1,7 @@
 """Shared helpers of the tests: data and poison, comparisons by plain pread, and block devices."""
 
 import contextlib
+import errno
 import gc
 import os
 import random
@@ -334,6 +335,17 @@ def mounted(
         yield folder
     finally:
         let_go(lambda: run("umount", folder))
+        # A program that has copied the mounts meanwhile (unshare -m) keeps the device till it ends.
+        wait_until(lambda: not is_claimed(device), f"{device} without a mount")
+
+
+def is_claimed(device: str) -> bool:
+    """Return whether a filesystem or another user of a block device has it for itself."""
+    try:
+        os.close(os.open(device, os.O_RDONLY | os.O_EXCL))
+    except OSError as error:
+        return error.errno == errno.EBUSY
+    return False
 
 
 def has_program(name: str) -> bool:

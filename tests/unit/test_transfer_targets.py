@@ -8,6 +8,7 @@ import errno
 import mmap
 import os
 import sys
+import threading
 from array import array
 
 import pytest
@@ -127,6 +128,27 @@ def test_the_end_of_a_device(tmp_path, buf):
 
 def _triple(*numbers):
     return array("Q", numbers)
+
+
+@needs("loop")
+def test_a_device_is_opened_by_many_at_once(tmp_path):
+    """Whether it is mounted is found out by a claim, which must not refuse the others."""
+    refused = []
+
+    def open_often():
+        try:
+            for _ in range(200):
+                dmabuf.open(device, "r+").close()
+        except OSError as error:
+            refused.append(error)
+
+    with loop_device(tmp_path / "image", 1 << 20) as device:
+        threads = [threading.Thread(target=open_often) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not refused
 
 
 @needs("ext4")

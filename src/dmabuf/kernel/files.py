@@ -9,6 +9,7 @@ import os
 import re
 import stat
 import struct
+import time
 from contextlib import suppress
 from typing import Any, Literal, NamedTuple
 
@@ -306,6 +307,24 @@ def _on_zram(fd: int, kind: Kind) -> bool:
     except OSError:
         return False
     return "/block/zram" in link
+
+
+def try_claim(device: str) -> OSError | None:
+    """Return why a block device cannot be claimed: EBUSY if it is mounted, or another has it.
+
+    A claim ends at once. So a program that tries the same, as this one does in another thread, has
+    the device for a moment only: EBUSY is asked about again, for a tenth of a second.
+    """
+    pauses = iter([0.001] * 20 + [0.01] * 8)
+    while True:
+        try:
+            os.close(os.open(device, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+            return None
+        except OSError as error:
+            pause = next(pauses, None)
+            if error.errno != errno.EBUSY or pause is None:
+                return error
+        time.sleep(pause)
 
 
 def why_not_direct(error: OSError) -> str:

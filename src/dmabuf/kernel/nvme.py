@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 from dmabuf._core import ffi, lib
 from dmabuf.errors import os_error
-from dmabuf.kernel import proc, uapi
+from dmabuf.kernel import files, proc, uapi
 
 SYSFS = "/sys"
 
@@ -420,15 +420,13 @@ def check_claim(namespace: Namespace, path: str) -> None:
     if namespace.disk is None:
         return
     node = f"/dev/{namespace.disk}"
-    try:
-        fd = os.open(node, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC)
-    except OSError as error:
+    refusal = files.try_claim(node)
+    if refusal is not None:
         what = f"the namespace is mounted, or claimed by another program, as {node}"
-        if error.errno != errno.EBUSY:
-            what = f"whether the namespace is mounted as {node} cannot be seen ({error.strerror})"
+        if refusal.errno != errno.EBUSY:
+            what = f"whether the namespace is mounted as {node} cannot be seen ({refusal.strerror})"
         text = f"{what}: writing to it might destroy what is there; unmount it, or pass force=True"
-        raise os_error(errno.EBUSY, text, path) from None
-    os.close(fd)
+        raise os_error(errno.EBUSY, text, path)
 
 
 def check_whole_blocks(namespace: Namespace, offset: int, size: int, path: str) -> None:

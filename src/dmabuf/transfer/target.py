@@ -166,16 +166,13 @@ class Target:
             nvme.check_claim(self.namespace, self.path)
         if self.kind != "block device" or not self.writable or force:
             return
-        try:
-            os.close(os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
-        except OSError as error:
-            if error.errno != errno.EBUSY:
-                return
+        refusal = files.try_claim(f"/proc/self/fd/{self.fd}")
+        if refusal is not None and refusal.errno == errno.EBUSY:
             text = (
                 "the block device is mounted, or claimed by swap, LVM or another program: writing "
                 "to it would destroy what is there; unmount it, or pass force=True"
             )
-            raise os_error(errno.EBUSY, text, self.path) from None
+            raise os_error(errno.EBUSY, text, self.path)
 
     def plain(self) -> int:
         """Return the descriptor without O_DIRECT, which is opened now if there is none yet."""
