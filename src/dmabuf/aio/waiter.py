@@ -24,7 +24,7 @@ from dmabuf.aio.requests import Batch, Call, Readiness, Request
 from dmabuf.errors import ClosedError
 from dmabuf.kernel import fence
 from dmabuf.sizes import Size
-from dmabuf.transfer import TURN_PAUSE, Engine, Job, Link, Terms, Transfer, Turn, late
+from dmabuf.transfer import RETRY_PAUSE, Engine, Job, Link, SharedPagesLock, Terms, Transfer, late
 
 T = TypeVar("T")
 
@@ -109,13 +109,13 @@ class Loop:
         """Run a job to its end, and return it. What interrupts it is in the job."""
         if not job.measure.shared_pages:
             return await self._run(job)
-        turn = Turn(job)
+        lock = SharedPagesLock(job)
         try:
-            while not turn.taken():
-                await anyio.sleep(TURN_PAUSE)
+            while not lock.acquire():
+                await anyio.sleep(RETRY_PAUSE)
             return await self._run(job)
         finally:
-            turn.others.pop(turn, None)
+            lock.holders.pop(lock, None)
 
     async def _run(self, job: Job) -> Job:
         request = Batch(self, job)

@@ -9,10 +9,6 @@ The modules `audit`, `growth` and `stream` belong to the face, too.
 """
 
 from dmabuf.transfer import audit, growth, stream
-from dmabuf.transfer.apart import (
-    TURN_PAUSE,
-    Turn,
-)
 from dmabuf.transfer.audit import (
     device_of,
 )
@@ -76,14 +72,15 @@ from dmabuf.transfer.run import (
     segments_of,
     stopping,
 )
+from dmabuf.transfer.shared_pages import RETRY_PAUSE, SharedPagesLock
 from dmabuf.transfer.together import read_together
 
 __all__ = [
     "ALLOWED",
     "BLOCK",
     "BLOCKING",
+    "RETRY_PAUSE",
     "SMALL",
-    "TURN_PAUSE",
     "Audit",
     "Backend",
     "BaseFile",
@@ -106,9 +103,9 @@ __all__ = [
     "Ring",
     "Route",
     "Segments",
+    "SharedPagesLock",
     "Terms",
     "Transfer",
-    "Turn",
     "Verbs",
     "audit",
     "complete",

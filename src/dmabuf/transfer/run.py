@@ -18,8 +18,8 @@ from typing import Any, Literal, Protocol, TypeVar
 from dmabuf._core import ffi
 from dmabuf.errors import os_error
 from dmabuf.kernel import fence
-from dmabuf.transfer.apart import TURN_PAUSE, Turn
 from dmabuf.transfer.engine import Engine, Job, this_thread
+from dmabuf.transfer.shared_pages import RETRY_PAUSE, SharedPagesLock
 
 T = TypeVar("T")
 
@@ -189,15 +189,15 @@ class Blocking:
         # A transfer inside another, in a signal handler, would wait for the outer one for ever.
         if not job.measure.shared_pages or in_transfer(2):
             return engine.run(job)
-        turn = Turn(job)
+        lock = SharedPagesLock(job)
         try:
-            while not turn.taken():
+            while not lock.acquire():
                 if stopping.check is not None:
                     stopping.check()
-                time.sleep(TURN_PAUSE)
+                time.sleep(RETRY_PAUSE)
             return engine.run(job)
         finally:
-            turn.others.pop(turn, None)
+            lock.holders.pop(lock, None)
 
     async def fences(
         self,
