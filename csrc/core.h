@@ -62,7 +62,7 @@ int dmb_ring_register_file(struct dmb_ring *ring, unsigned slot, int fd);
  * Run the work that the kernel defers to the ring's owner (DEFER_TASKRUN). It may drop the last
  * reference to a request's file, whose device stays busy until then.
  */
-void dmb_ring_settle(struct dmb_ring *ring);
+void dmb_ring_run_deferred(struct dmb_ring *ring);
 
 enum dmb_direction {
 	DMB_READ = 0,  /* file to buffer */

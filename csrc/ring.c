@@ -302,7 +302,7 @@ int dmb_ring_register_dmabuf(struct dmb_ring *ring, unsigned slot, int dmabuf_fd
 	return ring->ops->register_dmabuf(ring, slot, dmabuf_fd, target_fd);
 }
 
-void dmb_ring_settle(struct dmb_ring *ring)
+void dmb_ring_run_deferred(struct dmb_ring *ring)
 {
 	if (!ring->threads)
 		io_uring_get_events(&ring->uring);

@@ -285,7 +285,7 @@ def let_go(release: Callable[[], object]) -> None:
             gc.unfreeze()  # which conftest.py froze, or they would not be listed
             for ring in gc.get_objects():
                 if isinstance(ring, Ring) and ring.handle:
-                    lib.dmb_ring_settle(ring.handle)  # refused to all but the ring's owner
+                    lib.dmb_ring_run_deferred(ring.handle)  # refused to all but the ring's owner
             return False
         return True
 

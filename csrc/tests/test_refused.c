@@ -286,7 +286,7 @@ static int attempt(const struct kind *kind, const struct dmb_job *job, struct dm
 	}
 	ring->ops = real_ops;
 	dmb_testing_set_filter(NULL, NULL);
-	dmb_ring_settle(ring);
+	dmb_ring_run_deferred(ring);
 	dmb_ring_destroy(ring);
 	return rc ? rc : -result->error;
 }

@@ -1,4 +1,4 @@
-"""Writes of one file that share a page, one of them through the page cache: they take turns."""
+"""Writes of one file that share a page, one of them through the page cache: one waits."""
 
 import errno
 import os

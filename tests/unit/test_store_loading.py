@@ -351,14 +351,14 @@ def test_a_server_ends_while_a_client_waits_for_fuse(
 ) -> None:
     """FUSE answers after the server has ended, or while it ends, when its clients are closed."""
     if answers:
-        settle_server = server.Server._settle
+        finish_requests = server.Server._finish_requests
 
         def answer(ending: server.Server) -> None:
             os.kill(pid, signal.SIGCONT)
             wait_until(lambda: ending._calls, "the descriptor is closed")
-            settle_server(ending)
+            finish_requests(ending)
 
-        monkeypatch.setattr(server.Server, "_settle", answer)
+        monkeypatch.setattr(server.Server, "_finish_requests", answer)
     with dmabuf.allocate(SIZE, exporter="memfd") as buffer:
         file, pid = server_of(lambda: by_fuse(buffer))
         with file:

@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     from dmabuf.cli import output
 
-    return output.settled(_run(list(sys.argv[1:] if argv is None else argv)))
+    return output.flush(_run(list(sys.argv[1:] if argv is None else argv)))
 
 
 def _run(words: list[str]) -> int:

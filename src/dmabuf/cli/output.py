@@ -83,7 +83,7 @@ def error(text: str) -> None:
     note(f"error: {text}")
 
 
-def settled(status: int) -> int:
+def flush(status: int) -> int:
     """Return the exit status once all output has been written or never will be.
 
     Otherwise Python would flush again at exit, complain, and exit with status 120.

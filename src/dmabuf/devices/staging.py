@@ -208,13 +208,13 @@ class Staging(lifetime.DeviceHandle):
 
     def _to_device(self, job: _Job, address: int) -> int:
         """Fill blocks from the file, and copy each to the device; return the bytes."""
-        flying: deque[tuple[object, int]] = deque()
+        copies: deque[tuple[object, int]] = deque()
         done = 0
         try:
             begun = 0
             for number, (at, size) in enumerate(job.pieces()):
-                if len(flying) == len(self._pool):
-                    done += self._landed(flying)
+                if len(copies) == len(self._pool):
+                    done += self._wait_for_oldest(copies)
                 block, failure = self._pool[number % len(self._pool)], None
                 try:
                     got = job.move(block, at, size)
@@ -222,29 +222,29 @@ class Staging(lifetime.DeviceHandle):
                     got, failure = getattr(error, "nbytes", 0), error
                 if got:
                     host, device = _address(block) + at, address + begun
-                    flying.append((self._copier.to_device(device, host, got), got))
+                    copies.append((self._copier.to_device(device, host, got), got))
                     begun += got
                 if failure is not None:
-                    while flying:
-                        done += self._landed(flying)
+                    while copies:
+                        done += self._wait_for_oldest(copies)
                     raise failure
                 if got < size:
                     break
-            while flying:
-                done += self._landed(flying)
+            while copies:
+                done += self._wait_for_oldest(copies)
             job.check_end()
         except BaseException as error:
-            self._settle()
+            self._wait_for_copies()
             with suppress(OSError):
-                while flying and self._copier.finished(flying[0][0]):
-                    done += flying.popleft()[1]
+                while copies and self._copier.finished(copies[0][0]):
+                    done += copies.popleft()[1]
             error.nbytes = done  # type: ignore[attr-defined]
             raise
         return done
 
     def _to_host(self, job: _Job, address: int, sync: bool) -> int:
         """Fill blocks from the device, and write each to the file; return the bytes."""
-        flying: deque[tuple[object, int, int, Buffer]] = deque()
+        copies: deque[tuple[object, int, int, Buffer]] = deque()
         free, pieces = deque(self._pool), job.pieces()
         begun = done = 0
         try:
@@ -253,23 +253,23 @@ class Staging(lifetime.DeviceHandle):
                     (at, size), block = piece, free.popleft()
                     host = _address(block) + at
                     copy = self._copier.to_host(host, address + begun, size)
-                    flying.append((copy, at, size, block))
+                    copies.append((copy, at, size, block))
                     begun += size
-                if not flying:
+                if not copies:
                     return done
-                self._await(flying[0][0])
-                _, at, size, block = flying.popleft()
-                job.move(block, at, size, sync=sync and begun == job.size and not flying)
+                self._await(copies[0][0])
+                _, at, size, block = copies.popleft()
+                job.move(block, at, size, sync=sync and begun == job.size and not copies)
                 done += size
                 free.append(block)
         except BaseException as error:
             error.nbytes = done + getattr(error, "nbytes", 0)  # type: ignore[attr-defined]
             raise
 
-    def _landed(self, flying: deque[tuple[object, int]]) -> int:
+    def _wait_for_oldest(self, copies: deque[tuple[object, int]]) -> int:
         """Wait for the oldest copy, and return its bytes."""
-        self._await(flying[0][0])
-        return flying.popleft()[1]
+        self._await(copies[0][0])
+        return copies.popleft()[1]
 
     def _await(self, copy: object) -> None:
         wait_until(partial(self._copier.finished, copy), f"{self._copier.name}: to end a copy")
@@ -280,14 +280,14 @@ class Staging(lifetime.DeviceHandle):
         """Run a transfer; however it ends, return once no copy is in flight."""
         try:
             try:
-                _flying.add(self)
+                _in_flight.add(self)
                 return move()
             finally:
-                self._settle()
+                self._wait_for_copies()
         finally:
-            self._settle()  # an interrupt may have ended the first before it began
+            self._wait_for_copies()  # an interrupt may have ended the first before it began
 
-    def _settle(self) -> None:
+    def _wait_for_copies(self) -> None:
         """Return when no copy is in flight; raise the last interrupt that arrived meanwhile."""
         raised: BaseException | None = None
         failures = 0
@@ -298,10 +298,10 @@ class Staging(lifetime.DeviceHandle):
             failures = 0  # the device answers: an exception came from a signal
             return answer
 
-        while self in _flying and self._lost is None:
+        while self in _in_flight and self._lost is None:
             try:
                 wait_until(idle, f"{self._copier.name}: to end its copies")
-                _flying.discard(self)
+                _in_flight.discard(self)
             except BaseException as error:
                 raised = error
                 failures += isinstance(error, Exception)
@@ -316,7 +316,7 @@ class Staging(lifetime.DeviceHandle):
 
     def _check_usable(self) -> None:
         self.check_open()
-        self._settle()  # for a transfer that several interrupts ended too early
+        self._wait_for_copies()  # for a transfer that several interrupts ended too early
         if self._lost is not None:
             text = f"use {self._copier.name}: the device was lost ({self._lost}); restart"
             raise os_error(errno.ENODEV, text)
@@ -340,7 +340,7 @@ class Staging(lifetime.DeviceHandle):
         if not self._lock.acquire(blocking=False):
             raise BusyError(f"close {self!r}: a transfer is running; close it after that")
         try:
-            self._settle()
+            self._wait_for_copies()
             self._closed = True
             if self._lost is None:
                 self._free()
@@ -526,6 +526,6 @@ def _address(block: Buffer) -> int:
     return address
 
 
-_flying: set[Staging] = set()  # those with copies in flight, which keeps their blocks allocated
-os.register_at_fork(after_in_child=_flying.clear)
+_in_flight: set[Staging] = set()  # those with copies in flight, which keeps their blocks allocated
+os.register_at_fork(after_in_child=_in_flight.clear)
 _kept: list[Buffer] = []  # blocks that a device did not unpin

@@ -114,7 +114,7 @@ class _Context:
         with _errors(f"wait for {self.name}"):
             self.vk.vkDeviceWaitIdle(self.handle)
 
-    def settle(self) -> None:
+    def wait_or_lost(self) -> None:
         """Return when no job runs; a lost device runs none."""
         try:
             self.wait()
@@ -396,7 +396,7 @@ class Device(DeviceHandle):
         """
         if self._closed or self.forked:
             return
-        self._context.settle()
+        self._context.wait_or_lost()
         first: BufferError | None = None
         for one in list(self._context.made):
             try:
@@ -446,7 +446,7 @@ class _Made(DeviceHandle):
         """
         if self._closed or self.forked:
             return
-        self._context.settle()
+        self._context.wait_or_lost()
         self._closed = True
         try:
             self._undo.close()

@@ -6,7 +6,7 @@ as they are read from the file, in blocks of their own.
 
 A change of a file changes its ctime, but not at once: the kernel's clock for timestamps ticks every
 1 to 10 ms, and on ext4 with inodes of 128 bytes every second. So a state is only of use if its
-ctime is older than the clock (`State.settled`): any later change then has another ctime.
+ctime is older than the clock (`State.shows_changes`): any later change then has another ctime.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class State(NamedTuple):
     changed: int
     """ctime in nanoseconds."""
 
-    def settled(self) -> bool:
+    def shows_changes(self) -> bool:
         """Return whether any change from now on makes another state."""
         now = time.clock_gettime_ns(_CLOCK_REALTIME_COARSE)
         if self.changed % _SECOND == 0:  # perhaps timestamps of whole seconds

@@ -150,7 +150,7 @@ class Files:
         """Publish what is spooled, and close everything."""
         for file in list(self._files.values()):
             with suppress(OSError):
-                self.settle(file)
+                self.publish(file)
             self._close(file)
         self._connections.close()
 
@@ -369,7 +369,7 @@ class Files:
         file.handles += 1
 
     def release(self, file: File) -> None:
-        """Close a file. What could not be published before, by :meth:`settle`, is dropped."""
+        """Close a file. What could not be published before, by :meth:`publish`, is dropped."""
         if file.handles == 1:
             if file.spool is not None:
                 file.modified_ns = None
@@ -397,7 +397,7 @@ class Files:
             file.length = length
             if length:
                 try:
-                    self._publish(file)
+                    self._publish_spooled(file)
                 except OSError:
                     if before < length:
                         os.ftruncate(file.spool.fileno(), before)
@@ -425,13 +425,13 @@ class Files:
             "and becomes a new buffer"
         )
 
-    def settle(self, file: File) -> None:
+    def publish(self, file: File) -> None:
         """Give the store everything it does not have yet of a file. May take long."""
         if file.spool is not None:
-            self._publish(file)
+            self._publish_spooled(file)
         self._send(file)
 
-    def _publish(self, file: File) -> None:
+    def _publish_spooled(self, file: File) -> None:
         """Make a spooled file a buffer under its name."""
         assert file.spool is not None
         if file.number is not None and (now := self._find(file)) is not None:

@@ -210,7 +210,7 @@ class Operations(pyfuse3.Operations):
     async def _release(self, file: File) -> None:
         try:
             if file.handles == 1:
-                await trio.to_thread.run_sync(self._files.settle, file)
+                await trio.to_thread.run_sync(self._files.publish, file)
         except OSError:  # the last close(2) has reported it
             pass
         finally:
@@ -323,7 +323,7 @@ class Operations(pyfuse3.Operations):
             async with self._holding(old, new) as files:
                 for file in files:
                     if file.number is None:
-                        await trio.to_thread.run_sync(self._files.settle, file)
+                        await trio.to_thread.run_sync(self._files.publish, file)
                 self._files.rename(old, new, ctx.uid, replace=not flags)
             self._changed_ns = time.time_ns()
 
@@ -375,16 +375,16 @@ class Operations(pyfuse3.Operations):
         """close(2): the store has everything when it returns."""
         handle = self._handles[fh]
         if handle.write:
-            await self._settle(handle.file)
+            await self._publish(handle.file)
 
     async def fsync(self, fh: int, datasync: bool) -> None:
         """fsync(2): the store has everything when it returns."""
-        await self._settle(self._handles[fh].file)
+        await self._publish(self._handles[fh].file)
 
-    async def _settle(self, file: File) -> None:
+    async def _publish(self, file: File) -> None:
         with self._errors():
             async with file.lock:
-                await trio.to_thread.run_sync(self._files.settle, file)
+                await trio.to_thread.run_sync(self._files.publish, file)
 
     async def release(self, fh: int) -> None:
         """Drop an open file."""

@@ -31,7 +31,7 @@ class Item(NamedTuple):
     descriptors: Sequence[int]
 
 
-class Shelf:
+class DescriptorStore:
     """systemd's descriptor store, which holds items for the next server.
 
     ``room`` is the number of descriptors that fit (``FileDescriptorStoreMax=``), 0 to hold nothing.

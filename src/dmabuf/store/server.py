@@ -29,7 +29,7 @@ from dmabuf.store.loading import load, why_not
 from dmabuf.store.memory import Memory, make, rounded
 from dmabuf.store.names import READ, WRITE, Entry, Names, Peer
 from dmabuf.store.protocol import Loaded, Refusal, Usage
-from dmabuf.store.restart import Item, Shelf, Takeover, hand_over, take_over
+from dmabuf.store.restart import DescriptorStore, Item, Takeover, hand_over, take_over
 
 __all__ = ["Lent", "Server", "started"]
 
@@ -81,7 +81,7 @@ class Server:
         self,
         listener: socket.socket,
         max_memory: int,
-        inherited: Shelf | Takeover | None = None,
+        inherited: DescriptorStore | Takeover | None = None,
         idle: float | None = None,
     ) -> None:
         descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -102,12 +102,12 @@ class Server:
         self._left = False  # to another server
         self.requests: Counter[tuple[str, str]] = Counter()
         """The number of requests by operation and result: "ok", or the name of an errno."""
-        self._shelf = inherited if isinstance(inherited, Shelf) else None
+        self._descriptor_store = inherited if isinstance(inherited, DescriptorStore) else None
         self._takeover = inherited if isinstance(inherited, Takeover) else None
         if inherited is not None:
             self._adopt(inherited)
 
-    def _adopt(self, inherited: Shelf | Takeover) -> None:
+    def _adopt(self, inherited: DescriptorStore | Takeover) -> None:
         """Take what the last server left: first the buffers, then the clients."""
         entries: dict[int, Entry] = {}
         held: set[int] = set()
@@ -125,12 +125,12 @@ class Server:
                 held.update(client.unnamed)
                 self._clients.add(client)
             except (LookupError, TypeError, ValueError):
-                if self._shelf is None:
+                if self._descriptor_store is None:
                     text = "replace: the server is one of another version"
                     raise OSError(errno.EPROTO, text, self.path) from None
                 log.error("%s: an item of another version is dropped", item.key)
-            if self._shelf is not None:
-                self._shelf.remove(item.key)
+            if self._descriptor_store is not None:
+                self._descriptor_store.remove(item.key)
         inherited.items.clear()
         for number, entry in entries.items():
             if entry.name is None and number not in held:  # its client was lost with the server
@@ -213,10 +213,10 @@ class Server:
                 if client.awaited is not None:
                     self._again(client)
             while not self._stopping.is_set():
-                self._turn()
-            if self._shelf is not None and self._shelf.room:
-                self._settle()
-                self._leave_clients(self._shelf)
+                self._run_once()
+            if self._descriptor_store is not None and self._descriptor_store.room:
+                self._finish_requests()
+                self._leave_clients(self._descriptor_store)
         finally:
             self._stopping.set()
             if main:
@@ -229,20 +229,20 @@ class Server:
                 client.connection.close()
             else:
                 self._drop(client)
-        self._settle()
+        self._finish_requests()
         for entry in self._names:
             if entry.memory is not None:
                 entry.memory.close()
-        if self._left and self._shelf is None:
+        if self._left and self._descriptor_store is None:
             self._listener.close()
-        if self._shelf is not None:
-            self._shelf.close()
+        if self._descriptor_store is not None:
+            self._descriptor_store.close()
         self._selector.close()
         waker, self._waker = self._waker, -1
         os.close(waker)
         os.close(self._wake)
 
-    def _settle(self) -> None:
+    def _finish_requests(self) -> None:
         """Finish the requests that wait for memory."""
         self._loads.shutdown()
         self._pool.shutdown()
@@ -252,10 +252,10 @@ class Server:
         while self._calls:
             self._calls.popleft()()
 
-    def _leave_clients(self, shelf: Shelf) -> None:
+    def _leave_clients(self, descriptors: DescriptorStore) -> None:
         for item in self._client_items():
             try:
-                shelf.put(item)
+                descriptors.put(item)
             except Refusal as refusal:
                 log.error("a client is not kept: %s", refusal.text)
         self._left = True
@@ -269,7 +269,7 @@ class Server:
             }
             yield Item(f"c{index}", record, [client.connection.fileno()])
 
-    def _turn(self) -> None:
+    def _run_once(self) -> None:
         if not self._listening:
             self._listening = self._watch(self._listener, None)
         waits = [] if self._listening else [_RETRY_SECONDS]
@@ -309,8 +309,8 @@ class Server:
 
     def _free(self, entry: Entry) -> None:
         assert entry.memory is not None
-        if self._shelf is not None:
-            self._shelf.remove(entry.key)
+        if self._descriptor_store is not None:
+            self._descriptor_store.remove(entry.key)
         if self._stopping.is_set():
             entry.memory.close()
         else:
@@ -319,8 +319,8 @@ class Server:
 
     def _keep(self, entry: Entry) -> None:
         """Leave a new or changed buffer to the next server."""
-        if self._shelf is not None:
-            self._shelf.put(entry.item())
+        if self._descriptor_store is not None:
+            self._descriptor_store.put(entry.item())
 
     # Connections.
 
@@ -657,7 +657,7 @@ class Server:
     def _do_stat(self, client: Client, name: str) -> None:
         entry = self._names.find(name)
         assert entry.memory is not None
-        kept = self._shelf is not None and self._shelf.room > 0
+        kept = self._descriptor_store is not None and self._descriptor_store.room > 0
         status = entry.status(entry.memory.in_use(2 if kept else 1))
         self._send(client, protocol.pack_result(status=status))
 
@@ -671,9 +671,9 @@ class Server:
     def _do_hand_over(self, client: Client) -> None:
         if client.peer.uid != os.geteuid():
             raise Refusal(errno.EPERM, "the server is another user's")
-        if self._shelf is not None:
+        if self._descriptor_store is not None:
             raise Refusal(errno.EBUSY, "systemd runs the server; use systemctl restart")
-        self._settle()
+        self._finish_requests()
         self._clients.discard(client)
         listener = Item("listener", {}, [self._listener.fileno()])
         buffers = (entry.item() for entry in self._names)
@@ -732,7 +732,7 @@ def started(
     replace: bool = False,
     idle: float | None = None,
 ) -> Iterator[Server]:
-    """Give a server that is ready to run.
+    """Yield a server that is ready to run.
 
     It listens at ``path``; None is the socket that systemd passed, or else :func:`default_path`.
     With ``replace`` it takes over everything from a server that runs there. ``group`` is that of
@@ -741,9 +741,9 @@ def started(
     """
     listener, found = place.activated() if path is None else (None, {})
     with ExitStack() as stack:
-        inherited: Shelf | Takeover | None = None
+        inherited: DescriptorStore | Takeover | None = None
         if listener is not None or found:
-            inherited = Shelf(int(os.environ.get("FDSTORE") or 0), found)
+            inherited = DescriptorStore(int(os.environ.get("FDSTORE") or 0), found)
         if listener is None:
             where = place.default_path() if path is None else path
             if replace and inherited is None:

@@ -99,8 +99,8 @@ class Layout:
         size = measure.file_size
         self._file, self._disk, self.path = file.fd, disk, disk.path
         self._range = measure.file_start, min(measure.file_end, size)
-        self._state = _settled_state(file.fd)._replace(size=size)
-        self._extents = _settled_extents(file, *self._range)
+        self._state = _stable_state(file.fd)._replace(size=size)
+        self._extents = _stable_extents(file, *self._range)
         self._written = _joined(self._extents)
         self._array: Any = ffi.new("struct dmb_extent[]", [part[:3] for part in self._written])
         self._nbytes = self._holes = 0
@@ -142,7 +142,7 @@ class Layout:
         return found
 
 
-def _settled_state(file: int) -> extents.State:
+def _stable_state(file: int) -> extents.State:
     """Return a file's state once any later change makes another one.
 
     Raises:
@@ -151,7 +151,7 @@ def _settled_state(file: int) -> extents.State:
     deadline = time.monotonic() + _SETTLING
     while True:
         state = extents.state_of(file)
-        if state.settled():
+        if state.shows_changes():
             return state
         if time.monotonic() > deadline:
             text = "the file changed a moment ago: another change might not show in its ctime"
@@ -159,7 +159,7 @@ def _settled_state(file: int) -> extents.State:
         time.sleep(0.001)
 
 
-def _settled_extents(file: files.Direct, start: int, end: int) -> list[extents.Extent]:
+def _stable_extents(file: files.Direct, start: int, end: int) -> list[extents.Extent]:
     """Return the extents of a range once the device has the bytes of each.
 
     e4defrag (EXT4_IOC_MOVE_EXT) gives a page other blocks, and marks it dirty afterwards. It holds

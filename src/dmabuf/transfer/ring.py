@@ -239,7 +239,7 @@ class Ring:
                 self._forgotten.append(slot)
             self._tidy_soon()
             if self._owner == threading.get_ident() and self.handle is not None:
-                lib.dmb_ring_settle(self.handle)
+                lib.dmb_ring_run_deferred(self.handle)
 
     def close(self) -> None:
         """Destroy the ring, on which no job may be running."""
