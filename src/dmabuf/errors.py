@@ -102,7 +102,7 @@ class RouteUnavailable(OSError):
 
 
 class TransferError(OSError):
-    """A transfer that failed under way. ``errno``, ``strerror`` and ``filename`` say why.
+    """A transfer that failed under way. ``errno``, ``strerror`` and ``filename`` have the cause.
 
     ``nbytes`` is how many bytes were moved before it without a gap; ``file_offset`` the offset of
     the first byte in the file that could not be moved, or None if it is not known. Where Python has

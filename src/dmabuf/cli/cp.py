@@ -99,7 +99,7 @@ def _run(args: Namespace) -> None:
 
 def _copy(args: Namespace, source: End, target: End) -> None:
     if source.status and target.status and same_file(source.status, target.status):
-        text = f"and {source.name} are the same file: nothing was copied"
+        text = f"is the same file as {source.name}: nothing was copied"
         raise OSError(errno.EINVAL, text, target.name)
     for end in (source, target) if args.verify else ():
         if not end.rereadable or end.what == 1:

@@ -45,7 +45,7 @@ class Failure:
 
 
 class Misuse(Exception):
-    """The command line is invalid; the text says why."""
+    """The command line is invalid; the text has the cause."""
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):

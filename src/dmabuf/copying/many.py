@@ -272,7 +272,7 @@ def _refuse_fifo(path: str) -> None:
 
 @contextmanager
 def _first_link(ranges: Sequence[Range], buffer: Buffer, terms: Terms) -> Iterator[Link | None]:
-    """Yield the link of the first file, if what it knows may serve other files; otherwise None."""
+    """Yield the link of the first file, if its facts hold for other files too; otherwise None."""
     link = None
     if not terms.plain or len(ranges) < 2:
         yield None

@@ -84,8 +84,8 @@ def copy(
         size: bytes at most, as an int or text such as "1GiB"; by default all of the source.
         src_offset: where to begin in the source, in bytes, counted from the position of a plain
             Python file. A stream has no offset.
-        dst_offset: where to begin in the target, in bytes, counted likewise; a file given by its
-            path then keeps what lies elsewhere.
+        dst_offset: where to begin in the target, in bytes, counted in the same way; a file given
+            by its path then keeps what lies elsewhere.
         progress: a function that is called with the number of bytes written and the number
             expected (None if unknown), at most about ten times a second and at the end, in the
             calling thread. An exception from it stops the copy.

@@ -212,7 +212,7 @@ def file_source(file: File, offset: int, terms: Terms) -> FileSource | StreamSou
 
 
 def _hides_its_size(file: File, offset: int) -> bool:
-    """Return whether a file has bytes where its size says that it has ended, as all of /proc."""
+    """Return whether a file has bytes beyond its reported size, as files of /proc have."""
     if (file.size or 0) > offset:
         return False
     try:

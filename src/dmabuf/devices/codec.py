@@ -574,7 +574,7 @@ class Codec(Stream):
             self._send_stop()
 
     def _least(self) -> int:
-        """Return how many buffers the driver needs for itself, 0 where it does not say."""
+        """Return how many buffers the driver needs for itself, 0 if it reports none."""
         asked = self._node.raw.v4l2_control(id=self._node.raw.ControlID.MIN_BUFFERS_FOR_CAPTURE)
         with suppress(OSError):
             return max(0, int(self._node.call("G_CTRL", asked, "ask for the least").value))

@@ -61,7 +61,7 @@ class Allocation(NamedTuple):
 
 
 class Context(ABC):
-    """One device of a vendor's library: the calls that a bridge makes, and who uses the device.
+    """One device of a vendor's library: the calls that a bridge makes, and the users of the device.
 
     Device, Memory and Registered share it; ``users`` has those that are open. Thread-safe. A
     refusal of the library is a `DriverError`, with the errno that fits.

@@ -19,7 +19,7 @@ from dmabuf.transfer import Audit, Engine, File, Progress, Require, Terms, Trans
 Format = Literal["gguf", "npy", "npz", "pt", "arrow"]
 """The formats, by how their files are called."""
 Content: TypeAlias = Any
-"""What a file holds, as the format's library has it: see `Loaded.content`."""
+"""The content of a file in the types of the format's library: see `Loaded.content`."""
 
 _BEGINNINGS: tuple[tuple[bytes, str], ...] = (
     (b"GGUF", "gguf"),

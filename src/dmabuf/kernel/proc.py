@@ -16,7 +16,7 @@ def read(*path: str) -> str:
 
 
 def number(*path: str) -> int | None:
-    """Return the number that is all of a file's text; None if there is none."""
+    """Return the number that a file consists of; None if its text is not a number."""
     text = read(*path).strip()
     return int(text) if text.isdecimal() else None
 

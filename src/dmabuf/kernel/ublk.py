@@ -47,7 +47,7 @@ _DEL_DEV_ASYNC = 2 << 30 | 32 << 16 | ord("u") << 8 | 0x14  # Linux 6.9
 
 
 class Device(NamedTuple):
-    """What the driver tells of a device."""
+    """The driver's description of a device."""
 
     dead: bool
     """It has no disk: it was not started yet, or its server died."""

@@ -32,7 +32,7 @@ Shape = SupportsIndex | Sequence[SupportsIndex] | None
 
 
 class Mapped(Protocol):
-    """The part of Buffer that arrays are made of: see there."""
+    """The methods of Buffer that this module needs."""
 
     def readable(self) -> bool: ...  # noqa: D102
     def writable(self) -> bool: ...  # noqa: D102

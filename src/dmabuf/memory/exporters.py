@@ -328,7 +328,7 @@ _UDMABUF_FIXES = {
 
 
 def open_udmabuf() -> int:
-    """Open /dev/udmabuf; the OSError of a missing one says how to get it."""
+    """Open /dev/udmabuf; the OSError of a missing one names the fix."""
     try:
         return os.open(UDMABUF, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:

@@ -22,7 +22,7 @@ Target = tuple[socket.AddressFamily, str | tuple[str, int]]
 
 @dataclass(frozen=True, slots=True)
 class Certificates:
-    """The paths of PEM files by which both ends know each other: mutual TLS 1.3.
+    """The paths of PEM files by which both ends authenticate each other: mutual TLS 1.3.
 
     Each end accepts the other if its certificate is signed by `authority`. A client also checks
     that the node's certificate is for the host that it connects to.

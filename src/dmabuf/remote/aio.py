@@ -104,7 +104,7 @@ class Node(_Awaited[remote.Node]):
 
     @asynccontextmanager
     async def replacing(self, path: str, *, sync: bool = False) -> AsyncIterator[RemoteFile]:
-        """Give a new file for a path that it gets at the end; see remote.Node."""
+        """Yield a new file, which takes its path at the end; see remote.Node."""
         made = self.sync.replacing(path, sync=sync)
         file = RemoteFile(await self.call(made.__enter__), self.turn)
         kind: type[BaseException] | None = None

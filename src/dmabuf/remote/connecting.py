@@ -1,4 +1,4 @@
-"""Connections to nodes: who listens there, with which certificates, and which version."""
+"""Connections to nodes: addresses, certificates, and the version of the protocol."""
 
 from __future__ import annotations
 

@@ -158,7 +158,7 @@ def pack(**fields: object) -> bytes:
 
 
 def terms_fields(terms: Terms) -> dict[str, object]:
-    """Return what a node gets to know of the caller's terms."""
+    """Return the fields of a message that carry the caller's terms."""
     return {name: getattr(terms, name) for name in ("require", "route", "prefer", "sync")}
 
 

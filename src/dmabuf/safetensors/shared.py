@@ -46,7 +46,7 @@ class SharedModel:
     nbytes: int
     """Memory, in bytes."""
     in_use: bool | None
-    """Whether a process has it; None if the kernel cannot tell."""
+    """Whether a process has it; None if the kernel does not report it."""
     used_ns: int
     """When a process attached last, in nanoseconds since 1970."""
 

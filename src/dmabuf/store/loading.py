@@ -1,4 +1,4 @@
-"""Files that the server reads natively for a client, who may read the file and not its disk.
+"""Files that the server reads natively for a client that may read the file and not its disk.
 
 A native read goes past the filesystem, which may give blocks of the file to another file meanwhile.
 That is noticed after the read only, and until then the memory has the other file's bytes. So the

@@ -93,7 +93,7 @@ class Memory:
                 fcntl.fcntl(self.memfd, uapi.F_ADD_SEALS, uapi.F_SEAL_SEAL)
 
     def in_use(self, own_references: int = 1) -> bool | None:
-        """Return whether a client has the memory; None if the kernel cannot tell.
+        """Return whether a client has the memory; None if the kernel does not report it.
 
         ``own_references`` is the number of references to each dma-buf that are not of clients.
         """

@@ -1,4 +1,4 @@
-"""The names of the store: who may do what, and how much memory they may hold.
+"""The names of the store: their owners and modes, and the limit of the memory that they hold.
 
 The rules are those of files in a sticky directory (chmod(1), inode(7)): the owner, group and other
 bits of the mode decide who opens a buffer; only its owner, or root, removes or renames it.

@@ -442,13 +442,13 @@ class Server:
             level = logging.WARNING
         if not log.isEnabledFor(level):
             return
-        told = {"operation": op, "result": result, "user": client.peer.uid} | fields
+        details = {"operation": op, "result": result, "user": client.peer.uid} | fields
         if isinstance(fields.get("mode"), int):
-            told["mode"] = f"{fields['mode']:03o}"
+            details["mode"] = f"{fields['mode']:03o}"
         if refusal is not None:
-            told["reason"] = refusal.text
-        text = " ".join(f"{key}={value!r}" for key, value in told.items())
-        log.log(level, "%s", text, extra={"fields": told})
+            details["reason"] = refusal.text
+        text = " ".join(f"{key}={value!r}" for key, value in details.items())
+        log.log(level, "%s", text, extra={"fields": details})
 
     def _attempt(self, client: Client, what: Callable[[], None]) -> None:
         """Carry out a request, and reply with its error."""

@@ -695,7 +695,7 @@ class Link:
             and target.learn_about_memory(job.buffer, result.error)
         ):
             learned = True
-        elif self._write or result.error_offset < target.end():  # past the end: says nothing
+        elif self._write or result.error_offset < target.end():  # past the end it proves nothing
             registered = job.registered and target.namespace is None
             if result.error == errno.EINVAL and registered and job.measure.off_block:
                 target.learn_about_slots()
