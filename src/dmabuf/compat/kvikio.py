@@ -22,6 +22,7 @@ from pickle import PickleBuffer
 from typing import NamedTuple
 
 from dmabuf.copying import Staging
+from dmabuf.kernel import process
 from dmabuf.memory import Buffer, Window, foreign
 from dmabuf.sizes import parse_size, round_up
 from dmabuf.transfer import Direction, File
@@ -81,12 +82,12 @@ class CuFile:
         self._staging = Staging(_TASK)
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
-        self._process = os.getpid()
+        self._process = process.pid
 
     def close(self) -> None:
         """Close the file once all transfers have ended."""
         pool, self._pool = self._pool, None
-        if pool is not None and self._process == os.getpid():
+        if pool is not None and self._process == process.pid:
             pool.shutdown()
         self._file.close()
         self._staging.close()
@@ -182,10 +183,10 @@ class CuFile:
     def _submit(self, direction: Direction, pieces: Sequence[tuple[_Memory, int]]) -> IOFuture:
         with self._lock:
             self._file.target.check_open()
-            if self._pool is None or self._process != os.getpid():  # threads end in a fork
+            if self._pool is None or self._process != process.pid:  # threads end in a fork
                 self._pool, self._process = (
                     ThreadPoolExecutor(_THREADS, "dmabuf kvikio"),
-                    os.getpid(),
+                    process.pid,
                 )
             tasks = [
                 (_size(memory), self._pool.submit(self._move, direction, memory, at))

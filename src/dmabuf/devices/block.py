@@ -15,7 +15,7 @@ from types import TracebackType
 
 from dmabuf._core import check, ffi, lib
 from dmabuf.errors import Uncopyable
-from dmabuf.kernel import ublk
+from dmabuf.kernel import process, ublk
 from dmabuf.memory import Buffer
 from dmabuf.sizes import Size, parse_size
 
@@ -120,7 +120,7 @@ class _Server:
 
     def __init__(self, buffer: Buffer, size: int, read_only: bool) -> None:
         self.size, self.read_only = size, read_only
-        self._pid = os.getpid()
+        self._pid = process.pid
         self._stopping = False
         self._result = 0
         with ExitStack() as undo:
@@ -171,7 +171,7 @@ class _Server:
             check(self._result, "serve", self.path)
 
     def end(self) -> None:
-        if os.getpid() == self._pid:
+        if process.pid == self._pid:
             self._stopping = True
             _servers.discard(self)
             self._undo.close()
