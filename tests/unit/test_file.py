@@ -101,6 +101,12 @@ def test_what_is_no_path(wrong):
         dmabuf.open(wrong)
 
 
+@pytest.mark.parametrize("mode", ["r", "w", "r+"])
+def test_what_is_no_engine(path, buf, mode, untouched):
+    with pytest.raises(TypeError, match=r"a dmabuf\.Engine is needed, not int"):
+        dmabuf.open(path, mode, engine=3)
+
+
 def test_a_socket_by_its_path(tmp_path):
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "socket"))

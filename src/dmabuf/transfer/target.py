@@ -85,6 +85,8 @@ class Target:
             raise ValueError(f"invalid mode={mode!r}: use one of 'r', 'w', 'r+', 'x'")
         if isinstance(path, bool):
             raise TypeError("a path or a descriptor is needed, not bool")
+        if not isinstance(engine, Engine):
+            raise TypeError(f"a dmabuf.Engine is needed, not {type(engine).__name__}")
         self.readable = mode in ("r", "r+")
         self.writable = mode != "r"
         self.engine = engine
