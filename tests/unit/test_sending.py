@@ -107,7 +107,7 @@ def test_a_file_after_a_fork(path, buf, tmp_path):
 
 def test_a_file_explains_what_it_is_not(path):
     with dmabuf.open(path) as file:
-        for name in ("read", "write", "seek"):
+        for name in ("read", "write", "seek", "flush", "readlines", "peek", "pread"):
             with pytest.raises(AttributeError, match=r"no '\w+'; use read_into\(\) and write_from"):
                 getattr(file, name)
         assert not hasattr(file, "nothing")

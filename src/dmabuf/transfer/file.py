@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 import time
@@ -36,7 +37,7 @@ Mode = Literal["r", "w", "r+", "x"]
 Result = TypeVar("Result", covariant=True)
 Planned = TypeVar("Planned", covariant=True, bound=Plan)
 
-_OF_FILES = {"read", "readall", "readinto", "readline", "write", "seek", "tell", "truncate"}
+_OF_FILES = (set(dir(io.BufferedRandom)) - set(dir(object))) | {"pread", "pwrite", "readall"}
 
 
 def open(  # noqa: A001 - the verb of the trade, used as dmabuf.open
