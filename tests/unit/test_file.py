@@ -299,6 +299,10 @@ HUGE = 2**63
         ({"route": ""}, ValueError),
         ({"prefer": "slowest"}, ValueError),
         ({"timeout": -1}, ValueError),
+        ({"timeout": "1"}, TypeError),
+        ({"terms": {}}, TypeError),
+        ({"terms": {"require": "any"}}, TypeError),
+        ({"progress": 1}, TypeError),
     ],
 )
 @pytest.mark.parametrize("verb", ["read", "write"])
@@ -313,7 +317,7 @@ def test_bad_arguments(cold_path, buf, how, error, verb, first, untouched):
             move(buf, **{"size": 4096} | how)
         with pytest.raises(error):
             move(buf, **how)
-        if "timeout" not in how:
+        if not how.keys() & {"timeout", "progress"}:
             with pytest.raises(error):
                 file.plan(buf, verb, **how)
         for direction in ("both", "", "r", None):

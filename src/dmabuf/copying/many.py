@@ -30,6 +30,7 @@ from dmabuf.transfer import (
     Progress,
     Terms,
     Transfer,
+    check_given,
     in_transfer,
     stopping,
 )
@@ -111,6 +112,7 @@ def read_files(
     On KeyboardInterrupt no further file is opened, and the call raises it when the devices have
     finished with the buffer's memory.
     """
+    check_given(terms, progress)
     terms, ranges = terms or Terms(), _check_ranges(files, buffer)
     with _first_link(ranges, buffer, terms) as link:
 
@@ -169,6 +171,7 @@ def write_files(
     On KeyboardInterrupt no further file is begun. The call raises it when the devices have finished
     with the buffer's memory; a file that was not complete by then is as it was before.
     """
+    check_given(terms, progress)
     terms, ranges = terms or Terms(), _check_ranges(files, buffer)
     _check_paths_differ(ranges)
 

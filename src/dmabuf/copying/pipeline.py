@@ -29,7 +29,7 @@ from dmabuf.copying.sources import Memory, Source
 from dmabuf.copying.targets import Target
 from dmabuf.memory import Buffer
 from dmabuf.sizes import Size, parse_size
-from dmabuf.transfer import Prefer, Progress, Require, Route, Terms
+from dmabuf.transfer import Prefer, Progress, Require, Route, Terms, check_given
 
 _SLICE = 64 << 20
 """Bytes moved at once where one end is memory."""
@@ -107,6 +107,7 @@ def copy(
         ValueError: an invalid size or offset, or an endless source without `size`.
     """
     begun = time.perf_counter()
+    check_given(None, progress)
     block, blocks = check_block_size(block_size), check_block_count(blocks)
     most = None if size is None else parse_size(size)
     with ExitStack() as stack:

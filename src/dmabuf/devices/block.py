@@ -103,6 +103,8 @@ def as_block_device(
     kernel; ValueError for a size; PermissionError to write a read-only buffer;
     io.UnsupportedOperation if the CPU cannot map the memory; ClosedError after close.
     """
+    if not isinstance(buffer, Buffer):
+        raise TypeError(f"a dmabuf.Buffer is needed, not {type(buffer).__name__}")
     if read_only is None:
         read_only = not buffer.writable()
     buffer.check_mode("r" if read_only else "r+")

@@ -98,7 +98,12 @@ def check_direction(direction: object) -> None:
 
 def check_timeout(timeout: float | None) -> None:
     """Raise ValueError for a negative timeout, TypeError if it is not a number."""
-    if timeout is not None and not timeout >= 0:
+    try:
+        valid = timeout is None or timeout >= 0
+    except TypeError:
+        text = f"timeout must be a number of seconds, not {type(timeout).__name__}"
+        raise TypeError(text) from None
+    if not valid:
         raise ValueError(f"timeout={timeout!r}: seconds, none less than 0; None waits for ever")
 
 

@@ -55,6 +55,8 @@ def as_file(buffer: Buffer, mode: str | None = None) -> BufferFile:
     cannot map the memory or it is peer memory, PermissionError to write a read-only buffer,
     ValueError for another mode, ClosedError after close.
     """
+    if not isinstance(buffer, Buffer):
+        raise TypeError(f"a dmabuf.Buffer is needed, not {type(buffer).__name__}")
     buffer.check_shareable()
     if mode is None:
         mode = "r+" if buffer.writable() else "r"

@@ -102,6 +102,8 @@ def allocate(
     if not nbytes:
         raise ValueError("size is 0: a buffer has at least one byte")
     foreign.check_name(name)
+    if not isinstance(exporter, str):
+        raise TypeError(f"exporter must be a str, not {type(exporter).__name__}")
     node = None if numa_node is None else as_int(numa_node, "numa_node")
     buffer = _allocate(exporter, nbytes, name, huge_pages, node)
     buffer.begin_empty()

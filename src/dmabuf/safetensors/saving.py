@@ -35,6 +35,7 @@ from dmabuf.transfer import (
     Route,
     Terms,
     Transfer,
+    check_given,
     growth,
     part_of,
 )
@@ -263,6 +264,7 @@ def write_image(
 
 def _limited(progress: Progress | None, size: int) -> Progress | None:
     """Return what to call with progress that counts the padding of the last page."""
+    check_given(None, progress)
     if progress is None:
         return None
     return lambda done, _: progress(min(done, size), size)

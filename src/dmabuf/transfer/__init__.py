@@ -46,6 +46,7 @@ from dmabuf.transfer.plan import (
     Route,
     Terms,
     Transfer,
+    check_given,
     plan_in_order,
     terms_of,
 )
@@ -108,6 +109,7 @@ __all__ = [
     "Transfer",
     "Verbs",
     "audit",
+    "check_given",
     "complete",
     "device_of",
     "first_difference",

@@ -27,6 +27,7 @@ from dmabuf.transfer.plan import (
     Route,
     Terms,
     Transfer,
+    check_given,
     terms_of,
     with_nbytes,
 )
@@ -129,6 +130,8 @@ class Verbs(Generic[Result, Planned]):
             IntegrityError: a comparison showed that the bytes did not arrive.
             ValueError: a range outside the buffer or the largest file offset, or a closed file.
         """
+        if terms is not None or progress is not None:
+            check_given(terms, progress)
         terms = terms or terms_of(require, route, prefer, timeout, fence, audit)
         return self._move_range("read", buffer, size, file_offset, buffer_offset, terms, progress)
 
@@ -183,6 +186,8 @@ class Verbs(Generic[Result, Planned]):
                 nothing was touched.
             RouteUnavailable, IntegrityError, ValueError: as `read_into`.
         """
+        if terms is not None or progress is not None:
+            check_given(terms, progress)
         terms = terms or terms_of(require, route, prefer, timeout, fence, audit, sync)
         return self._move_range("write", buffer, size, file_offset, buffer_offset, terms, progress)
 
@@ -221,6 +226,8 @@ class Verbs(Generic[Result, Planned]):
             TypeError: `segments` is not such an array.
             OSError, RouteUnavailable, ValueError: as `read_into`.
         """
+        if terms is not None or progress is not None:
+            check_given(terms, progress)
         terms = terms or terms_of(require, route, "zero-copy", timeout, fence, audit)
         return self._move_segments("read", buffer, segments, terms, progress)
 
@@ -258,6 +265,8 @@ class Verbs(Generic[Result, Planned]):
             TypeError: `segments` is not such an array.
             OSError, RouteUnavailable, ValueError: as `write_from`.
         """
+        if terms is not None or progress is not None:
+            check_given(terms, progress)
         terms = terms or terms_of(require, route, "zero-copy", timeout, fence, audit, sync)
         return self._move_segments("write", buffer, segments, terms, progress)
 
@@ -284,6 +293,7 @@ class Verbs(Generic[Result, Planned]):
         """
         if direction not in ("read", "write"):
             raise ValueError(f"invalid direction={direction!r}: use 'read' or 'write'")
+        check_given(terms, None)
         terms = terms or terms_of(require, route, prefer)
         return self._plan(direction, buffer, size, file_offset, buffer_offset, terms)
 

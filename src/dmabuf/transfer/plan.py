@@ -115,6 +115,14 @@ def check(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"invalid {name}={value!r}: use one of {names}")
 
 
+def check_given(terms: object, progress: object) -> None:
+    """Raise TypeError for a caller's terms or function of progress that are neither, nor None."""
+    if terms is not None and not isinstance(terms, Terms):
+        raise TypeError(f"terms must be a dmabuf.Terms, not {type(terms).__name__}")
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress must be a function, not {type(progress).__name__}")
+
+
 terms_of = lru_cache(maxsize=256)(Terms)
 """Return the Terms for keyword arguments; equal ones are cached."""
 

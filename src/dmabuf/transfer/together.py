@@ -20,7 +20,7 @@ from dmabuf.errors import ShortReadError
 from dmabuf.memory import Buffer
 from dmabuf.transfer.engine import Engine, Job
 from dmabuf.transfer.file import File
-from dmabuf.transfer.plan import Terms, Transfer
+from dmabuf.transfer.plan import Terms, Transfer, check_given
 from dmabuf.transfer.run import Blocking, Progress, segments_of, stopping
 
 AHEAD = 64 << 20
@@ -54,6 +54,7 @@ def read_together(
         OSError, RouteUnavailable, ShortReadError, ValueError: what opening or reading one of the
             files raises. The others have been stopped, and no device uses the buffer.
     """
+    check_given(terms, progress)
     with _TogetherEngine() as engine:
         return _Driver(engine, buffer, terms, at_once, progress).run(reads)
 
