@@ -2,16 +2,12 @@
 
 import os
 import traceback
-import warnings
 from collections.abc import Callable
 
 
 def in_child(work: Callable[[], object]) -> None:
     """Run `work` in a child; an exception there is printed to standard error and fails the test."""
-    with warnings.catch_warnings():
-        # These tests are about a fork beside threads, which Python 3.12 warns of.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        pid = os.fork()
+    pid = os.fork()
     if pid == 0:
         try:
             work()

@@ -249,7 +249,6 @@ def test_an_error_of_a_task_is_raised_by_get(tmp_path):
         assert future.done()
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 def test_after_a_fork_the_child_has_threads_of_its_own(path):
     with kvikio.CuFile(path) as file:
         file.read(bytearray(100))
