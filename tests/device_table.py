@@ -6,7 +6,7 @@ names a subsystem, or a list of several, and the aspects of it that the test pro
 see ASPECTS. A test of a fake has ``by="a fake driver"``, which takes the place of the kernel and
 the processor. A module marks all its tests by ``pytestmark``. The arguments are literals, because
 tools/write_device_table.py reads them in the source. A test whose cases did not all pass proves
-nothing.
+nothing. One that was skipped keeps what an earlier run of it proved.
 
 A run writes the results as JSON: to the file that DMABUF_DEVICE_TABLE names, and in the lab to
 $LAB_OUT/devices-PID.json. tools/write_device_table.py merges such files into the page.
@@ -56,6 +56,7 @@ class Recorder:
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._results: dict[tuple[str, str, str], tuple[list[str], bool]] = {}
+        self._ran: set[tuple[str, str, str]] = set()
 
     def pytest_itemcollected(self, item: pytest.Item) -> None:
         """Check the markers, and attach them to the test's reports: a worker sends those on."""
@@ -78,14 +79,18 @@ class Recorder:
                 passed = report.passed and not hasattr(report, "wasxfail")
                 before = self._results.get(key, ([], True))
                 self._results[key] = (sorted({*before[0], *aspects}), before[1] and passed)
+                if report.when == "call" or report.failed:
+                    self._ran.add(key)
 
     def pytest_sessionfinish(self) -> None:
         """Write the results, if any were asked for."""
-        if self._path is not None and self._results:
-            keys = ("test", "subsystem", "on", "aspects", "passed")
-            rows = [
-                dict(zip(keys, (*key, *found), strict=True)) for key, found in self._results.items()
-            ]
+        keys = ("test", "subsystem", "on", "aspects", "passed")
+        rows = [
+            dict(zip(keys, (*key, *found), strict=True))
+            for key, found in self._results.items()
+            if key in self._ran
+        ]
+        if self._path is not None and rows:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._path.write_text(json.dumps(rows, indent=1) + "\n")
 

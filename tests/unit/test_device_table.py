@@ -42,6 +42,10 @@ def test_is_expected_to_fail_once(size): assert size == 2
 @pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.skip), 2])
 def test_is_skipped_once(size): pass
 
+@proves("a camera", "export")
+@pytest.mark.skip
+def test_is_skipped(): pass
+
 @pytest.fixture
 def stuck():
     yield
@@ -72,7 +76,7 @@ def run(folder, source, *options):
 
 @pytest.mark.parametrize("options", [(), ("--numprocesses", "1")], ids=["alone", "by a worker"])
 def test_a_run_writes_its_results(tmp_path, options):
-    """All cases of a test have to pass, and to run at all."""
+    """All cases of a test have to pass; a test that never ran has no result."""
     if options:
         pytest.importorskip("xdist", reason="pip install pytest-xdist")
     done = run(tmp_path, CASES, *options)
