@@ -10,7 +10,6 @@ import fcntl
 import os
 import struct
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ import dmabuf
 from dmabuf import Route
 from dmabuf.inspect import examine_path
 from dmabuf.transfer.engine import default_engine
+from dmabuf.transfer.layout import UNSTEADY
 from tests import emulation
 from tests.kernel.conftest import BUFFERS, PINNED
 from tests.kernel.emulation import answer
@@ -33,6 +33,7 @@ from tests.support import (
     ranges,
     read_and_compare,
     run,
+    swap_blocks,
 )
 
 __all__ = ["filesystem"]
@@ -241,7 +242,7 @@ class Adversary:
     """A thread that changes a file until it is told to stop, and has others take its blocks."""
 
     def __init__(self, act, path):
-        self.path, self.act, self.version, self.acts = path, act, 1, 0
+        self.path, self.act, self.version, self.acts, self.moves = path, act, 1, 0, 0
         self.failure = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run)
@@ -333,21 +334,18 @@ def reflink(foe):
 
 
 def defragment(foe):
-    """Swap the blocks with those of another file (EXT4_IOC_MOVE_EXT), which is overwritten.
+    """Swap the blocks with those of another file, which is overwritten.
 
-    The ctime does not change. So those files stay: blocks that came back would look as before.
+    The ctime does not change. So those files stay for longer than a read: blocks that came back
+    meanwhile would look as before.
     """
-    donor = foe.path.with_suffix(f".donor{foe.version % 100}")
-    if donor.exists():
-        return time.sleep(0.01)
-    with foe.path.open("r+b") as file, donor.open("w+b") as other:
-        os.posix_fallocate(other.fileno(), 0, SIZE)
-        blocks = SIZE // PAGE
-        move = struct.pack("=IIQQQQ", 0, other.fileno(), 0, 0, blocks, 0)
-        fcntl.ioctl(file, 0xC028660F, bytearray(move))
+    donor = foe.path.with_suffix(f".donor{foe.version}")
+    swap_blocks(foe.path, donor, SIZE)
+    foe.moves += 1
+    with donor.open("r+b") as other:
         other.write(FOREIGN)
         os.fsync(other.fileno())
-    return None
+    foe.path.with_suffix(f".donor{foe.version - 100}").unlink(missing_ok=True)
 
 
 def check(got, transfer, versions):
@@ -377,13 +375,16 @@ def check(got, transfer, versions):
 def test_a_file_that_changes_while_it_is_read(filesystem, heap, engine, act):
     if not filesystem.name.startswith({reflink: "xfs", defragment: "ext4"}.get(act, "")):
         return
-    path, routes = filesystem / f"victim-{act.__name__}", []
+    path, routes, moved = filesystem / f"victim-{act.__name__}", [], 0
     with Adversary(act, path) as foe, dmabuf.open(path, engine=engine) as file:
-        while len(routes) < 30 or foe.acts < 3:
+        while len(routes) < 30 or foe.acts < 3 or (act is defragment and moved < 3):
             heap.pwrite(poison(SIZE), 0)
+            moves = foe.moves
             transfer = file.read_into(heap, SIZE, audit="off")
             check(heap.pread(SIZE, 0), transfer, foe.version)
             routes.append(transfer.route)
+            native = transfer.route is Route.NATIVE or transfer.rejected[Route.NATIVE] == UNSTEADY
+            moved += native and foe.moves > moves
             assert not foe.failure
     with dmabuf.open(path, engine=engine) as file:
         reference = os.open(path, os.O_RDONLY)
@@ -392,4 +393,6 @@ def test_a_file_that_changes_while_it_is_read(filesystem, heap, engine, act):
         os.close(reference)
     for left in Path(filesystem).glob(f"{path.name}*"):
         left.unlink()
-    print(f"{act.__name__}: {foe.acts} acts, {routes.count(Route.NATIVE)} of {len(routes)} native")
+    met = f", {moved} while blocks moved" if moved else ""
+    native = routes.count(Route.NATIVE)
+    print(f"{act.__name__}: {foe.acts} acts, {native} of {len(routes)} native{met}")

@@ -7,7 +7,6 @@ series does. tests/kernel/test_native_files.py has the same on NVMe drives, with
 import contextlib
 import ctypes
 import errno
-import fcntl
 import mmap
 import os
 import stat
@@ -36,6 +35,7 @@ from tests.support import (
     poison,
     ranges,
     read_and_compare,
+    swap_blocks,
     wait_until,
 )
 from tests.unit.fake_kernel import FakeKernel
@@ -332,11 +332,8 @@ def defragment(path, number):
 
 
 def swap(path):
-    """Swap blocks with another file (EXT4_IOC_MOVE_EXT): the file's ctime does not change."""
-    with path.open("r+b") as file, (path.parent / "donor").open("w+b") as donor:
-        os.posix_fallocate(donor.fileno(), 0, SIZE)
-        move = struct.pack("=IIQQQQ", 0, donor.fileno(), 0, 0, 64, 0)
-        fcntl.ioctl(file, 0xC028660F, bytearray(move))
+    """Give the file's blocks to the file "donor", and others to the file."""
+    swap_blocks(path, path.parent / "donor", 64 * PAGE)
 
 
 def append(path, number):
