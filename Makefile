@@ -39,6 +39,7 @@ test-devices: $(VENV)/ready
 		lab/run --kernel $$kernel --timeout 3600 --devices all --out $(DEVICE_RUNS)/$$kernel -- \
 			sh -c '$(IN_GUEST) tests/device && $(IN_GUEST) -m device_table tests/kernel' || exit; \
 	done
+	lab/run --devices cxl --out $(DEVICE_RUNS)/cxl -- $(IN_GUEST) tests/device/test_cxl.py
 	for pages in 4k 16k; do \
 		lab/run --arch arm64 --page-size $$pages --timeout 7200 --devices all \
 			--out $(DEVICE_RUNS)/arm64-$$pages -- \

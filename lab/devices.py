@@ -3,6 +3,7 @@
 What the guest's programs and Python need for one stands in packages.py, and is always there.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from lab.processors import Processor
@@ -31,6 +32,8 @@ class Device:
     """Whether an IOMMU has to be there."""
     both: bool = False
     """Whether the second of two guests has it, too. They share its files."""
+    excludes: tuple[str, ...] = ()
+    """Other names that a guest cannot have together with it."""
     setup: str = ""
     """What bash runs in the guest after that, before COMMAND."""
 
@@ -43,21 +46,25 @@ for state in /sys/devices/system/node/node2/memory[0-9]*/state; do
 done
 """
 
-_DEVDAX = """\
+_TO_DAX = """\
+dax=$(< dax_seed)
+echo ram > "$dax/mode"
+echo 2097152 > "$dax/align"
+echo 64616b73-6861-4265-8000-6c6162646178 > "$dax/uuid" # the same one in each guest
+echo namespace0.0 > "$dax/namespace"
+echo "$dax" > /sys/bus/nd/drivers/dax_pmem/bind
+"""
+
+_DEVDAX = f"""\
 # As ndctl create-namespace --mode devdax does. Another guest with the same memory may have done it.
 for ((i = 0; i < 300; i++)); do
     [ -e /dev/dax0.0 ] || [ -e /sys/bus/nd/drivers/nd_pmem/namespace0.0 ] && break
     sleep 0.1
 done
 if [ ! -e /dev/dax0.0 ]; then
-    cd /sys/bus/nd/devices/region0
-    dax=$(< dax_seed)
-    echo namespace0.0 > /sys/bus/nd/drivers/nd_pmem/unbind
-    echo ram > "$dax/mode"
-    echo 2097152 > "$dax/align"
-    echo 64616b73-6861-4265-8000-6c6162646178 > "$dax/uuid" # the same one in each guest
-    echo namespace0.0 > "$dax/namespace"
-    echo "$dax" > /sys/bus/nd/drivers/dax_pmem/bind
+cd /sys/bus/nd/devices/region0
+echo namespace0.0 > /sys/bus/nd/drivers/nd_pmem/unbind
+{_TO_DAX}
 fi
 """
 
@@ -71,6 +78,35 @@ if [ ! -e /sys/class/net/link0 ]; then
     ip link set rdma1 up
 fi
 rdma link add rxe0 type rxe netdev $net
+"""
+
+_CXL = f"""\
+# As cxl create-region --type pmem and ndctl create-namespace --mode devdax do.
+cd /sys/bus/cxl/devices
+for ((i = 0; i < 300; i++)); do # devices are probed in the background
+    [ -e decoder2.0/dpa_size ] && break
+    sleep 0.1
+done
+region=$(< decoder0.0/create_pmem_region)
+echo "$region" > decoder0.0/create_pmem_region
+echo pmem > decoder2.0/mode
+echo 0x10000000 > decoder2.0/dpa_size
+cat /proc/sys/kernel/random/uuid > "$region/uuid"
+echo 256 > "$region/interleave_granularity"
+echo 1 > "$region/interleave_ways"
+echo 0x10000000 > "$region/size"
+echo decoder2.0 > "$region/target0"
+echo 1 > "$region/commit"
+echo "$region" > /sys/bus/cxl/drivers/cxl_region/bind
+cd /sys/bus/nd/devices
+for ((i = 0; i < 300; i++)); do
+    [ -e namespace0.0/uuid ] && break
+    sleep 0.1
+done
+cat /proc/sys/kernel/random/uuid > namespace0.0/uuid
+echo 0x10000000 > namespace0.0/size
+cd region0
+{_TO_DAX}
 """
 
 DEVICES = {
@@ -152,6 +188,33 @@ DEVICES = {
         both=True,
         setup=_DEVDAX,
     ),
+    "cxl": Device(
+        "a CXL memory device (type 3) of 256 MiB, whose persistent memory is /dev/dax0.0",
+        qemu=(
+            # The kernel programs the decoders only where it takes the machine for a real one, and
+            # qboot lacks the tables of ACPI.
+            *("-machine", "cxl=on", "-cpu", "max,hypervisor=off", "-bios", "bios-256k.bin"),
+            *("-object", "memory-backend-ram,id=lab-ram,size={memory}"),
+            *("-numa", "node,nodeid=0,cpus=0-1,memdev=lab-ram"),
+            *("-object", "memory-backend-file,id=lab-cxl,mem-path=cxl,size=256M,share=on"),
+            *("-object", "memory-backend-ram,id=lab-cxl-labels,size=1M,share=on"),
+            *("-device", "pxb-cxl,bus_nr=128,bus=pcie.0,id=lab-cxl-bus"),
+            *("-device", "cxl-rp,port=0,bus=lab-cxl-bus,id=lab-cxl-port,chassis=20,slot=2"),
+            *("-device", "cxl-type3,bus=lab-cxl-port,memdev=lab-cxl,lsa=lab-cxl-labels,sn=1"),
+            *("-machine", "cxl-fmw.0.targets.0=lab-cxl-bus,cxl-fmw.0.size=4G"),
+        ),
+        # QEMU 7.2 has no interrupts for the device's events, which only an operating system asks
+        # for that controls PCIe ports.
+        kernel=("pcie_ports=compat", "memhp_default_state=offline"),
+        files=(("cxl", 256 << 20),),
+        modules=(
+            *("cxl_acpi", "cxl_port", "cxl_mem", "cxl_pci", "cxl_pmem"),
+            *("nd_pmem", "dax_pmem", "device_dax"),
+        ),
+        alone=True,
+        excludes=("numa", "dax"),
+        setup=_CXL,
+    ),
     "p2pmem": Device(
         "two NVMe drives behind one PCIe switch, the first with 16 MiB of memory (CMB)",
         qemu=(
@@ -172,7 +235,8 @@ DEVICES = {
 def named(value: str, processor: Processor) -> tuple[Device, ...]:
     """Return the devices in a value of `--devices`: "all", or names with commas between them.
 
-    Raises ValueError for a name that is unknown, or that a guest with this processor lacks.
+    Raises ValueError for a name that is unknown, that a guest with this processor lacks, or that
+    another one of them excludes.
     """
     there = {name: device for name, device in DEVICES.items() if name not in processor.lacks}
     wanted = list(filter(None, value.split(",")))
@@ -182,4 +246,20 @@ def named(value: str, processor: Processor) -> tuple[Device, ...]:
         if name not in there:
             known = ", ".join(there)
             raise ValueError(f"no {name!r} with {processor.name}: all, or some of {known}")
+        for other in there[name].excludes:
+            if other in wanted:
+                raise ValueError(f"a guest with {name!r} cannot have {other!r}: use two runs")
     return tuple(there[name] for name in dict.fromkeys(wanted))
+
+
+def lacked(devices: Collection[Device], processor: Processor) -> list[str]:
+    """Return the names of devices that a guest with these lacks; tests that need one are skipped.
+
+    They are those that the processor lacks, and those that exclude one of these.
+    """
+    excluded = {
+        name
+        for name, device in DEVICES.items()
+        if any(DEVICES[other] in devices for other in device.excludes)
+    }
+    return sorted({*processor.lacks, *excluded})

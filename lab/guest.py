@@ -18,7 +18,7 @@ from types import FrameType
 
 from lab import host, project
 from lab.cache import Cache
-from lab.devices import Device
+from lab.devices import Device, lacked
 from lab.klog import trouble
 from lab.pair import Wire, wires
 from lab.prepare import Kernel, Root, make_image, make_initrd
@@ -143,7 +143,7 @@ def _lay_out(jobs: Mapping[Path, Run], token: str, ends: Sequence[Wire | None]) 
         (lab / "setup").write_text("\n".join(device.setup for device in one.devices))
         (lab / "network").write_text(wire.network if wire else "")
         pairs = environment(os.environb) | (wire.environment if wire else {})
-        lacks = [f"-{name}" for name in job.root.processor.lacks]
+        lacks = [f"-{name}" for name in lacked(job.devices, job.root.processor)]
         pairs[b"DMABUF_REQUIRE"] = ",".join(["all", *lacks]).encode()
         (lab / "env").write_bytes(b"".join(b"%s=%s\0" % pair for pair in pairs.items()))
         make_image(lab, own / "project", 2 << 30, "project")
@@ -226,11 +226,15 @@ def qemu(job: Run, folder: Path, streams: Mapping[str, int], wire: Wire | None) 
         "out": folder / "out" if job.out else None,
     }
     for name, image in images.items():
-        if image:
-            argv += drive(name, image, f"-device virtio-blk-pci,drive={name},serial={name}")
+        if image:  # without bus= QEMU would choose the bridge of CXL, which takes no drive
+            argv += drive(
+                name, image, f"-device virtio-blk-pci,bus=pcie.0,drive={name},serial={name}"
+            )
     for name, block in SCRATCH.items():
         blocks = f"logical_block_size={block},physical_block_size={block}"
-        argv += drive(name, folder / name, f"-device nvme,drive={name},serial={name},{blocks}")
+        argv += drive(
+            name, folder / name, f"-device nvme,bus=pcie.0,drive={name},serial={name},{blocks}"
+        )
     return argv
 
 

@@ -58,7 +58,7 @@ def demand(*guards: str) -> None:
 
 def _reason(guard: str, problem: str) -> str:
     if f"-{guard}" in _wanted():
-        problem += "; DMABUF_REQUIRE excludes it: in the lab, see lacks in lab/processors.py"
+        problem += "; DMABUF_REQUIRE excludes it: in the lab, see lacked in lab/devices.py"
     return f"needs {guard}: {problem}"
 
 
@@ -344,6 +344,13 @@ def _dax() -> str | None:
     return _device(DAX, "lab/run --devices dax")
 
 
+def _cxl() -> str | None:
+    folder = Path("/sys/bus/dax/devices", Path(DAX).name).resolve()
+    if "/ACPI0017:00/" not in str(folder):  # the root of a machine's CXL
+        return f"{DAX} is not of CXL memory (lab/run --devices cxl)"
+    return _dax()
+
+
 def nvme_drive(serial: str) -> str | None:
     """Return the block device of the NVMe drive with a serial number, or None."""
     for path in Path("/sys/class/nvme").glob("nvme*/serial"):
@@ -393,6 +400,7 @@ _GUARDS: dict[str, Callable[[], str | None]] = {
     "codecs": _codecs,
     "numa": _numa,
     "dax": _dax,
+    "cxl": _cxl,
     "p2pmem": _p2pmem,
     "vulkan": _vulkan,
     "libva": _libva,
