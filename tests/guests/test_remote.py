@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import socket
-import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -11,7 +10,17 @@ import pytest
 import dmabuf
 from dmabuf import remote
 from tests.guards import needs
-from tests.guests.peer import HERE, THERE, befall, counted, python, running, there
+from tests.guests.peer import (
+    HERE,
+    THERE,
+    befall,
+    carrying,
+    counted,
+    cut_for_a_second,
+    python,
+    running,
+    there,
+)
 from tests.support import assert_same, pattern, poison
 
 everything = needs("peer", "udmabuf", "nvme", "io_uring")
@@ -96,36 +105,26 @@ def check_all(buffer: dmabuf.Buffer) -> None:
 def test_a_file_of_another_machine_and_back(folder: str, buffer: dmabuf.Buffer) -> None:
     drop_caches()
     with serving(), connected() as node:
-        before, others = counted(), counted(device="lab0")
-        with node.open("a.bin") as file:
+        others = counted(device="lab0")
+        with carrying(SIZE), node.open("a.bin") as file:
             done = file.read_into(buffer)
         assert (done.nbytes, done.transport, done.remote.route) == (SIZE, "tcp", "direct")
         assert hashlib.sha256(buffer.pread(SIZE, 0)).digest() == hashlib.sha256(DATA).digest()
-        assert SIZE < counted() - before < 1.1 * SIZE, "bytes that the network carried"
         assert counted(device="lab0") - others < SIZE / 100
 
         new = pattern(SIZE, 10)
         buffer.pwrite(new, 0)
-        before = counted("tx")
-        with node.replacing("b.bin", sync=True) as file:
+        with carrying(SIZE, "tx"), node.replacing("b.bin", sync=True) as file:
             done = file.write_from(buffer)
             file.flush()
         assert done.remote.route == "direct"
-        assert SIZE < counted("tx") - before < 1.1 * SIZE
     assert there("sha256sum", f"{folder}/b.bin").split()[0] == hashlib.sha256(new).hexdigest()
 
 
 @everything
 def test_a_network_that_is_cut_for_a_second(folder: str, buffer: dmabuf.Buffer) -> None:
-    def cut() -> None:
-        befall("cut")
-        before = counted()
-        time.sleep(1)
-        assert counted() == before
-        befall("join")
-
     with serving(), connected() as node, node.open("a.bin") as file:
-        assert file.read_into(buffer, progress=once(cut)).nbytes == SIZE
+        assert file.read_into(buffer, progress=once(cut_for_a_second)).nbytes == SIZE
     assert_same(buffer.pread(SIZE, 0), DATA, "what came")
 
 
@@ -145,7 +144,7 @@ ENDS = {
 @pytest.mark.parametrize("what", ENDS)
 def test_a_node_that_is_lost(folder: str, buffer: dmabuf.Buffer, what: str, write: bool) -> None:
     act, kind = ENDS[what]
-    with serving() as number, connected(timeout=2) as node:
+    with serving() as number, connected(timeout=30) as node:
         with node.open("c.bin" if write else "a.bin", "w" if write else "r") as file:
             move = file.write_from if write else file.read_into
             with pytest.raises(dmabuf.TransferError) as caught:
@@ -167,7 +166,7 @@ def test_a_node_that_is_lost(folder: str, buffer: dmabuf.Buffer, what: str, writ
 @everything
 def test_a_machine_that_loses_its_power(folder: str, buffer: dmabuf.Buffer) -> None:
     """It boots again. An old connection is then reset, if its deadline has not passed."""
-    with serving(), connected(timeout=5) as node, node.open("a.bin") as file:
+    with serving(), connected(timeout=30) as node, node.open("a.bin") as file:
         with pytest.raises(dmabuf.TransferError) as caught:
             file.read_into(buffer, progress=once(lambda: befall("kill")))
         assert isinstance(caught.value, TimeoutError | ConnectionResetError)
