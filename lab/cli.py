@@ -126,7 +126,8 @@ def _run(
         kernel = prepare.kernel(cache, options.kernel, processor, flavour, refresh=options.prepare)
         lacking = [name for device in wanted for name in device.built]
         built = modules.built(cache, root, kernel, [*processor.built, *lacking])
-        ready = project.prepare(cache, root, CHECKOUT)
+        alone = [name for device in wanted for name in device.python]
+        ready = project.prepare(cache, root, CHECKOUT, alone)
     if options.prepare:
         return 0
     job = guest.Run(

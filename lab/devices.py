@@ -1,6 +1,7 @@
 """The devices that `--devices` adds to the guest: what each needs of QEMU and of the kernel.
 
-What the guest's programs and Python need for one stands in packages.py, and is always there.
+What the guest's programs and Python need for one stands in packages.py, and is always there; only
+large packages for Python stand here.
 """
 
 from collections.abc import Collection
@@ -26,6 +27,8 @@ class Device:
     """What modprobe loads before COMMAND, each with its parameters."""
     built: tuple[str, ...] = ()
     """Those of them that Debian's kernels lack: names in modules.py, which builds them."""
+    python: tuple[str, ...] = ()
+    """Packages that pip installs for the guest, without their dependencies."""
     alone: bool = False
     """Whether "all" leaves it out, because `make test` does not need it."""
     iommu: bool = False
@@ -154,8 +157,9 @@ DEVICES = {
         both=True,
     ),
     "rdma": Device(
-        "a network card with RDMA by the kernel's rxe (soft RoCE)",
-        modules=("rdma_rxe",),
+        "a network card with RDMA by the kernel's rxe (soft RoCE), and NIXL for Python",
+        modules=("rdma_rxe", "ib_uverbs"),
+        python=("nixl-cu13==1.5.1",),
         alone=True,
         both=True,
         setup=_RXE,

@@ -54,18 +54,22 @@ class Project:
     tests need compiled."""
 
 
-def prepare(cache: Cache, root: Root, folder: Path) -> Project:
-    """Return the project of a checkout, with what the cache lacks built for the guest."""
+def prepare(cache: Cache, root: Root, folder: Path, alone: Sequence[str] = ()) -> Project:
+    """Return the project of a checkout, with what the cache lacks built for the guest.
+
+    `alone` are more Python packages, which are installed without their dependencies.
+    """
     files = checkout_files(folder)
     about = folder / "pyproject.toml"
     settings = tomllib.loads(about.read_text()) if about.exists() else {}
     wanted, build = requirements(settings)
-    key = key_of(root.key, packages.PYTHON, *wanted, "for building", *build, "1")
+    base = (root.key, packages.PYTHON, *wanted, "for building", *build, "1")
+    key = key_of(*base)
     dependencies = cache.piece(
         "dependencies",
-        key,
+        key_of(*base, *alone),
         "Python packages for the guest",
-        lambda made: _make_dependencies(root, wanted, build, made),
+        lambda made: _make_dependencies(root, wanted, build, alone, made),
     )
     extension = None
     if settings:
@@ -134,7 +138,7 @@ def requirements(settings: dict[str, Any]) -> tuple[list[str], list[str]]:
     return sorted(set(wanted)), sorted(build)
 
 
-def _pip(processor: Processor, target: Path, names: Sequence[str]) -> None:
+def _pip(processor: Processor, target: Path, names: Sequence[str], *options: str) -> None:
     """Install packages for the guest's Python with the host's pip, as it is configured."""
     machine = processor.machine
     tags = [*(f"2_{minor}" for minor in range(41, 4, -1)), "2014", "1"]
@@ -144,18 +148,21 @@ def _pip(processor: Processor, target: Path, names: Sequence[str]) -> None:
         *(f"--python-version={packages.PYTHON}", "--implementation=cp"),
         *(f"--platform=manylinux{'_' * ('_' in tag)}{tag}_{machine}" for tag in tags),
         f"--target={target}",
+        *options,
         *names,
     ]
     host.run(argv)
 
 
 def _make_dependencies(
-    root: Root, wanted: Sequence[str], build: Sequence[str], folder: Path
+    root: Root, wanted: Sequence[str], build: Sequence[str], alone: Sequence[str], folder: Path
 ) -> None:
     local = folder / "local"
     site = local / SITE
     site.parent.mkdir(parents=True)
     _pip(root.processor, site, wanted)
+    if alone:
+        _pip(root.processor, site, alone, "--no-deps")
     _pip(PROCESSORS[packages.NATIVE], folder / "build", build)
     if (site / "bin").exists():
         (site / "bin").rename(local / "bin")

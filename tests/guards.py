@@ -231,7 +231,9 @@ def _nvmf() -> str | None:
 def _rdma() -> str | None:
     for path in Path("/sys/class/infiniband").glob("*/ports/*/state"):
         if "ACTIVE" in path.read_text():
-            return _python("pyverbs", "apt install python3-pyverbs; lab/run has it")
+            return _python("pyverbs", "apt install python3-pyverbs; lab/run has it") or _python(
+                "nixl_cu13", "pip install --no-deps nixl-cu13; lab/run --devices rdma has it"
+            )
     return "no network card with RDMA is up (lab/run --devices rdma)"
 
 

@@ -1,4 +1,4 @@
-"""RDMA by soft RoCE: Buffers as memory of a network card, by verbs."""
+"""RDMA by soft RoCE: Buffers as memory of a network card, by verbs and between two machines."""
 
 import errno
 from collections.abc import Iterator
@@ -7,21 +7,27 @@ from pathlib import Path
 import pytest
 
 import dmabuf
+from dmabuf import Route, remote
 from tests.guards import needs
+from tests.guests.peer import THERE, carrying, python, running
+from tests.nodes import pumps
 from tests.support import assert_same, pattern, poison, wait_until
 
 everything = needs("rdma", "peer", "udmabuf")
 
 MIB = 1 << 20
-SIZE = 4 * MIB
-DATA = pattern(SIZE, 51)
+SIZE, SEED = 4 * MIB, 51
+DATA = pattern(SIZE, SEED)
 SOURCE, TARGET = range(2)
 
 
-def pinned() -> int:
-    """The bytes that this process has pinned, by the kernel's account (VmPin)."""
-    fields = Path("/proc/self/status").read_text().split()
+def pinned(process: object = "self") -> int:
+    """The bytes that a process has pinned, by the kernel's account (VmPin)."""
+    fields = Path(f"/proc/{process}/status").read_text().split()
     return int(fields[fields.index("VmPin:") + 1]) << 10
+
+
+# -- verbs
 
 
 class Card:
@@ -146,3 +152,70 @@ def test_rxe_registers_no_dma_buf(card: Card, buffers) -> None:
     with pytest.raises(PyverbsRDMAError) as caught:
         DmaBufMR(card.domain, SIZE, card.access, dmabuf=buffers[SOURCE].slabs[0].fd)
     assert caught.value.error_code == errno.EOPNOTSUPP
+
+
+# -- NIXL
+
+FOLDER, PORT = "/var/tmp/card", 7778
+_MAKE = """
+import os, random, sys
+os.makedirs(sys.argv[1], exist_ok=True)
+with open(f"{sys.argv[1]}/a.bin", "wb") as file:
+    file.write(random.Random(int(sys.argv[2])).randbytes(int(sys.argv[3])))
+"""
+PRELOAD = "libibverbs.so.1"
+"""NIXL's own copy of it does not find the system's driver of the card."""
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """A node in the second guest, which serves a file of DATA."""
+    python(_MAKE, FOLDER, SEED, SIZE)
+    listen = ["--socket", "/run/card", "--listen", f"{THERE}:{PORT}", "--trusted-network"]
+    serve = ["dmabuf", "serve", *listen, "--files", FOLDER]
+    with running("env", f"LD_PRELOAD={PRELOAD}", *serve) as process:
+        assert process.stderr.readline().startswith("serving at")
+        assert process.stderr.readline().startswith("listening at")
+        yield f"{THERE}:{PORT}"
+
+
+@pytest.fixture
+def node(address: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[remote.Node]:
+    monkeypatch.setenv("LD_PRELOAD", PRELOAD)
+    with remote.connect(address, engine="nixl", trusted_network=True, timeout=300) as made:
+        yield made
+
+
+@everything
+def test_a_card_moves_files_of_another_machine(node: remote.Node, buffers) -> None:
+    target = buffers[TARGET]
+    with carrying(SIZE), node.open("a.bin") as file:
+        done = file.read_into(target, require="zero-copy")
+    assert (done.transport, done.route, done.copied) == ("rc_verbs", Route.DIRECT, 0)
+    assert (done.remote.route, done.remote.copied) == ("direct", 0)
+    assert_same(target.pread(SIZE, 0), DATA, "the buffer")
+    with node.open("b.bin", "w") as file:
+        file.write_from(buffers[SOURCE])
+    target.pwrite(poison(SIZE), 0)
+    with node.open("b.bin") as file:
+        file.read_into(target, audit="always")
+    assert_same(target.pread(SIZE, 0), DATA, "what came back")
+
+
+@everything
+@pytest.mark.parametrize("by", ["revoke", "close"])
+def test_what_is_revoked_is_not_pinned_any_more(node: remote.Node, by: str) -> None:
+    [pump] = pumps()
+    before = pinned(pump)
+    with node.open("a.bin") as file:
+        for _ in range(3):
+            with dmabuf.allocate(SIZE, exporter="udmabuf") as buffer:
+                buffer.pwrite(poison(SIZE), 0)
+                file.read_into(buffer)
+                assert_same(buffer.pread(SIZE, 0), DATA, "the buffer")
+                assert pinned(pump) == before + SIZE
+                if by == "revoke":
+                    node.revoke(buffer)
+                else:
+                    buffer.close()
+                assert pinned(pump) == before
