@@ -34,6 +34,7 @@ GUEST_TESTS = (
     "fuse3",
     "glslang-tools",
     "ibverbs-providers",
+    "libavutil-dev",
     "liburing2",
     "libva-dev",
     "libva-drm2",

@@ -156,6 +156,12 @@ def _libva() -> str | None:
     return _program("gcc", "gcc")
 
 
+def _libavutil() -> str | None:
+    if any(Path("/usr/include").glob("**/libavutil/hwcontext_vaapi.h")):
+        return _libva()
+    return "no headers of FFmpeg's libavutil (apt install libavutil-dev; lab/run has it)"
+
+
 def _level_zero_headers() -> str | None:
     if not os.path.exists("/usr/include/level_zero/ze_api.h"):
         return "no headers of Level Zero (apt install libze-dev)"
@@ -406,6 +412,7 @@ _GUARDS: dict[str, Callable[[], str | None]] = {
     "p2pmem": _p2pmem,
     "vulkan": _vulkan,
     "libva": _libva,
+    "libavutil": _libavutil,
     "level-zero-headers": _level_zero_headers,
     "hugepages": _hugepages,
     "io_uring": _io_uring,

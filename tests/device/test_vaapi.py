@@ -12,6 +12,7 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -96,6 +97,9 @@ class Jobs:
         self._call("vaBeginPicture", self.context, target.number)
         self._call("vaRenderPicture", self.context, ctypes.byref(buffer), 1)
         self._call("vaEndPicture", self.context)
+
+    def sync(self, number: int) -> None:
+        self._call("vaSyncSurface", number)
 
 
 def buffer_of(name: str, exporter: str = "udmabuf", pitch: int | None = None) -> drm.Image:
@@ -359,6 +363,72 @@ def test_a_fork_leaves_the_display_to_the_parent(display: vaapi.Display) -> None
         assert_same(content(other), content(one), "after the fork")
         source.close()
         target.close()
+
+
+@pytest.fixture(scope="module")
+def hwmap(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """Load hwmap.c, which calls FFmpeg's libavutil."""
+    target = tmp_path_factory.mktemp("hwmap") / "hwmap.so"
+    source = SOURCE.with_name("hwmap.c")
+    flags = ["-shared", "-fPIC", "-O1", "-Wall", "-o", target, source, "-lavutil"]
+    subprocess.run(["gcc", *flags], check=True)
+    library = ctypes.CDLL(str(target))
+    library.hwmap_open.restype = ctypes.c_void_p
+    return library
+
+
+class Mapped(ctypes.Structure):
+    """What hwmap.c makes, by av_hwframe_map: `struct mapped` there."""
+
+    _fields_ = [
+        ("display", ctypes.c_void_p),
+        ("imported", ctypes.c_uint32),
+        ("own", ctypes.c_uint32),
+        ("fd", ctypes.c_int),
+        ("offset", ctypes.c_long * 2),
+        ("pitch", ctypes.c_long * 2),
+    ]
+
+
+@va
+@needs("libavutil")
+@pytest.mark.parametrize("way", ["to a Buffer", "from a Buffer"])
+def test_ffmpeg_maps_a_buffer_and_a_surface(
+    way: str, hwmap: ctypes.CDLL, loader: pytest.MonkeyPatch
+) -> None:
+    """FFmpeg maps a Buffer to a surface, and its own surface to a Buffer; the driver copies."""
+    mapped, error = Mapped(), ctypes.create_string_buffer(128)
+    with buffer_of("NV12", pitch=512) as image:
+        given = Mapped(
+            fd=image.buffer.fileno(),
+            offset=(ctypes.c_long * 2)(*(plane.offset for plane in image.planes)),
+            pitch=(ctypes.c_long * 2)(*(plane.pitch for plane in image.planes)),
+        )
+        opened = hwmap.hwmap_open(
+            *(RENDER.encode(), WIDTH, HEIGHT, ctypes.c_long(image.buffer.size)),
+            *(ctypes.byref(given), ctypes.byref(mapped), error),
+        )
+        assert opened, error.value.decode()
+        try:
+            with dmabuf.from_fd(mapped.fd) as memory:
+                planes = tuple(map(drm.Plane, [memory] * 2, mapped.offset, mapped.pitch))
+                surface = drm.Image(WIDTH, HEIGHT, "NV12", planes, 0)
+                memory.pwrite(poison(memory.size), 0)
+                source, target = (image, surface) if way == "from a Buffer" else (surface, image)
+                draw(source, 21)
+                expected = bytearray(whole(target))
+                for old, new in zip(rows(source), rows(target), strict=True):
+                    for row in range(old[2]):
+                        at = new[0].offset + row * new[0].pitch
+                        data = old[0].buffer.pread(old[1], old[0].offset + row * old[0].pitch)
+                        expected[at : at + old[1]] = data
+                numbers = {id(image): mapped.imported, id(surface): mapped.own}
+                jobs = Jobs(SimpleNamespace(handle=mapped.display))
+                jobs.copy(*(SimpleNamespace(number=numbers[id(at)]) for at in (source, target)))
+                jobs.sync(numbers[id(target)])
+                assert_same(whole(target), bytes(expected), way)
+        finally:
+            hwmap.hwmap_close(ctypes.c_void_p(opened))
 
 
 @va

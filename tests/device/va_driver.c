@@ -213,6 +213,8 @@ static VAStatus create_surfaces2(VADriverContextP ctx, unsigned int rt_format, u
 		else if (attributes[i].type == VASurfaceAttribExternalBufferDescriptor)
 			from = attributes[i].value.value.p;
 	}
+	if (memory == VA_SURFACE_ATTRIB_MEM_TYPE_VA)
+		memory = 0;
 	if (memory && (memory != VA_SURFACE_ATTRIB_MEM_TYPE_DRM_PRIME_2 || !from))
 		return VA_STATUS_ERROR_UNSUPPORTED_MEMORY_TYPE;
 	if (from)
@@ -441,6 +443,13 @@ static VAStatus query_profiles(VADriverContextP ctx, VAProfile *list, int *count
 	return VA_STATUS_SUCCESS;
 }
 
+static VAStatus query_image_formats(VADriverContextP ctx, VAImageFormat *list, int *count)
+{
+	list[0] = (VAImageFormat){.fourcc = VA_FOURCC_NV12, .bits_per_pixel = 12};
+	*count = 1;
+	return VA_STATUS_SUCCESS;
+}
+
 static VAStatus terminate(VADriverContextP ctx)
 {
 	for (VASurfaceID id = 0; id < MOST; id++)
@@ -479,6 +488,7 @@ __attribute__((visibility("default"))) VAStatus __vaDriverInit_1_0(VADriverConte
 	for (size_t i = 0; &functions[i] < (void **)&table->vaBufferInfo; i++)
 		functions[i] = (void *)no; /* libva refuses a driver that lacks one of these */
 	table->vaTerminate = terminate;
+	table->vaQueryImageFormats = query_image_formats;
 	table->vaQueryConfigProfiles = query_profiles;
 	table->vaCreateConfig = create_config;
 	table->vaDestroyConfig = destroy_config;
