@@ -344,7 +344,12 @@ def test_fio_verifies_what_it_wrote(disk: tuple[dmabuf.Buffer, str], engine: str
         f" --ioengine={engine}"
     )
     for how in ("--rw=randwrite --bs=4k", "--rw=write --bs=1M", "--rw=randrw --bsrange=512-256k"):
-        shell(f"fio --name=x --minimal --filename=$1 {options} {how}", Path("/tmp"), disk[1])
+        shell(
+            f"fio --name=x --minimal --filename=$1 {options} {how}",
+            Path("/tmp"),
+            disk[1],
+            timeout=600,
+        )
 
 
 @pytest.mark.device_table("ublk", "read", "write")
