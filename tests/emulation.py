@@ -42,6 +42,23 @@ class Filter:
         lib.dmb_testing_set_filter(ffi.NULL, ffi.NULL)
 
 
+def in_the_middle(count: int, first: int, act: Callable[[], object]) -> Filter:
+    """Return a filter that acts once, when so many requests are done, with that at offset `first`.
+
+    Requests complete in any order: with fewer conditions `nbytes` of the error could be 0.
+    """
+    done, acted = set[int](), list[bool]()
+
+    def judge(completion: Any) -> int:
+        done.add(completion.offset)
+        if len(done) >= count and first in done and not acted:
+            acted.append(True)
+            act()
+        return int(completion.result)
+
+    return Filter(judge)
+
+
 @contextlib.contextmanager
 def native(backends: int = BACKENDS) -> Iterator[None]:
     """Rings that are made meanwhile emulate the native route, as long as they live."""

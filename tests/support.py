@@ -19,6 +19,7 @@ import dmabuf
 from dmabuf.transfer.ring import Ring
 from tests.core import ffi, lib
 from tests.emulation import Filter as Filter
+from tests.emulation import in_the_middle as in_the_middle
 
 PAGE = os.sysconf("SC_PAGESIZE")
 

@@ -13,7 +13,7 @@ from dmabuf import Engine, Route
 from tests.guards import needs
 from tests.guests.peer import THERE, befall, carrying, cut_for_a_second, python, running
 from tests.kernel.fabric import PORTS, Fabric
-from tests.support import PATIENCE, Filter, assert_same, pattern, poison, wait_until
+from tests.support import PATIENCE, assert_same, in_the_middle, pattern, poison, wait_until
 
 everything = needs("peer", "nvmf", "nvme", "udmabuf", "io_uring")
 
@@ -69,18 +69,10 @@ def write(path: str, buffer: dmabuf.Buffer, data: bytes) -> None:
 
 
 def read(path: str, buffer: dmabuf.Buffer, act: Callable[[], None]) -> dmabuf.Transfer:
-    """Read all of it into poison, and act at the tenth completion."""
-    seen = [0]
-
-    def judge(completion):
-        seen[0] += 1
-        if seen[0] == 10:
-            act()
-        return completion.result
-
+    """Read all of it into poison, and act when ten requests are done."""
     buffer.pwrite(poison(SIZE), 0)
     with Engine(queue_depth=4, block_size="128KiB") as engine:
-        with dmabuf.open(path, engine=engine) as file, Filter(judge):
+        with dmabuf.open(path, engine=engine) as file, in_the_middle(10, 0, act):
             return file.read_into(buffer, audit="off")
 
 

@@ -29,7 +29,7 @@ from tests.kernel.test_pulled import (
     first_content,
     run_workers,
 )
-from tests.support import Filter, assert_same, exercise, pattern, poison, wait_until
+from tests.support import assert_same, exercise, in_the_middle, pattern, poison, wait_until
 
 everything = needs("nvmf", "nvme", "udmabuf", "io_uring", "ext4")
 
@@ -149,16 +149,8 @@ def come_back(fabric: Fabric, target: nvmet.Target, how: str) -> None:
 def test_it_goes_in_the_middle(
     target: nvmet.Target, buf: dmabuf.Buffer, how: str, kind: str, write: bool
 ) -> None:
-    """At the twentieth completion, from within: so some of it is whole, and some is not."""
+    """Once twenty requests are done, from within: so some of it is whole, and some is not."""
     fabric = Fabric(ctrl_loss_tmo=1 if how == "lost" else 100)
-    seen = [0]
-
-    def judge(completion):
-        seen[0] += 1
-        if seen[0] == 20:
-            go(fabric, target, how)
-        return completion.result
-
     worker = Worker(int(write), buf, None)
     worker.how.pop("sync", None)  # the middle of the transfer, and no flush
     local().write(first_content())
@@ -167,7 +159,7 @@ def test_it_goes_in_the_middle(
         with Engine(queue_depth=4, block_size="64KiB") as engine:
             with dmabuf.open(path, "r+", engine=engine) as file:
                 file.read_into(buf, 4096, file_offset=2 * PART, buffer_offset=2 * PART)
-                with Filter(judge):
+                with in_the_middle(20, worker.at, lambda: go(fabric, target, how)):
                     worker.run(file)
         error = worker.error
         assert isinstance(error, OSError) and error.errno in GONE, error

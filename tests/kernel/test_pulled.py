@@ -13,7 +13,7 @@ from dmabuf import Engine, Route, aio
 from dmabuf.transfer.engine import default_engine
 from tests.guards import needs
 from tests.kernel.hotplug import MIB, Slot
-from tests.support import Filter, assert_same, pattern, poison, raises_errno, whole
+from tests.support import assert_same, in_the_middle, pattern, poison, raises_errno, whole
 
 everything = needs("unplug", "udmabuf", "nvme", "io_uring", "ext4")
 
@@ -225,15 +225,7 @@ def test_pulled_under_many(slot, buf, tmp_path, kind, route, how):
 @pytest.mark.parametrize("write", [False, True], ids=["read", "write"])
 @pytest.mark.parametrize(("kind", "route"), WAYS)
 def test_pulled_in_the_middle(slot, buf, tmp_path, kind, route, write):
-    """At the twentieth completion, from within: so some of it is whole, and some is not."""
-    seen = [0]
-
-    def judge(completion):
-        seen[0] += 1
-        if seen[0] == 20:
-            slot.pull()
-        return completion.result
-
+    """Once twenty requests are done, from within: so some of it is whole, and some is not."""
     worker = Worker(int(write), buf, route)
     worker.how.pop("sync", None)  # the middle of the transfer, and no flush
     with (
@@ -246,7 +238,7 @@ def test_pulled_in_the_middle(slot, buf, tmp_path, kind, route, write):
             file.write_from,
         ):  # by one system call each, where that is possible
             small(buf, STEP, file_offset=2 * PART, buffer_offset=2 * PART)
-        with Filter(judge):
+        with in_the_middle(20, worker.at, slot.pull):
             worker.run(file)
         error = worker.error
         assert isinstance(error, OSError) and error.errno in GONE[kind], error
