@@ -191,7 +191,9 @@ coverage: $(VENV)/ready
 # Two guests, of which each takes about half of the time.
 LAB_TESTS_1 := $(wildcard tests/kernel/test_[a-f]*.py)
 FABRICS := tests/kernel/test_nvme_fabrics.py
-LAB_TESTS_2 := $(filter-out $(LAB_TESTS_1) $(FABRICS),$(wildcard tests/kernel/test_*.py)) tests/device
+# CXL memory goes with none of the other devices: `make test-devices` has a run for it.
+LAB_TESTS_2 := $(filter-out $(LAB_TESTS_1) $(FABRICS),$(wildcard tests/kernel/test_*.py)) tests/device \
+	--ignore=tests/device/test_cxl.py
 lab-tests: lab-tests-1 lab-tests-2
 
 lab-tests-1 lab-tests-2: lab-tests-%: $(VENV)/ready
