@@ -267,8 +267,15 @@ def test_a_forked_child_does_not_keep_the_device() -> None:
     finally:
         os.kill(child, signal.SIGKILL)
         process.stdout.close()
-    with dmabuf.allocate(4096) as buffer, dmabuf.as_block_device(buffer):
-        pass  # deletes what is left
+    number = int(path.removeprefix("/dev/ublkb"))
+
+    def deleted() -> bool:
+        """Export another one, which deletes what nobody has open."""
+        with dmabuf.allocate(4096) as buffer, dmabuf.as_block_device(buffer):
+            pass
+        return number not in ublk.numbers()
+
+    wait_until(deleted, "the end of the child")
 
 
 def test_a_device_that_root_deletes() -> None:
