@@ -164,8 +164,8 @@ unit-busy: $(VENV)/ready
 	tests/busy.sh $(BIN)/python $(UNIT) --timeout 1200 $(TESTS)
 
 # The coverage of the unit tests: Python, subprocesses included, and the C core. Its own tests and the
-# simulator show which of its branches are taken. The test left out forks thousands of times, and
-# takes long where each child records its coverage.
+# simulator show which of its branches are taken. test_every_step.py is left out: it forks thousands of
+# children, and each would take long to record its coverage.
 COVERAGE := $(CURDIR)/build/coverage
 COUNTING := CFLAGS="--coverage -fprofile-update=atomic" LDFLAGS=--coverage
 coverage: $(VENV)/ready

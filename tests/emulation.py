@@ -43,9 +43,9 @@ class Filter:
 
 
 def in_the_middle(count: int, first: int, act: Callable[[], object]) -> Filter:
-    """Return a filter that acts once, when so many requests are done, with that at offset `first`.
+    """Return a filter that acts once: `count` requests are done then, and that at offset `first`.
 
-    Requests complete in any order: with fewer conditions `nbytes` of the error could be 0.
+    Requests complete in any order: without the first one `nbytes` of the error could be 0.
     """
     done, acted = set[int](), list[bool]()
 

@@ -138,7 +138,7 @@ def for_everyone(*devices: str) -> Iterator[None]:
 
 @needs("hugepages")
 def test_huge_pages_come_back(store: Store) -> None:
-    """The kernel does not tell who has a memory file of huge pages open."""
+    """Some kernels do not report who has a memory file of huge pages open."""
 
     def free() -> int:
         return int(Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages").read_text())

@@ -11,7 +11,7 @@ import anyio
 import trio._core._run
 import trio.testing
 
-trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING = True  # of tasks that can run: by age
+trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING = True  # trio sorts the tasks that can run by age
 
 
 class _Selector(selectors.DefaultSelector):
@@ -39,6 +39,6 @@ def run(function: Callable[[], Any], backend: Literal["asyncio", "trio"], seed: 
     """Run a coroutine function in a new event loop."""
     options: dict[str, Any] = {"loop_factory": _Loop}
     if backend == "trio":
-        trio._core._run._r.seed(seed)  # it runs those that can run forwards or backwards
+        trio._core._run._r.seed(seed)  # by it, trio runs the sorted tasks forwards or backwards
         options = {"clock": trio.testing.MockClock(autojump_threshold=0)}
     anyio.run(function, backend=backend, backend_options=options)

@@ -77,8 +77,9 @@ class Points:
 
     def _at(self, code, offset):
         name = dis.opname[code.co_code[offset]]
-        point = name.startswith(("RESUME", "JUMP_BACKWARD"))
-        point = point or (self._after_call and name != "PUSH_EXC_INFO")  # that call has raised
+        # A handler of exceptions follows a call that has raised: no signal handler runs in between.
+        after_call = self._after_call and name != "PUSH_EXC_INFO"
+        point = after_call or name.startswith(("RESUME", "JUMP_BACKWARD"))
         self._after_call = name.startswith("CALL")
         if point:
             self.seen += 1

@@ -8,7 +8,6 @@ import errno
 import mmap
 import os
 import sys
-import threading
 from array import array
 
 import pytest
@@ -31,6 +30,7 @@ from tests.support import (
     poison,
     raises_errno,
     run,
+    together,
     whole,
     zram,
 )
@@ -133,22 +133,13 @@ def _triple(*numbers):
 @needs("loop")
 def test_a_device_is_opened_by_many_at_once(tmp_path):
     """Whether it is mounted is found out by a claim, which must not refuse the others."""
-    refused = []
+    with loop_device(tmp_path / "image", 1 << 20) as device:
 
-    def open_often():
-        try:
+        def open_often(_):
             for _ in range(200):
                 dmabuf.open(device, "r+").close()
-        except OSError as error:
-            refused.append(error)
 
-    with loop_device(tmp_path / "image", 1 << 20) as device:
-        threads = [threading.Thread(target=open_often) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert not refused
+        together(open_often, 4)
 
 
 @needs("ext4")

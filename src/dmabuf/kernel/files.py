@@ -310,12 +310,12 @@ def _on_zram(fd: int, kind: Kind) -> bool:
 
 
 def try_claim(device: str) -> OSError | None:
-    """Return why a block device cannot be claimed: EBUSY if it is mounted, or another has it.
+    """Claim a block device, and give it back; return the error, EBUSY if it is mounted or claimed.
 
-    A claim ends at once. So a program that tries the same, as this one does in another thread, has
-    the device for a moment only: EBUSY is asked about again, for a tenth of a second.
+    Another thread or program that tries this has the device for a moment, too. So EBUSY counts only
+    if it comes for a third of a second.
     """
-    pauses = iter([0.001] * 20 + [0.01] * 8)
+    pauses = iter([0.001] * 20 + [0.01] * 30)
     while True:
         try:
             os.close(os.open(device, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))

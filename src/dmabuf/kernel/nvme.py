@@ -282,7 +282,7 @@ _UNUSABLE = ("inaccessible", "persistent-loss", "change")
 
 
 def _obstacle(controller: str, number: str) -> str:
-    """Return why a controller is no path to the namespace of this number, or "" if it is one.
+    """Return what prevents access to the namespace of this number by a controller, "" for nothing.
 
     While the kernel removes a path, the size is 0 (nvme_ns_remove in drivers/nvme/host/core.c).
     """

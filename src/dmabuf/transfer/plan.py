@@ -116,7 +116,7 @@ def check(name: str, value: object, allowed: tuple[str, ...]) -> None:
 
 
 def check_given(terms: object, progress: object) -> None:
-    """Raise TypeError for a caller's terms or function of progress that are neither, nor None."""
+    """Raise TypeError unless terms are Terms or None, and progress can be called or is None."""
     if terms is not None and not isinstance(terms, Terms):
         raise TypeError(f"terms must be a dmabuf.Terms, not {type(terms).__name__}")
     if progress is not None and not callable(progress):
