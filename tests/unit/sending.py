@@ -1,8 +1,9 @@
 """Send Files and Buffers to children: `python -m tests.unit.sending processes METHOD FILE`.
 
-METHOD is a start method of multiprocessing. `loader` is PyTorch's DataLoader.
+METHOD is a start method of multiprocessing. `loader` is PyTorch's DataLoader, `pool` a Pool.
 """
 
+import errno
 import multiprocessing
 import sys
 from pathlib import Path
@@ -46,6 +47,46 @@ def send_to_processes(method, path):
         assert buffer.pread(len(content), 14) == content[14:]
 
 
+def read(file):
+    with dmabuf.allocate(4096) as buffer:
+        return file.read_into(buffer).nbytes
+
+
+def plan(file):
+    with dmabuf.allocate(4096) as buffer:
+        return file.plan(buffer).route
+
+
+def size(file):
+    return file.size
+
+
+def enter(file):
+    with file:
+        pass
+
+
+def send_to_pool(method, path):
+    """A worker that cannot open a File raises at its use: a Pool loses tasks it cannot unpickle."""
+    with multiprocessing.get_context(method).Pool(1) as pool:
+        with dmabuf.open(path) as file, dmabuf.open(f"{path}.gone", "x") as gone:
+            Path(f"{path}.gone").unlink()
+            assert pool.apply_async(read, (file,)).get(100) == 4096
+            Path(f"{path}.new").write_bytes(b"another")
+            Path(f"{path}.new").rename(path)
+            for sent, number in (file, errno.ESTALE), (gone, errno.ENOENT):
+                for use in (read, plan, size, dmabuf.File.fileno, enter):
+                    try:
+                        told = pool.apply_async(use, (sent,)).get(100)
+                    except OSError as error:
+                        told = error.errno, error.filename
+                    assert told == (number, sent.name), (use, told)
+                told = pool.apply_async(repr, (sent,)).get(100)
+                assert repr(sent.name) in told and "closed" not in told, told
+        pool.close()
+        pool.join()
+
+
 class Pages:
     """A data set of the pages of a file."""
 
@@ -70,5 +111,5 @@ def send_to_loader(method, path):
 
 
 if __name__ == "__main__":
-    main = {"processes": send_to_processes, "loader": send_to_loader}[sys.argv[1]]
-    main(*sys.argv[2:])
+    ways = {"processes": send_to_processes, "loader": send_to_loader, "pool": send_to_pool}
+    ways[sys.argv[1]](*sys.argv[2:])

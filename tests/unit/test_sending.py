@@ -30,6 +30,11 @@ def test_multiprocessing_sends_files_and_buffers(path, method):
     send("processes", method, path)
 
 
+@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
+def test_a_task_of_a_pool_raises_where_its_file_cannot_be_opened(path, method):
+    send("pool", method, path)
+
+
 @needs("torch")
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_data_loader_with_workers_reads_one_file(path, method):
@@ -64,12 +69,19 @@ def test_a_file_is_sent_by_its_path_and_checked(path, buf, tmp_path):
         with sent(file) as other:
             assert other.read_into(buf).nbytes == SIZE
         (tmp_path / "new").write_bytes(b"")
-        os.replace(tmp_path / "new", path)
-        with pytest.raises(OSError, match="the path is another file's now") as error:
-            sent(file)
-        assert error.value.errno == errno.ESTALE and error.value.filename == str(path)
-    with pytest.raises(dmabuf.ClosedError):
-        sent(file)
+        os.rename(path, tmp_path / "old")
+        os.rename(tmp_path / "new", path)
+        other = sent(sent(sent(file)))
+        for _ in range(2):
+            with pytest.raises(OSError, match="the path is another file's now") as error:
+                other.read_into(buf)
+            assert error.value.errno == errno.ESTALE and error.value.filename == str(path)
+        os.rename(tmp_path / "old", path)
+        assert other.read_into(buf).nbytes == SIZE
+        other.close()
+    for closed in (file, other):
+        with pytest.raises(dmabuf.ClosedError):
+            sent(closed)
 
 
 def test_a_file_without_a_path_is_not_sent(path):

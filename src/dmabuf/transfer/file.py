@@ -7,6 +7,7 @@ import io
 import os
 import sys
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 from dmabuf._core import ffi
@@ -32,7 +33,7 @@ from dmabuf.transfer.plan import (
     with_nbytes,
 )
 from dmabuf.transfer.run import BLOCKING, Progress, Reporting, Segments, complete, segments_of
-from dmabuf.transfer.target import Target, check_identity
+from dmabuf.transfer.target import Elsewhere, Target
 
 Mode = Literal["r", "w", "r+", "x"]
 Result = TypeVar("Result", covariant=True)
@@ -348,11 +349,14 @@ class BaseFile(Uncopyable, Verbs[Result, Plan]):
         engine: Engine | None = None,
     ) -> None:
         target = Target(path, mode, force, engine or default_engine(), travels=engine is None)
+        self._hold(target, path if isinstance(path, int) else target.path, mode)
+
+    def _hold(self, target: Target, name: str | int, mode: str) -> None:
         self.links = Links(target)
         """What is known about moving bytes between it and each buffer, for the other rooms."""
         self.mode: str = mode
         """The mode it was opened with: "r", "w", "r+" or "x"."""
-        self.name = path if isinstance(path, int) else target.path
+        self.name = name
         """The path, or the descriptor that was handed in."""
         if "multiprocessing" in sys.modules:
             enable_sending()
@@ -472,12 +476,23 @@ class File(
     and the file has no position of its own. (A pipe or socket has one; two threads share it.)
 
     The child of a fork, and a process that multiprocessing sends it to, open its path again, with
-    their default engine, and raise OSError(ESTALE) if another file has the path. Modes "w" and "x"
-    become "r+" there, so nothing is emptied. A File of a stream, of a handed-in descriptor or with
-    an own engine is not sent, and raises ClosedError after a fork.
+    their default engine. Where that fails, each use of the File there raises the OSError; errno is
+    ESTALE if another file has the path. Modes "w" and "x" become "r+" there, so nothing is emptied.
+    A File of a stream, of a handed-in descriptor or with an own engine is not sent, and raises
+    ClosedError after a fork.
     """
 
     _shown = "dmabuf.File"
+
+    def __setstate__(self, state: tuple[str, Mode, bool, tuple[int, int]]) -> None:
+        """Become the File that multiprocessing received, and open it if that is possible.
+
+        An error here would reach nobody: multiprocessing.Pool loses the task that it unpickles.
+        """
+        path, mode, _, _ = state
+        self._hold(Elsewhere(*state), path, mode)
+        with suppress(OSError):
+            self.links.current()
 
     def close(self) -> None:
         """Close it, and drop what the engine has registered of it. Can be called again.
@@ -548,10 +563,4 @@ def _report(
     return done
 
 
-def _receive(path: str, mode: Mode, force: bool, identity: tuple[int, int]) -> File:
-    file = File(path, mode, force=force)
-    check_identity(file.target, identity)
-    return file
-
-
-SENDERS[File] = lambda file: (_receive, file.target.reopening())
+SENDERS[File] = lambda file: (File.__new__, (File,), file.links.target.reopening())

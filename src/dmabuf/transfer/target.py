@@ -68,6 +68,8 @@ class Target:
     _no_native: weakref.WeakKeyDictionary[Buffer, str] | None = None
     _no_peer: weakref.WeakKeyDictionary[Buffer, str] | None = None
     _device: str | None = None
+    _identity: tuple[int, int] | None = None
+    """The device and inode of a file that is not open here."""
 
     def __init__(
         self,
@@ -325,8 +327,8 @@ class Target:
         if not self.travels:
             what = self.stream or "a handed-in descriptor or own engine"
             raise TypeError(f"send a File to another process: it has {what}; open it there")
-        status = os.fstat(self.fd)
-        return os.path.abspath(self.path), *self._reopening, (status.st_dev, status.st_ino)
+        identity = self._identity or identity_of(self.fd)
+        return os.path.abspath(self.path), *self._reopening, identity
 
     def abandon(self) -> None:
         """Close the descriptors in the child of a fork, where no thread releases a lock."""
@@ -560,6 +562,19 @@ class Target:
         return False
 
 
+class Elsewhere(Target):
+    """A file that another process has open, and that `Links.current` opens here.
+
+    The arguments are what `reopening` returned there.
+    """
+
+    def __init__(self, path: str, mode: str, force: bool, identity: tuple[int, int]) -> None:
+        self.path, self._reopening, self._identity = path, (mode, force), identity
+        self.travels = True
+        self.pid = self.owner = 0
+        self._lock = threading.RLock()
+
+
 def _duplicate(fd: int, mode: str) -> int:
     try:
         access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
@@ -573,10 +588,18 @@ def _duplicate(fd: int, mode: str) -> int:
     return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
 
 
+def identity_of(fd: int) -> tuple[int, int]:
+    """Return the device and inode of an open file."""
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
+
+
 def check_identity(target: Target, identity: tuple[int, int]) -> None:
     """Close a target and raise OSError(ESTALE) unless it is the file with a device and inode."""
-    status = os.fstat(target.fd)
-    if (status.st_dev, status.st_ino) != identity:
+    if identity_of(target.fd) != identity:
         target.close()
-        text = "open the file again in another process: the path is another file's now"
+        text = (
+            "open the file again in another process: the path is another file's now; "
+            "to use that one, open the path there"
+        )
         raise os_error(errno.ESTALE, text, target.path)
