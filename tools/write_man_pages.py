@@ -22,7 +22,8 @@ def write(name: str, summary: str, parser: object) -> None:
     page = Manpage(parser, _data={"project_name": "dmabuf", "version": __version__})
     page.prog, page.description = name, summary
     page.manual, page.date = "dmabuf", ""
-    text = str(page).replace(".SH COMMENTS\n", ".SH EXAMPLES\n").replace("examples:\n", "")
+    examples = ".SH EXAMPLES\n.nf\n"  # lines that are not filled; the section is the last
+    text = str(page).replace(".SH COMMENTS\n", examples).replace("examples:\n", "")
     (FOLDER / f"{name}.1").write_text(text)
 
 

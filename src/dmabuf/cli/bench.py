@@ -371,7 +371,7 @@ that moves one block, of a write without the flush. See docs/guides/testing-kern
     """\
   dmabuf bench
   dmabuf bench --quick --dir /mnt/nvme
-  dmabuf bench --block 4KiB,128KiB,1MiB --depth 1,8,64 --plot bench.svg /dev/nvme0n1
+  dmabuf bench --block 4KiB,1MiB --depth 1,8,64 --plot bench.svg /dev/nvme0n1
   dmabuf bench --region 0+1GiB --destroy --exporter udmabuf /dev/nvme0n1
   dmabuf bench --json model.safetensors | jq -r '.headlines[0]'""",
 )

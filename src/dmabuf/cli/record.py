@@ -409,8 +409,8 @@ frames, and no other file is made.""",
     _arguments,
     _run,
     """\
-  dmabuf record /dev/video0 out.raw --frames 300
-  dmabuf record /dev/video0 out.raw --format NV12 --size 1920x1080 --fps 60 --require zero-copy
+  dmabuf record /dev/video0 out.raw --frames 300 --require zero-copy
+  dmabuf record /dev/video0 out.raw --format NV12 --size 1920x1080 --fps 60
   dmabuf record /dev/video0 out.y4m --format YUYV --size 640x480
   dmabuf record /dev/video0 - --format YUYV --size 640x480 |
       ffmpeg -f rawvideo -pix_fmt yuyv422 -s 640x480 -i - out.mkv""",

@@ -195,7 +195,8 @@ read and write files below --files.""",
   dmabuf serve --max-memory 8GiB --socket /run/cameras.sock --group video
   dmabuf serve --log-level info --log-format json --metrics 9120
   dmabuf serve --listen 127.0.0.1:7777 --files /srv/models --read-only
-  dmabuf serve --listen 10.0.0.5:7777 --certificate node.pem --key node.key --authority ca.pem""",
+  dmabuf serve --listen 10.0.0.5:7777 --certificate node.pem \\
+      --key node.key --authority ca.pem""",
 )
 
 
