@@ -51,6 +51,8 @@ def test_every_link_within_the_project_leads_somewhere(page):
 def test_every_page_is_in_the_navigation_of_the_site_and_in_the_index():
     folder = ROOT / "docs"
     nav, index = (ROOT / "mkdocs.yml").read_text(), (folder / "index.md").read_text()
+    pages = re.findall(r" (\S+\.md)$", nav, re.M)
+    assert len(pages) == len(set(pages)), "a page is there twice"
     for path in folder.rglob("*.md"):
         page = path.relative_to(folder).as_posix()
         assert f" {page}\n" in nav, page
