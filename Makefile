@@ -64,6 +64,7 @@ TRANSFERS := 100000
 soak: $(VENV)/ready
 	$(BIN)/python -m tests.soak --count $(TRANSFERS)
 	$(BIN)/python -m tests.sharing --count 500
+	$(BIN)/python -m tests.restarting --count 1000
 	tools/install-system-packages $$(lab/run --apt-packages)
 	lab/run --timeout 14400 -- python3 -m tests.soak --count $(TRANSFERS)
 	DMABUF_CUTS=100000 lab/run --timeout 14400 -- python3 -m pytest tests/kernel/test_crash_states.py

@@ -1,12 +1,18 @@
-"""Servers of the store that are restarted, and clients that work meanwhile."""
+"""Servers of the store that are restarted, and clients that work meanwhile.
 
+`python -m tests.restarting --count 1000` restarts servers of each kind in turn.
+"""
+
+import argparse
 import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -212,3 +218,31 @@ def at_work(clients: list[Client]) -> None:
         ),
         "every client at work",
     )
+
+
+def soak(kind: str, count: int) -> None:
+    """Restart a server while clients work; raise AssertionError if a name or its bytes are lost."""
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        path = Path(folder, "s")
+        with contextlib.closing(KINDS[kind](path)) as server, busy(path) as clients:
+            for _ in range(count):
+                at_work(clients)
+                server.restart()
+            at_work(clients)
+    if kind != "killed":
+        assert not any(client.interrupted for client in clients)
+    buffers, failed = sum(one.done for one in clients), sum(one.interrupted for one in clients)
+    print(
+        f"{kind}: {count} restarts in {time.monotonic() - begun:.0f} s; {len(clients)} clients "
+        f"named {buffers} buffers, {failed} requests were interrupted; no name was lost",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=1000)
+    count = parser.parse_args().count
+    for number, kind in enumerate(KINDS):
+        soak(kind, (count + number) // len(KINDS))
