@@ -150,7 +150,7 @@ def _listening(args: Namespace, stack: ExitStack) -> Listener | None:
             raise Misuse("options for other nodes need --listen ADDRESS")
         return None
     if args.idle is not None:
-        raise Misuse("--idle ends a server that no local client uses: leave out it or --listen")
+        raise Misuse("--idle ends a server without local clients, so it excludes --listen")
     from dmabuf import remote
 
     return stack.enter_context(
