@@ -1,6 +1,8 @@
 """Closing, dropping, sharing between threads, and fork."""
 
 import gc
+import subprocess
+import sys
 import threading
 import warnings
 
@@ -10,6 +12,7 @@ from dmabuf.errors import BusyError, ClosedError
 from dmabuf.memory import Buffer, allocate
 from tests.forking import in_child
 from tests.resources import held
+from tests.support import PATIENCE
 
 SIZE = 1 << 16
 
@@ -81,10 +84,31 @@ def test_dropping_one_warns_and_closes():
     called = []
     buffer = allocate(SIZE, exporter="memfd", name="dropped")
     buffer.on_close(lambda: called.append(1))
-    with pytest.warns(ResourceWarning, match="unclosed <dmabuf.Buffer 'dropped' 64 KiB"):
+    with pytest.warns(ResourceWarning, match="unclosed <dmabuf.Buffer 'dropped' 64 KiB") as told:
         del buffer
         gc.collect()
     assert held() == before and called == [1]
+    assert told[0].filename == __file__
+
+
+AT_EXIT = """
+import ctypes, sys
+import dmabuf
+buffer = dmabuf.allocate(1 << 16)
+array, window = buffer.asarray(), buffer.open()
+file, own = dmabuf.open(sys.argv[1]), dmabuf.open(sys.argv[1], engine=dmabuf.Engine())
+for one in file, own:
+    one.read_into(buffer)
+for module in list(sys.modules.values()):
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(module))
+"""
+
+
+def test_what_is_open_at_exit_is_left_to_the_kernel(path):
+    """Also where a library keeps the modules, as PyTorch does, and CPython clears their names."""
+    command = [sys.executable, "-c", AT_EXIT, path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_dropping_a_closed_one_or_a_window_does_not_warn(buf):

@@ -115,6 +115,7 @@ class LoopEngine(Engine):
         eventfd, self._eventfd = self._eventfd, -1
         os.close(eventfd)
 
+    @process.finalizer
     def __del__(self) -> None:
         if getattr(self, "_eventfd", -1) >= 0:
             self.close()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakSet
 
 from dmabuf.errors import BusyError, ClosedError, Uncopyable, os_error
+from dmabuf.kernel import process
 from dmabuf.memory import Buffer, import_optional
 
 if TYPE_CHECKING:
@@ -333,6 +334,7 @@ class Frame(Uncopyable, instead="copy its bytes, or write them to a file"):
     def __exit__(self, *exc: object) -> None:
         self.release()
 
+    @process.finalizer
     def __del__(self) -> None:
         if not self.released:
             self._drop(self._number)

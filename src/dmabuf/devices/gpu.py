@@ -355,6 +355,7 @@ class Device(DeviceHandle):
             self._closed = True
             context.close()
 
+    @process.finalizer
     def __del__(self) -> None:
         super().__del__()
         if not self._closed:  # garbage, found before what was made of the device

@@ -63,12 +63,13 @@ class DeviceHandle(Uncopyable, instead="open the device again in the process tha
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    @process.finalizer
     def __del__(self) -> None:
         if self._closed:
             return
         try:
             if not self.forked:
-                warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+                warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=3)
         finally:
             with suppress(BufferError):
                 self.close()

@@ -8,6 +8,8 @@ from pickle import PickleBuffer
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from dmabuf.kernel import process
+
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
@@ -106,6 +108,7 @@ class WholeFile(io.RawIOBase):
     ) -> None:
         self.close() if kind is None else self.discard()
 
+    @process.finalizer
     def __del__(self) -> None:
         if not sys.is_finalizing() and not self.closed:
             self.discard()

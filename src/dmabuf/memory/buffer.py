@@ -19,7 +19,7 @@ from typing import NamedTuple, NoReturn, SupportsIndex, overload
 
 from dmabuf._core import address_of
 from dmabuf.errors import BusyError, ClosedError, enable_sending
-from dmabuf.kernel import fence, uapi
+from dmabuf.kernel import fence, process, uapi
 from dmabuf.memory import arrays
 from dmabuf.memory.rawfile import RawFile, parse_mode
 from dmabuf.sizes import Size, as_int, format_size
@@ -613,12 +613,13 @@ class Buffer(
             self._descriptors = ()  # no call, so no signal's exception, between this and any()
             any(closing)
 
+    @process.finalizer
     def __del__(self) -> None:
         if self._closed and not self._descriptors:
             return
         try:
             if not self._closed and not self.closes_unasked:
-                warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+                warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=3)
         finally:
             # Views of map() may live longer: they keep the mapping, so it is not unmapped here.
             self._closed = True

@@ -409,6 +409,7 @@ class BaseFile(Uncopyable, Verbs[Result, Plan]):
             why = "; use read_into() and write_from() with a Buffer" if name in _OF_FILES else ""
             raise AttributeError(f"a File has no {name!r}{why}", name=name, obj=self)
 
+    @process.finalizer
     def __del__(self) -> None:
         if "links" in self.__dict__ and self.links.target.fd >= 0:
             self.links.close()

@@ -19,7 +19,7 @@ from typing import Any
 
 from dmabuf._core import ffi
 from dmabuf.errors import os_error
-from dmabuf.kernel import extents, files
+from dmabuf.kernel import extents, files, process
 from dmabuf.memory import Buffer
 from dmabuf.transfer.engine import Engine, Job
 from dmabuf.transfer.ring import Refusal
@@ -57,6 +57,7 @@ class Disk:
             return refusal._replace(why=why)
         return refusal
 
+    @process.finalizer
     def __del__(self) -> None:
         fd = getattr(self, "fd", -1)
         if fd >= 0:

@@ -258,6 +258,7 @@ class Ring:
                 for native in by_file.values():
                     buffer.not_on_close(native.clear)
 
+    @process.finalizer
     def __del__(self) -> None:
         if getattr(self, "handle", None) is not None:
             self.close()

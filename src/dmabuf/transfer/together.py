@@ -17,6 +17,7 @@ from typing import Any
 
 from dmabuf._core import failure, ffi, lib
 from dmabuf.errors import ShortReadError
+from dmabuf.kernel import process
 from dmabuf.memory import Buffer
 from dmabuf.transfer.engine import Engine, Job
 from dmabuf.transfer.file import File
@@ -85,6 +86,7 @@ class _TogetherEngine(Engine):
         if eventfd >= 0:
             os.close(eventfd)
 
+    @process.finalizer
     def __del__(self) -> None:
         if getattr(self, "_eventfd", -1) >= 0:
             self.close()
