@@ -340,6 +340,11 @@ def test_what_is_no_socket_is_left_alone(path: Path) -> None:
     ended = finish(start("serve", "--socket", path))
     assert ended.status == 1
     assert "the file is not a socket; nothing was changed" in ended.err
+    ended = finish(start("ping", "--socket", path))
+    assert (ended.status, ended.err) == (
+        1,
+        f"error: {path}: the file is not a socket; name that of a store\n",
+    )
     assert path.read_text() == "a file of somebody's"
 
 

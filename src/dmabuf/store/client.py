@@ -277,6 +277,8 @@ class Store:
         self._connection.ask("discard", unnamed=unnamed)
 
     def _number(self, buffer: Buffer) -> int:
+        if not isinstance(buffer, Buffer):
+            raise TypeError(f"a dmabuf.Buffer is needed, not {type(buffer).__name__}")
         unnamed = self._unnamed.get(buffer)
         if unnamed is None:
             raise ValueError(f"{buffer!r} was not created without a name by this Store")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import stat
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -53,6 +54,8 @@ class Connection:
                 errno.EACCES: "permission denied: join the socket's group",
             }
             text = fixes.get(error.errno or 0, error.strerror)
+            if error.errno == errno.ECONNREFUSED and not _is_socket(path):
+                text = "the file is not a socket; name that of a store"
             raise OSError(error.errno, text, path) from None
         made.settimeout(self._timeout)
         return made
@@ -158,3 +161,9 @@ def reported(refusal: Refusal, name: object) -> OSError:
     about = refusal.name if refusal.name is not None else name
     text = refusal.text or os.strerror(refusal.errno)
     return OSError(refusal.errno, text, about if isinstance(about, str) else None)
+
+
+def _is_socket(path: str) -> bool:
+    with suppress(OSError):
+        return stat.S_ISSOCK(os.stat(path).st_mode)
+    return True

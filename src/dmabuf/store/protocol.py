@@ -147,29 +147,41 @@ def check_name(name: object) -> str:
     return name
 
 
-def _integer(least: int, most: int) -> Callable[[object], bool]:
-    return lambda value: type(value) is int and least <= value <= most
+class Check(NamedTuple):
+    """What the value of a field must be."""
+
+    good: Callable[[object], bool]
+    wanted: str
 
 
-def _text(most: int) -> Callable[[object], bool]:
-    return lambda value: type(value) is str and len(value) <= most
+def _integer(least: int, most: int, shown: Callable[[int], str] = str) -> Check:
+    wanted = f"an integer from {shown(least)} to {shown(most)}"
+    return Check(lambda value: type(value) is int and least <= value <= most, wanted)
 
 
-def _one_of(*values: object) -> Callable[[object], bool]:
-    return lambda value: any(
-        value is one or (value == one and type(value) is str) for one in values
-    )
+def _text(most: int) -> Check:
+    wanted = f"text of at most {most} characters"
+    return Check(lambda value: type(value) is str and len(value) <= most, wanted)
 
 
-def _either(*checks: Callable[[object], bool]) -> Callable[[object], bool]:
-    return lambda value: any(check(value) for check in checks)
+def _one_of(*values: object) -> Check:
+    def good(value: object) -> bool:
+        return any(value is one or (value == one and type(value) is str) for one in values)
+
+    return Check(good, " or ".join(map(repr, values)))
 
 
-def _name(value: object) -> bool:
+def _either(*checks: Check) -> Check:
+    wanted = " or ".join(check.wanted for check in checks)
+    return Check(lambda value: any(check.good(value) for check in checks), wanted)
+
+
+def _is_name(value: object) -> bool:
     check_name(value)
     return True
 
 
+_NAME = Check(_is_name, "a name")
 _NONE = _one_of(None)
 _FLAG = _one_of(True, False)
 _ID = _integer(UNCHANGED, _ID_MAX)
@@ -177,46 +189,46 @@ _NS = _integer(UNCHANGED, 2**63 - 1)
 _LENGTH = _integer(0, _SIZE_MAX)
 _NUMBER = _integer(1, _SIZE_MAX)
 _MAYBE_NUMBER = _either(_NONE, _NUMBER)
-_MODE = _integer(0, 0o777)
-_CREATE: dict[str, Callable[[object], bool]] = {
-    "name": _either(_NONE, _name),
+_MODE = _integer(0, 0o777, oct)
+_CREATE: dict[str, Check] = {
+    "name": _either(_NONE, _NAME),
     "size": _integer(1, _SIZE_MAX),
     "mode": _MODE,
     "exporter": _text(64),
     "huge_pages": _either(_FLAG, _NUMBER),
     "trusted": _FLAG,
 }
-OPERATIONS: dict[str, dict[str, Callable[[object], bool]]] = {
+OPERATIONS: dict[str, dict[str, Check]] = {
     "create": _CREATE,
     "load": {**_CREATE, "file_offset": _LENGTH},
     "link": {
         "unnamed": _NUMBER,
-        "name": _name,
+        "name": _NAME,
         "replace": _either(_FLAG, _NUMBER),
         "length": _either(_NONE, _LENGTH),
         "cached": _FLAG,
     },
     "discard": {"unnamed": _NUMBER},
-    "reserve": {"name": _name},
+    "reserve": {"name": _NAME},
     "open": {
-        "name": _name,
+        "name": _NAME,
         "number": _MAYBE_NUMBER,
         "mode": _one_of("r", "r+"),
         "trusted": _one_of(True, False, None),
     },
-    "stat": {"name": _name},
+    "stat": {"name": _NAME},
     "list": {"after": _text(NAME_BYTES)},
-    "remove": {"name": _name, "number": _MAYBE_NUMBER},
+    "remove": {"name": _NAME, "number": _MAYBE_NUMBER},
     "rename": {
-        "name": _name,
+        "name": _NAME,
         "number": _MAYBE_NUMBER,
-        "to": _name,
+        "to": _NAME,
         "replace": _either(_FLAG, _NUMBER),
     },
-    "truncate": {"name": _name, "number": _MAYBE_NUMBER, "length": _LENGTH},
-    "chmod": {"name": _name, "number": _MAYBE_NUMBER, "mode": _MODE},
-    "chown": {"name": _name, "number": _MAYBE_NUMBER, "uid": _ID, "gid": _ID},
-    "utime": {"name": _name, "number": _MAYBE_NUMBER, "accessed_ns": _NS, "modified_ns": _NS},
+    "truncate": {"name": _NAME, "number": _MAYBE_NUMBER, "length": _LENGTH},
+    "chmod": {"name": _NAME, "number": _MAYBE_NUMBER, "mode": _MODE},
+    "chown": {"name": _NAME, "number": _MAYBE_NUMBER, "uid": _ID, "gid": _ID},
+    "utime": {"name": _NAME, "number": _MAYBE_NUMBER, "accessed_ns": _NS, "modified_ns": _NS},
     "usage": {},
     "hand_over": {},
 }
@@ -237,9 +249,14 @@ def parse_request(data: bytes) -> Request:
         raise Refusal(errno.EPROTO, "unknown operation")
     if message.keys() != known.keys():
         raise Refusal(errno.EPROTO, f"{op}: the fields are {', '.join(known)}")
-    for field, good in known.items():
-        if not good(message[field]):
-            raise Refusal(errno.EINVAL, f"{op}: invalid {field}")
+    for field, check in known.items():
+        value = message[field]
+        if not check.good(value):
+            if isinstance(value, str):
+                value = value[:40]
+            plain = value is None or isinstance(value, (int, str))
+            shown = repr(value)[:60] if plain else type(value).__name__
+            raise Refusal(errno.EINVAL, f"{op}: invalid {field}={shown}: use {check.wanted}")
     return Request(str(op), message)
 
 
