@@ -25,6 +25,8 @@ os.register_at_fork(after_in_child=_after_fork)
 def finalizer(end: Callable[[Handle], None]) -> Callable[[Handle], None]:
     """Return a __del__ that leaves an object to the kernel where the interpreter is gone already.
 
+    `end` closes the object, if it is not closed. It is called again after an interrupt.
+
     If a library still refers to modules at exit, as PyTorch does, CPython sets their names to None.
     A destructor that runs after that finds neither `os` nor a function of its own module.
     """
@@ -37,5 +39,10 @@ def finalizer(end: Callable[[Handle], None]) -> Callable[[Handle], None]:
         except (AttributeError, TypeError):
             if not ending():
                 raise
+        except Exception:
+            raise
+        except BaseException:
+            end(self)  # the interrupt may have come before its first step
+            raise
 
     return finalize
