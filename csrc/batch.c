@@ -145,14 +145,13 @@ static int issue(struct dmb_batch *batch, struct dmb_io *io)
 	int rc;
 
 	dmb_cut_request(&batch->job, batch->segments, io, batch->phase == EDGES);
+	/* Not registered: the kernel would take the offset for an address. */
 	if (io->native && io->buffer_slot < 0)
-		return -EFAULT; /* not registered: the kernel would take the offset for an address
-				 */
+		return -EFAULT;
+	/* Only a native request does without a mapping: neither the CPU nor O_DIRECT can. */
 	if (!io->native && !batch->job.base)
-		return -EFAULT; /* the CPU cannot map the memory, so it cannot copy */
+		return -EFAULT;
 	io->async = dmb_needs_async(batch, io->length);
-	if ((io->staged || io->hole) && !batch->job.base)
-		return -EFAULT; /* the CPU cannot map the memory, so it cannot copy */
 	if (io->hole)
 		memset(dmb_address(&batch->job, segment, io->skip), 0, io->want);
 	if (io->staged) {
