@@ -247,7 +247,7 @@ int dmb_job_start_small(struct dmb_ring *ring, const struct dmb_job *job, uint64
 			uint64_t start, uint64_t size, int fence, uint64_t tag,
 			struct dmb_batch **ret);
 
-/* Return the errno, or the name, of an NVMe status; the bits above its code are optional. */
+/* Return the -errno, or the name, of an NVMe status; the bits above its code are optional. */
 int dmb_nvme_errno(uint32_t status, int direction);
 const char *dmb_nvme_status_name(uint32_t status);
 
@@ -271,11 +271,11 @@ int dmb_ublk_serve(const struct dmb_job *job, unsigned depth, int fence_ms, int 
 /* System calls that Python does not provide. */
 
 /*
- * Get the O_DIRECT alignments that statx(2) reports for a file: 0 and 0 if it reports none.
- * Returns -EOPNOTSUPP if it reports that the file does not support O_DIRECT, although open(2)
- * accepts the flag.
+ * Get the O_DIRECT alignments that statx(2) reports for a file, of memory and of offsets: 0 and 0
+ * if it reports none. Returns -EOPNOTSUPP if it reports that the file does not support O_DIRECT,
+ * although open(2) accepts the flag.
  */
-int dmb_statx_dio(int fd, uint32_t *memory_align, uint32_t *offset_align);
+int dmb_statx_dio(int fd, uint32_t ret[2]);
 /* What one statx(2) reports of an open file. */
 struct dmb_stat {
 	uint64_t

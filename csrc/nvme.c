@@ -39,7 +39,7 @@ int32_t dmb_nvme_result(struct dmb_io *io, int answer)
 {
 	io->status = answer > 0 ? answer : 0;
 	if (answer > 0)
-		return -dmb_nvme_errno((uint32_t)answer, io->direction);
+		return dmb_nvme_errno((uint32_t)answer, io->direction);
 	return answer ? answer : (int32_t)io->length;
 }
 
@@ -123,12 +123,12 @@ int dmb_nvme_errno(uint32_t status, int direction)
 	const struct status *found = find(status);
 
 	if (!found)
-		return EIO;
+		return -EIO;
 	if (found->code == LBA_OUT_OF_RANGE && direction == DMB_READ)
-		return EINVAL; /* ENOSPC is for writes */
+		return -EINVAL; /* ENOSPC is for writes */
 	if (found->error == EAGAIN && status & STATUS_DO_NOT_RETRY)
-		return EBUSY;
-	return found->error;
+		return -EBUSY;
+	return -found->error;
 }
 
 const char *dmb_nvme_status_name(uint32_t status)

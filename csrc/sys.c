@@ -15,7 +15,7 @@
 
 #define NODES (8 * sizeof(((struct dmb_policy *)NULL)->nodes))
 
-int dmb_statx_dio(int fd, uint32_t *memory_align, uint32_t *offset_align)
+int dmb_statx_dio(int fd, uint32_t ret[2])
 {
 	struct dmb_statx stat;
 
@@ -24,8 +24,8 @@ int dmb_statx_dio(int fd, uint32_t *memory_align, uint32_t *offset_align)
 		return -errno;
 	if (stat.mask & DMB_STATX_DIOALIGN && !stat.dio_offset_align)
 		return -EOPNOTSUPP;
-	*memory_align = stat.mask & DMB_STATX_DIOALIGN ? stat.dio_mem_align : 0;
-	*offset_align = stat.mask & DMB_STATX_DIOALIGN ? stat.dio_offset_align : 0;
+	ret[0] = stat.mask & DMB_STATX_DIOALIGN ? stat.dio_mem_align : 0;
+	ret[1] = stat.mask & DMB_STATX_DIOALIGN ? stat.dio_offset_align : 0;
 	return 0;
 }
 

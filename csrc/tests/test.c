@@ -126,6 +126,7 @@ void memory_unmap(struct memory *memory)
 
 static bool open_in(struct file *file, const char *folder)
 {
+	uint32_t align[2] = {0, 0};
 	char path[4096];
 	int rc = 0;
 
@@ -138,7 +139,9 @@ static bool open_in(struct file *file, const char *folder)
 	file->direct = open(path, O_RDWR | O_DIRECT | O_CLOEXEC);
 	unlink(path);
 	if (file->direct >= 0)
-		rc = dmb_statx_dio(file->direct, &file->memory_align, &file->offset_align);
+		rc = dmb_statx_dio(file->direct, align);
+	file->memory_align = align[0];
+	file->offset_align = align[1];
 	if (file->direct >= 0 && !rc && file->offset_align)
 		return true;
 	if (file->direct >= 0)

@@ -61,7 +61,7 @@ static void answers(void)
 	for (uint32_t status = 1; status < 0x8000; status++) {
 		int error = dmb_nvme_errno(status, (int)(status & 1));
 
-		CHECK(error > 0 && error != ECANCELED && error != EINTR);
+		CHECK(error < 0 && error != -ECANCELED && error != -EINTR);
 		CHECK(*dmb_nvme_status_name(status));
 	}
 }

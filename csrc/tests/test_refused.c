@@ -434,20 +434,20 @@ static long answer_register(long number, const long *arguments)
 
 static void statx_results(void)
 {
-	uint32_t memory_align = 1, offset_align = 1;
+	uint32_t align[2] = {1, 1};
 	struct dmb_stat stat;
 
 	context("statx", 0);
 	reported[0] = reported[1] = (struct dmb_statx){0};
 	refused.answer = answer_statx;
-	CHECK_EQUAL(dmb_statx_dio(0, &memory_align, &offset_align), 0);
-	CHECK_EQUAL(memory_align + offset_align, 0);
+	CHECK_EQUAL(dmb_statx_dio(0, align), 0);
+	CHECK_EQUAL(align[0] + align[1], 0);
 	CHECK_EQUAL(dmb_stat(0, &stat), 0);
 	CHECK_EQUAL(stat.mount, 0);
 	CHECK_EQUAL(stat.allocated, 0);
 	reported[0].blocks = reported[1].blocks = 8;
 	reported[0].mask = reported[1].mask = DMB_STATX_DIOALIGN;
-	CHECK_EQUAL(dmb_statx_dio(0, &memory_align, &offset_align), -EOPNOTSUPP);
+	CHECK_EQUAL(dmb_statx_dio(0, align), -EOPNOTSUPP);
 	CHECK_EQUAL(dmb_stat(0, &stat), 0);
 	CHECK_EQUAL(stat.allocated, 1);
 	refused.answer = NULL;

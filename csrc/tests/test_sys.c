@@ -114,18 +114,18 @@ static void residence(void)
 
 static void alignments(void)
 {
-	uint32_t memory = 77, offset = 77;
+	uint32_t align[2] = {77, 77};
 	int pipes[2], fd = memfd_create("test", MFD_CLOEXEC);
 	struct file file;
 
 	context("alignments", 0);
-	CHECK_EQUAL(dmb_statx_dio(-1, &memory, &offset), -EBADF);
-	CHECK_EQUAL(dmb_statx_dio(fd, &memory, &offset), 0);
-	CHECK_EQUAL(memory, 0);
-	CHECK_EQUAL(offset, 0);
+	CHECK_EQUAL(dmb_statx_dio(-1, align), -EBADF);
+	CHECK_EQUAL(dmb_statx_dio(fd, align), 0);
+	CHECK_EQUAL(align[0], 0);
+	CHECK_EQUAL(align[1], 0);
 	CHECK_EQUAL(pipe(pipes), 0);
-	CHECK_EQUAL(dmb_statx_dio(pipes[0], &memory, &offset), 0);
-	CHECK_EQUAL(offset, 0);
+	CHECK_EQUAL(dmb_statx_dio(pipes[0], align), 0);
+	CHECK_EQUAL(align[1], 0);
 	close(pipes[0]);
 	close(pipes[1]);
 	close(fd);

@@ -56,8 +56,8 @@ def test_kinds(kind, expected):
 
 
 def test_what_statx_states_is_taken(file, monkeypatch):
-    def stated(fd, memory, offset):
-        memory[0], offset[0] = 4, 512
+    def stated(fd, ret):
+        ret[0], ret[1] = 4, 512
         return 0
 
     monkeypatch.setattr(files.lib, "dmb_statx_dio", stated)

@@ -280,8 +280,8 @@ def test_what_is_required_is_not_given_up_for_memory_that_cannot_be_pinned(path,
 
 
 def test_a_stated_alignment_that_is_refused_becomes_a_page(path, engine, buf, monkeypatch):
-    def statx_dio(_fd, memory_align, offset_align):
-        memory_align[0], offset_align[0] = 4, 512
+    def statx_dio(_fd, ret):
+        ret[0], ret[1] = 4, 512
         return 0
 
     def judge(completion):

@@ -145,7 +145,7 @@ def _dioalign() -> Answer:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 answer = ffi.new("uint32_t[2]")
-                return not lib.dmb_statx_dio(fd, answer, answer + 1) and bool(answer[0])
+                return not lib.dmb_statx_dio(fd, answer) and bool(answer[0])
             finally:
                 os.close(fd)
         return False

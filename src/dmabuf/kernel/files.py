@@ -199,7 +199,7 @@ def without_o_direct(fd: int) -> None:
 def _judge(direct: int, kind: Kind, filesystem: int, readable: bool) -> Direct:
     """Return what a file opened with O_DIRECT takes; the descriptor is -1 where it is refused."""
     none, answer = _NO_ALIGNMENT, ffi.new("uint32_t[2]")
-    stated = lib.dmb_statx_dio(direct, answer, answer + 1)
+    stated = lib.dmb_statx_dio(direct, answer)
     if stated == -errno.EOPNOTSUPP:
         text = (
             "the filesystem accepts O_DIRECT and does not do it for this file, as statx says: ext4 "

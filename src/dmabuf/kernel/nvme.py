@@ -151,7 +151,7 @@ def _command(
     def attempt() -> int:
         status = uapi.ioctl(fd, request, bytearray(packed))
         if status:
-            raise OSError(lib.dmb_nvme_errno(status, lib.DMB_WRITE), status_text(status))
+            raise OSError(-lib.dmb_nvme_errno(status, lib.DMB_WRITE), status_text(status))
         return 0
 
     _persist(fd, attempt)
