@@ -97,7 +97,7 @@ def test_an_edge_waits_for_whole_blocks_of_its_page(tmp_path, run):
     assert_same(path.read_bytes(), data, "both writes")
 
 
-def test_the_turns_are_given_back(tmp_path):
+def test_a_write_that_fails_lets_the_next_one_write_the_page(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(bytes(4 * PAGE))
     with dmabuf.allocate(4 * PAGE, exporter="memfd") as buffer, dmabuf.open(path, "r+") as file:

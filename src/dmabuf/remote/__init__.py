@@ -18,8 +18,8 @@ is requested; ``address.py`` decides who may connect to what. The client's end: 
 and ``client.py`` (connect and Node), ``session.py`` (requests and records), ``engine.py`` and
 ``nixl.py`` (which move their bytes), ``file.py``, ``replicas.py`` (a file at several nodes),
 ``names.py`` and ``aio.py`` (in an event loop). The node's end: ``server.py``, ``requests.py``,
-``data.py`` and ``mover.py`` (which move their bytes), ``folder.py`` and ``lending.py``. ``pump.py``
-is the process that holds NIXL for either end.
+``data.py`` and ``nixl_node.py`` (which move their bytes), ``folder.py`` and ``lending.py``.
+``pump.py`` is the process that holds NIXL for either end.
 """
 
 from dmabuf.remote.address import Certificates, certificates_from_environment, parse_url

@@ -35,15 +35,15 @@ Sync = TypeVar("Sync", bound=remote.Node | remote.RemoteFile)
 class _Awaited(Generic[Sync]):
     """A Node or a RemoteFile whose calls are awaited."""
 
-    def __init__(self, sync: Sync, turn: anyio.Lock) -> None:
+    def __init__(self, sync: Sync, lock: anyio.Lock) -> None:
         self.sync = sync
         """The one that carries out the calls, with the properties that do not wait."""
-        self.turn = turn
+        self.lock = lock
         """Held by the call that runs."""
 
     async def call(self, function: Callable[[], T]) -> T:
-        """Call a function in a thread when it is its turn."""
-        async with self.turn:
+        """Call a function in a thread once no other call of the connection runs."""
+        async with self.lock:
             return await call(function)
 
     async def aclose(self) -> None:
@@ -100,13 +100,13 @@ class Node(_Awaited[remote.Node]):
 
     async def open(self, path: str, mode: Mode = "r") -> RemoteFile:
         """Open a file; see remote.Node."""
-        return RemoteFile(await self.call(lambda: self.sync.open(path, mode)), self.turn)
+        return RemoteFile(await self.call(lambda: self.sync.open(path, mode)), self.lock)
 
     @asynccontextmanager
     async def replacing(self, path: str, *, sync: bool = False) -> AsyncIterator[RemoteFile]:
         """Yield a new file, which takes its path at the end; see remote.Node."""
         made = self.sync.replacing(path, sync=sync)
-        file = RemoteFile(await self.call(made.__enter__), self.turn)
+        file = RemoteFile(await self.call(made.__enter__), self.lock)
         kind: type[BaseException] | None = None
         error: BaseException | None = None
         where: TracebackType | None = None

@@ -2,7 +2,7 @@
 
 Each end has a pump (pump.py) for each connection. The node's pump is the one that acts: it writes
 into the regions of the client's pump what it has read from a file, and reads from them what it
-writes to one. So the client's end only grants memory; `mover.py` is the node's end.
+writes to one. So the client's end only grants memory; `nixl_node.py` is the node's end.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from dmabuf.remote.channel import Channel
 from dmabuf.remote.data import Data, FileRanges, FromClient, Pools
 from dmabuf.remote.folder import Folder, Served
 from dmabuf.remote.lending import Lending
-from dmabuf.remote.mover import Mover, MoverData
+from dmabuf.remote.nixl_node import NixlData, NixlEnd
 from dmabuf.remote.protocol import Malformed, Message
 from dmabuf.remote.ranges import Ranges, total
 from dmabuf.sizes import OFFSET_MAX
@@ -40,7 +40,7 @@ _PIECE = 1 << 20
 _MOST_FILES = 1024
 """Files that a client may have open."""
 _LISTED = 1000
-_MOST_MOVERS = 64
+_MOST_NIXL_ENDS = 64
 """Clients that have NIXL at once: each has a process and staging blocks of its own."""
 
 _OPERATIONS = (
@@ -61,7 +61,7 @@ class Shared:
 
     def __init__(self, folder: Folder | None, *, read_only: bool, trusted: bool = False) -> None:
         self.folder, self.read_only, self.trusted = folder, read_only, trusted
-        self.movers = threading.BoundedSemaphore(_MOST_MOVERS)
+        self.nixl_ends = threading.BoundedSemaphore(_MOST_NIXL_ENDS)
         self.server: Server | Lending | None = None
         self.pools = Pools()
         self._lock = threading.Lock()
@@ -93,7 +93,7 @@ class Client:
         self._channel, self._shared = channel, shared
         self._files: dict[int, Served] = {}
         self._numbers = 0
-        self._mover: Mover | None = None
+        self._nixl: NixlEnd | None = None
         self._incoming: Data | None = None
         """What the client sends, and was not received yet."""
 
@@ -108,7 +108,7 @@ class Client:
         finally:
             for served in self._files.values():
                 served.close()
-            self._end_mover()
+            self._close_nixl()
 
     def _carry_out(self, request: Message) -> None:
         op = request.choice("op", *_OPERATIONS)
@@ -134,7 +134,7 @@ class Client:
     def _failed(self, error: BaseException, path: str) -> dict[str, object]:
         """Return the reply to a request that failed."""
         reply: dict[str, object] = {"error": protocol.error_fields(error, path)}
-        if self._mover is not None and self._mover.pump.closed:
+        if self._nixl is not None and self._nixl.pump.closed:
             reply["broken"] = True
         return reply
 
@@ -146,46 +146,46 @@ class Client:
         Without any it ends the pump, which the client does not need after all.
         """
         offered = request.get("transports", list)
-        if self._mover is not None and offered:
+        if self._nixl is not None and offered:
             raise Malformed("a second request for NIXL")
-        self._end_mover()
+        self._close_nixl()
         mine = nixl.transports(trusted=self._shared.trusted)
         taken = next((one for one in offered if one in mine), None)
         if taken is None:
             text = f"NIXL: no common transport: the node has UCX_TLS={' or '.join(mine)}"
             raise os_error(errno.EOPNOTSUPP, text)
         device = nixl.device_of(taken, self._channel.local_address)
-        if not self._shared.movers.acquire(blocking=False):
-            text = f"NIXL: {_MOST_MOVERS} clients of the node have it already; use engine='tcp'"
+        if not self._shared.nixl_ends.acquire(blocking=False):
+            text = f"NIXL: {_MOST_NIXL_ENDS} clients of the node have it already; use engine='tcp'"
             raise os_error(errno.EUSERS, text)
         try:
             start = min(self._channel.timeout, request.get("start", float))
-            self._mover = Mover(taken, device, start, self._channel.timeout)
+            self._nixl = NixlEnd(taken, device, start, self._channel.timeout)
         except BaseException:
-            self._shared.movers.release()
+            self._shared.nixl_ends.release()
             raise
         return {"transports": taken}
 
-    def _end_mover(self) -> None:
-        mover, self._mover = self._mover, None
-        if mover is not None:
-            mover.close()
-            self._shared.movers.release()
+    def _close_nixl(self) -> None:
+        nixl, self._nixl = self._nixl, None
+        if nixl is not None:
+            nixl.close()
+            self._shared.nixl_ends.release()
 
     def _do_regions(self, request: Message) -> dict[str, object]:
-        self._needed_mover().pump.connect(request.get("metadata", str))
+        self._needed_nixl().pump.connect(request.get("metadata", str))
         return {}
 
-    def _needed_mover(self) -> Mover:
-        if self._mover is None:
+    def _needed_nixl(self) -> NixlEnd:
+        if self._nixl is None:
             raise Malformed("a message about NIXL, which was not requested")
-        return self._mover
+        return self._nixl
 
     def _data(self, request: Message) -> Data:
         """Return how the data of a request travels: as the client asks for it."""
         if "addresses" not in request:
             return Data(self._channel, self._shared.pools)
-        return MoverData(self._channel, self._needed_mover(), request.numbers("addresses"))
+        return NixlData(self._channel, self._needed_nixl(), request.numbers("addresses"))
 
     # -- files
 
@@ -233,7 +233,7 @@ class Client:
         offset, size = request.number("offset"), request.number("size")
         if direction == "read":
             size = min(size, max(0, (file.size or 0) - offset))
-            if self._mover is None and self._is_sendable(file, [(offset, size)], terms):
+            if self._nixl is None and self._is_sendable(file, [(offset, size)], terms):
                 return _plan_fields(Plan(Route.BUFFERED, _FROM_CACHE, _INSTEAD))
         with self._shared.pools.take(size) as pool:
             part = min(size, pool[0].size)

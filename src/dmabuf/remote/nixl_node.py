@@ -17,8 +17,8 @@ from dmabuf.remote.pump import Operation, Part, Pump
 from dmabuf.remote.ranges import Range, Ranges
 
 
-class Mover:
-    """The pump of a client's connection, and the staging blocks that it moves bytes from and to.
+class NixlEnd:
+    """The pump for one client, and the staging blocks that it moves bytes from and to.
 
     The blocks are of this connection alone: its peer can reach what the pump has mapped.
     """
@@ -73,19 +73,19 @@ class Mover:
         self.pump.revoke(region)
 
 
-class MoverData(Data):
+class NixlData(Data):
     """The data of one request, which the node's pump writes to places in the client's or reads."""
 
     takes_files = True
 
-    def __init__(self, channel: Channel, mover: Mover, addresses: Sequence[int]) -> None:
-        self.channel, self.by_card = channel, mover.by_card
-        self._mover, self._addresses = mover, addresses
+    def __init__(self, channel: Channel, nixl: NixlEnd, addresses: Sequence[int]) -> None:
+        self.channel, self.by_card = channel, nixl.by_card
+        self._nixl, self._addresses = nixl, addresses
         self._filled = 0  # bytes of the first block that `send_content` has yet to move
 
     def blocks(self, nbytes: int) -> AbstractContextManager[list[Buffer]]:
         """Give the staging blocks that the pump has mapped."""
-        return nullcontext(self._mover.blocks)
+        return nullcontext(self._nixl.blocks)
 
     def begin(self, sizes: Sequence[int]) -> None:
         """Take in the sizes of the ranges of the request."""
@@ -104,7 +104,7 @@ class MoverData(Data):
         """Write the first bytes of a block to the next places."""
         if size:
             tick = self.channel.keep_waiting
-            self._mover.move_block("WRITE", block, 0, self._places.take(size), tick)
+            self._nixl.move_block("WRITE", block, 0, self._places.take(size), tick)
             self.moved(size)
 
     def send_content(self, content: int | memoryview, size: int) -> tuple[int, int]:
@@ -115,10 +115,10 @@ class MoverData(Data):
         if isinstance(content, int) and size >= BLOCK:
             self.flush()
             [(address, _)] = self._places.take(size)
-            self._mover.write_file(content, size, address, self.channel.keep_waiting)
+            self._nixl.write_file(content, size, address, self.channel.keep_waiting)
             self.moved(size)
             return 1, 0
-        done, block = 0, self._mover.blocks[0]
+        done, block = 0, self._nixl.blocks[0]
         while done < size:
             part = min(size - done, block.size - self._filled)
             with block.map("r+", self._filled, part) as view:
@@ -134,15 +134,15 @@ class MoverData(Data):
     def flush(self) -> None:
         """Write what was collected."""
         filled, self._filled = self._filled, 0
-        self.send_block(self._mover.blocks[0], filled)
+        self.send_block(self._nixl.blocks[0], filled)
 
     def read(self, block: Buffer, at: int, size: int) -> None:
         """Read the next places into a block; in any thread."""
-        self._mover.move_block("READ", block, at, self._places.take(size))
+        self._nixl.move_block("READ", block, at, self._places.take(size))
 
     def read_into(self, view: memoryview) -> None:
         """Read the next places, as many bytes as fit into the view."""
-        block = self._mover.blocks[0]
+        block = self._nixl.blocks[0]
         for at in range(0, len(view), block.size):
             with view[at : at + block.size] as part:
                 self.read(block, 0, len(part))
