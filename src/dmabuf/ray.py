@@ -119,7 +119,7 @@ def files_source(
 
     size = parse_size(row_size, "row_size")
     if not size:
-        raise ValueError("invalid row_size=0: use bytes or a size such as 64MiB")
+        raise ValueError("invalid row_size 0: use bytes or a size such as 64MiB")
     one = [paths] if isinstance(paths, str | os.PathLike) else paths
     parts = ray_files.parts_of_files([os.fspath(path) for path in one], size)
     return ray_files.BufferSource("DmabufFiles", parts, ray_files.read_files)

@@ -54,11 +54,11 @@ def parse_size(value: object, what: str = "size") -> int:
         scale = 10 ** len(fraction)
         nbytes, rest = divmod(int(whole + fraction) * _FACTORS[unit], scale)
         if rest:
-            raise ValueError(f"{what} {value!r} is not a whole number of bytes")
+            raise ValueError(f"invalid {what} {value!r}: use a whole number of bytes")
     if nbytes < 0:
-        raise ValueError(f"{what} is negative: {nbytes}")
+        raise ValueError(f"invalid {what} {nbytes}: use 0 or more bytes")
     if nbytes > OFFSET_MAX:
-        raise ValueError(f"{what} is larger than Linux can address: {nbytes} > 2**63-1")
+        raise ValueError(f"invalid {what} {nbytes}: use at most 2**63-1 bytes")
     return nbytes
 
 

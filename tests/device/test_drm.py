@@ -355,7 +355,7 @@ def test_buffers_that_are_not_one_dma_buf() -> None:
             card.handle(buffer.fileno())
         for number in (-1, 1 << 32):
             for use in (card.export, card.close_handle):
-                with pytest.raises(ValueError, match="a GEM handle is a number of 32 bits"):
+                with pytest.raises(ValueError, match="use a GEM handle, a number of 32 bits"):
                     use(number)
     with pytest.raises(dmabuf.ClosedError):
         card.handle(buffer)

@@ -127,7 +127,7 @@ def test_bad_ranges_are_value_errors(raw):
         lambda: raw.check_range(2**64, 2**64),
         lambda: raw.read(-2),
     ):
-        with pytest.raises(ValueError, match=r"negative|past the|larger than") as error:
+        with pytest.raises(ValueError, match=r"use 0 or more|past the|use at most") as error:
             call()
         assert not isinstance(error.value, (ClosedError, io.UnsupportedOperation))
     raw.check_range(0, SIZE)
@@ -248,9 +248,9 @@ def test_windows_and_maps_have_modes(buf):
 
 def test_windows_and_maps_stay_within_the_buffer(buf):
     for part in [(0, SIZE + 1), (SIZE + 1, None), (-1, None), (0, -1), (SIZE, 1), (2**64, 2**64)]:
-        with pytest.raises(ValueError, match=r"negative|past the|larger than Linux"):
+        with pytest.raises(ValueError, match=r"use 0 or more|past the|use at most"):
             buf.open(offset=part[0], size=part[1])
-        with pytest.raises(ValueError, match=r"negative|past the|larger than Linux"):
+        with pytest.raises(ValueError, match=r"use 0 or more|past the|use at most"):
             buf.map("r", *part).__enter__()
 
 

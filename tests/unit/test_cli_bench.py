@@ -197,7 +197,7 @@ def test_no_room_for_the_chart(target, folder, suffix):
         (["--block", "x"], 2, "--block"),
         (["--size", "0"], 2, "less than one block of 1048576 bytes"),
         (["--size", "512KiB"], 2, "less than one block of 1048576 bytes"),
-        (["--depth", "0"], 2, "--depth: invalid number '0': from 1 to 4096"),
+        (["--depth", "0"], 2, "--depth: invalid number '0': use one from 1 to 4096"),
         (["--depth", "4097"], 2, "from 1 to 4096"),
         (["--depth", "1,x"], 2, "--depth: invalid number 'x'"),
         (["--rounds", "0"], 2, "--rounds"),
@@ -205,7 +205,7 @@ def test_no_room_for_the_chart(target, folder, suffix):
         (["--seconds", "nan"], 2, "--seconds"),
         (["--seed", "-1"], 2, "--seed"),
         (["--dir", "."], 2, "--dir is for a scratch file, and TARGET is given"),
-        (["--block", "4KiB", "--exporter", "nonesuch"], 1, "unknown exporter 'nonesuch'"),
+        (["--block", "4KiB", "--exporter", "nonesuch"], 1, "invalid exporter 'nonesuch'"),
         (["--block", "4KiB", "--huge-pages", "3MiB"], 1, "this kernel has no huge pages of 3 MiB"),
     ],
 )

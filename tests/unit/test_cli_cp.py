@@ -218,11 +218,11 @@ REFUSED = {
     "same": (["{0}/source", "{0}"], "{0}/source: is the same file as {0}/source"),
     "link": (["{0}/link", "{0}/source"], "{0}/source: is the same file as {0}/link"),
     "name": (["{0}/source", "{0}/" + "n" * 256], ": File name too long"),
-    "endless": (["/dev/zero", "{0}/t"], "/dev/zero never ends: say how much of it with --size"),
+    "endless": (["/dev/zero", "{0}/t"], "/dev/zero never ends: limit it with --size"),
     "full": (["{0}/source", "/dev/full"], "/dev/full: writing failed after 0 of 300001 bytes"),
     "verify": (["--verify", "{0}/source", "/dev/null"], "/dev/null: --verify reads both ends"),
     "directory in it": (["{0}/source", "{0}/d"], "{0}/d/source: is a directory"),
-    "exporter": (["--exporter", "x", "{0}/source", "{0}/t"], "unknown exporter 'x'"),
+    "exporter": (["--exporter", "x", "{0}/source", "{0}/t"], "invalid exporter 'x'"),
     "zero-copy": (
         ["--require", "zero-copy", "--size", "9", "/dev/zero", "{0}/t"],
         "/dev/zero: no route for require='zero-copy'",

@@ -323,7 +323,7 @@ def test_refusals_touch_nothing(camera, tmp_path: Path, capsys: Capture) -> None
         (["--size", "0x5"], 2, "width and height in pixels"),
         (["--fps", "1000"], 1, "cannot deliver 1000 frames a second"),
         (["--require", "magic"], 2, "invalid choice: 'magic'"),
-        (["--exporter", "nobody"], 1, "unknown exporter 'nobody'"),
+        (["--exporter", "nobody"], 1, "invalid exporter 'nobody'"),
         (["--exporter", "memfd"], 1, "is a memfd, not a dma-buf"),
         (["--buffers", "0"], 2, "--buffers"),
         (["-n", "0"], 2, "--frames"),

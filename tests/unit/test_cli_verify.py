@@ -250,7 +250,7 @@ def test_the_script_that_repeats_a_failure(target, liar, capsys, monkeypatch):
         (["--destroy", "--region", "x+5"], 2, "OFFSET+SIZE"),
         (["--destroy", "--region", f"{SIZE}+1"], 1, f"the region ends at {SIZE + 1}, and the"),
         (["--routes", "direct,scenic"], 2, "invalid routes 'direct,scenic': of native"),
-        (["--exporter", "nonesuch"], 1, "unknown exporter 'nonesuch'"),
+        (["--exporter", "nonesuch"], 1, "invalid exporter 'nonesuch'"),
         (["--routes", "native", "--exporter", "memfd"], 1, "which is not a dma-buf"),
         (["--seed", "-1"], 2, "--seed"),
     ],

@@ -91,7 +91,7 @@ def test_source_and_target_the_same_fifo(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("device", ["zero", "full", "urandom", "random"])
 def test_an_endless_source(device: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="never ends: say how much"):
+    with pytest.raises(ValueError, match="never ends: limit it with size"):
         copy(f"/dev/{device}", tmp_path / "x")
     assert not (tmp_path / "x").exists()
     assert copy(f"/dev/{device}", tmp_path / "x", size=5000).nbytes == 5000

@@ -202,8 +202,8 @@ def test_invalid_arguments(device, stage, path):
             (BASE, {"size": "many"}, ValueError, "size"),
             (1.5, {}, TypeError, "address must be an int"),
             (True, {}, TypeError, "address must be an int"),
-            (BASE, {"require": "speed"}, ValueError, "require="),
-            (BASE, {"route": "fast"}, ValueError, "route="),
+            (BASE, {"require": "speed"}, ValueError, "invalid require"),
+            (BASE, {"route": "fast"}, ValueError, "invalid route"),
             (BASE, {"file_offset": -1}, ValueError, "file_offset"),
         ):
             with pytest.raises(error, match=match):

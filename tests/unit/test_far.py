@@ -142,12 +142,12 @@ def test_no_permission_names_the_node(machine: Path) -> None:
 
 def test_wrong_words_are_refused(machine: Path) -> None:
     for address in ("65:00.0", "nvme0", "../../../etc", "0000:65:00.8"):
-        with pytest.raises(ValueError, match=r"invalid PCI address .* use p2pmem:0000:65:00\.0"):
+        with pytest.raises(ValueError, match=r"invalid exporter .* use p2pmem:0000:65:00\.0"):
             allocate(1, exporter=f"p2pmem:{address}")
     for wrong in ({"huge_pages": True}, {"numa_node": 0}):
         with pytest.raises(ValueError, match="huge_pages and numa_node are not for p2pmem:"):
             allocate(1, exporter=PEER, **wrong)
-    with pytest.raises(ValueError, match="a store has udmabufs, memfds and dma-heaps only"):
+    with pytest.raises(ValueError, match="of a store: use udmabuf, memfd or a dma-heap"):
         store_memory.make(PAGE, PEER, "name", False)
     assert (machine / f"sys/bus/pci/devices/{ADDRESS}/p2pmem/allocate").read_bytes() == poison(SIZE)
 

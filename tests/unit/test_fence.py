@@ -246,7 +246,7 @@ def test_a_timeout_longer_than_poll_takes(buf, timeout):
 def test_arguments_that_cannot_be(kernel, make):
     with make() if make else fenced() as buffer:
         for timeout in (-1, -0.001, float("nan")):
-            with pytest.raises(ValueError, match="timeout="):
+            with pytest.raises(ValueError, match="invalid timeout"):
                 buffer.wait("read", timeout)
         with pytest.raises(TypeError):
             buffer.wait("read", "1")
@@ -549,7 +549,7 @@ def test_no_route_is_told_before_any_wait(tmp_path, source, kernel):
 def test_a_timeout_is_checked_though_nothing_is_waited_for(source):
     with dmabuf.open(source) as file, dmabuf.allocate(SIZE, exporter="memfd") as buffer:
         for timeout in (-1, float("nan")):
-            with pytest.raises(ValueError, match="timeout="):
+            with pytest.raises(ValueError, match="invalid timeout"):
                 file.read_into(buffer, timeout=timeout)
 
 

@@ -220,7 +220,7 @@ def test_invalid_memory(path):
             (b"bytes", None, "read-only"),
             (buffer.open("r"), None, "read-only"),
             (np.zeros((10, 10), "u1")[:, :5], None, "contiguous"),
-            (bytearray(10), -1, "negative"),
+            (bytearray(10), -1, "use 0 or more bytes"),
         ):
             with pytest.raises(ValueError, match=what):
                 file.pread(memory, size)

@@ -4,6 +4,7 @@ CONTRIBUTING.md describes them. A room is a folder of src/dmabuf, or one of the 
 """
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,27 @@ def test_the_same_holds_of_the_core_and_the_tests():
     assert sources
     for path in sources:
         assert len(path.read_text().splitlines()) <= 800, path
+
+
+def refusals(path):
+    """Yield the texts of the ValueErrors that a file raises; `...` for what is filled in."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "ValueError":
+            for text in node.args[:1]:
+                parts = text.values if isinstance(text, ast.JoinedStr) else [text]
+                yield "".join(
+                    part.value if isinstance(part, ast.Constant) else "..." for part in parts
+                )
+
+
+@pytest.mark.parametrize(("path", "room"), FILES)
+def test_invalid_arguments_are_refused_in_one_form(path, room):
+    """The form is `invalid NAME VALUE: use what is valid`."""
+    for text in refusals(path):
+        assert not re.match(r"(invalid )?[a-z_.]+=\.\.\.:", text), text
+        assert not re.search(r"(is|are) needed$", text), text
+        if text.startswith("invalid "):
+            assert "use " in text or text.endswith(": ..."), text
 
 
 def test_only_one_module_imports_the_core():

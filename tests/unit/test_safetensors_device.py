@@ -87,7 +87,7 @@ def test_a_device_that_fails_or_is_none(driver, path):
     with pytest.raises(OSError, match="open CUDA device 7: this machine has 1"):
         models.load_file(path, "cuda:7")
     for device in ("mps", "fpga:0"):
-        with pytest.raises(ValueError, match=f"device='{device}': "):
+        with pytest.raises(ValueError, match=f"invalid device '{device}': "):
             models.load_file(path, device)
     driver.fail["cuMemcpyHtoDAsync"] = CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
     with pytest.raises(OSError, match="illegal address"):

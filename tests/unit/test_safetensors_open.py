@@ -218,7 +218,7 @@ def test_what_it_refuses(path, tmp_path):
     for how, error, match in [
         ({"framework": "tf"}, ValueError, "'pt' .PyTorch. or 'np' .NumPy."),
         ({"require": "magic"}, ValueError, "require"),
-        ({"device": "cuda:0"}, ValueError, "arrays are on the CPU; use framework='pt'"),
+        ({"device": "cuda:0"}, ValueError, "for NumPy's arrays: use framework='pt'"),
         ({"variant": "fp16", "filename": tmp_path}, FileNotFoundError, "no safetensors file"),
     ]:
         with pytest.raises(error, match=match):

@@ -346,7 +346,7 @@ def test_what_is_refused_at_once(path, tmp_path):
         models.save_async(MODEL, "")
     with pytest.raises(TypeError, match=r"a builtins\.list"):
         models.save_async({"a": [1]}, path)
-    with pytest.raises(ValueError, match="unknown exporter"):
+    with pytest.raises(ValueError, match="invalid exporter"):
         models.save_async(MODEL, path, exporter="none")
     assert held() == before and threading.active_count() == 1
 

@@ -69,7 +69,7 @@ def test_load_file_is_theirs_through_a_buffer(path):
     assert type(model) is dict
     assert_same(model, safetensors.torch.load_file(path))
     for device in ("mps", "no", torch.device("meta"), None):
-        with pytest.raises(ValueError, match="device="):
+        with pytest.raises(ValueError, match="invalid device"):
             models.load_file(path, device)
 
 

@@ -458,7 +458,7 @@ def test_limits_and_names_are_those_of_create(store: Store, path: Path, folder: 
         store.load("long", path, 2 * SIZE)
     assert caught.value.errno == errno.ESTALE
     (folder / "empty").touch()
-    with pytest.raises(ValueError, match="size is 0"):
+    with pytest.raises(ValueError, match="invalid size 0"):
         store.load("empty", folder / "empty")
     with pytest.raises(OSError, match="exporter") as caught:
         store.load("name", path, exporter="cma")

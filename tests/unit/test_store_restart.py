@@ -122,7 +122,10 @@ def test_a_server_goes_on_if_the_next_one_cannot_start(path: Path) -> None:
             ended = finish(
                 start("serve", "--socket", path, "--replace", "--group", "no-such-group")
             )
-            assert (ended.status, ended.err) == (1, "error: unknown group 'no-such-group'\n")
+            assert (ended.status, ended.err) == (
+                1,
+                "error: invalid group 'no-such-group': use a group that getent group lists\n",
+            )
             store.link(unnamed, "kept")
             server.restart()
             assert [one.name for one in store.list()] == ["kept"]

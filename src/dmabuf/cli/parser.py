@@ -156,7 +156,7 @@ def number(least: float, most: float, kind: type[int] | type[float] = int) -> Ca
         with suppress(ValueError):
             if least <= kind(text) <= most:
                 return kind(text)
-        raise ArgumentTypeError(f"invalid number '{text}': from {least} to {most}")
+        raise ArgumentTypeError(f"invalid number '{text}': use one from {least} to {most}")
 
     return parse
 

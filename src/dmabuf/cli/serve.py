@@ -94,7 +94,8 @@ def _serve(args: Namespace) -> None:
             )
             server = stack.enter_context(started)
         except LookupError:
-            raise ValueError(f"unknown group {args.group!r}") from None
+            text = f"invalid group {args.group!r}: use a group that getent group lists"
+            raise ValueError(text) from None
 
         def tell() -> None:
             output.note(f"serving at {server.path}, {format_size(limit)} at most")

@@ -239,7 +239,7 @@ def _whole(buf: object, *, writable: bool) -> _Memory:
         return _Part(buf, 0, buf.size)
     if isinstance(buf, Window):
         if writable and not buf.writable():
-            raise ValueError(f"invalid buffer: {buf!r} is read-only")
+            raise ValueError(f"invalid buffer: {buf!r} is read-only; use one that can be written")
         return _Part(buf.buffer, buf.offset, buf.size)
     if hasattr(buf, "__cuda_array_interface__"):
         text = "it is CUDA memory; use read_from() of dmabuf.devices.cuda.Memory"
@@ -255,7 +255,7 @@ def _whole(buf: object, *, writable: bool) -> _Memory:
         raise ValueError(f"invalid buffer: {error}") from None
     if writable and read_only:
         del view
-        raise ValueError("invalid buffer: it is read-only")
+        raise ValueError("invalid buffer: it is read-only; use one that can be written")
     return view
 
 

@@ -27,7 +27,7 @@ def check_block_size(block_size: int | str) -> int:
     """Return the bytes of one buffer of a pool; raises ValueError."""
     block = parse_size(block_size, "block_size")
     if block % _PAGE or not _PAGE <= block <= 1 << 30:
-        raise ValueError(f"block_size={block_size!r}: a multiple of 4096, from 4 KiB to 1 GiB")
+        raise ValueError(f"invalid block_size {block_size!r}: use a multiple of 4096 up to 1GiB")
     return block
 
 
@@ -35,7 +35,7 @@ def check_block_count(blocks: int) -> int:
     """Return the number of buffers of a pool; raises ValueError."""
     blocks = as_int(blocks, "blocks")
     if not 1 <= blocks <= 1024:
-        raise ValueError(f"blocks={blocks}: from 1 to 1024 buffers")
+        raise ValueError(f"invalid blocks {blocks}: use a number from 1 to 1024")
     return blocks
 
 

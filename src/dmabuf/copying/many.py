@@ -229,7 +229,9 @@ def _check_ranges(files: Iterable[AnyFileRange], buffer: Buffer) -> list[Range]:
             parse_size(buffer_offset, "buffer_offset"),
         )
         if "\0" in one.path:
-            raise ValueError(f"invalid record {index}: the path holds a null byte")
+            raise ValueError(
+                f"invalid record {index}: the path holds a null byte; use another path"
+            )
         if one.buffer_offset + one.size > buffer.size or one.file_offset + one.size > OFFSET_MAX:
             raise ValueError(
                 f"record {index} (file_offset={one.file_offset} buffer_offset={one.buffer_offset} "
@@ -318,7 +320,7 @@ def in_threads(
         progress: called in this thread with the bytes of the items that are done, and their sum.
     """
     if not 1 <= queue_depth <= _MOST:
-        raise ValueError(f"invalid queue_depth={queue_depth}: use a number from 1 to {_MOST}")
+        raise ValueError(f"invalid queue_depth {queue_depth}: use a number from 1 to {_MOST}")
     outcomes: list[M | OSError | None] = [None] * len(items)
     left = iter(enumerate(items))
     raised: list[BaseException] = []

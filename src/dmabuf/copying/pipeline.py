@@ -114,7 +114,7 @@ def copy(
         opener = Opener(Terms(require, route, prefer), stack)
         source = opener.source(src, src_offset)
         if isinstance(source, Source) and source.endless and most is None:
-            raise ValueError(f"{source.name} never ends: say how much of it with size")
+            raise ValueError(f"{source.name} never ends: limit it with size")
         target = opener.target(dst, dst_offset, force=force)
         check_distinct(source, target)
         total, most = _expected(source, target, most)

@@ -72,21 +72,21 @@ def codec(
     color = None
     if isinstance(input, Format):
         if width is not None or height is not None:
-            raise ValueError("width= and height= are part of the Format given as input=")
+            raise ValueError("input is a Format, which has the width and height: leave them out")
         width, height, color = input.width, input.height, input.color
         input = input.fourcc  # noqa: A001
     for name, text in (("input", input), ("output", output)):
         if not isinstance(text, str | None):
-            raise TypeError(f"{name}={text!r}: four characters are needed, such as 'NV12'")
+            raise TypeError(f"invalid {name} {text!r}: use four characters, such as 'NV12'")
     width = None if width is None else as_int(width, "width")
     height = None if height is None else as_int(height, "height")
     counts = as_int(inputs, "inputs"), as_int(outputs, "outputs")
     names = ("width", "height", "inputs", "outputs")
     for name, value in zip(names, (width, height, *counts), strict=True):
         if value is not None and not 0 < value < 1 << 32:
-            raise ValueError(f"{name}={value!r}: a positive number is needed")
+            raise ValueError(f"invalid {name} {value!r}: use a positive number")
     if exporter == "driver":
-        text = "exporter='driver': a codec imports its buffers; use udmabuf or a dma-heap"
+        text = "invalid exporter 'driver': a codec imports its buffers; use udmabuf or a dma-heap"
         raise ValueError(text)
     node = Node(os.fspath(device))
     try:

@@ -92,7 +92,7 @@ class Image(Uncopyable, instead="make another one of the same planes"):
         rules = _rules_of(self.format)
         _check_sides(self.width, self.height)
         if self.modifier is not None and not 0 <= self.modifier < 1 << 64:
-            raise ValueError(f"modifier={self.modifier!r}: a number of 64 bits is needed")
+            raise ValueError(f"invalid modifier {self.modifier!r}: use a number of 64 bits")
         if len(self.planes) != len(rules):
             text = f"{self.format} has {len(rules)} planes, {len(self.planes)} were given"
             raise os_error(errno.EINVAL, text)
@@ -102,7 +102,8 @@ class Image(Uncopyable, instead="make another one of the same planes"):
     def _check(self, index: int, plane: Plane, rule: PlaneRule) -> None:
         buffer = check_buffer(plane.buffer)
         if not 0 <= plane.offset <= _MOST or not 0 < plane.pitch <= _MOST:
-            raise ValueError(f"plane {index}: offset={plane.offset}, pitch={plane.pitch}")
+            text = f"invalid offset {plane.offset} or pitch {plane.pitch}: use 32 bits"
+            raise ValueError(f"plane {index}: {text}")
         if self.modifier not in (None, 0):
             return  # the driver checks the size of other layouts
         least, rows = rule.row_bytes(self.width), rule.rows(self.height)
@@ -143,7 +144,7 @@ class Image(Uncopyable, instead="make another one of the same planes"):
 def _check_sides(width: int, height: int) -> None:
     for side, value in (("width", width), ("height", height)):
         if not 0 < as_int(value, side) <= _MOST:
-            raise ValueError(f"{side}={value!r}: 1 or more pixels are needed")
+            raise ValueError(f"invalid {side} {value!r}: use 1 or more pixels")
 
 
 @overload
@@ -567,7 +568,7 @@ class Framebuffer(_Part):
 def _handle_number(handle: int) -> int:
     number = as_int(handle, "handle")
     if not 0 <= number < 1 << 32:
-        raise ValueError(f"handle={number}: a GEM handle is a number of 32 bits")
+        raise ValueError(f"invalid handle {number}: use a GEM handle, a number of 32 bits")
     return number
 
 

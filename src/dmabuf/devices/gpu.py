@@ -749,7 +749,7 @@ class Library:
 
 def _size(size: int | str) -> int:
     if not (nbytes := parse_size(size)):
-        raise ValueError("size is 0: device memory holds at least one byte")
+        raise ValueError("invalid size 0: use at least one byte")
     return nbytes
 
 

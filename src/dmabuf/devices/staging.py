@@ -23,13 +23,14 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
-from typing import Protocol, get_args
+from typing import Protocol
 
+from dmabuf.copying import check_block_count, check_block_size
 from dmabuf.devices import lifetime
 from dmabuf.errors import BusyError, RouteUnavailable, ShortReadError, os_error
 from dmabuf.memory import Buffer, allocate
 from dmabuf.sizes import as_int, format_size, parse_size
-from dmabuf.transfer import Direction, File, Plan, Require, Route, Transfer
+from dmabuf.transfer import Direction, File, Plan, Require, Route, Terms, Transfer
 
 __all__ = ["Copier", "Staging"]
 
@@ -381,12 +382,7 @@ class _Job:
         self._started = time.perf_counter()
         if not isinstance(file, File):
             raise TypeError(f"a dmabuf.File is needed, not {type(file).__name__}: see dmabuf.open")
-        if require not in get_args(Require):
-            raise ValueError(
-                f"require={require!r}: one of {', '.join(get_args(Require))} is needed"
-            )
-        if route is not None and route not in list(Route):
-            raise ValueError(f"route={str(route)!r}: use one of {', '.join(Route)}")
+        Terms(require, route)
         self._pool, self._file, self._direction = pool, file, direction
         self.size, self._offset = parse_size(size), parse_size(file_offset, "file_offset")
         self._end = file.size  # None for a stream
@@ -500,13 +496,7 @@ class _Job:
 
 def check_blocks(block_size: int | str, blocks: int) -> tuple[int, int]:
     """Return the size and the number of the blocks, or raise ValueError."""
-    block, count = parse_size(block_size, "block_size"), as_int(blocks, "blocks")
-    if block % _PAGE or not _PAGE <= block <= 1 << 30:
-        text = "a multiple of 4096 from 4 KiB to 1 GiB is needed"
-        raise ValueError(f"block_size={block_size!r}: {text}")
-    if not 1 <= count <= 1024:
-        raise ValueError(f"blocks={blocks}: a number from 1 to 1024 is needed")
-    return block, count
+    return check_block_size(block_size), check_block_count(blocks)
 
 
 def wait_until(done: Callable[[], bool], what: str) -> None:

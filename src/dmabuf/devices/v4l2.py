@@ -92,14 +92,14 @@ def capture(
     given = None if isinstance(buffers, int) else [_row(one) for one in buffers]
     count = as_int(buffers, "buffers") if given is None else len(given)
     if count < 1:
-        raise ValueError(f"buffers={buffers!r}: at least one is needed")
+        raise ValueError(f"invalid buffers {buffers!r}: use at least one")
     if not isinstance(format, str | None):
-        raise TypeError(f"format={format!r}: four characters are needed, such as 'YUYV'")
+        raise TypeError(f"invalid format {format!r}: use four characters, such as 'YUYV'")
     width = None if width is None else as_int(width, "width")
     height = None if height is None else as_int(height, "height")
     for name, value in (("width", width), ("height", height), ("fps", fps)):
         if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name}={value!r}: a positive, finite number is needed")
+            raise ValueError(f"invalid {name} {value!r}: use a positive, finite number")
     node = Node(os.fspath(device))
     restore: Callable[[], object] = bool  # nothing to restore yet
     try:

@@ -268,7 +268,7 @@ class Display(DeviceHandle):
         kind = self._kind(format)
         for side, value in (("width", width), ("height", height)):
             if not 0 < as_int(value, side) < 1 << 31:
-                raise ValueError(f"{side}={value!r}: 1 or more pixels are needed")
+                raise ValueError(f"invalid {side} {value!r}: use 1 or more pixels")
         attributes = [_attribute(1, i=_number(kind.fourcc))]
         what = f"make a surface of {width}x{height} {format}"
         return self._create(_Shape(width, height, format), kind, attributes, [], what)

@@ -134,7 +134,7 @@ class Device(lifetime.DeviceHandle):
     def _range(self, index: int, offset: int | str, size: int | str | None) -> tuple[int, int]:
         """Return the first byte and the length of a part of a BAR, checked."""
         if not 0 <= index < _BARS:
-            raise ValueError(f"index={index}: a device has BARs 0 to {_BARS - 1}")
+            raise ValueError(f"invalid index {index}: use the number of a BAR, 0 to {_BARS - 1}")
         whole = self._region(index)[0]
         if not whole:
             have = ", ".join(f"{bar.number} ({format_size(bar.size)})" for bar in self.bars())
@@ -149,7 +149,7 @@ class Device(lifetime.DeviceHandle):
             text = f"bytes {start} to {start + length} are not within BAR {index}"
             raise ValueError(f"{text} of {whole} bytes")
         if (start | length) % mmap.PAGESIZE:
-            text = f"offset={start}, size={length}: VFIO exports whole pages"
+            text = f"invalid offset {start} or size {length}: use whole pages"
             raise ValueError(f"{text} of {mmap.PAGESIZE} bytes")
         return start, length
 

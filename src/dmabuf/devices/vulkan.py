@@ -238,7 +238,7 @@ class Device(DeviceHandle):
         self.check_open()
         nbytes = parse_size(size)
         if not nbytes:
-            raise ValueError("size is 0: a buffer holds at least one byte")
+            raise ValueError("invalid size 0: use at least one byte")
         vk = self._context.vk
         with ExitStack() as undo:
             usage = self._usages(usage)
@@ -285,7 +285,7 @@ class Device(DeviceHandle):
             both = vk.VK_BUFFER_USAGE_TRANSFER_SRC_BIT | vk.VK_BUFFER_USAGE_TRANSFER_DST_BIT
             return int(vk.VK_BUFFER_USAGE_STORAGE_BUFFER_BIT | both)
         if not 0 < as_int(usage, "usage") < 1 << 32:
-            raise ValueError(f"usage={usage!r}: VkBufferUsageFlags are needed, at least one")
+            raise ValueError(f"invalid usage {usage!r}: use one or more VkBufferUsageFlags")
         return int(usage)
 
     def _writing(self) -> int:

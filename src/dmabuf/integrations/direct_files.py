@@ -83,7 +83,7 @@ class DirectFileSystem(LocalFileSystem):  # type: ignore[misc]
         self, path: str, mode: str = "rb", autocommit: bool = True, **kwargs: object
     ) -> DirectReader | DirectWriter:
         if mode not in ("rb", "wb", "xb"):
-            raise ValueError(f"open {path}: mode {mode!r} is not rb, wb or xb; use file://")
+            raise ValueError(f"open {path}: invalid mode {mode!r}: use rb, wb or xb, or file://")
         if mode == "rb":
             return DirectReader(path, self._terms, self._block_size)
         if self.auto_mkdir:

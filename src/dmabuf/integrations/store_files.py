@@ -158,7 +158,7 @@ class StoreFileSystem(AbstractFileSystem):  # type: ignore[misc]
         self, path: str, mode: str = "rb", autocommit: bool = True, **kwargs: object
     ) -> StoreReader | StoreWriter:
         if mode not in ("rb", "wb", "xb", "ab"):
-            raise ValueError(f"open {path}: mode {mode!r} is not one of rb, wb, xb, ab")
+            raise ValueError(f"open {path}: invalid mode {mode!r}: use rb, wb, xb or ab")
         name = _name(path)
         if mode == "rb":
             return self._read(name)

@@ -93,7 +93,7 @@ _TICK_MS = 100
 def check_direction(direction: object) -> None:
     """Raise ValueError unless it is "read" or "write"."""
     if direction not in ("read", "write"):
-        raise ValueError(f"direction={direction!r}: 'read' or 'write'")
+        raise ValueError(f"invalid direction {direction!r}: use 'read' or 'write'")
 
 
 def check_timeout(timeout: float | None) -> None:
@@ -104,7 +104,7 @@ def check_timeout(timeout: float | None) -> None:
         text = f"timeout must be a number of seconds, not {type(timeout).__name__}"
         raise TypeError(text) from None
     if not valid:
-        raise ValueError(f"timeout={timeout!r}: seconds, none less than 0; None waits for ever")
+        raise ValueError(f"invalid timeout {timeout!r}: use 0 or more seconds, None for ever")
 
 
 def pending(fds: Sequence[int], direction: Access) -> Sequence[int]:

@@ -120,7 +120,7 @@ def huge_page_size(huge_pages: bool | Size, *, root: str = "/") -> int | None:
     if wanted not in sizes:
         have = ", ".join(format_size(size) for size in sizes) or "none (no CONFIG_HUGETLBFS)"
         asked = "huge pages" if wanted is None else f"huge pages of {format_size(wanted)}"
-        raise ValueError(f"this kernel has no {asked}; it has: {have}")
+        raise ValueError(f"this kernel has no {asked}; use a size that it has: {have}")
     return wanted
 
 
@@ -162,7 +162,7 @@ def check_node(node: int, *, root: str = "/") -> None:
     nodes = _node_list(proc.read(root, "sys/devices/system/node/has_memory"))
     if node not in nodes:
         have = ", ".join(map(str, nodes)) or "none (no CONFIG_NUMA)"
-        raise ValueError(f"numa_node={node} has no memory here; the nodes that have: {have}")
+        raise ValueError(f"invalid numa_node {node}: use a node that has memory: {have}")
 
 
 def nodes_without_processors(*, root: str = "/") -> list[int]:

@@ -100,7 +100,7 @@ def allocate(
     """
     nbytes = parse_size(size)
     if not nbytes:
-        raise ValueError("size is 0: a buffer has at least one byte")
+        raise ValueError("invalid size 0: use at least one byte")
     foreign.check_name(name)
     if not isinstance(exporter, str):
         raise TypeError(f"exporter must be a str, not {type(exporter).__name__}")
@@ -125,7 +125,7 @@ def _allocate(
         return far.allocate(nbytes, exporter, name)
     if exporter not in (*heap_names(), _STANDARD_HEAP):
         known = ", ".join(["auto", *names()])
-        raise ValueError(f"unknown exporter {exporter!r}: this machine has {known}")
+        raise ValueError(f"invalid exporter {exporter!r}: use one of this machine's: {known}")
     return _allocate_heap(nbytes, heap=exporter, name=name, huge_pages=huge_pages, numa_node=node)
 
 

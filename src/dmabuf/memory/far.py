@@ -146,7 +146,7 @@ def _allocate_peer(size: int, exporter: str, name: str | None) -> Buffer:
     from dmabuf.kernel import pci  # only where it is needed
 
     if not pci.is_address(address):
-        raise ValueError(f"invalid PCI address in exporter={exporter!r}: use {PEER}0000:65:00.0")
+        raise ValueError(f"invalid exporter {exporter!r}: use {PEER}0000:65:00.0")
     path, size = f"{_folder(address)}/allocate", round_up(size, mmap.PAGESIZE)
     fd = _open(path, "this device shares no memory; p2pmem needs an NVMe CMB and CONFIG_PCI_P2PDMA")
     try:

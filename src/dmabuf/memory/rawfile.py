@@ -22,7 +22,7 @@ _DIRECTIONS = {"r": (True, False), "w": (False, True), "r+": (True, True)}
 def parse_mode(mode: object) -> tuple[bool, bool]:
     """Return whether a mode reads, and whether it writes; raise ValueError for an unknown one."""
     if not isinstance(mode, str) or mode not in _DIRECTIONS:
-        raise ValueError(f"invalid mode={mode!r}: use one of 'r', 'w', 'r+'")
+        raise ValueError(f"invalid mode {mode!r}: use one of 'r', 'w', 'r+'")
     return _DIRECTIONS[mode]
 
 
@@ -252,7 +252,7 @@ class RawFile(Uncopyable, Exporter, io.RawIOBase):
         self.check_open()
         origins = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.end}
         if whence not in origins:
-            raise ValueError(f"whence must be 0, 1 or 2, not {whence!r}")
+            raise ValueError(f"invalid whence {whence!r}: use 0, 1 or 2")
         self._position = parse_size(origins[whence] + as_int(offset, "offset"), "position")
         return self._position
 

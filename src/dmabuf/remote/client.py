@@ -73,9 +73,9 @@ def connect(
         ValueError: an invalid address, engine or timeout.
     """
     if engine not in ("auto", "tcp", "nixl"):
-        raise ValueError(f"invalid engine={engine!r}: use 'auto', 'tcp' or 'nixl'")
+        raise ValueError(f"invalid engine {engine!r}: use 'auto', 'tcp' or 'nixl'")
     if not 0 < timeout < 1e6:
-        raise ValueError(f"invalid timeout={timeout!r}: use seconds above 0")
+        raise ValueError(f"invalid timeout {timeout!r}: use seconds above 0")
     addresses = [address] if isinstance(address, str) else list(dict.fromkeys(address))
     if not addresses:
         raise ValueError("connect: no address is given")
@@ -302,7 +302,7 @@ class Node(Uncopyable, instead="call dmabuf.remote.connect() again"):
         check_terms(buffer, terms, session.engine, session.name)
         start, nbytes = buffer.check_range(buffer_offset, size)
         if not nbytes:
-            raise ValueError(f"publish {name!r}: there are no bytes; a name has at least one")
+            raise ValueError(f"publish {name!r}: there are no bytes; use at least one")
         if not 0 <= mode <= 0o777:
             raise ValueError(f"publish {name!r}: invalid mode {mode:#o}: use permission bits")
         request = {

@@ -159,9 +159,9 @@ def save_sharded(
     Terms(require=require)
     most = parse_size(max_shard_size, "max_shard_size")
     if not most:
-        raise ValueError("max_shard_size=0: a shard holds at least one byte")
+        raise ValueError("invalid max_shard_size 0: use at least one byte")
     if not re.fullmatch(r"\w[\w.-]*", name):
-        raise ValueError(f"invalid name={name!r}: use letters, digits, '-', '_' and '.'")
+        raise ValueError(f"invalid name {name!r}: use letters, digits, '-', '_' and '.'")
     groups = _groups(tensors, most)
     layouts = [Layout(group, metadata) for group in groups]
     folder = os.fspath(folder).rstrip("/") or "/"

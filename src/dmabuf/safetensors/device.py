@@ -77,15 +77,15 @@ def gpu_of(device: object, framework: Framework) -> Gpu | None:
     if str(device) == "cpu":
         return None
     if framework != "pt":
-        raise ValueError(f"device={device!r}: NumPy's arrays are on the CPU; use framework='pt'")
+        raise ValueError(f"invalid device {device!r} for NumPy's arrays: use framework='pt'")
     torch = import_framework(framework)
     if isinstance(device, int) and not isinstance(device, bool):
         device = f"cuda:{device}"
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device={device!r}: {error}") from None
+        raise ValueError(f"invalid device {device!r}: {error}") from None
     if found.type != "cuda":
-        text = "must be 'cpu' or a CUDA device; move tensors elsewhere with .to()"
-        raise ValueError(f"device={device!r}: {text}")
+        text = "use 'cpu' or a CUDA device, and move tensors elsewhere with .to()"
+        raise ValueError(f"invalid device {device!r}: {text}")
     return Gpu(found)

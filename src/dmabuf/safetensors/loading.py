@@ -195,7 +195,7 @@ def load(
         raise TypeError(f"load: buffer must be a dmabuf.Buffer, not {type(buffer).__name__}")
     least = 1 if alignment is None else parse_size(alignment, "alignment")
     if least < 1 or least & (least - 1):
-        raise ValueError(f"alignment={least} is not a power of two")
+        raise ValueError(f"invalid alignment {least}: use a power of two")
     parts, metadata = read_parts(source, tensors, variant)
     import_framework(framework)
     if isinstance(source, Buffer) and buffer is None and alignment is None and shared is False:
@@ -227,7 +227,7 @@ def _check_shared(shared: object, buffer: Buffer | None, exporter: str, name: st
         raise ValueError("load: shared has a buffer of its own; leave out buffer and name")
     if exporter not in ("auto", "memfd"):
         text = "a shared model is a memfd, which the kernel makes read-only; leave out exporter"
-        raise ValueError(f"load: exporter={exporter!r}: {text}")
+        raise ValueError(f"load: invalid exporter {exporter!r}: {text}")
 
 
 def _fill(
@@ -303,7 +303,9 @@ def plan(parts: Sequence[Part], least: int) -> tuple[list[array[int]], dict[str,
         try:
             segments, places, at = place(wanted, part.size, at)
         except OverflowError:
-            raise ValueError(f"alignment={least} puts tensors beyond 2^64 bytes") from None
+            raise ValueError(
+                f"invalid alignment {least}: tensors lie beyond 2^64 bytes; use less"
+            ) from None
         plans.append(segments)
         for (name, entry), offset in zip(part.entries.items(), places, strict=True):
             found[name] = Entry(entry.dtype, entry.shape, offset, entry.nbytes)

@@ -26,7 +26,7 @@ def check_framework(framework: object) -> None:
         NotImplementedError: the machine is big-endian.
     """
     if framework not in ("pt", "np"):
-        raise ValueError(f"framework={framework!r}: must be 'pt' (PyTorch) or 'np' (NumPy)")
+        raise ValueError(f"invalid framework {framework!r}: use 'pt' (PyTorch) or 'np' (NumPy)")
     if sys.byteorder != "little":
         raise NotImplementedError("safetensors files are little-endian, and this machine is not")
 

@@ -201,7 +201,7 @@ class Store:
     ) -> tuple[Buffer, dict[str, Any]]:
         nbytes = parse_size(size)
         if not nbytes:
-            raise ValueError("size is 0: a buffer holds at least one byte")
+            raise ValueError("invalid size 0: use at least one byte")
         result, descriptors = self._connection.ask(
             op,
             sending=sending,

@@ -165,7 +165,9 @@ def make(size: int, exporter: str, name: str | None, huge_pages: bool | int) -> 
     if exporter == "memfd":
         return _make_memfd(size, label, huge_pages, 'exporter="memfd" was requested')
     if far.is_far(exporter):
-        raise ValueError(f"exporter={exporter!r}: a store has udmabufs, memfds and dma-heaps only")
+        raise ValueError(
+            f"invalid exporter {exporter!r} of a store: use udmabuf, memfd or a dma-heap"
+        )
     with allocate(size, exporter=exporter, name=label, huge_pages=huge_pages) as buffer:
         slabs = [os.dup(slab.fd) for slab in buffer.slabs]
         return Memory(buffer.exporter, buffer.reason, buffer.size, slabs, None)

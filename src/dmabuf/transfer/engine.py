@@ -169,11 +169,11 @@ class Engine(Uncopyable, instead="make another where it is needed"):
             STAGED_BLOCK if block is None else self.block_size,
         )
         if not 1 <= self.queue_depth <= 4096:
-            raise ValueError(f"queue_depth={depth}: from 1 to 4096 requests")
+            raise ValueError(f"invalid queue_depth {depth}: use a number from 1 to 4096")
         if self.block_size % 4096 or not 4096 <= self.block_size <= SLOT_SIZE:
-            raise ValueError(f"block_size={block!r}: a multiple of 4096, from 4 KiB to 1 GiB")
+            raise ValueError(f"invalid block_size {block!r}: use a multiple of 4096 up to 1GiB")
         if backend not in ("auto", "io_uring", "threads"):
-            raise ValueError(f"backend={backend!r}: one of 'auto', 'io_uring', 'threads'")
+            raise ValueError(f"invalid backend {backend!r}: use 'auto', 'io_uring' or 'threads'")
         self._pid = process.pid
         self._most_rings = most_rings
         self._growing = threading.RLock()  # a signal handler may make the same ring

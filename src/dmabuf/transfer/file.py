@@ -293,7 +293,7 @@ class Verbs(Generic[Result, Planned]):
             RouteUnavailable, OSError, ValueError: as the transfer itself would.
         """
         if direction not in ("read", "write"):
-            raise ValueError(f"invalid direction={direction!r}: use 'read' or 'write'")
+            raise ValueError(f"invalid direction {direction!r}: use 'read' or 'write'")
         check_given(terms, None)
         terms = terms or terms_of(require, route, prefer)
         return self._plan(direction, buffer, size, file_offset, buffer_offset, terms)

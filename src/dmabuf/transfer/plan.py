@@ -112,7 +112,7 @@ def check(name: str, value: object, allowed: tuple[str, ...]) -> None:
     """Raise ValueError unless the value of an argument is one of those allowed."""
     if value not in allowed:
         names = ", ".join(map(repr, allowed))
-        raise ValueError(f"invalid {name}={value!r}: use one of {names}")
+        raise ValueError(f"invalid {name} {value!r}: use one of {names}")
 
 
 def check_given(terms: object, progress: object) -> None:

@@ -84,7 +84,7 @@ class Target:
         """Whether another process may open the path again."""
         self._reopening = "r" if mode == "r" else "r+", force
         if mode not in FLAGS:
-            raise ValueError(f"invalid mode={mode!r}: use one of 'r', 'w', 'r+', 'x'")
+            raise ValueError(f"invalid mode {mode!r}: use one of 'r', 'w', 'r+', 'x'")
         if isinstance(path, bool):
             raise TypeError("a path or a descriptor is needed, not bool")
         if not isinstance(engine, Engine):
