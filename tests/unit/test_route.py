@@ -111,7 +111,7 @@ def test_the_error_names_each_cause(file, buf):
     text = caught.value.strerror
     assert "require='zero-copy'" in text
     assert "native: the buffer is a memfd" in text and "direct: file offset and memory" in text
-    assert "buffered: require='zero-copy' does not permit it" in text
+    assert "staged, buffered: require='zero-copy' does not permit it" in text
     with pytest.raises(RouteUnavailable, match="route='direct'"):
         file.plan(buf, file_offset=1, size=8192, route="direct")
 

@@ -226,7 +226,10 @@ class Draft:
 
 def no_route(terms: Terms, rejected: Mapping[Route, str], path: str | None) -> RouteUnavailable:
     """Return the error for terms that no route meets."""
-    why = "; ".join(f"{route}: {text}" for route, text in rejected.items())
+    routes: dict[str, list[str]] = {}
+    for route, text in rejected.items():
+        routes.setdefault(text, []).append(route)
+    why = "; ".join(f"{', '.join(those)}: {text}" for text, those in routes.items())
     wanted = f"route={str(terms.route)!r}" if terms.route else f"require={terms.require!r}"
     return RouteUnavailable(f"no route for {wanted}: {why}", path, route=terms.route)
 
