@@ -460,6 +460,26 @@ except KeyboardInterrupt:
     assert in_child(code).strip() in ("interrupted 1", "interrupted 2")
 
 
+def test_a_file_size_limit_smaller_than_a_block(source: Path, tmp_path: Path) -> None:
+    """Shared memory counts as a file: RLIMIT_FSIZE must not refuse the buffers of a small copy."""
+    code = """
+import resource, sys
+from dmabuf import copy
+resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, 600_000))
+print(copy(sys.stdin.buffer, sys.argv[1]).nbytes)
+"""
+    with (
+        source.open("rb") as data,
+        subprocess.Popen(["head", "-c", "550001"], stdin=data, stdout=subprocess.PIPE) as feeder,
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code, tmp_path / "t"],
+            stdin=feeder.stdout, capture_output=True, text=True,
+        )  # fmt: skip
+    assert (done.stderr, done.stdout) == ("", "550001\n")
+    assert_same((tmp_path / "t").read_bytes(), DATA[:550001], "the copy")
+
+
 def test_a_file_size_limit(source: Path, tmp_path: Path) -> None:
     """RLIMIT_FSIZE stands for a full disk.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import resource
 import threading
 import time
 from contextlib import ExitStack, suppress
@@ -42,7 +43,13 @@ def check_block_count(blocks: int) -> int:
 def make_pool(
     stack: ExitStack, exporter: str, most: int | None, block: int, blocks: int
 ) -> list[Buffer]:
-    """Allocate the buffers: no more and no larger ones than `most` bytes can use."""
+    """Allocate the buffers: no more and no larger ones than `most` bytes can use.
+
+    None is larger than RLIMIT_FSIZE, which counts the files of shared memory too.
+    """
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if limit != resource.RLIM_INFINITY:
+        block = min(block, max(limit // _PAGE, 1) * _PAGE)
     if most is not None:
         block = min(block, round_up(max(most, 1), _PAGE))
         blocks = min(blocks, 1 if most <= block else -(-most // block) + 1)
