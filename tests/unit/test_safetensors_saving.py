@@ -336,6 +336,33 @@ def test_a_save_that_fails_says_so_and_lets_the_next_one_go_on(path, caplog):
     assert_holds(path, {"a": some(10, 1)})
 
 
+@pytest.mark.parametrize("how", ["save", "save_sharded", "result", "of a later save"])
+def test_a_progress_function_does_not_wait_for_its_own_save(path, how):
+    """It may begin another save of the path in the background, which comes afterwards."""
+    waiting = {
+        "save": lambda: models.save(MODEL, path),
+        "save_sharded": lambda: models.save_sharded(MODEL, path.parent, max_shard_size="1MiB"),
+        "result": lambda: handles[0].result(),
+        "of a later save": lambda: handles[-1].result(),
+    }
+    handles, refused, ready = [], [], threading.Event()
+
+    def progress(done, total):
+        assert ready.wait(PATIENCE)
+        if not refused:
+            handles.append(models.save_async(MODEL, path))
+            with raises_errno(errno.EDEADLK, "save afterwards", filename=str(path)):
+                waiting[how]()
+            refused.append(how)
+
+    handles.append(models.save_async({"a": some(100, 1)}, path, progress=progress))
+    ready.set()
+    handles[0].result(PATIENCE)
+    handles[1].result(PATIENCE)
+    assert refused == [how] and os.listdir(path.parent) == [path.name]
+    assert_holds(path, MODEL)
+
+
 def test_what_is_refused_at_once(path, tmp_path):
     before = held()
     with pytest.raises(FileNotFoundError, match="its directory"):

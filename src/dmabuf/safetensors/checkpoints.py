@@ -53,7 +53,9 @@ def save_async(
             be used until the save has ended; None allocates it, and frees it afterwards.
         exporter: what allocates it, as for `dmabuf.allocate`.
         require: "zero-copy", "uncached" or "any", for the write from the snapshot.
-        progress: called in the thread, with the bytes written and their sum.
+        progress: called in the thread, with the bytes written and their sum. A save of the same
+            path that it makes, or whose `result` it waits for, raises OSError(EDEADLK);
+            `save_async` does not wait and is permitted.
 
     Returns:
         The handle: ``result()`` waits, ``done()`` does not.
@@ -78,10 +80,10 @@ def save_async(
         layout.copy_to(buffer)
         buffer.hold()
         stack.callback(buffer.release)
-        before = saving.take_turn()
+        saving.take_turn()
         owned = deque([stack.pop_all()])
     image = partial(write_image, replacement, buffer, layout.size, require, progress)
-    work = partial(_save, saving, owned, replacement, image, before)
+    work = partial(_save, saving, owned, replacement, image)
     saving.thread = threading.Thread(target=work, name=f"save {saving.path}", daemon=False)
     try:
         saving.thread.start()
@@ -98,14 +100,13 @@ def _save(
     owned: deque[ExitStack],
     replacement: Replacement,
     image: Callable[[], Transfer],
-    before: Saving | None,
 ) -> None:
     """Write the file from the snapshot, in a thread."""
     while owned:
         with owned.pop():
             try:
-                if before is not None:
-                    before.wait()
+                if saving.before is not None:
+                    saving.before.wait()
                 transfer = image()
                 replacement.commit(None, sync=True)
                 saving.succeed(transfer)

@@ -6,10 +6,11 @@ is still pending. `save` and `save_sharded` wait for that one. So the file of th
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 
-from dmabuf.errors import ClosedError
+from dmabuf.errors import ClosedError, os_error
 from dmabuf.kernel import process
 from dmabuf.transfer import Transfer
 
@@ -27,6 +28,8 @@ class Saving:
         self._pid = process.pid
         self.thread: threading.Thread | None = None
         """What makes it."""
+        self.before: Saving | None = None
+        """The save that it has to wait for."""
 
     def done(self) -> bool:
         """Return whether it has ended: the file is on the medium, or the save failed."""
@@ -37,10 +40,13 @@ class Saving:
 
         Raises:
             TimeoutError: it goes on after `timeout` seconds.
+            OSError: EDEADLK, its own progress function would wait for it without a `timeout`.
             ClosedError: a process that forked this one makes the save.
         """
         if not self._ended.is_set() and self._pid != process.pid:
             raise ClosedError(f"save {self.path}: it runs in the process that forked this one")
+        if timeout is None:
+            self._check_thread()
         if not self._ended.wait(timeout):
             raise TimeoutError(f"save {self.path}: it goes on after {timeout} s")
         if self.thread is not None:
@@ -60,8 +66,18 @@ class Saving:
         return self._transfers
 
     def wait(self) -> None:
-        """Return when it has ended."""
+        """Return when it has ended. Raises OSError(EDEADLK) in its own progress function."""
+        self._check_thread()
         self._ended.wait()
+
+    def _check_thread(self) -> None:
+        """Raise if this thread makes the save, or one that it has to wait for."""
+        one: Saving | None = self
+        while one is not None and not one.done():
+            if one.thread is threading.current_thread():
+                text = "save: it would wait for the save whose progress function calls it"
+                raise os_error(errno.EDEADLK, f"{text}; save afterwards, or do not wait", one.path)
+            one = one.before
 
     def succeed(self, transfer: Transfer) -> None:
         """Note the record of the transfer; the thread of the save calls it."""
@@ -74,18 +90,18 @@ class Saving:
         self._error = error
         logging.getLogger("dmabuf").error("save %s in the background: %s", self.path, error)
 
-    def take_turn(self) -> Saving | None:
-        """Make it the last save of its path, and return the one that it has to wait for."""
+    def take_turn(self) -> None:
+        """Make it the last save of its path, after the one that was the last."""
         with _changing:
-            before = _latest.get(self._key)
+            self.before = _latest.get(self._key)
             _latest[self._key] = self
-        return before
 
     def end(self) -> None:
         """Note that it has ended; nothing uses its memory any more."""
         with _changing:
             if _latest.get(self._key) is self:
                 del _latest[self._key]
+        self.before = None
         self._ended.set()
 
     def __repr__(self) -> str:
