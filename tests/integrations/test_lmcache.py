@@ -1,4 +1,4 @@
-"""A KV cache through LMCache's own adapter and memory, to files and back."""
+"""A KV cache through LMCache's own adapter and memory, to files or a node's store, and back."""
 
 import os
 import select
@@ -6,6 +6,8 @@ import warnings
 
 import pytest
 import torch
+
+from tests.nodes import node
 
 pytest.importorskip("lmcache", reason="needs lmcache (make integrations installs it)")
 
@@ -21,13 +23,13 @@ SHAPE = torch.Size([2, 4, 256, 130])  # keys and values, layers, tokens, values 
 COUNT = 20
 
 
-def an_adapter(folder):
+def an_adapter(name, **parameters):
     config = get_l2_adapter_config_class("native_plugin").from_dict(
         {
             "type": "native_plugin",
             "module_path": "dmabuf.integrations.lmcache_files",
-            "class_name": "KvFiles",
-            "adapter_params": {"folder": str(folder)},
+            "class_name": name,
+            "adapter_params": parameters,
             "max_capacity_gb": 1,
         }
     )
@@ -53,10 +55,21 @@ def a_cache(seed):
     return objects
 
 
-def test_a_cache_comes_back_byte_for_byte(tmp_path):
+@pytest.fixture(params=["files", "names"])
+def how(request, tmp_path):
+    """The name and the arguments of an adapter."""
+    if request.param == "files":
+        yield {"name": "KvFiles", "folder": str(tmp_path)}
+        return
+    (tmp_path / "served").mkdir()
+    with node(tmp_path / "served", max_memory=64 << 20) as listener:
+        yield {"name": "KvNames", "address": listener.address}
+
+
+def test_a_cache_comes_back_byte_for_byte(how):
     keys = [ObjectKey(bytes([number]) * 32, "meta-llama/Llama-3", 1) for number in range(COUNT)]
     saved = a_cache(1)
-    adapter = an_adapter(tmp_path)
+    adapter = an_adapter(**how)
     try:
         task = adapter.submit_store_task(keys, saved)
         wait(adapter.get_store_event_fd())
@@ -66,7 +79,7 @@ def test_a_cache_comes_back_byte_for_byte(tmp_path):
     finally:
         adapter.close()
 
-    adapter = an_adapter(tmp_path)  # as after a restart
+    adapter = an_adapter(**how)  # as after a restart
     try:
         asked = [*keys, ObjectKey(b"x" * 32, "meta-llama/Llama-3", 1)]
         task = adapter.submit_lookup_and_lock_task(asked, {})

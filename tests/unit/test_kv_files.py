@@ -1,17 +1,19 @@
-"""KvFiles, as LMCache's adapter for native connectors calls it."""
+"""KvFiles and KvNames, as LMCache's adapter for native connectors calls them."""
 
 import os
 import select
+from functools import partial
 
 import pytest
 
 import dmabuf
-from dmabuf.integrations.lmcache_files import KvFiles
-from tests.support import assert_same, cached, pattern, poison
+from dmabuf.integrations.lmcache_files import KvFiles, KvNames
+from tests.nodes import node
+from tests.support import assert_same, cached, pattern, poison, wait_until
 
 pytestmark = pytest.mark.usefixtures("leaves_nothing")
 
-SIZES = [4096, 1, 300_001, 0, 1 << 20, 70_000]
+SIZES = [4096, 1, 300_001, 7, 1 << 20, 70_000]
 KEYS = [f"meta-llama/Llama-3@0000000{number}@0@{number:064x}" for number in range(len(SIZES))]
 
 
@@ -42,18 +44,29 @@ def load(files, keys=KEYS, sizes=SIZES):
     return outcome, memory
 
 
+@pytest.fixture(params=["files", "names"])
+def opened(request, tmp_path):
+    """A function that opens the cache, in files or in the store of a node."""
+    if request.param == "files":
+        yield partial(KvFiles, str(tmp_path / "kv"))
+        return
+    (tmp_path / "served").mkdir()
+    with node(tmp_path / "served", f"unix:{tmp_path}/node.sock") as listener:
+        yield partial(KvNames, listener.address)
+
+
 @pytest.fixture(params=["4KiB", "1MiB", "64MiB"])
-def files(request, tmp_path):
-    files = KvFiles(str(tmp_path / "kv"), block_size=request.param)
+def files(request, opened):
+    files = opened(block_size=request.param)
     yield files
     files.close()
 
 
-def test_objects_come_back_byte_for_byte_also_in_another_process(files, tmp_path):
+def test_objects_come_back_byte_for_byte_also_in_another_process(files, opened):
     store(files)
     files.close()
     files.close()
-    again = KvFiles(str(tmp_path / "kv"))
+    again = opened()
     try:
         outcome, memory = load(again)
         assert outcome == (True, "", [True] * len(SIZES))
@@ -99,7 +112,93 @@ def test_the_files_are_not_in_the_page_cache(tmp_path):
         assert cached(plain.fileno()) == 0
 
 
-def test_an_error_is_reported_and_the_next_batch_works(files, tmp_path):
+def test_batches_at_once_have_a_buffer_each(opened):
+    files = opened(threads=3, block_size="1MiB")
+    try:
+        objects = {f"key {number}": pattern(200_000, number) for number in range(40)}
+        keys, tasks = list(objects), {}
+        for at in range(0, 40, 4):
+            some = keys[at : at + 4]
+            tasks[files.submit_batch_set(some, [memoryview(objects[key]) for key in some])] = some
+        ended = every(files, tasks)
+        assert all(one[1:] == (True, "", None) for one in ended)
+        memory = {key: bytearray(poison(200_000)) for key in keys}
+        tasks = {}
+        for at in range(0, 40, 4):
+            some = keys[at : at + 4]
+            tasks[files.submit_batch_get(some, [memoryview(memory[key]) for key in some])] = some
+        assert all(one[1:] == (True, "", [True] * 4) for one in every(files, tasks))
+        for key, data in objects.items():
+            assert_same(bytes(memory[key]), data, key)
+    finally:
+        files.close()
+
+
+def every(files, tasks):
+    """Return the completions of all of these batches."""
+    ended = []
+
+    def collect():
+        ended.extend(files.drain_completions())
+        return len(ended) == len(tasks)
+
+    wait_until(collect, "the end of all batches")
+    assert {one[0] for one in ended} == set(tasks)
+    return ended
+
+
+def test_a_node_that_ends_fails_a_batch_and_the_next_one_connects_again(tmp_path):
+    (tmp_path / "served").mkdir()
+    address = f"unix:{tmp_path}/node.sock"
+    with node(tmp_path / "served", address):
+        names = KvNames(address, threads=1)
+        store(names)
+    try:
+        (ok, error, found), memory = load(names)
+        assert (ok, found) == (False, None) and "node.sock" in error
+        for size, one in zip(SIZES, memory, strict=True):
+            assert_same(bytes(one), poison(size), "memory of a batch that failed")
+        with node(tmp_path / "served", address):
+            assert load(names)[0] == (True, "", [False] * len(SIZES))  # a new store
+            store(names)
+            outcome, memory = load(names)
+            assert outcome[2] == [True] * len(SIZES)
+            assert_same(bytes(memory[4]), an_object(4), "an object")
+    finally:
+        names.close()
+
+
+def test_a_full_store_fails_the_batch(tmp_path):
+    (tmp_path / "served").mkdir()
+    address = f"unix:{tmp_path}/node.sock"
+    with node(tmp_path / "served", address, max_memory=8 << 20):
+        names = KvNames(address, threads=1)
+        try:
+            large = memoryview(bytes(16 << 20))
+            ok, error, _ = wait(names, names.submit_batch_set(["large"], [large]))
+            assert not ok and "max-memory" in error
+            store(names)
+            assert wait(names, names.submit_batch_exists(["large", KEYS[0]]))[2] == [False, True]
+        finally:
+            names.close()
+
+
+def test_no_node_is_an_error_at_the_start(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        KvNames(f"unix:{tmp_path}/none.sock")
+
+
+def test_an_object_of_no_bytes(tmp_path):
+    files = KvFiles(str(tmp_path))
+    try:
+        assert wait(files, files.submit_batch_set(["none"], [memoryview(b"")]))[0]
+        assert load(files, ["none"], [0])[0] == (True, "", [True])
+    finally:
+        files.close()
+
+
+def test_an_error_is_reported_and_the_next_batch_works(tmp_path):
+    files = KvFiles(str(tmp_path / "kv"))
     blocked = tmp_path / "kv" / "blocked"
     store(files)
     for folder in (tmp_path / "kv").iterdir():
@@ -115,6 +214,7 @@ def test_an_error_is_reported_and_the_next_batch_works(files, tmp_path):
     folder.unlink()
     os.rename(blocked, folder)
     store(files)
+    files.close()
 
 
 def test_invalid_arguments(tmp_path):
