@@ -11,6 +11,7 @@ import safetensors.numpy
 
 import dmabuf.store
 from dmabuf import safetensors as models
+from tests.nodes import node, url_of
 from tests.serving import as_a_program
 from tests.sharing import kill_servers, servers
 from tests.support import pattern, wait_until
@@ -69,6 +70,18 @@ def test_a_model_is_loaded_listed_and_removed(
     run("load", one)
     run("rm", folder)
     assert run("ls") == ""
+
+
+def test_a_model_of_another_node(folder: Path, socket: Path, capsys: Capture) -> None:
+    with as_a_program(socket), node(folder, f"unix:{folder / 'node.sock'}"):
+        url = f"{url_of(folder / 'node.sock')}/0.safetensors"
+        for told in ("read staged", "in the store already"):
+            ended = command(capsys, "model", "load", url, "--socket", socket)
+            assert ended.status == 0 and told in ended.out, ended
+        listed = command(capsys, "model", "ls", "--socket", socket).out
+        assert listed.split()[-1] == url
+        assert command(capsys, "model", "rm", url, "--socket", socket).status == 0
+        assert command(capsys, "model", "ls", "--socket", socket).out == ""
 
 
 def test_a_list_is_not_a_use(folder: Path, socket: Path, capsys: Capture) -> None:

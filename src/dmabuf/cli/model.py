@@ -88,9 +88,9 @@ def _remove(store: Store, args: Namespace) -> int:
     found, failed = safetensors.shared_models(store), 0
     wanted: dict[str, SharedModel | None] = {}
     for word in args.models:
-        place = os.path.abspath(word)
+        words = {word, os.path.abspath(word)}  # a path may be relative, a URL is as it is
         matching: dict[str, SharedModel | None] = {
-            one.name: one for one in found if word == one.name or place in _places(one.paths)
+            one.name: one for one in found if words & {one.name, *_places(one.paths)}
         }
         wanted |= matching or {word: None}
     for name, model in wanted.items():
@@ -115,7 +115,7 @@ def _places(paths: tuple[str, ...]) -> set[str]:
 
 
 def _load_arguments(parser: Parser) -> None:
-    text = "Files of one model, its index, or its directory."
+    text = "Files of one model, its index, or its directory; URLs for those of other nodes."
     parser.add_argument("models", metavar="FILE", nargs="+", help=text)
     parser.shared("socket", "json", "progress", "quiet")
 
@@ -125,7 +125,7 @@ def _ls_arguments(parser: Parser) -> None:
 
 
 def _rm_arguments(parser: Parser) -> None:
-    text = "A name, one of the files, or their directory."
+    text = "A name, one of the files or their URLs, or their directory."
     parser.add_argument("models", metavar="MODEL", nargs="+", help=text)
     parser.flag("-f --force", "Remove a model that is in use; its programs keep the memory.")
     parser.shared("socket", "json")
