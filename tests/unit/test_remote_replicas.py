@@ -135,7 +135,10 @@ def test_files_that_differ_are_refused(
 
 
 def test_nodes_that_lack_the_file_or_do_not_answer(
-    addresses: list[str], folders: list[Path], big: dmabuf.Buffer
+    addresses: list[str],
+    folders: list[Path],
+    big: dmabuf.Buffer,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     (folders[1] / "a.bin").unlink()
     with socket.create_server(("127.0.0.1", 0)) as closed:
@@ -145,8 +148,12 @@ def test_nodes_that_lack_the_file_or_do_not_answer(
         check(big)
         with pytest.raises(FileNotFoundError):
             there.open("none")
-    with pytest.raises(ConnectionRefusedError):
-        remote.connect([nobody, nobody])
+    told = [one for one in caplog.messages if nobody in one]
+    assert len(told) == 1 and told[0].startswith(f"{nobody}: not used: ")
+    for alone in (nobody, [nobody, nobody]):  # the error is enough
+        with pytest.raises(ConnectionRefusedError):
+            remote.connect(alone)
+    assert [one for one in caplog.messages if nobody in one] == told
 
 
 def test_one_of_three_nodes_is_killed_under_way(

@@ -90,7 +90,8 @@ def connect(
                     made.use_nixl(trusted=trusted, required=engine == "nixl")
                 sessions.append(made)
             except OSError as error:
-                log.warning("%s: not used: %s", one, error)
+                if len(addresses) > 1:
+                    log.warning("%s: not used: %s", one, error)
                 failures.append(error)
         if not sessions:
             raise failures[0]
