@@ -91,6 +91,27 @@ def test_a_model_that_changes_after_its_header_was_read(folder: Path, host: str)
         )
 
 
+def test_single_tensors_and_slices_of_a_model_at_a_node(folder: Path, tmp_path: Path) -> None:
+    safetensors.save_sharded(ARRAYS, folder, max_shard_size="200kB", metadata={"a": "b"})
+    address, url = f"unix:{tmp_path / 'node.sock'}", url_of(tmp_path / "node.sock")
+    with node(folder, address):
+        model = safetensors.safe_open(f"{url}/model.safetensors.index.json", "np")
+        assert (set(model.keys()), model.metadata()) == (set(ARRAYS), {"a": "b"})
+        for name, array in ARRAYS.items():
+            assert model.get_tensor(name).tobytes() == array.tobytes(), name
+            part = model.get_slice(name)[-5000:-1:3]
+            assert part.tobytes() == array[-5000:-1:3].tobytes(), name
+    with model:
+        with pytest.raises(ConnectionError):
+            model.get_tensor("t9")
+        with node(folder, address):  # it connects again
+            assert model.get_tensor("t9").tobytes() == ARRAYS["t9"].tobytes()
+            for path in folder.glob("*.safetensors"):
+                os.utime(path, ns=(5, 5))
+            with pytest.raises(ValueError, match="changed after its header"):
+                model.get_tensor("t9")
+
+
 def test_a_model_at_a_node_has_one_copy_on_this_host(
     folder: Path, host: str, tmp_path: Path
 ) -> None:

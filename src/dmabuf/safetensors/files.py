@@ -95,48 +95,48 @@ class Part:
         about = self.status
         return [about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns]
 
-    def open(self, engine: Engine | None) -> File:
-        """Open the file.
+    @contextmanager
+    def opened(self, engine: Engine | None) -> Iterator[File | RemoteFile]:
+        """Open the file for a block.
 
         Raises:
             ValueError: it is not the one whose header was read, or it has changed.
-            OSError: as `dmabuf.open`.
+            OSError: as `dmabuf.open`, or `dmabuf.remote.connect`.
         """
         if self.versions is not None:
-            raise ValueError(f"open {self.path}: a file of another node is only loaded: use load()")
-        file = File(self.path if self.fd is None else self.fd, engine=engine)
-        try:
-            self.check(file.fileno())
-        except BaseException:
-            file.close()
-            raise
-        return file
+            with _at_a_node(self.path) as there:
+                self.check(there)
+                yield there
+            return
+        with File(self.path if self.fd is None else self.fd, engine=engine) as file:
+            self.check(file)
+            yield file
 
     @contextmanager
     def reading(self, engine: Engine | None) -> Iterator[File]:
-        """Open the file for a block that reads it; as `open`, also where it changes meanwhile."""
-        with self.open(engine) as file:
+        """Open a file of this machine for a block that reads it.
+
+        Raises as `opened`, also where the file changes meanwhile.
+        """
+        with self.opened(engine) as file:
+            assert isinstance(file, File)
             yield file
-            self.check(file.fileno())
+            self.check(file)
 
-    @contextmanager
-    def reading_at_a_node(self) -> Iterator[RemoteFile]:
-        """Open the file of another node for a block that reads it; raises as `reading`."""
-        then = self.versions or {}
-        with _at_a_node(self.path) as there:
-            for reads in (True, False):
-                now = there.versions
-                both = then.keys() & now.keys()  # another node may have failed since
-                if not both or any(now[node] != then[node] for node in both):
-                    raise ValueError(f"load {self.path}: it changed after its header was read")
-                if reads:
-                    yield there
-
-    def check(self, fd: int) -> None:
+    def check(self, file: File | RemoteFile) -> None:
         """Raise ValueError if the open file is not the one whose header was read, or changed."""
-        now, then = os.fstat(fd), self.status
-        same = then and os.path.samestat(now, then) and now.st_mtime_ns == then.st_mtime_ns
-        if not same or now.st_size != self.size:
+        if isinstance(file, File):
+            now, then = os.fstat(file.fileno()), self.status
+            same = (
+                then is not None
+                and os.path.samestat(now, then)
+                and (now.st_mtime_ns, now.st_size) == (then.st_mtime_ns, self.size)
+            )
+        else:
+            old, new = self.versions or {}, file.versions
+            both = old.keys() & new.keys()  # a node may have failed since
+            same = bool(both) and all(old[node] == new[node] for node in both)
+        if not same:
             raise ValueError(f"load {self.path}: it changed after its header was read")
 
 

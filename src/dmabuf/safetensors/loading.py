@@ -252,15 +252,11 @@ def _fill(
         found = read_together(openers, buffer, terms, at_once=OPEN_AT_ONCE, progress=progress)
         return tuple(found)
     transfers: list[Transfer] = []
-    done: Transfer
     for part, one in reads:
         report = part_of(progress, sum(done.nbytes for done in transfers), total)
-        if part.versions is not None:
-            with part.reading_at_a_node() as there:
-                done = there.read_segments(buffer, one, terms=terms, progress=report)
-        else:
-            with part.reading(engine) as file:
-                done = file.read_segments(buffer, one, terms=terms, progress=report)
+        with part.opened(engine) as file:
+            done = file.read_segments(buffer, one, terms=terms, progress=report)
+            part.check(file)
         if done.nbytes < sum(one[2::3]):  # of a single segment, which may be short there
             text = f"load {part.path}: it became shorter after its header was read"
             raise ShortReadError(text, 0, done.nbytes)
@@ -338,7 +334,7 @@ def load_file(
         return dict(load(filename, framework=framework, progress=progress))
     try:
         parts, _ = read_parts(filename, None)
-        if parts[0].memory is not None:
+        if any(part.memory is not None or part.versions is not None for part in parts):
             given = load(filename, framework=framework, progress=progress)
             return {name: gpu.place(tensor) for name, tensor in given.items()}
         segments, entries, size = plan(parts, 1)

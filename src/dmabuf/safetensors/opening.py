@@ -6,8 +6,9 @@ import threading
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from types import EllipsisType, TracebackType
-from typing import Any, SupportsIndex, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex, TypeAlias
 
 from dmabuf.errors import ClosedError, ShortReadError
 from dmabuf.memory import Buffer, allocate
@@ -27,6 +28,9 @@ from dmabuf.safetensors.views import (
 )
 from dmabuf.sizes import round_up
 from dmabuf.transfer import Audit, Engine, File, Require, Terms
+
+if TYPE_CHECKING:
+    from dmabuf.remote import RemoteFile
 
 _SMALLEST, _LARGEST = 1 << 20, 256 << 20
 """Bytes of a buffer for several tensors: it has as many as were read before it."""
@@ -55,7 +59,8 @@ def safe_open(
 
     Args:
         filename: a file, or any other source of `load`: shards, an index, a folder, a descriptor,
-            bytes, or a Buffer that holds a file.
+            bytes, a Buffer that holds a file, or the URL of a file or an index at another node,
+            to which it keeps a connection.
         framework: "pt" for PyTorch tensors, "np" for NumPy arrays.
         device: "cpu"; with "pt" also a CUDA device such as "cuda:0" or 0, into whose memory
             `dmabuf.devices.cuda` reads. Slices, and what is in memory, are copied there.
@@ -74,6 +79,14 @@ def safe_open(
     import_framework(framework)
     gpu = gpu_of(device, framework)
     return SafeOpen(parts, metadata, framework, gpu, exporter, terms, engine)
+
+
+class _Opened(NamedTuple):
+    """A file that is open, here or at another node."""
+
+    file: File | RemoteFile
+    at_exit: ExitStack
+    """What closes it."""
 
 
 class SafeOpen:
@@ -100,7 +113,7 @@ class SafeOpen:
         self._parts = {name: part for part in parts for name in part.entries}
         self._left = sum(entry.nbytes for part in parts for entry in part.entries.values())
         self._lock = threading.RLock()
-        self._files: OrderedDict[int, File] = OrderedDict()
+        self._files: OrderedDict[int, _Opened] = OrderedDict()
         self._buffer: Buffer | None = None
         self._taken = self._at = 0
         self._closed = False
@@ -122,7 +135,7 @@ class SafeOpen:
         with self._lock:
             self._closed, self._buffer = True, None
             while self._files:
-                self._files.popitem()[1].close()
+                self._files.popitem()[1].at_exit.close()
             if self._gpu is not None:
                 self._gpu.close()
 
@@ -202,11 +215,12 @@ class SafeOpen:
             segments, [offset], end = place([(entry.offset, end, align)], part.size, 0)
             unit = UNIT
         moved = Entry(entry.dtype, entry.shape, offset, entry.nbytes)
-        if self._gpu is not None and part.memory is None:
+        if self._gpu is not None and part.memory is None and part.versions is None:
             flat = self._gpu.empty(end)
             file = self._file(part)
+            assert isinstance(file, File)
             self._gpu.read(flat, file, segments, self._terms.require)
-            part.check(file.fileno())
+            part.check(file)
             return tensor_over(flat, name, moved, dtype)
         buffer, begin = self._take(end, unit)
         self._move(part, buffer, array("Q", (segments[0], begin, segments[2])))
@@ -259,20 +273,24 @@ class SafeOpen:
         nbytes = int(sum(memoryview(segments).cast("B").cast("Q")[2::3].tolist()))
         file = self._file(part)
         done = file.read_segments(buffer, segments, terms=self._terms)
-        part.check(file.fileno())
+        part.check(file)
         if done.nbytes < nbytes:  # of a single segment, which may be short there
             text = f"load {part.path}: it became shorter after its header was read"
             raise ShortReadError(text, 0, done.nbytes)
 
-    def _file(self, part: Part) -> File:
-        file = self._files.pop(id(part), None)
-        if file is None:
-            while len(self._files) >= OPEN_AT_ONCE:
-                self._files.popitem(last=False)[1].close()
-            file = part.open(self._engine)
-        else:
-            part.check(file.fileno())
-        self._files[id(part)] = file
+    def _file(self, part: Part) -> File | RemoteFile:
+        kept = self._files.pop(id(part), None)
+        if kept is not None:
+            with kept.at_exit:  # which closes it, unless it can be used
+                if not kept.file.closed:
+                    part.check(kept.file)
+                    self._files[id(part)] = _Opened(kept.file, kept.at_exit.pop_all())
+                    return kept.file
+        while len(self._files) >= OPEN_AT_ONCE:
+            self._files.popitem(last=False)[1].at_exit.close()
+        with ExitStack() as at_exit:
+            file = at_exit.enter_context(part.opened(self._engine))
+            self._files[id(part)] = _Opened(file, at_exit.pop_all())
         return file
 
     def _take(self, size: int, unit: int) -> tuple[Buffer, int]:
