@@ -42,7 +42,8 @@ def test_every_call_is_awaited(
 ) -> None:
     async def use() -> None:
         async with await aio.connect(listener.address) as there:
-            assert there.sync.transport == "tcp"
+            assert (there.transport, there.address) == ("tcp", listener.address)
+            assert there.reason == there.sync.reason and not there.closed
             async with await there.open("a.bin") as file:
                 assert await file.size() == SIZE
                 assert (await file.read_into(buf, 5, buffer_offset=9)).nbytes == 5
@@ -52,7 +53,7 @@ def test_every_call_is_awaited(
                 assert_same(buf.pread(SIZE, 0), DATA, "the buffer")
                 with pytest.raises(OSError, match="not open for writing"):
                     await file.write_from(buf)
-            assert file.sync.closed
+            assert file.closed and file.transport == "tcp"
             async with there.replacing("b.bin") as file:
                 await file.write_from(buf, audit="always")
                 await file.flush()
@@ -72,7 +73,7 @@ def test_every_call_is_awaited(
             await there.remove("name")
             with pytest.raises(FileNotFoundError):
                 await there.fetch("name", buf)
-        assert there.sync.closed
+        assert there.closed
         with pytest.raises(ConnectionRefusedError):
             await aio.connect("127.0.0.1:1")
 
@@ -123,7 +124,7 @@ def test_nobody_writes_the_memory_when_a_cancelled_call_has_returned(
                 group.start_soon(partial(file.read_segments, buf, segments, audit="off"))
                 await arrive(buf)
                 group.cancel_scope.cancel()
-            assert there.sync.closed
+            assert there.closed
             buf.pwrite(poison(SIZE), 0)
 
     with lying_node(begun(act)) as address:
@@ -154,7 +155,7 @@ def test_cancelling_a_call_that_waits_for_its_turn_leaves_the_connection(
                     await file.read_into(buf, 100)
                 assert scope.cancelled_caught
                 go.set()
-            assert not there.sync.closed
+            assert not there.closed
 
     with lying_node(begun(act)) as address:
         anyio.run(partial(cancel, address), backend=backend)

@@ -37,9 +37,19 @@ class _Awaited(Generic[Sync]):
 
     def __init__(self, sync: Sync, lock: anyio.Lock) -> None:
         self.sync = sync
-        """The one that carries out the calls, with the properties that do not wait."""
+        """The one that carries out the calls."""
         self.lock = lock
         """Held by the call that runs."""
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed, or the connection is lost."""
+        return self.sync.closed
+
+    @property
+    def transport(self) -> str:
+        """What carries the bytes; see remote.Node."""
+        return self.sync.transport
 
     async def call(self, function: Callable[[], T]) -> T:
         """Call a function in a thread once no other call of the connection runs."""
@@ -97,6 +107,16 @@ class Node(_Awaited[remote.Node]):
     revoke = _awaited(remote.Node.revoke)
     remove = _awaited(remote.Node.remove)
     ls = _awaited(remote.Node.ls)
+
+    @property
+    def address(self) -> str:
+        """The address that it is connected to; see remote.Node."""
+        return self.sync.address
+
+    @property
+    def reason(self) -> str:
+        """A sentence: why NIXL is used, or why it is not."""
+        return self.sync.reason
 
     async def open(self, path: str, mode: Mode = "r") -> RemoteFile:
         """Open a file; see remote.Node."""
