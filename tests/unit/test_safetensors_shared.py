@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import gc
+import hashlib
 import itertools
 import mmap
 import os
@@ -22,7 +23,7 @@ from dmabuf import safetensors as models
 from dmabuf.kernel import uapi
 from tests.serving import as_a_program, in_a_thread
 from tests.sharing import STEPS, Child, act_at, kill_servers, servers, undisturbed
-from tests.support import assert_same, cached, drop_cache, pattern, wait_until
+from tests.support import assert_same, cached, drop_cache, in_child, pattern, wait_until
 
 pytestmark = pytest.mark.usefixtures("leaves_nothing")
 
@@ -500,6 +501,29 @@ def test_the_store_of_the_user_is_the_default(
         assert len(servers(tmp_path / "dmabuf.sock")) == 1
     finally:
         kill_servers(tmp_path / "dmabuf.sock")
+
+
+_IN_A_CONTAINER = """
+import ctypes, hashlib, sys
+from tests.sandbox import forbid
+# No capabilities, also of what it starts, since forbid() sets no_new_privs: capset(2)
+assert not ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(0x20080522), (ctypes.c_uint32 * 6)())
+# mount, umount, the keyring, unshare, perf, fanotify, handles, setns, bpf, userfaultfd, io_uring
+forbid(165, 166, 248, 249, 250, 272, 298, 300, 304, 308, 321, 323, 425, 426, 427)
+from dmabuf import safetensors
+model = safetensors.load(sys.argv[1], framework="np", shared=sys.argv[2])
+print([str(one.route) for one in model.transfers])
+print(hashlib.sha256(model.raw("large")).hexdigest())
+"""
+
+
+def test_a_container_under_the_default_seccomp_profile(path: Path, socket: Path) -> None:
+    """Docker's profile refuses these calls, io_uring among them, without capabilities."""
+    digest = hashlib.sha256(pattern(SIZE, 1)).hexdigest()
+    route = str(models.load(path, framework="np").transfers[0].route)
+    assert in_child(_IN_A_CONTAINER, path, socket).splitlines() == [f"['{route}']", digest]
+    assert in_child(_IN_A_CONTAINER, path, socket).splitlines() == ["[]", digest]
+    assert len(servers(socket)) == 1
 
 
 # -- arguments
