@@ -535,7 +535,7 @@ def test_what_does_not_go_with_shared(path: Path, tmp_path: Path) -> None:
         for how in ({"buffer": buffer}, {"name": "model"}):
             with pytest.raises(ValueError, match="leave out buffer and name"):
                 load(path, nowhere, **how)
-    with pytest.raises(ValueError, match="exporter='udmabuf': a shared model is a memfd"):
+    with pytest.raises(ValueError, match="invalid exporter 'udmabuf': a shared model is a memfd"):
         load(path, nowhere, exporter="udmabuf")
     with pytest.raises(TypeError, match="shared must be a bool or the path"):
         models.load(path, framework="np", shared=1)
