@@ -61,7 +61,7 @@ static void interrupt(struct dmb_ring *ring, int direction, int route)
 	}
 }
 
-/* A result that is asked for too early claims nothing. */
+/* A result that is requested too early claims nothing. */
 static void early(struct dmb_ring *ring)
 {
 	uint64_t segments[3 * SEGMENTS];

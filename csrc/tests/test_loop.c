@@ -72,13 +72,13 @@ static void end_told(struct one *ones, const struct dmb_done *done)
 }
 
 /* What the loop does: wait until there is something to see, and see it. */
-static void turn(struct dmb_ring *ring, int fd, struct dmb_done *done, uint32_t capacity,
-		 uint32_t *count)
+static void poll_once(struct dmb_ring *ring, int fd, struct dmb_done *done, uint32_t capacity,
+		      uint32_t *count)
 {
 	struct pollfd ready = {.fd = fd, .events = POLLIN};
 	eventfd_t value;
 
-	CHECK_EQUAL(poll(&ready, 1, 10000), 1); /* or it was never signalled */
+	CHECK_EQUAL(poll(&ready, 1, 30000), 1); /* or it was never signalled */
 	CHECK_EQUAL(eventfd_read(fd, &value), 0);
 	CHECK_EQUAL(dmb_ring_poll(ring, done, capacity, count), 0);
 	CHECK(ring->in_flight <= (ring->info.depth ? ring->info.depth : 1));
@@ -116,7 +116,7 @@ static void together(struct dmb_ring *ring, int fd, bool stopping)
 			eventfd_write(fd, 1);
 		}
 		if (left)
-			turn(ring, fd, done, 7, &count);
+			poll_once(ring, fd, done, 7, &count);
 	}
 	CHECK_EQUAL(ring->in_flight, 0);
 	CHECK(!ring->runnable.first && !ring->waiting.first && !ring->done.first);
@@ -148,7 +148,7 @@ static void small(struct dmb_ring *ring, int fd)
 	CHECK_EQUAL(ring->in_flight, 0); /* nothing is submitted before the poll */
 	CHECK_EQUAL(dmb_ring_poll(ring, done, SMALL, &count), 0);
 	while (count < SMALL)
-		turn(ring, fd, done, SMALL, &count);
+		poll_once(ring, fd, done, SMALL, &count);
 	for (int i = 0; i < SMALL; i++) {
 		CHECK_EQUAL(done[i].nbytes, PAGE);
 		tags += done[i].tag;
@@ -191,6 +191,42 @@ static void not_small(struct dmb_ring *ring)
 	file_close(&file);
 }
 
+/* A copy of 64 KiB and more is made by a thread of the kernel, not while it is submitted. */
+static void large(struct dmb_ring *ring, int fd)
+{
+	uint64_t segment[3] = {1, 7, 18 * PAGE};
+	struct dmb_done done[1];
+	struct dmb_result result;
+	struct dmb_batch *batch;
+	struct memory memory;
+	struct dmb_job job;
+	struct file file;
+	uint32_t count = 0;
+
+	context("large", 0);
+	if (!file_open(&file, FILE_SIZE))
+		return;
+	memory_map(&memory, MEMORY);
+	memset(memory.bytes, POISON, memory.size);
+	job = make_job(&file, &memory, DMB_READ, DMB_BUFFERED);
+	job.block = MEMORY;
+	CHECK_EQUAL(dmb_batch_create(ring, &job, segment, 1, &batch), 0);
+	dmb_batch_start(batch, 5);
+	eventfd_write(fd, 1);
+	while (!count)
+		poll_once(ring, fd, done, 1, &count);
+	dmb_batch_get_result(batch, &result);
+	dmb_batch_destroy(batch);
+	CHECK_EQUAL(result.error, 0);
+	CHECK_EQUAL(result.nbytes, segment[2]);
+	CHECK_EQUAL(result.requests, 1);
+	CHECK(!memcmp(memory.bytes + 7, file.bytes + 1, segment[2]));
+	CHECK_EQUAL(memory.bytes[6], POISON);
+	CHECK_EQUAL(memory.bytes[7 + segment[2]], POISON);
+	memory_unmap(&memory);
+	file_close(&file);
+}
+
 static void test(struct dmb_ring *ring)
 {
 	int fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -200,6 +236,7 @@ static void test(struct dmb_ring *ring)
 	context("small", 0);
 	small(ring, fd);
 	not_small(ring);
+	large(ring, fd);
 	check_idle(ring);
 	for (unsigned round = 0; round < ROUNDS; round++) {
 		context("together", round);

@@ -18,8 +18,8 @@ enum {
 	RINGS = 2,
 	THREADS = 6,
 	LOOPS = 2,
-	FLIGHTS = 4, /* of a loop */
-	PARTS = LOOPS * FLIGHTS,
+	AT_ONCE = 4, /* of a loop */
+	PARTS = LOOPS * AT_ONCE,
 	ROUNDS = 24,
 	DEPTH = 8,
 	SIZE = 24 * PAGE, /* of a part */
@@ -269,7 +269,7 @@ static void *nudge(void *arg)
 	return NULL;
 }
 
-struct flight {
+struct started {
 	struct part part;
 	struct dmb_batch *batch;
 	struct transfer transfer;
@@ -277,55 +277,55 @@ struct flight {
 	bool stopped;
 };
 
-static void take_off(struct dmb_ring *ring, struct flight *flight, uint64_t tag)
+static void start_one(struct dmb_ring *ring, struct started *started, uint64_t tag)
 {
-	prepare(&flight->part, &flight->transfer);
-	CHECK_EQUAL(dmb_batch_create(ring, &flight->transfer.job, flight->transfer.segment, 1,
-				     &flight->batch),
+	prepare(&started->part, &started->transfer);
+	CHECK_EQUAL(dmb_batch_create(ring, &started->transfer.job, started->transfer.segment, 1,
+				     &started->batch),
 		    0);
-	dmb_batch_start(flight->batch, tag);
-	flight->stopped = !below(&flight->part, 5);
-	if (flight->stopped)
-		dmb_batch_stop(flight->batch);
+	dmb_batch_start(started->batch, tag);
+	started->stopped = !below(&started->part, 5);
+	if (started->stopped)
+		dmb_batch_stop(started->batch);
 }
 
-static void land(struct flight *flight)
+static void finish_one(struct started *started)
 {
 	struct dmb_result result;
 
-	dmb_batch_get_result(flight->batch, &result);
-	dmb_batch_destroy(flight->batch);
-	flight->batch = NULL;
+	dmb_batch_get_result(started->batch, &result);
+	dmb_batch_destroy(started->batch);
+	started->batch = NULL;
 	CHECK_EQUAL(result.error, 0);
-	if (!flight->stopped)
-		CHECK_EQUAL(result.nbytes, flight->transfer.segment[2]);
-	check(&flight->part, &flight->transfer, result.nbytes);
+	if (!started->stopped)
+		CHECK_EQUAL(result.nbytes, started->transfer.segment[2]);
+	check(&started->part, &started->transfer, result.nbytes);
 }
 
 static void *drive(void *arg)
 {
 	struct loop *loop = arg;
-	struct flight flights[FLIGHTS] = {0};
-	struct dmb_done done[FLIGHTS];
+	struct started started[AT_ONCE] = {0};
+	struct dmb_done done[AT_ONCE];
 	uint32_t count = 0;
-	unsigned left = FLIGHTS * ROUNDS / 2;
+	unsigned left = AT_ONCE * ROUNDS / 2;
 	struct dmb_ring *ring;
 	eventfd_t value;
 
 	CHECK_EQUAL(dmb_ring_create(loop->backend, DEPTH, loop->flags, &ring), 0);
 	watch(ring);
 	CHECK_EQUAL(dmb_ring_set_eventfd(ring, loop->eventfd), 0);
-	for (unsigned i = 0; i < FLIGHTS; i++)
-		flights[i].part = part_of(loop->number * FLIGHTS + i);
+	for (unsigned i = 0; i < AT_ONCE; i++)
+		started[i].part = part_of(loop->number * AT_ONCE + i);
 	while (left) {
 		struct pollfd ready = {.fd = loop->eventfd, .events = POLLIN};
 
-		for (uint64_t tag = 0; tag < FLIGHTS; tag++)
-			if (!flights[tag].batch && flights[tag].rounds++ < ROUNDS / 2)
-				take_off(ring, &flights[tag], tag);
-		CHECK_EQUAL(dmb_ring_poll(ring, done, FLIGHTS, &count), 0);
+		for (uint64_t tag = 0; tag < AT_ONCE; tag++)
+			if (!started[tag].batch && started[tag].rounds++ < ROUNDS / 2)
+				start_one(ring, &started[tag], tag);
+		CHECK_EQUAL(dmb_ring_poll(ring, done, AT_ONCE, &count), 0);
 		for (; count; count--, left--)
-			land(&flights[done[count - 1].tag]);
+			finish_one(&started[done[count - 1].tag]);
 		CHECK_EQUAL(poll(&ready, 1, 10000), 1);
 		eventfd_read(loop->eventfd, &value);
 	}

@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <unistd.h>
 
+#include "../batch.h"
 #include "../uapi.h"
 #include "test.h"
 
@@ -64,6 +65,24 @@ static void answers(void)
 		CHECK(error < 0 && error != -ECANCELED && error != -EINTR);
 		CHECK(*dmb_nvme_status_name(status));
 	}
+}
+
+/* EINVAL without a status is of a namespace that has no usable path for a moment. */
+static void again(void)
+{
+	struct dmb_batch batch = {.stop = UINT64_MAX};
+	struct dmb_io io = {.batch = &batch, .nsid = 1};
+
+	CHECK(dmb_may_reissue(&io, -EINVAL));
+	CHECK(dmb_may_reissue(&io, -EAGAIN));
+	CHECK(!dmb_may_reissue(&io, -EIO));
+	batch.stopping = true;
+	CHECK(!dmb_may_reissue(&io, -EINVAL));
+	batch.stopping = false;
+	io.status = 2;
+	CHECK(!dmb_may_reissue(&io, -EINVAL));
+	io.status = io.nsid = 0;
+	CHECK(!dmb_may_reissue(&io, -EINVAL));
 }
 
 /* A command may not reach past the end of the namespace, and none is needed there. */
@@ -163,6 +182,7 @@ int main(void)
 {
 	commands();
 	answers();
+	again();
 	ends();
 	wide_ring();
 	return finish();

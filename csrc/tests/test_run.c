@@ -31,7 +31,7 @@ static void refused(const struct memory *memory, const struct dmb_job *job, uint
 		CHECK_EQUAL(memory->bytes[i], POISON);
 }
 
-/* A job as a link keeps it: the size of a regular file is asked for each time. */
+/* A job as a link keeps it: the size of a regular file is read each time. */
 static struct dmb_job small_job(const struct file *file, const struct memory *memory, int direction)
 {
 	struct dmb_job job = make_job(file, memory, direction, DMB_DIRECT);

@@ -3,11 +3,13 @@
 #include "test.h"
 
 #include <fcntl.h>
+#include <linux/magic.h>
 #include <linux/mempolicy.h>
 #include <linux/stat.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/sysmacros.h>
 #include <unistd.h>
 
 #include "../uapi.h"
@@ -136,6 +138,32 @@ static void alignments(void)
 	file_close(&file);
 }
 
+static void files(void)
+{
+	int fd = memfd_create("test", MFD_CLOEXEC);
+	struct file file;
+	struct stat stat;
+
+	context("files", 0);
+	CHECK_EQUAL(dmb_mode_on_disk(-1), -EBADF);
+	CHECK_EQUAL(dmb_mode_on_disk(fd), 0);
+	CHECK_EQUAL(dmb_statfs_type(-1), -EBADF);
+	CHECK_EQUAL(dmb_statfs_type(fd), TMPFS_MAGIC);
+	CHECK_EQUAL(dmb_fallocate(-1, 0, PAGE, 0), -EBADF);
+	CHECK_EQUAL(dmb_fallocate(fd, 0, PAGE, 1), 0);
+	CHECK_EQUAL(fstat(fd, &stat), 0);
+	CHECK_EQUAL(stat.st_size, 0);
+	CHECK_EQUAL(dmb_fallocate(fd, 0, PAGE, 0), 0);
+	CHECK_EQUAL(fstat(fd, &stat), 0);
+	CHECK_EQUAL(stat.st_size, PAGE);
+	close(fd);
+	if (!file_open(&file, PAGE))
+		return;
+	CHECK_EQUAL(fstat(file.plain, &stat), 0);
+	CHECK_EQUAL(dmb_mode_on_disk(file.plain) & S_IFMT, major(stat.st_dev) ? S_IFREG : 0);
+	file_close(&file);
+}
+
 static void cache(void)
 {
 	struct file file;
@@ -259,6 +287,8 @@ static void collapse(void)
 		CHECK_EQUAL(there(fd), 2 * huge / PAGE);
 	CHECK_EQUAL(pread(fd, bytes, 3, (off_t)huge - 2), 3);
 	CHECK(bytes[0] == 0 && bytes[1] == 7 && bytes[2] == 7);
+	if (!madvise((void *)(uintptr_t)address, size, MADV_NOHUGEPAGE))
+		CHECK_EQUAL(dmb_collapse(address, size), -EINVAL);
 	munmap(room, size + huge);
 	close(fd);
 }
@@ -294,6 +324,7 @@ int main(void)
 	beneath();
 	residence();
 	alignments();
+	files();
 	cache();
 	populate();
 	elsewhere();

@@ -81,7 +81,7 @@ struct part {
 	uint64_t file_start, file_end, memory_start, memory_end; /* nobody else uses these */
 };
 
-struct flight {
+struct transfer {
 	struct dmb_job job;
 	struct part part;
 	uint64_t segments[3 * SEGMENTS];
@@ -118,65 +118,65 @@ static void sort(uint64_t *values, size_t count)
 }
 
 /* Segments that overlap nowhere on the side that is written to, in any order. */
-static void make_segments(struct flight *flight)
+static void make_segments(struct transfer *transfer)
 {
-	const struct part *part = &flight->part;
-	const bool read = flight->job.direction == DMB_READ;
+	const struct part *part = &transfer->part;
+	const bool read = transfer->job.direction == DMB_READ;
 	uint64_t file_size = part->file_end - part->file_start;
 	uint64_t memory_size = part->memory_end - part->memory_start;
 	uint64_t to = read ? memory_size : file_size, from = read ? file_size : memory_size;
-	uint64_t align = flight->job.nsid && !read ? world.file.block : 512U << choose(4);
+	uint64_t align = transfer->job.nsid && !read ? world.file.block : 512U << choose(4);
 	uint64_t cuts[2 * SEGMENTS];
 
 	if (read && part->file_end == world.file.size && choose(4) == 3)
 		from += 2 * VIRTUAL_PAGE; /* past the end of the file */
-	flight->count = 1 + choose(SEGMENTS);
-	for (size_t i = 0; i < 2 * flight->count; i++)
+	transfer->count = 1 + choose(SEGMENTS);
+	for (size_t i = 0; i < 2 * transfer->count; i++)
 		cuts[i] = near(to, align);
-	sort(cuts, 2 * flight->count);
-	flight->total = 0;
-	for (size_t i = 0; i < flight->count; i++) {
-		uint64_t *segment = flight->segments + 3 * i;
+	sort(cuts, 2 * transfer->count);
+	transfer->total = 0;
+	for (size_t i = 0; i < transfer->count; i++) {
+		uint64_t *segment = transfer->segments + 3 * i;
 		uint64_t start = cuts[2 * i], size = dmb_min(cuts[2 * i + 1] - start, from);
 		uint64_t other = near(from - size, 512);
 
 		if (!choose(2) &&
 		    other - other % VIRTUAL_PAGE + start % VIRTUAL_PAGE + size <= from)
 			other = other - other % VIRTUAL_PAGE + start % VIRTUAL_PAGE;
-		if (flight->job.nsid && !read) {
+		if (transfer->job.nsid && !read) {
 			start -= start % world.file.block;
 			size -= size % world.file.block;
 		}
 		segment[0] = part->file_start + (read ? other : start);
 		segment[1] = part->memory_start + (read ? start : other);
 		segment[2] = size;
-		flight->total += size;
+		transfer->total += size;
 	}
-	if (flight->count > 1 && choose(2)) {
+	if (transfer->count > 1 && choose(2)) {
 		for (int k = 0; k < 3; k++) {
-			uint64_t swap = flight->segments[k];
+			uint64_t swap = transfer->segments[k];
 
-			flight->segments[k] = flight->segments[3 * flight->count - 3 + k];
-			flight->segments[3 * flight->count - 3 + k] = swap;
+			transfer->segments[k] = transfer->segments[3 * transfer->count - 3 + k];
+			transfer->segments[3 * transfer->count - 3 + k] = swap;
 		}
 	}
 }
 
 /* Slots of the ring: pinned memory for `direct`, dma-bufs for `native`. */
-static void register_slots(struct dmb_ring *ring, struct flight *flight)
+static void register_slots(struct dmb_ring *ring, struct transfer *transfer)
 {
-	struct dmb_job *job = &flight->job;
+	struct dmb_job *job = &transfer->job;
 	bool native = job->route == DMB_NATIVE;
 
 	if (!native && (job->route != DMB_DIRECT || ring->info.buffer_table || choose(2)))
 		return;
 	job->slot_size = native ? SLAB : VIRTUAL_PAGE * (1 + choose(4));
-	job->slots = flight->slots;
+	job->slots = transfer->slots;
 	for (uint64_t i = 0, at = 0; at < MEMORY; i++, at += job->slot_size) {
 		uint64_t size = dmb_min(job->slot_size, MEMORY - at);
 		int rc;
 
-		flight->slots[i] = -1;
+		transfer->slots[i] = -1;
 		if (!native && choose(4) == 3)
 			continue;
 		if (native)
@@ -186,13 +186,13 @@ static void register_slots(struct dmb_ring *ring, struct flight *flight)
 			rc = dmb_ring_register_buffer(ring, 100 + (unsigned)i,
 						      (uintptr_t)memory + at, size);
 		if (!rc)
-			flight->slots[i] = (native ? 0 : 100) + (int32_t)i;
+			transfer->slots[i] = (native ? 0 : 100) + (int32_t)i;
 	}
 	if (native)
 		job->slab_size = SLAB;
 }
 
-static void make_job(struct dmb_ring *ring, struct flight *flight)
+static void make_job(struct dmb_ring *ring, struct transfer *transfer)
 {
 	const struct virtual_file *file = &world.file;
 	bool uring = ring->info.backend == DMB_BACKEND_URING;
@@ -203,8 +203,8 @@ static void make_job(struct dmb_ring *ring, struct flight *flight)
 	if (file->passthrough && route == DMB_BUFFERED)
 		route = DMB_DIRECT;
 	direct = route != DMB_BUFFERED;
-	*flight = (struct flight){.part = flight->part, .size = file->size};
-	flight->job = (struct dmb_job){
+	*transfer = (struct transfer){.part = transfer->part, .size = file->size};
+	transfer->job = (struct dmb_job){
 		.fd = direct ? DIRECT_FD : PLAIN_FD,
 		.plain_fd = PLAIN_FD,
 		.offset_align = direct ? file->block : 1,
@@ -223,40 +223,41 @@ static void make_job(struct dmb_ring *ring, struct flight *flight)
 		.depth = 1 + (uint32_t)choose(12),
 		.block = VIRTUAL_PAGE << choose(4),
 	};
-	make_segments(flight);
-	register_slots(ring, flight);
+	make_segments(transfer);
+	register_slots(ring, transfer);
 	if (!ring->info.file_table && choose(2) &&
-	    !dmb_ring_register_file(ring, direct, flight->job.fd))
-		flight->job.file_slot = direct;
+	    !dmb_ring_register_file(ring, direct, transfer->job.fd))
+		transfer->job.file_slot = direct;
 	if (route == DMB_NATIVE && choose(4) == 3)
-		flight->job.base = 0; /* the CPU cannot map it */
+		transfer->job.base = 0; /* the CPU cannot map it */
 }
 
 /* Give both sides bytes that differ, so that a byte that did not move shows. */
-static void fill(struct flight *flight)
+static void fill(struct transfer *transfer)
 {
-	uint64_t size = flight->part.memory_end - flight->part.memory_start;
+	uint64_t size = transfer->part.memory_end - transfer->part.memory_start;
 
-	noise(memory + flight->part.memory_start, size);
-	memcpy(model.memory + flight->part.memory_start, memory + flight->part.memory_start, size);
+	noise(memory + transfer->part.memory_start, size);
+	memcpy(model.memory + transfer->part.memory_start, memory + transfer->part.memory_start,
+	       size);
 }
 
 /* Whether a byte of memory is one that a read of file offset `from` can have brought. */
-static bool may_have_come(const struct flight *flight, uint64_t from, uint8_t byte)
+static bool may_have_come(const struct transfer *transfer, uint64_t from, uint8_t byte)
 {
 	if (from < world.file.size)
 		return may_hold(from, byte);
-	return from < flight->size && (!byte || may_hold(from, byte)); /* it was cut meanwhile */
+	return from < transfer->size && (!byte || may_hold(from, byte)); /* it was cut meanwhile */
 }
 
 /* Check the memory after a read, and bring the model up to date. */
-static void check_read(const struct flight *flight, uint64_t nbytes)
+static void check_read(const struct transfer *transfer, uint64_t nbytes)
 {
-	const struct part *part = &flight->part;
+	const struct part *part = &transfer->part;
 	uint64_t position = 0;
 
-	for (size_t i = 0; i < flight->count; i++) {
-		const uint64_t *segment = flight->segments + 3 * i;
+	for (size_t i = 0; i < transfer->count; i++) {
+		const uint64_t *segment = transfer->segments + 3 * i;
 		uint64_t sure = nbytes > position ? dmb_min(nbytes - position, segment[2]) : 0;
 		uint8_t *now = memory + segment[1], *before = model.memory + segment[1];
 		uint64_t skip = 0;
@@ -265,7 +266,7 @@ static void check_read(const struct flight *flight, uint64_t nbytes)
 		    !memcmp(now, model.file + segment[0], sure))
 			skip = sure;
 		for (; skip < segment[2]; skip++) {
-			bool right = may_have_come(flight, segment[0] + skip, now[skip]);
+			bool right = may_have_come(transfer, segment[0] + skip, now[skip]);
 
 			if (!right && (skip < sure || now[skip] != before[skip]))
 				broken("undetected: byte %#llx of the memory is %#x, before %#x, "
@@ -282,12 +283,12 @@ static void check_read(const struct flight *flight, uint64_t nbytes)
 		broken("undetected: a read changed memory outside its segments");
 }
 
-static void check_written(const struct flight *flight, uint64_t nbytes)
+static void check_written(const struct transfer *transfer, uint64_t nbytes)
 {
 	uint64_t position = 0;
 
-	for (size_t i = 0; i < flight->count; i++) {
-		const uint64_t *segment = flight->segments + 3 * i;
+	for (size_t i = 0; i < transfer->count; i++) {
+		const uint64_t *segment = transfer->segments + 3 * i;
 		uint64_t sure = nbytes > position ? dmb_min(nbytes - position, segment[2]) : 0;
 
 		position += segment[2];
@@ -301,16 +302,16 @@ static void check_written(const struct flight *flight, uint64_t nbytes)
 			model.file[at] = memory[segment[1] + skip];
 		}
 	}
-	if (memcmp(memory + flight->part.memory_start, model.memory + flight->part.memory_start,
-		   flight->part.memory_end - flight->part.memory_start))
+	if (memcmp(memory + transfer->part.memory_start, model.memory + transfer->part.memory_start,
+		   transfer->part.memory_end - transfer->part.memory_start))
 		broken("undetected: a write changed the memory");
 }
 
 /* After a failed write, what the file holds is what it holds, if the cache and the medium agree. */
-static void settle(const struct flight *flight, const uint8_t *view)
+static void trust_the_file(const struct transfer *transfer, const uint8_t *view)
 {
-	for (size_t i = 0; i < flight->count; i++) {
-		const uint64_t *segment = flight->segments + 3 * i;
+	for (size_t i = 0; i < transfer->count; i++) {
+		const uint64_t *segment = transfer->segments + 3 * i;
 
 		for (uint64_t at = segment[0]; at < segment[0] + segment[2]; at++) {
 			if (!model.unsure[at] || view[at] != world.file.medium[at])
@@ -321,15 +322,15 @@ static void settle(const struct flight *flight, const uint8_t *view)
 	}
 }
 
-static void check_result(const struct flight *flight, const struct dmb_result *result)
+static void check_result(const struct transfer *transfer, const struct dmb_result *result)
 {
-	const struct dmb_job *job = &flight->job;
+	const struct dmb_job *job = &transfer->job;
 	const bool stale = job->direction == DMB_WRITE && job->stale_cache;
 	uint64_t position = 0;
 
-	if (result->nbytes > flight->total)
+	if (result->nbytes > transfer->total)
 		broken("%llu of %llu bytes moved", (unsigned long long)result->nbytes,
-		       (unsigned long long)flight->total);
+		       (unsigned long long)transfer->total);
 	if (result->error) {
 		bool known = result->error < 256 && world.errors[result->error];
 
@@ -337,10 +338,11 @@ static void check_result(const struct flight *flight, const struct dmb_result *r
 		    !(result->error == EFAULT && job->route == DMB_NATIVE) &&
 		    !(result->error == EBUSY && world.faults.submit))
 			broken("error %d, which nothing answered", result->error);
-		if (flight->stopped)
+		if (transfer->stopped)
 			return; /* edges before the error may be left */
-		for (size_t i = 0; i < flight->count; position += flight->segments[3 * i++ + 2]) {
-			const uint64_t *segment = flight->segments + 3 * i;
+		for (size_t i = 0; i < transfer->count;
+		     position += transfer->segments[3 * i++ + 2]) {
+			const uint64_t *segment = transfer->segments + 3 * i;
 
 			if (result->nbytes - position >= segment[2])
 				continue;
@@ -352,11 +354,11 @@ static void check_result(const struct flight *flight, const struct dmb_result *r
 		}
 		broken("an error after all bytes");
 	}
-	if (result->short_segment >= 0 && !flight->stopped) {
-		const uint64_t *segment = flight->segments + 3 * result->short_segment;
+	if (result->short_segment >= 0 && !transfer->stopped) {
+		const uint64_t *segment = transfer->segments + 3 * result->short_segment;
 
 		for (int64_t i = 0; i < result->short_segment; i++)
-			position += flight->segments[3 * i + 2];
+			position += transfer->segments[3 * i + 2];
 		if (result->nbytes < position || result->nbytes - position >= segment[2] ||
 		    segment[0] + (result->nbytes - position) < world.file.size)
 			broken("the end of the file in segment %lld after %llu bytes",
@@ -364,41 +366,41 @@ static void check_result(const struct flight *flight, const struct dmb_result *r
 			       (unsigned long long)result->nbytes);
 		return;
 	}
-	if (result->nbytes != flight->total && !flight->stopped)
+	if (result->nbytes != transfer->total && !transfer->stopped)
 		broken("%llu of %llu bytes, and no reason", (unsigned long long)result->nbytes,
-		       (unsigned long long)flight->total);
+		       (unsigned long long)transfer->total);
 }
 
-static void check_returned(const struct flight *flight)
+static void check_returned(const struct transfer *transfer)
 {
 	unsigned count = 0;
 
-	if (flight->ios)
-		count = in_flight_between(flight->ios, flight->ios + flight->job.depth);
+	if (transfer->ios)
+		count = in_flight_between(transfer->ios, transfer->ios + transfer->job.depth);
 	if (count)
 		broken("in flight at return: %u requests of the transfer", count);
 }
 
 /* What must hold when a transfer has returned. */
-static void check_transfer(const struct flight *flight, const struct dmb_result *result)
+static void check_transfer(const struct transfer *transfer, const struct dmb_result *result)
 {
 	static uint8_t view[FILE_MOST];
-	const struct part *part = &flight->part;
+	const struct part *part = &transfer->part;
 
 	transfers++;
 	happened("result", result->nbytes, (uint64_t)result->error, result->requests);
-	check_returned(flight);
-	check_result(flight, result);
+	check_returned(transfer);
+	check_result(transfer, result);
 	file_view(view);
-	if (flight->job.direction == DMB_READ) {
-		check_read(flight, result->nbytes);
+	if (transfer->job.direction == DMB_READ) {
+		check_read(transfer, result->nbytes);
 		check_file(view, part->file_start, dmb_min(part->file_end, world.file.size),
 			   "after a read");
 		return;
 	}
-	check_written(flight, result->nbytes);
+	check_written(transfer, result->nbytes);
 	check_file(view, part->file_start, part->file_end, "after a write, read through the cache");
-	settle(flight, view);
+	trust_the_file(transfer, view);
 }
 
 /* -- the ways to run one */
@@ -408,14 +410,14 @@ static struct dmb_result nothing(void)
 	return (struct dmb_result){.short_segment = -1};
 }
 
-static void remember_ios(struct flight *flight)
+static void remember_ios(struct transfer *transfer)
 {
-	if (flight->batch)
-		flight->ios = flight->batch->ios;
+	if (transfer->batch)
+		transfer->ios = transfer->batch->ios;
 }
 
 /* As the engine does: slices, after each of which it may stop and drain. */
-static void run_in_slices(struct dmb_ring *ring, struct flight *flight)
+static void run_in_slices(struct dmb_ring *ring, struct transfer *transfer)
 {
 	static const int slices[] = {100, 1, 0};
 	const uint64_t patience = choose(4) == 3 ? choose(20) : UINT64_MAX;
@@ -425,115 +427,115 @@ static void run_in_slices(struct dmb_ring *ring, struct flight *flight)
 	int rc;
 
 	world.failing = true;
-	rc = dmb_job_measure(&flight->job, flight->segments, flight->count, &measure);
+	rc = dmb_job_measure(&transfer->job, transfer->segments, transfer->count, &measure);
 	if (rc && rc != -ENOMEM)
 		broken("measuring answers %d", rc);
 	if (!rc && choose(2)) {
-		dmb_segments_join(flight->segments, flight->count, joined);
-		flight->count = measure.joined;
-		memcpy(flight->segments, joined, 3 * measure.joined * sizeof(*joined));
+		dmb_segments_join(transfer->segments, transfer->count, joined);
+		transfer->count = measure.joined;
+		memcpy(transfer->segments, joined, 3 * measure.joined * sizeof(*joined));
 	}
 	for (uint64_t slice = 0;; slice++) {
-		rc = dmb_job_run(ring, &flight->job, flight->segments, flight->count,
-				 slices[choose(3)], &flight->batch, &result);
+		rc = dmb_job_run(ring, &transfer->job, transfer->segments, transfer->count,
+				 slices[choose(3)], &transfer->batch, &result);
 		if (rc <= 0)
 			break;
-		remember_ios(flight);
+		remember_ios(transfer);
 		if (slice < patience)
 			continue;
-		flight->stopped = true;
+		transfer->stopped = true;
 		happened("stop", slice, 0, 0);
-		dmb_batch_drain(flight->batch);
-		check_returned(flight);
+		dmb_batch_drain(transfer->batch);
+		check_returned(transfer);
 	}
 	world.failing = false;
 	if (rc && (!world.errors[-rc] && rc != -EINTR))
 		broken("running answers %d", rc);
 	if (rc)
-		flight->stopped = true;
-	if (flight->batch)
+		transfer->stopped = true;
+	if (transfer->batch)
 		broken("a batch is left");
-	check_transfer(flight, &result);
+	check_transfer(transfer, &result);
 	if (ring->in_flight || in_flight())
 		broken("in flight at return: %u and %u", ring->in_flight, in_flight());
 }
 
-static void run_small(struct flight *flight)
+static void run_small(struct transfer *transfer)
 {
-	const uint64_t *segment = flight->segments;
+	const uint64_t *segment = transfer->segments;
 	struct dmb_result result = nothing();
 
-	flight->count = 1;
-	flight->total = segment[2];
-	flight->stopped = true; /* 0 is not a result */
+	transfer->count = 1;
+	transfer->total = segment[2];
+	transfer->stopped = true; /* 0 is not a result */
 	world.failing = true;
-	if (dmb_job_run_small(&flight->job, segment[0], segment[1], segment[2], 1))
+	if (dmb_job_run_small(&transfer->job, segment[0], segment[1], segment[2], 1))
 		result.nbytes = segment[2];
 	world.failing = false;
-	check_transfer(flight, &result);
+	check_transfer(transfer, &result);
 }
 
 /* -- an event loop */
 
 /* As the package does it: no write past the cache beside one through it, in one page. */
-static bool its_turn(struct flight *flight, uint32_t others)
+static bool its_turn(struct transfer *transfer, uint32_t others)
 {
 	struct dmb_measure measure;
 
-	if (dmb_job_measure(&flight->job, flight->segments, flight->count, &measure))
+	if (dmb_job_measure(&transfer->job, transfer->segments, transfer->count, &measure))
 		broken("no measure");
-	flight->shared = flight->job.route == DMB_BUFFERED && measure.shared_pages
-				 ? DMB_SHARED_CACHED
-				 : measure.shared_pages;
-	return !flight->shared || !others ||
-	       (flight->shared | others) != (DMB_SHARED_DIRECT | DMB_SHARED_CACHED);
+	transfer->shared = transfer->job.route == DMB_BUFFERED && measure.shared_pages
+				   ? DMB_SHARED_CACHED
+				   : measure.shared_pages;
+	return !transfer->shared || !others ||
+	       (transfer->shared | others) != (DMB_SHARED_DIRECT | DMB_SHARED_CACHED);
 }
 
-static void start(struct dmb_ring *ring, struct flight *flight, uint64_t tag, uint32_t others)
+static void start(struct dmb_ring *ring, struct transfer *transfer, uint64_t tag, uint32_t others)
 {
-	const uint64_t *segment = flight->segments;
+	const uint64_t *segment = transfer->segments;
 	int rc;
 
-	make_job(ring, flight);
-	if (!its_turn(flight, others))
+	make_job(ring, transfer);
+	if (!its_turn(transfer, others))
 		return;
-	fill(flight);
-	flight->small = !flight->job.nsid && flight->job.base && choose(3) == 2;
+	fill(transfer);
+	transfer->small = !transfer->job.nsid && transfer->job.base && choose(3) == 2;
 	world.failing = true;
-	if (flight->small) {
-		flight->count = 1;
-		flight->total = segment[2];
-		rc = dmb_job_start_small(ring, &flight->job, segment[0], segment[1], segment[2], 0,
-					 tag, &flight->batch);
+	if (transfer->small) {
+		transfer->count = 1;
+		transfer->total = segment[2];
+		rc = dmb_job_start_small(ring, &transfer->job, segment[0], segment[1], segment[2],
+					 0, tag, &transfer->batch);
 		if (!rc)
-			flight->job.depth = 1;
+			transfer->job.depth = 1;
 	} else {
-		rc = dmb_batch_create(ring, &flight->job, flight->segments, flight->count,
-				      &flight->batch);
+		rc = dmb_batch_create(ring, &transfer->job, transfer->segments, transfer->count,
+				      &transfer->batch);
 		if (!rc)
-			dmb_batch_start(flight->batch, tag);
+			dmb_batch_start(transfer->batch, tag);
 	}
 	world.failing = false;
 	if (rc && rc != -EOPNOTSUPP && rc != -ENOMEM)
 		broken("starting answers %d", rc);
-	remember_ios(flight);
+	remember_ios(transfer);
 }
 
-static void end(struct flight *flight, uint64_t nbytes)
+static void end(struct transfer *transfer, uint64_t nbytes)
 {
 	struct dmb_result result;
 
-	dmb_batch_get_result(flight->batch, &result);
+	dmb_batch_get_result(transfer->batch, &result);
 	if (result.nbytes != nbytes)
 		broken("two results: %llu and %llu bytes", (unsigned long long)nbytes,
 		       (unsigned long long)result.nbytes);
-	dmb_batch_destroy(flight->batch);
-	flight->batch = NULL;
-	check_transfer(flight, &result);
+	dmb_batch_destroy(transfer->batch);
+	transfer->batch = NULL;
+	check_transfer(transfer, &result);
 }
 
 /* Parts of the file and of the memory, which meet anywhere. */
-static void make_parts(struct flight *flights)
+static void make_parts(struct transfer *flights)
 {
 	uint64_t cuts[FLIGHTS + 1] = {0};
 
@@ -551,7 +553,7 @@ static void make_parts(struct flight *flights)
 
 static void loop(struct dmb_ring *ring)
 {
-	struct flight flights[FLIGHTS] = {0};
+	struct transfer flights[FLIGHTS] = {0};
 	uint64_t left = 1 + choose(12), running = 0;
 
 	if (dmb_ring_set_eventfd(ring, EVENT_FD))
@@ -670,21 +672,21 @@ static struct dmb_ring *make_ring(void)
 
 static void one_by_one(struct dmb_ring *ring)
 {
-	struct flight flight = {.part = {0, world.file.size, 0, MEMORY}};
+	struct transfer transfer = {.part = {0, world.file.size, 0, MEMORY}};
 
 	for (uint64_t left = 1 + choose(6); left; left--) {
-		flight.part.file_end = world.file.size;
-		make_job(ring, &flight);
-		fill(&flight);
-		if (!flight.job.nsid && flight.job.base && choose(8) == 7) {
-			run_small(&flight);
+		transfer.part.file_end = world.file.size;
+		make_job(ring, &transfer);
+		fill(&transfer);
+		if (!transfer.job.nsid && transfer.job.base && choose(8) == 7) {
+			run_small(&transfer);
 			continue;
 		}
-		if (flight.job.direction == DMB_READ && !world.file.device && choose(16) == 15 &&
+		if (transfer.job.direction == DMB_READ && !world.file.device && choose(16) == 15 &&
 		    world.file.size > VIRTUAL_PAGE) {
 			world.truncated = VIRTUAL_PAGE + choose(world.file.size - VIRTUAL_PAGE);
 		}
-		run_in_slices(ring, &flight);
+		run_in_slices(ring, &transfer);
 		world.truncated = UINT64_MAX;
 	}
 }
