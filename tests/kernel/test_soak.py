@@ -13,4 +13,4 @@ everything = needs("udmabuf", "dma_heap", "vgem", "hugepages", "nvme", "loop", "
 def test_a_short_soak(tmp_path):
     differences, _, _, counts = run(700, 1, tmp_path)
     assert not differences
-    assert {"direct", "staged", "buffered", "lane", "awaited lane"} <= {*counts}
+    assert {"direct", "staged", "buffered", "lone", "awaited lone"} <= {*counts}

@@ -181,8 +181,8 @@ class Soak:
         return done.nbytes
 
     def count_route(self, done: dmabuf.Transfer, *, awaited: bool = False) -> None:
-        """Count a transfer by its route; a lone small request is counted as a lane."""
-        by = "lane" if "one small request" in done.registration else done.route.value
+        """Count a transfer by its route; a lone small request is counted as lone."""
+        by = "lone" if "one small request" in done.registration else done.route.value
         self.routes[f"awaited {by}" if awaited else by] += 1
 
     def read(self) -> None:

@@ -76,10 +76,10 @@ def test_json(source: Path, tmp_path: Path, capsys: Capture) -> None:
         "format", "source", "target", "nbytes", "seconds", "read", "write", "copied", "exporter",
         "allocated", "verified", "synced", "in_place",
     }  # fmt: skip
-    for leg in (told["read"], told["write"]):
-        assert leg["route"] in list(package.Route)
-        assert sum(leg["routes"].values()) == SIZE
-        assert leg["reason"]
+    for side in (told["read"], told["write"]):
+        assert side["route"] in list(package.Route)
+        assert sum(side["routes"].values()) == SIZE
+        assert side["reason"]
     assert told["synced"] is True
 
 

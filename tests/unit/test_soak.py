@@ -8,7 +8,7 @@ from tests.soak.work import KINDS
 
 MIB = 1 << 20
 TRANSFERS = {*KINDS} - {"by the CPU", "truncate", "another buffer", "other engines"}
-ROUTES = {"direct", "staged", "buffered", "lane", "awaited lane"}
+ROUTES = {"direct", "staged", "buffered", "lone", "awaited lone"}
 
 
 def test_a_short_soak(tmp_path):

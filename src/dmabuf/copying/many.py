@@ -93,7 +93,7 @@ def read_files(
             bytes or as text such as "1MiB". Ranges that overlap in the buffer end up with the bytes
             of either file.
         buffer: the destination.
-        terms: what is asked of each transfer; by default any route.
+        terms: the conditions of each transfer; by default any route.
         queue_depth: files that are open at once, each in a thread, from 1 to 256.
         progress: called in this thread with the bytes of the files that are done and the sum of
             all, at most about ten times a second and at the end. An exception from it stops the
@@ -151,7 +151,7 @@ def write_files(
         files: for each file its path, the offset in it, the size, and the offset in the buffer, in
             bytes or as text such as "1MiB". The file has zeros before the offset.
         buffer: the source.
-        terms: what is asked of each transfer; by default any route. `sync=True` has each file and
+        terms: the conditions of each transfer; by default any route. `sync=True` has each file and
             its name on the medium when the call returns.
         queue_depth: files that are open at once, each in a thread, from 1 to 256.
         progress: called in this thread with the bytes of the files that are done and the sum of

@@ -447,8 +447,8 @@ class Codec(Stream):
     def run(self, source: Iterable[Frame | Input]) -> Iterator[Frame]:
         """Send what ``source`` returns, drain, and yield the outputs as they come.
 
-        A place for the input is free whenever ``source`` is asked for it, so that it may call
-        :meth:`input` without waiting.
+        A place for the input is free whenever the next item of ``source`` is taken, so that it may
+        call :meth:`input` without waiting.
         """
         items = iter(source)
         while True:

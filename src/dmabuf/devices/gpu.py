@@ -552,7 +552,7 @@ class Memory(DeviceHandle):
     ) -> tuple[Buffer | None, str]:
         """Return the Buffer for a native transfer, or None and why there is none."""
         if route not in (None, Route.NATIVE):
-            return None, f"route={str(route)!r} was asked for"
+            return None, f"route={str(route)!r} was requested"
         try:
             buffer = self.export()
             file.plan(

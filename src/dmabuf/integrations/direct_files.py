@@ -240,7 +240,7 @@ class DirectWriter(WholeFile):
 
         Args:
             path: the file.
-            terms: what is asked of the transfers.
+            terms: the conditions of the transfers.
             block_size: bytes that are collected before each transfer.
             autocommit: make the file appear when it is closed.
             sync: have its bytes and its name on the medium when it has appeared.

@@ -1,4 +1,4 @@
-"""safe_open: single tensors, and slices of tensors, each read when it is asked for."""
+"""safe_open: single tensors, and slices of tensors, each read when it is requested."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def safe_open(
     audit: Audit = "first",
     engine: Engine | None = None,
 ) -> SafeOpen:
-    """Open a model, and read each tensor when it is asked for: ``safetensors.safe_open``.
+    """Open a model, and read each tensor when it is requested: ``safetensors.safe_open``.
 
     All headers are read and checked now. Use it in a ``with`` statement; its tensors outlive that.
     `load` is faster for most of the tensors of a model, since it reads them in one call.

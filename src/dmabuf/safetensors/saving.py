@@ -63,7 +63,7 @@ class _Piece(NamedTuple):
 
 
 class _Later:
-    """The bytes of a tensor of a device, which come to the CPU when they are asked for."""
+    """The bytes of a tensor of a device, which come to the CPU when they are requested."""
 
     def __init__(self, tensor: Any) -> None:
         self._tensor = tensor

@@ -46,7 +46,7 @@ def read_together(
     Args:
         reads: for each file how to open it, and its segments, as for `File.read_segments`.
         buffer: the destination.
-        terms: what is asked of each read.
+        terms: the conditions of each read.
         at_once: the most files that are open at once.
         progress: called with the bytes read and their sum, about ten times a second and at the
             end. An exception from it stops the reads.
