@@ -62,7 +62,7 @@ def test_shapes(buf):
 @pytest.mark.parametrize(
     ("dtype", "shape", "offset", "error", "match"),
     [
-        ("float32", 4, 2, ValueError, "no multiple of the 4 bytes of torch.float32"),
+        ("float32", 4, 2, ValueError, "not a multiple of the 4 bytes of torch.float32"),
         ("float32", SIZE, 0, ValueError, "the buffer has 65536"),
         ("float32", (-1, 2), 0, ValueError, "negative"),
         ("float33", 1, 0, TypeError, "torch.dtype or the name of one"),
