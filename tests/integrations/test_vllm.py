@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import pytest
 from dmabuf.safetensors import shared_models
 from dmabuf.store import connect
 from tests import serving
+from tests.nodes import node
 
 pytest.importorskip("vllm", reason="needs vllm (make integrations-vllm installs it)")
 
@@ -65,13 +67,22 @@ def model(tmp_path_factory):
     return folder
 
 
-def generate(folder, load_format, options):
+@pytest.fixture(scope="module")
+def expected(model):
+    """What vLLM's default loader generates, and the checksum of its parameters."""
+    found = generate(model, "auto", {})
+    tokens = found[0][0][0]
+    assert len(tokens) == 24 and len(set(tokens)) > 5
+    return found
+
+
+def generate(folder, load_format, options, path="model"):
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # so that apply_model need not send its function
         "VLLM_NO_USAGE_STATS": "1",
     }
-    command = [sys.executable, folder / "generate.py", folder / "model", load_format]
+    command = [sys.executable, folder / "generate.py", folder / path, load_format]
     done = subprocess.run(
         [*command, json.dumps(options)], env=environment, capture_output=True, text=True
     )
@@ -80,15 +91,31 @@ def generate(folder, load_format, options):
     return json.loads(found[0].removeprefix("FOUND "))
 
 
-def test_a_generation_is_that_of_the_default_loader(model):
-    expected = generate(model, "auto", {})
-    tokens = expected[0][0][0]
-    assert len(tokens) == 24 and len(set(tokens)) > 5
+def test_a_generation_is_that_of_the_default_loader(model, expected):
     assert generate(model, "dmabuf", {"require": "uncached"}) == expected
     with serving.in_a_thread(model / "sock"):
         assert generate(model, "dmabuf", {"shared": str(model / "sock")}) == expected
         with connect(model / "sock") as store:
             assert len(shared_models(store)) == len(list(model.glob("model/*.safetensors")))
+
+
+def test_a_machine_without_weights_generates_the_same(model, expected):
+    """They come from two nodes, straight or by this machine's store."""
+    (model / "bare").mkdir()
+    shutil.copy(model / "model" / "config.json", model / "bare")
+    folders = [model / "model", model / "copy" / "model"]
+    shutil.copytree(*folders)
+    with (
+        node(folders[0]) as one,
+        node(folders[1]) as other,
+        serving.in_a_thread(model / "here.sock"),
+    ):
+        index = f"dmabuf://{one.address},{other.address}/model.safetensors.index.json"
+        for options in ({}, {"shared": str(model / "here.sock")}):
+            found = generate(model, "dmabuf", {"source": index, **options}, "bare")
+            assert found == expected
+        with connect(model / "here.sock") as store:
+            assert len(shared_models(store)) == len(list(folders[0].glob("*.safetensors")))
 
 
 def test_unknown_options_are_refused(model):
