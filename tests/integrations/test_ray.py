@@ -25,12 +25,14 @@ use(engine="tcp", trusted_network=True)  # before the actors
 
 pytestmark = pytest.mark.timeout(300)
 
+# With their usual low priority the workers starve on a busy machine, and a transfer may take long.
+PATIENT = {"RAY_worker_niceness": "0", "RAY_rdt_fetch_fail_timeout_milliseconds": "240000"}
+
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     """Ray on this machine."""
-    # With their usual low priority the workers starve on a busy machine.
-    os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"}
+    os.environ |= {"RAY_AUTH_MODE": "disabled", **PATIENT}
     ray.init(
         num_cpus=4, include_dashboard=False, object_store_memory=80 << 20,
         log_to_driver=False,
@@ -201,6 +203,6 @@ def test_the_example_on_two_nodes(tmp_path: Path, engine: str) -> None:
     (tmp_path / "a.bin").write_bytes(DATA)
     example = Path(__file__).parents[2] / "examples" / "ray_two_nodes.py"
     command = [sys.executable, example, tmp_path / "a.bin", engine]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, env=os.environ | PATIENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "an argument: " in done.stdout and "its own Buffer: " in done.stdout
