@@ -2,6 +2,7 @@
 
 import array
 import asyncio
+import errno
 import functools
 import gc
 import inspect
@@ -18,8 +19,9 @@ import dmabuf
 from dmabuf import aio
 from dmabuf.memory import Buffer, Slab
 from tests import forking
+from tests.core import lib
 from tests.resources import held
-from tests.support import assert_same, in_child, pattern, poison, ranges
+from tests.support import Filter, assert_same, in_child, pattern, poison, raises_errno, ranges
 
 SIZE = (1 << 20) + (64 << 10)  # more than one small request
 PAGE = 4096
@@ -376,6 +378,8 @@ def test_copy(run, path, tmp_path):
         record = await aio.copy(path, tmp_path / "out", progress=lambda *now: calls.append(now))
         assert record.nbytes == SIZE
         assert_same((tmp_path / "out").read_bytes(), pattern(SIZE, 1), "the copy")
+        await aio.copy(path, tmp_path / "again")
+        assert_same((tmp_path / "again").read_bytes(), pattern(SIZE, 1), "the second copy")
         with pytest.raises(FileNotFoundError):
             await aio.copy(tmp_path / "nothing", tmp_path / "out")
 
@@ -492,6 +496,8 @@ def test_after_a_fork(path, buf):
             await file.read_into(buf, PAGE)
 
             def child():
+                for _ in range(2):  # the parent's loop is told nothing of it
+                    file.target.engine.close()
                 asyncio._set_running_loop(None)
                 asyncio.run(refused(file))
                 asyncio.run(inside())
@@ -526,5 +532,29 @@ def test_a_descriptor_that_is_ready_in_time(run):
         finally:
             os.close(read)
             os.close(write)
+
+    run(main)
+
+
+def test_a_ring_that_cannot_wake_the_loop(run, path, monkeypatch):
+    monkeypatch.setattr(lib, "dmb_ring_set_eventfd", lambda *_: -errno.ENOMEM)
+    before = held()
+    with raises_errno(errno.ENOMEM, "registering an eventfd"):
+        run(aio.open, path)
+    assert held() == before
+
+
+@pytest.mark.parametrize("result", [-errno.EIO, 512, 0])
+def test_a_small_request_that_fails_or_is_short_is_moved_again(run, path, buf, result):
+    answers = [result]
+
+    async def main():
+        async with await aio.open(path) as file:
+            await file.read_into(buf, PAGE)
+            buf.pwrite(poison(SIZE), 0)
+            with Filter(lambda one: answers.pop() if answers else one.result):
+                assert (await file.read_into(buf, PAGE)).nbytes == PAGE
+            assert not answers
+        assert_same(buf.pread(SIZE, 0), pattern(SIZE, 1)[:PAGE] + poison(SIZE)[PAGE:], "the buffer")
 
     run(main)

@@ -13,6 +13,8 @@ import os
 import random
 import signal
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import anyio
 import pytest
@@ -23,7 +25,7 @@ from dmabuf.aio import engine as engine_module
 from dmabuf.aio import requests as requests_module
 from dmabuf.aio import waiter as waiter_module
 from dmabuf.transfer import engine as transfer_engine_module
-from dmabuf.transfer import growth
+from dmabuf.transfer import growth, stopping
 from tests.support import assert_same, pattern, poison
 
 SIZE = (1 << 20) + (64 << 10)  # more than one small request
@@ -409,3 +411,94 @@ def test_a_cancelled_copy_stops(run, tmp_path):
         assert_same(out.read_bytes(), poison(65536), "the copy")
 
     run(main)
+
+
+def ctrl_c(*_):
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_before_a_small_request_is_started(run, path, buf, monkeypatch):
+    """No completion will come, and none is waited for."""
+
+    async def main():
+        async with await aio.open(path) as file:
+            await file.read_into(buf, PAGE)
+            with monkeypatch.context() as patch:
+                patch.setattr(file.target.engine, "new_tag", ctrl_c)
+                with pytest.raises(KeyboardInterrupt):
+                    await file.read_into(buf, PAGE)
+            buf.pwrite(poison(SIZE), 0)
+            assert (await file.read_into(buf)).nbytes == SIZE
+        assert_same(buf.pread(SIZE, 0), pattern(SIZE, 1), "the buffer")
+
+    run(main)
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_ctrl_c_just_after_a_call_was_handed_to_a_thread(run, path, monkeypatch, begun):
+    """It is stopped and waited for, or never made."""
+    submit, entered, ended = ThreadPoolExecutor.submit, threading.Event(), []
+
+    def function():
+        entered.set()
+        try:
+            while True:
+                stopping.check()
+                time.sleep(0.001)
+        finally:
+            ended.append(True)
+
+    def interrupted(*arguments):
+        if begun:
+            submit(*arguments)
+            entered.wait()
+        raise KeyboardInterrupt
+
+    async def main():
+        async with await aio.open(path):
+            with monkeypatch.context() as patch:
+                patch.setattr(ThreadPoolExecutor, "submit", interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    await aio.call(function)
+            assert ended == [True] * begun
+            assert await aio.call(lambda: 3) == 3
+
+    run(main)
+
+
+def test_a_call_that_is_thrown_away_ends_first(run, path, buf):
+    async def main():
+        async with await aio.open(path) as file:
+            ended = []
+            begun = aio.call(lambda: ended.append(True))
+            begun.send(None)  # up to its first wait
+            begun.close()
+            assert ended == [True]
+            await turns()
+            assert (await file.read_into(buf)).nbytes == SIZE
+        assert_same(buf.pread(SIZE, 0), pattern(SIZE, 1), "the buffer")
+
+    run(main)
+
+
+def test_closing_a_file_that_is_cancelled_waits_for_the_device_all_the_same(path, buf, device):
+    async def main():
+        file = await aio.open(path)
+        await file.read_into(buf, PAGE)
+        await device.hold()
+        transfer = asyncio.create_task(file.read_into(buf))
+        await device.started_all(1)
+        closing = asyncio.create_task(file.aclose())
+        for _ in range(3):
+            await turns()
+            closing.cancel()
+            assert not closing.done() and not transfer.done()
+            with pytest.raises(BusyError):
+                buf.close()
+        await device.release(path)
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+        with pytest.raises(ClosedError):
+            await transfer
+
+    anyio.run(main, backend="asyncio")

@@ -68,7 +68,7 @@ class LoopEngine(Engine):
         self._numbers = memoryview(ffi.buffer(self._done)).cast("Q")
         self._count = ffi.new("uint32_t *")
         self._at_loop_end: AsyncGenerator[None, None] | None = None
-        self._unwatch: Stop | None = None
+        self._unwatch: Stop = bool  # does nothing
         self._eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
             self._connect(self._rings[0])
@@ -109,9 +109,8 @@ class LoopEngine(Engine):
                 self._to_unregister.put(None)
                 if self._unregistering is not threading.current_thread():  # by the collector there
                     self._unregistering.join()
+            self._unwatch()  # not in a forked child, which shares the epoll(7) of its parent's loop
         super().close()
-        if self._unwatch is not None:
-            self._unwatch()
         eventfd, self._eventfd = self._eventfd, -1
         os.close(eventfd)
 
@@ -258,7 +257,7 @@ class LoopEngine(Engine):
             yield
         finally:
             self.close()
-            self._at_loop_end = self._unwatch = None  # these refer to the engine in turn
+            self._at_loop_end, self._unwatch = None, bool  # these refer to the engine in turn
 
 
 def _unregister(rings: SimpleQueue[Ring | None]) -> None:

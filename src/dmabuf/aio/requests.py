@@ -58,6 +58,8 @@ class Batch(Request):
         """Cancel what can be cancelled, and submit nothing more."""
         if self.core[0]:
             lib.dmb_batch_stop(self.core[0])
+        else:  # an interrupt came before it was started
+            self.finish()
 
     def drain(self) -> None:
         """Wait in one call of the core."""
@@ -101,16 +103,28 @@ class Call(Request):
         self.result: Any = None
         self.error: BaseException | None = None
         self._function, self._cancel = function, cancel
+        self._turn = [self]  # taken out by the thread that makes the call, or by `abandon`
         self._over = threading.Event()
 
     def run(self) -> None:
-        """Make the call, in the thread."""
+        """Make the call, in the thread, unless it was abandoned."""
+        try:
+            self._turn.pop()
+        except IndexError:
+            return
         try:
             self.result = self._function()
         except BaseException as error:
             self.error = error
         finally:
             self._over.set()
+
+    def abandon(self) -> None:
+        """Return when no thread makes the call, and none will; at once if it is complete."""
+        try:
+            self._turn.pop()
+        except IndexError:  # a thread has begun it
+            self.drain()
 
     def cancel(self) -> None:
         """Tell the call to stop."""

@@ -204,6 +204,7 @@ class Loop:
             self.engine.start_call(request)
             await self._completion(request)
         finally:
+            request.abandon()  # for an interrupt just after it was started
             self.engine.in_flight.pop(request.tag, None)
         if request.error is not None:
             raise request.error
