@@ -188,7 +188,7 @@ def _joined(ranges: Iterable[Range]) -> list[Range]:
     for start, end in sorted(ranges):
         if joined and start <= joined[-1][1]:
             joined[-1] = joined[-1][0], max(joined[-1][1], end)
-        elif start < end:
+        else:
             joined.append((start, end))
     return joined
 

@@ -96,7 +96,8 @@ class Link:
     """`_core` where small requests may skip planning; else None."""
     _has_plain = False
     """Whether `_core` has the descriptor without O_DIRECT."""
-    _direct: files.Direct | None = None
+    _direct: files.Direct
+    """What `_learn` found out about O_DIRECT."""
 
     def __init__(
         self,
@@ -147,10 +148,9 @@ class Link:
 
     @property
     def buffer(self) -> Buffer:
-        """The buffer."""
+        """The buffer, which the caller of a method holds."""
         buffer = self.buffer_ref()
-        if buffer is None:
-            raise ClosedError("the buffer is closed")
+        assert buffer is not None
         return buffer
 
     # -- facts
@@ -214,7 +214,7 @@ class Link:
     # -- planning
 
     def plan(self, segments: Segments, terms: Terms) -> Plan:
-        """Return the route that a transfer would take now, and why.
+        """Return the route that a transfer of one segment would take now, and why.
 
         Raises:
             RouteUnavailable: no route meets the terms.
@@ -227,8 +227,6 @@ class Link:
             self._check_open()
             if self.target.stream is not None:
                 return self._choose(terms, None)
-            if segments.count > 1:
-                segments = self._joined(segments)
             measure, layout = self._measure(segments), None
             if self._reads_device(measure, terms):
                 layout = self.target.layout(segments, measure)
@@ -643,8 +641,7 @@ class Link:
         job.by_cpu = route not in ZERO_COPY or fit.with_edges > 0
         if route is Route.NATIVE and isinstance(layout, Layout):
             layout.apply(job)
-        if self._direct is not None:
-            job.on_zram = self._direct.on_zram
+        job.on_zram = self._direct.on_zram
         if measure.off_block and route is Route.DIRECT:
             job.no_slots = target.no_slots
         return job

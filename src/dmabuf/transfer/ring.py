@@ -204,10 +204,8 @@ class Ring:
                 free.append(slot)
 
     def file_slot(self, fd: int) -> int:
-        """Register a descriptor if a slot is free, and return its slot; -1 for none."""
+        """Register a descriptor that is not in `files`, and return its slot; -1 if none is free."""
         with self._tables:
-            if fd in self.files:
-                return self.files[fd]
             if not self._free_files:
                 return -1
             slot = self._free_files[-1]

@@ -66,22 +66,25 @@ class Segments:
             nbytes -= size
         return reached
 
+    def find(self, nbytes: int) -> tuple[int, int]:
+        """Return the segment that holds the byte after the first `nbytes`, and its place there.
+
+        The segments have more than `nbytes` bytes.
+        """
+        index = 0
+        while nbytes >= (size := self.array[3 * index + 2]):
+            nbytes -= size
+            index += 1
+        return index, nbytes
+
     def index(self, nbytes: int) -> int:
         """Return the caller's segment that holds the byte after the first `nbytes`."""
-        for index, (_, _, size) in enumerate(self.asked or self):
-            if nbytes < size:
-                return index
-            nbytes -= size
-        return 0
+        return (self.asked or self).find(nbytes)[0]
 
     def file_offset(self, nbytes: int) -> int:
         """Return the file offset of the byte after the first `nbytes` of the segments."""
-        offset = size = 0
-        for offset, _, size in self:
-            if nbytes < size:
-                return offset + nbytes
-            nbytes -= size
-        return offset + size
+        index, place = self.find(nbytes)
+        return self.at(index)[0] + place
 
     def error(self, index: int, limit: int, *, overlaps: bool) -> ValueError:
         """Return the error for a segment that overlaps another in the file, or leaves a buffer.

@@ -470,11 +470,10 @@ class Target:
     def layout(self, segments: Segments, measure: Any) -> Layout | str:
         """Return where measured segments lie on the file's device, or why it cannot be read.
 
-        It writes the file's dirty pages out first.
+        It writes the file's dirty pages out first. The buffer was registered for the device before.
         """
         disk = self.disk()
-        if isinstance(disk, str):
-            return disk
+        assert isinstance(disk, Disk)
         try:
             return Layout(self.direct(), disk, segments, measure)
         except OSError as error:
