@@ -201,7 +201,6 @@ static uint64_t account(struct dmb_batch *batch, struct dmb_io *io, uint64_t mov
 	io->skip += got;
 	io->position += got;
 	io->left -= got;
-	io->want -= got;
 	return got;
 }
 
@@ -326,7 +325,6 @@ struct dmb_io *dmb_take_io(struct dmb_batch *batch, size_t segment, uint64_t ski
 	batch->ring->in_flight++;
 	io->busy = true;
 	io->kind = DMB_MOVE;
-	io->async = false;
 	io->segment = segment;
 	io->skip = skip;
 	io->position = position;

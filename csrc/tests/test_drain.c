@@ -2,6 +2,8 @@
 /* Batches that are interrupted, and rings that refuse to issue or to wait. */
 #include "test.h"
 
+#include "../batch.h"
+
 #include <signal.h>
 #include <sys/time.h>
 #include <time.h>
@@ -199,6 +201,100 @@ static void failing_waits(struct dmb_ring *ring)
 	check_idle(ring);
 }
 
+static unsigned cancels;
+
+static void counting_cancel(struct dmb_ring *ring, struct dmb_io *io)
+{
+	cancels++;
+	real->cancel(ring, io);
+}
+
+/* A batch that is drained cancels the requests in flight, and no others. */
+static void cancelled(struct dmb_ring *ring)
+{
+	struct dmb_backend_ops counting = *ring->ops;
+
+	real = ring->ops;
+	counting.wait = failing_wait;
+	counting.cancel = counting_cancel;
+	for (unsigned round = 0; round < ROUNDS; round++) {
+		uint64_t segments[3 * SEGMENTS];
+		struct dmb_batch *batch;
+		struct memory memory;
+		struct dmb_job job;
+		uint32_t in_flight;
+		int rc;
+
+		context("cancelled", round);
+		batch = begin(ring, &job, segments, &memory, DMB_READ, DMB_DIRECT);
+		for (unsigned left = round; left; left--)
+			dmb_batch_run(batch, 0);
+		ring->ops = &counting;
+		waits_that_fail = 1;
+		waits = cancels = 0;
+		rc = dmb_batch_run(batch, 100);
+		CHECK(rc == 0 || rc == -EEXIST);
+		in_flight = ring->in_flight;
+		dmb_batch_drain(batch);
+		CHECK_EQUAL(cancels, in_flight);
+		ring->ops = real;
+		dmb_batch_destroy(batch);
+		check_idle(ring);
+		memory_unmap(&memory);
+	}
+}
+
+/* A signal ends a wait at once, whatever the time that is left. */
+static void a_signal(struct dmb_ring *ring)
+{
+	uint64_t segments[3 * SEGMENTS];
+	struct dmb_batch *batch;
+	struct memory memory;
+	struct dmb_job job;
+
+	context("a signal", 0);
+	batch = begin(ring, &job, segments, &memory, DMB_READ, DMB_DIRECT);
+	dmb_testing_interrupt(0, 1, SIGALRM);
+	CHECK_EQUAL(dmb_batch_run(batch, 60000), 1);
+	dmb_testing_interrupt(0, 0, 0);
+	CHECK_EQUAL(dmb_batch_run(batch, 60000), 0);
+	dmb_batch_destroy(batch);
+	memory_unmap(&memory);
+}
+
+static int32_t stop_after_two_pages(void *arg, const struct dmb_completion *completion)
+{
+	struct dmb_batch *batch = *(struct dmb_batch **)arg;
+
+	batch->stopping = batch->stopping || completion->offset + completion->size == 2 * PAGE;
+	return completion->result;
+}
+
+/* Where a write stops before its last edge, it reports what lies before. */
+static void stopped_before_an_edge(struct dmb_ring *ring)
+{
+	uint64_t segments[3] = {0, 0, 2 * PAGE + 10};
+	struct dmb_result result;
+	struct dmb_batch *batch;
+	struct memory memory;
+	struct dmb_job job;
+
+	context("stopped before an edge", 0);
+	memory_map(&memory, MEMORY);
+	random_bytes(memory.bytes, memory.size);
+	job = make_job(&file, &memory, DMB_WRITE, DMB_DIRECT);
+	CHECK_EQUAL(dmb_batch_create(ring, &job, segments, 1, &batch), 0);
+	dmb_testing_set_filter(stop_after_two_pages, &batch);
+	CHECK_EQUAL(dmb_batch_run(batch, 60000), 0);
+	dmb_testing_set_filter(NULL, NULL);
+	dmb_batch_get_result(batch, &result);
+	CHECK_EQUAL(result.error, 0);
+	CHECK_EQUAL(result.nbytes, 2 * PAGE);
+	dmb_batch_destroy(batch);
+	check_moved(&file, &memory, segments, 1, DMB_WRITE, result.nbytes, true);
+	memory_unmap(&memory);
+}
+
 static void invalid(struct dmb_ring *ring)
 {
 	struct memory memory = {NULL, 0};
@@ -239,6 +335,9 @@ static void test(struct dmb_ring *ring)
 	early(ring);
 	signals(ring);
 	failing_waits(ring);
+	cancelled(ring);
+	a_signal(ring);
+	stopped_before_an_edge(ring);
 	invalid(ring);
 	file_close(&file);
 }

@@ -155,6 +155,35 @@ static void endless_storm(struct dmb_ring *ring)
 	CHECK(result.reissues >= 256);
 }
 
+static int32_t a_page_after_a_storm(void *arg, const struct dmb_completion *completion)
+{
+	unsigned *calls = arg;
+
+	if (++*calls % 201)
+		return -EAGAIN;
+	return (int32_t)dmb_min(completion->result, PAGE);
+}
+
+/* Each request may be issued again so often, and each part of one: earlier ones do not count. */
+static void storms_in_turn(struct dmb_ring *ring)
+{
+	uint64_t segments[3] = {0, 0, 6 * PAGE};
+	struct dmb_job job = make_job(&file, &memory, DMB_READ, DMB_DIRECT);
+	struct dmb_result result;
+	unsigned calls = 0;
+
+	context("storms in turn", 0);
+	memset(memory.bytes, POISON, memory.size);
+	job.depth = 1;
+	job.block = 2 * PAGE;
+	dmb_testing_set_filter(a_page_after_a_storm, &calls);
+	result = transfer(ring, &job, segments, 1);
+	CHECK_EQUAL(result.error, 0);
+	CHECK_EQUAL(result.nbytes, 6 * PAGE);
+	CHECK_EQUAL(result.reissues, 6 * 200);
+	check_moved(&file, &memory, segments, 1, DMB_READ, result.nbytes, false);
+}
+
 /* The position of the first byte that cannot move, where it is in the file, and why. */
 static uint64_t first_bad(const struct dmb_job *job, const struct faults *faults,
 			  const uint64_t *segments, size_t count, uint64_t *offset, int *error)
@@ -356,6 +385,7 @@ static void test(struct dmb_ring *ring)
 	}
 	flush_fails(ring);
 	endless_storm(ring);
+	storms_in_turn(ring);
 	unreachable(ring);
 	dmb_testing_set_filter(NULL, NULL);
 	memory_unmap(&memory);
