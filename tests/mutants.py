@@ -7,7 +7,8 @@ that the simulator does not notice is tried by the core's own tests. One that th
 either is printed: it survives.
 
 ``python -m tests.mutants --sample 50 src/dmabuf/transfer/*.py`` makes such changes to files of the
-package, 50 of all that there are, and runs the unit tests of transfers on each.
+package, 50 of all that there are. On each it runs those of TESTS_OF_TRANSFERS that execute the
+changed line, as coverage.py has recorded before; `--record FILE` keeps that for another time.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from coverage import CoverageData
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -338,8 +341,10 @@ TESTS_OF_TRANSFERS = (
     "native_files", "transfer_cache", "transfer_targets", "stream", "facts", "unsized", "together",
     "reentrancy", "transfer_interrupt", "copy", "aio", "apart", "many", "one_descriptor",
 )  # fmt: skip
-"""The files of tests/unit that run on a changed package, in this order."""
+"""The files of tests/unit whose tests run on a changed package, in this order."""
 
+OPTIONS = "-q", "-p", "no:cacheprovider", "--timeout", "180"
+"""Of pytest. A test that takes longer has noticed the change."""
 TIMEOUT = 120
 """Seconds in which each of the core's tests ends."""
 SKIPPED = 77
@@ -426,11 +431,49 @@ class Bench:
 class PackageBench:
     """A copy of the package, in which one file at a time is changed."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, record: Path) -> None:
         self.source = folder / "src"
         shutil.copytree(ROOT / "src", self.source)
+        if not record.exists():
+            self._record(folder / "settings", record)
+        self._data = CoverageData(str(record))
+        self._data.read()
 
-    def killed(self, file: str, text: str) -> str | None:
+    def _record(self, settings: Path, record: Path) -> None:
+        """Run the tests, and record which of them executes which lines."""
+        settings.write_text(
+            f"[run]\ndata_file = {record}\nsource = {self.source}\nbranch = True\n"
+            "dynamic_context = test_function\n"
+        )
+        tests = [f"tests/unit/test_{name}.py" for name in TESTS_OF_TRANSFERS]
+        run = self._run("coverage", "run", f"--rcfile={settings}", "-m", "pytest", *OPTIONS, *tests)
+        if run.returncode:
+            raise SystemExit(f"the tests fail without a change:\n{run.stdout}")
+
+    def _run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", *command],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(self.source), "PYTHONDONTWRITEBYTECODE": "1"},
+            capture_output=True,
+            text=True,
+        )
+
+    def _tests(self, file: str, line: int) -> list[str]:
+        """Return the tests that execute a line; all where it is executed by importing the file."""
+        lines = self._data.contexts_by_lineno(self._name(file))
+        found = {one.removeprefix("tests.unit.test_") for one in lines.get(line, [""]) if one}
+        tests = []
+        for name in TESTS_OF_TRANSFERS:
+            path = f"tests/unit/test_{name}.py"
+            functions = sorted(one.split(".", 1)[1] for one in found if one.split(".")[0] == name)
+            tests += [f"{path}::{one}" for one in functions] if found else [path]
+        return tests
+
+    def _name(self, file: str) -> str:
+        return next(one for one in self._data.measured_files() if one.endswith(f"/src/{file}"))
+
+    def killed(self, file: str, line: int, text: str) -> str | None:
         """Return the test that fails with a changed file; "" if none; None if it is invalid."""
         path = self.source / file
         before = path.read_text()
@@ -440,28 +483,11 @@ class PackageBench:
             return None
         path.write_text(text)
         try:
-            for name in TESTS_OF_TRANSFERS:
-                if how := self._fails(f"tests/unit/test_{name}.py"):
-                    return how
-            return ""
+            run = self._run("pytest", *OPTIONS, "-x", *self._tests(file, line))
         finally:
             path.write_text(before)
-
-    def _fails(self, tests: str) -> str:
-        options = "-x", "-q", "-p", "no:cacheprovider", "--timeout", "60"
-        try:
-            run = subprocess.run(
-                [sys.executable, "-m", "pytest", *options, tests],
-                cwd=ROOT,
-                env=os.environ | {"PYTHONPATH": str(self.source), "PYTHONDONTWRITEBYTECODE": "1"},
-                capture_output=True,
-                text=True,
-                timeout=600,
-            )
-        except subprocess.TimeoutExpired:
-            return f"{tests} does not end"
-        failed = [line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-        return (failed or [f"{tests} fails"])[0] if run.returncode else ""
+        failed = [one for one in run.stdout.splitlines() if one.startswith(("FAILED", "ERROR"))]
+        return (failed or [f"pytest ends with {run.returncode}"])[0] if run.returncode else ""
 
 
 def package_changes(bench: PackageBench, files: list[str], sample: int, seed: int) -> int:
@@ -475,7 +501,7 @@ def package_changes(bench: PackageBench, files: list[str], sample: int, seed: in
     for file, number, line, new in dice.sample(every, min(sample, len(every))):
         lines = (ROOT / "src" / file).read_text().splitlines()
         changed_lines = [*lines[:number], new, *lines[number + 1 :]]
-        how = bench.killed(file, "\n".join(changed_lines) + "\n")
+        how = bench.killed(file, number + 1, "\n".join(changed_lines) + "\n")
         if how is None:
             continue
         tried, killed = tried + 1, killed + bool(how)
@@ -542,13 +568,14 @@ def main() -> int:
     )
     parser.add_argument("--sample", type=int, default=50, help="of the package's changes (50)")
     parser.add_argument("--seed", type=int, default=0, help="of the sample (0)")
+    parser.add_argument("--record", type=Path, help="of which test executes which line")
     parser.add_argument("--from-line", type=int, default=1, help="of a file of csrc (1)")
     options = parser.parse_args()
     of_package = [str(Path(one).resolve().relative_to(ROOT / "src")) for one in options.files
                   if one.endswith(".py")]  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="dmabuf-mutants-", dir="/var/tmp") as folder:
         if of_package:
-            bench = PackageBench(Path(folder))
+            bench = PackageBench(Path(folder), options.record or Path(folder) / "record")
             return package_changes(bench, of_package, options.sample, options.seed)
         bench = Bench(Path(folder), options.episodes)
         if not options.files:
