@@ -8,7 +8,7 @@ import socket
 import struct
 import threading
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from queue import SimpleQueue
 
 from tests.sandbox import listen
@@ -22,7 +22,7 @@ CALLS = {
     268: "fchmodat", 277: "sync_file_range", 280: "utimensat", 285: "fallocate", 296: "pwritev",
     326: "copy_file_range", 328: "pwritev2", 426: "io_uring_enter",
 }  # fmt: skip
-"""By number, on x86-64. An openat counts only if it may make a file."""
+"""By number, on x86-64. Of these an openat counts only if it may make a file."""
 KILL = -1
 _CREATES = os.O_CREAT | os.O_TMPFILE & ~os.O_DIRECTORY
 _RECEIVE, _SEND = 0xC0502100, 0xC0182101  # SECCOMP_IOCTL_NOTIF_*
@@ -30,13 +30,18 @@ _NOTICE, _ANSWER = struct.Struct("=QIIiIQ6Q"), struct.Struct("=QqiI")
 
 
 def run(
-    work: Callable[[], int], at: int, verdict: int, calls: Collection[str] = CALLS.values()
+    work: Callable[[], int],
+    at: int,
+    verdict: int,
+    calls: Collection[str] | None = None,
+    table: Mapping[int, str] = CALLS,
 ) -> tuple[int, list[str]]:
     """Run `work` in a child, and return its exit status and the names of its calls so far.
 
-    The call with index `at` of `calls`, a part of CALLS, has a verdict: an errno refuses it, and
-    KILL ends the child before it.
+    The call with index `at` of `calls`, by default all of `table`, has a verdict: an errno refuses
+    it, and KILL ends the child before it.
     """
+    calls = table.values() if calls is None else calls
     ours, theirs = socket.socketpair()
     with ours, warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # the parent's threads
@@ -50,7 +55,7 @@ def run(
                     target=lambda: socket.send_fds(theirs, [b"-"], [made.get()])
                 )
                 sender.start()
-                fd = listen(*CALLS)
+                fd = listen(*table)
                 made.put(fd)
                 sender.join()
                 os.close(fd)
@@ -73,9 +78,9 @@ def run(
                 fcntl.ioctl(listener, _RECEIVE, notice)
                 number, _, _, call, _, _, *arguments = _NOTICE.unpack(notice)
                 answer = (0, 0, 1)  # it goes on
-                opens = CALLS[call] == "openat" and not arguments[2] & _CREATES
-                if CALLS[call] in calls and not opens:
-                    names.append(CALLS[call])
+                name, may_make = table[call], arguments[2] & _CREATES
+                if name in calls and (name != "openat" or may_make or table is not CALLS):
+                    names.append(name)
                     if len(names) == at + 1 and verdict == KILL:
                         os.kill(pid, signal.SIGKILL)
                         break

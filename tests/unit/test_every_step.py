@@ -1,4 +1,7 @@
-"""SIGKILL and ENOSPC at every system call by which a file is replaced: the old one or the new."""
+"""SIGKILL and ENOSPC at every system call by which a file is replaced: the old one or the new.
+
+And each call of a transfer is interrupted or refused.
+"""
 
 import errno
 import functools
@@ -14,7 +17,7 @@ import dmabuf.store
 from dmabuf.store.server import started
 from tests import stepping
 from tests.serving import as_a_program
-from tests.support import PATIENCE, pattern
+from tests.support import PATIENCE, assert_same, pattern, poison
 from tests.writers import WRITERS, Writer
 
 pytestmark = pytest.mark.skipif(
@@ -133,3 +136,78 @@ def test_the_next_server_of_a_store_killed_before_every_call(tmp_path: Path) -> 
                 break
         last = [one for one in names if one == "sendto"]
         assert names[-1] == "recvfrom" and names[-2] == "sendto" and len(last) >= 3, names
+
+
+# -- transfers
+
+SIZE = 40 << 10
+WAS, IS = pattern(SIZE, 71), pattern(SIZE, 72)
+EDGE = 100  # the write begins and ends within a block
+CALLS = stepping.CALLS | {
+    8: "lseek", 9: "mmap", 16: "ioctl", 17: "pread64", 19: "readv", 72: "fcntl", 138: "fstatfs",
+    221: "fadvise64", 290: "eventfd2", 295: "preadv", 319: "memfd_create", 327: "preadv2",
+    332: "statx", 425: "io_uring_setup", 427: "io_uring_register", 451: "cachestat",
+}  # fmt: skip
+"""The calls by which a transfer does its work, by number, on x86-64."""
+MAKES_DESCRIPTORS = "openat", "fcntl", "eventfd2", "memfd_create", "io_uring_setup"
+INTERRUPTIBLE = (
+    "openat", "pread64", "readv", "preadv", "preadv2", "pwrite64", "writev", "pwritev", "pwritev2",
+    "write", "fallocate", "ftruncate", "fsync", "fdatasync", "sync_file_range", "io_uring_enter",
+)  # fmt: skip
+VERDICTS = {
+    "EINTR": set(INTERRUPTIBLE),
+    "EPERM": set(CALLS.values()) - {"mmap"},  # as seccomp answers
+    "ENOMEM": set(CALLS.values()),
+    "EMFILE": set(MAKES_DESCRIPTORS),
+}
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> tuple[Path, Path]:
+    """A file to read, and one to write to."""
+    (tmp_path / "source").write_bytes(IS)
+    (tmp_path / "target").write_bytes(WAS)
+    return tmp_path / "source", tmp_path / "target"
+
+
+def work(source: Path, target: Path) -> int:
+    """Return 0 where all went well, 1 for an error as documented, 2 for a wrong byte."""
+    try:
+        with (
+            dmabuf.Engine() as engine,
+            dmabuf.allocate(SIZE, exporter="memfd") as buffer,
+            dmabuf.open(source, engine=engine) as file,
+            dmabuf.open(target, "r+", engine=engine) as other,
+        ):
+            buffer.pwrite(poison(SIZE), 0)
+            done = file.read_into(buffer)
+            if done.nbytes != SIZE or buffer.pread(SIZE, 0) != IS:
+                return 2
+            other.write_from(buffer, SIZE - 2 * EDGE, file_offset=EDGE, buffer_offset=EDGE)
+            os.pwrite(other.fileno(), IS[:EDGE], 0)
+            os.pwrite(other.fileno(), IS[-EDGE:], SIZE - EDGE)
+    except (OSError, MemoryError):
+        return 1
+    return 0
+
+
+@pytest.mark.parametrize("name", VERDICTS)
+def test_every_call_of_a_transfer_fails_once(name: str, paths: tuple[Path, Path]) -> None:
+    """Either an OSError, or every byte has moved; a signal is no error."""
+    number, calls = getattr(errno, name), VERDICTS[name]
+    assert work(*paths) == 0
+    for at in itertools.count():
+        paths[1].write_bytes(WAS)
+        status, names = stepping.run(functools.partial(work, *paths), at, number, calls, CALLS)
+        where = f"{name} from call {at} of {names}"
+        assert status in ((0,) if name == "EINTR" else (0, 1)), where
+        found = paths[1].read_bytes()
+        if status == 0:
+            assert_same(found, IS, where)
+        for start in range(0, SIZE, 512):
+            part = slice(start, start + 512)
+            edge = start == 0 or start == SIZE - 512
+            assert edge or found[part] in (WAS[part], IS[part]), where
+        if len(names) <= at:
+            break
+    assert at > 10
