@@ -1,6 +1,7 @@
 """Proof of arrival, where a completion is full-length and the bytes are wrong all the same."""
 
 import errno
+import fcntl
 import os
 import pickle
 import threading
@@ -484,6 +485,22 @@ def test_destinations_that_overlap(file, buf):
         file.read_segments(buf, segments, audit="always")
     segments = array("Q", [0, 4096, 4096, 0, 8192, 4096])  # the same bytes of the file twice
     assert "every byte" in file.read_segments(buf, segments).audited
+
+
+def test_a_file_that_refuses_the_audit_s_o_direct_is_read_through_the_cache(file, buf, monkeypatch):
+    real = os.preadv
+
+    def refuse(fd, *how):
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real(fd, *how)
+
+    monkeypatch.setattr(os, "preadv", refuse)
+    record = file.read_into(buf, audit="always")
+    assert "through the page cache: the file refused an O_DIRECT read" in record.audited
+    assert_same(content(buf), pattern(SIZE, 1), "the buffer")
+    with file.target.reference() as reference, pytest.raises(ValueError, match="at most 1048576"):
+        reference.read(0, (1 << 20) + 1)
 
 
 def test_a_file_that_may_not_be_opened_again(file, buf, monkeypatch):

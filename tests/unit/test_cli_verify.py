@@ -6,7 +6,7 @@ import os
 import pytest
 
 import dmabuf as package
-from dmabuf.transfer.compare import Findings, Mismatch
+from dmabuf.transfer.compare import CELL, MOST_RUNS, Findings, Mismatch
 from tests.guards import needs
 from tests.support import assert_same, loop_device, mounted, pattern, whole, zram
 from tests.unit import lying
@@ -215,6 +215,18 @@ def test_stale_and_shifted_bytes_are_told_apart():
     stale, moved = findings.runs
     assert str(stale).startswith("1000 bytes stale at 1100")
     assert (moved.position, moved.size, moved.distance) == (4196, 2048, -4096)
+
+
+def test_many_wrong_places_are_counted_and_some_are_kept():
+    wanted, findings = pattern(200 * CELL, 1), Findings()
+    got = bytearray(wanted)
+    for cell in range(0, 200, 2):
+        got[cell * CELL] ^= 0xFF
+    assert not findings.add(0, wanted, bytes(got))
+    assert (findings.wrong, findings.first, len(findings.runs)) == (100, 0, MOST_RUNS)
+    assert [run.position for run in findings.runs] == [2 * CELL * at for at in range(MOST_RUNS)]
+    with pytest.raises(ValueError, match="2 and 1 bytes"):
+        findings.add(0, b"12", b"1")
 
 
 def test_the_script_that_repeats_a_failure(target, liar, capsys, monkeypatch):

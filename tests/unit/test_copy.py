@@ -12,8 +12,10 @@ import pytest
 
 import dmabuf
 from dmabuf import Copy, copy
+from dmabuf.copying import Staging
 from dmabuf.transfer.plan import ALLOWED
-from tests.support import PATIENCE, assert_same, pattern, poison, together
+from tests.resources import held
+from tests.support import PATIENCE, assert_same, in_the_middle, pattern, poison, together
 
 BLOCK = 64 << 10
 SIZE = 3 * BLOCK + 123
@@ -377,3 +379,27 @@ def test_fifos_opened_in_either_order(tmp_path: Path) -> None:
     copy(source, target)
     thread.join()
     assert got == [b"question"]
+
+
+def test_staging_that_is_closed_under_a_read_ends_with_it(source, tmp_path):
+    """Memory in no Buffer; the block that is in use goes when the read has ended."""
+    stage, got = Staging(block_size=BLOCK), bytearray(poison(3 * BLOCK))
+    terms = dmabuf.Terms(timeout=60)  # not by one system call
+    before = held()
+    with dmabuf.open(source) as file:
+        with in_the_middle(1, 0, stage.close):
+            assert stage.read(file, memoryview(got), 0, terms) == 3 * BLOCK
+        with pytest.raises(dmabuf.ClosedError, match="staging blocks are closed"):
+            stage.read(file, memoryview(got), 0)
+    assert_same(bytes(got), DATA[: 3 * BLOCK], "the memory")
+    assert held() == before
+
+
+def test_a_pipe_has_no_medium_to_flush_to(source):
+    read, write = os.pipe()
+    try:
+        assert copy(source, write, size=1000, sync=True).nbytes == 1000
+        assert_same(os.read(read, SIZE), DATA[:1000], "the pipe")
+    finally:
+        os.close(read)
+        os.close(write)

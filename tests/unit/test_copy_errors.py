@@ -19,7 +19,8 @@ import pytest
 
 import dmabuf
 from dmabuf import copy
-from tests.support import assert_same, in_child, pattern, raises_errno
+from tests.guards import needs
+from tests.support import assert_same, in_child, loop_device, pattern, raises_errno
 
 BLOCK = 64 << 10
 SIZE = 40 * BLOCK
@@ -159,6 +160,37 @@ def test_a_last_piece_without_a_route_is_refused_before_the_first(
     assert target.read_bytes() == b"old"
     assert copy(source, target, **how).nbytes == size
     assert_same(target.read_bytes(), DATA[:size], "the copy")
+
+
+def test_an_end_that_is_closed_or_begins_past_its_end(source: Path, tmp_path: Path) -> None:
+    with dmabuf.allocate(BLOCK) as buffer:
+        for how in ((buffer, tmp_path / "t"), (source, buffer)):
+            side = "src_offset" if how[0] is buffer else "dst_offset"
+            with pytest.raises(ValueError, match=f"past the end of the buffer at {BLOCK}"):
+                copy(*how, **{side: BLOCK + 1})
+    for how in ((buffer, tmp_path / "t"), (source, buffer)):
+        with pytest.raises(dmabuf.ClosedError, match="buffer or window to copy is closed"):
+            copy(*how)
+    assert not (tmp_path / "t").exists()
+
+
+@needs("loop")
+def test_more_than_a_device_holds(source: Path, tmp_path: Path) -> None:
+    with loop_device(tmp_path / "image", SIZE) as device:
+        with raises_errno(errno.ENOSPC, f"{SIZE} bytes do not fit into the {SIZE - 512}"):
+            copy(source, device, dst_offset=512)
+        assert_same(Path(device).read_bytes(), bytes(SIZE), "the device")
+
+
+def test_a_reader_s_thread_that_cannot_be_started(
+    target: Path, pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        copy(pipe[0], target)
 
 
 def test_more_than_a_buffer_holds(source: Path) -> None:

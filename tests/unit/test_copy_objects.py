@@ -106,7 +106,7 @@ def test_an_object_gives_and_takes_its_content(source: str, target: str, tmp_pat
     made_by, _, decode = TARGETS[target]
     (tmp_path / "source").write_bytes(encode(DATA))
     src, dst = opened_by(tmp_path / "source", "rb"), made_by(tmp_path / "target", "wb")
-    record = copy(src, dst, block_size=BLOCK)
+    record = copy(src, dst, block_size=BLOCK, sync=True)
     src.close()
     dst.close()
     assert_same(decode((tmp_path / "target").read_bytes()), DATA, f"{record}")
@@ -211,10 +211,12 @@ def test_the_position_after_an_error(path: Path, tmp_path: Path) -> None:
 # -- refused
 
 
-@pytest.mark.parametrize("require", ["zero-copy", "uncached"])
-def test_an_object_has_no_other_route(require: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "how", [{"require": "zero-copy"}, {"require": "uncached"}, {"route": "direct"}]
+)
+def test_an_object_has_no_other_route(how: dict, tmp_path: Path) -> None:
     with pytest.raises(dmabuf.RouteUnavailable, match="BytesIO"):
-        copy(io.BytesIO(DATA), tmp_path / "t", require=require)
+        copy(io.BytesIO(DATA), tmp_path / "t", **how)
     assert not (tmp_path / "t").exists()
 
 
@@ -238,9 +240,20 @@ class Returning:
     write = read
 
 
+class Full(io.RawIOBase):
+    """It does not block, and takes no bytes now."""
+
+    def write(self, _data: object) -> None:
+        return None
+
+
 def test_objects_that_break_the_protocol(path: Path, tmp_path: Path) -> None:
     with pytest.raises(BlockingIOError):
         copy(Returning(None), tmp_path / "t")
+    with raises_errno(errno.EIO, "returned 8388609 bytes"):
+        copy(Returning(bytes((8 << 20) + 1)), tmp_path / "t")
+    with raises_errno(errno.EAGAIN, "takes no bytes now", nbytes=0):
+        copy(path, Full(), block_size=BLOCK)
     for count in (0, SIZE + 1, -1):
         with raises_errno(errno.EIO, "write", nbytes=0):
             copy(path, Returning(count), block_size=BLOCK)

@@ -202,6 +202,17 @@ def test_an_error_in_place_says_how_much_was_copied(folder: Path, capsys: Captur
     assert (folder / "target").read_bytes() == b"old"
 
 
+def test_what_vouches_for_the_old_content_is_not_taken_over(folder: Path, capsys: Capture) -> None:
+    """A program that may do something keeps its other attributes, and loses that."""
+    target, may_bind = folder / "target", b"\x01\0\0\x02\0\4" + bytes(14)
+    os.setxattr(target, "security.capability", may_bind)
+    os.setxattr(target, "user.note", b"kept")
+    assert dmabuf(capsys, "cp", folder / "source", target).status == 0
+    assert_same(target.read_bytes(), DATA, "the target")
+    assert os.listxattr(target).count("security.capability") == 0
+    assert os.getxattr(target, "user.note") == b"kept"
+
+
 def test_a_program_that_runs_can_be_replaced(folder: Path, capsys: Capture) -> None:
     shutil.copy(shutil.which("sleep") or "", folder / "target")
     with subprocess.Popen([folder / "target", "1000"]) as process:

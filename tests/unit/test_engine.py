@@ -16,8 +16,10 @@ import dmabuf
 from dmabuf import ClosedError, Engine
 from dmabuf.kernel import files
 from dmabuf.transfer.engine import default_engine
+from tests import forking
+from tests.core import lib
 from tests.guards import needs
-from tests.support import assert_same, in_child, pattern, poison
+from tests.support import assert_same, in_child, pattern, poison, raises_errno
 
 SIZE = 1 << 20
 
@@ -239,6 +241,57 @@ def test_threads_say_why_they_register_nothing(path, buf):
     assert "threads move the requests: asked for" in transfer.registration
 
 
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (errno.ENOMEM, "refused .ENOMEM.: raise RLIMIT_MEMLOCK"),
+        (errno.EMFILE, "io_uring is refused: Too many open files"),
+    ],
+)
+def test_io_uring_that_cannot_be_set_up(path, buf, monkeypatch, error, why):
+    monkeypatch.setattr(lib, "dmb_uring_probe", lambda: -error)
+    with raises_errno(error, why):
+        Engine(backend="io_uring")
+    with Engine() as engine, dmabuf.open(path, engine=engine) as file:
+        assert engine.backend == "threads" and re.search(why, engine.backend_reason)
+        file.read_into(buf)
+    assert_same(buf.pread(SIZE, 0), pattern(SIZE, 1), "the buffer")
+
+
+@needs("io_uring")
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (errno.ENOMEM, "RLIMIT_MEMLOCK does not allow pinning it"),
+        (errno.EFAULT, "its mapping has no pages to pin"),
+        (errno.EIO, "registering it failed: Input/output error"),
+    ],
+)
+def test_pages_that_cannot_be_registered_are_used_all_the_same(path, buf, monkeypatch, error, why):
+    monkeypatch.setattr(lib, "dmb_ring_register_buffer", lambda *_: -error)
+    with Engine() as engine, dmabuf.open(path, engine=engine) as file:
+        record = file.read_into(buf, route="direct")
+    assert not record.registered and why in record.registration
+    assert_same(buf.pread(SIZE, 0), pattern(SIZE, 1), "the buffer")
+
+
+@needs("io_uring")
+def test_more_buffers_and_files_than_the_tables_have_slots(path, buf, monkeypatch):
+    monkeypatch.setattr(lib, "DMB_BUFFER_SLOTS", 1)
+    monkeypatch.setattr(lib, "DMB_FILE_SLOTS", 1)
+    with (
+        Engine(block_size=4096) as engine,
+        dmabuf.open(path, engine=engine) as file,
+        dmabuf.open(path, engine=engine) as other_file,
+        dmabuf.allocate(SIZE, exporter="memfd") as other,
+    ):
+        assert file.read_into(buf, route="direct").registered
+        record = other_file.read_into(other, route="direct")
+        assert not record.registered and "No space left on device" in record.registration
+        for buffer in (buf, other):
+            assert_same(buffer.pread(SIZE, 0), pattern(SIZE, 1), "the buffer")
+
+
 def test_worker_threads_end_with_the_engine():
     before = len(os.listdir("/proc/self/task"))
     with Engine(backend="threads", queue_depth=5):
@@ -367,6 +420,26 @@ def test_a_descriptor_that_may_not_be_opened_again():
         (folder / "secret").chmod(0o600)
         said = in_child(source, folder / "file", folder / "sink", folder / "secret")
     assert "the file may not be opened again for O_DIRECT (Permission denied)" in said
+
+
+def test_a_default_engine_that_is_made_meanwhile_is_the_only_one(path, monkeypatch):
+    """As by a signal handler, while the first call makes its ring."""
+    real, made = lib.dmb_ring_create, []
+
+    def create(*arguments):
+        if not made:
+            made.append(None)
+            made.append(default_engine())
+        return real(*arguments)
+
+    def child():
+        monkeypatch.setattr(lib, "dmb_ring_create", create)
+        assert default_engine() is made[1] is default_engine()
+        with dmabuf.open(path) as file, dmabuf.allocate(SIZE, exporter="memfd") as buffer:
+            file.read_into(buffer, require="zero-copy")
+            assert_same(buffer.pread(SIZE, 0), pattern(SIZE, 1), "the buffer")
+
+    forking.in_child(child)
 
 
 # -- fork

@@ -141,6 +141,9 @@ def test_wrong_arguments_touch_nothing(many, files, buffer, tmp_path, record, er
     os.chdir(tmp_path)
     with pytest.raises(error):
         many.write_files([("good", 0, SIZE, 0), record], buffer)
+    for given, how in ((bytearray(SIZE), {}), (buffer, {"queue_depth": 0})):
+        with pytest.raises((TypeError, ValueError), match=r"Buffer is needed|from 1 to"):
+            many.write_files([("good", 0, SIZE, 0)], given, **how)
     assert not os.path.exists("good") and not os.path.exists("new")
 
 

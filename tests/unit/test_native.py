@@ -31,6 +31,7 @@ from tests.support import (
     mounted,
     pattern,
     poison,
+    raises_errno,
 )
 from tests.unit.lying import content, dma_buf
 
@@ -242,6 +243,20 @@ def test_a_device_that_is_gone(path, buf, engine, number, expected):
         assert file.read_into(buf).route is Route.NATIVE
 
 
+def test_old_pages_that_stay_in_the_cache_after_a_write(path, buf, engine):
+    """The core reports EBUSY where it cannot drop them."""
+
+    def answer(completion):
+        return -errno.EBUSY if completion.straight else completion.result
+
+    with (
+        dmabuf.open(path, "r+", engine=engine) as file,
+        Filter(answer),
+        raises_errno(errno.EBUSY, "the page cache may keep old bytes of the range", nbytes=0),
+    ):
+        file.write_from(buf)
+
+
 @pytest.mark.parametrize("number", [errno.ENOMEM, errno.EFAULT, errno.EINVAL, errno.EOPNOTSUPP])
 def test_a_first_request_that_rules_the_route_out(path, buf, engine, number):
     asked = []
@@ -259,7 +274,12 @@ def test_a_first_request_that_rules_the_route_out(path, buf, engine, number):
         transfer = file.read_into(buf)
         assert transfer.route is Route.DIRECT
         assert transfer.rejected[Route.NATIVE] == file.plan(buf).rejected[Route.NATIVE]
-    assert asked and content(buf) == path.read_bytes()
+        assert asked and content(buf) == path.read_bytes()
+        with dma_buf(SIZE) as other, Filter(answer):  # each buffer is tried by itself
+            del asked[:]
+            with pytest.raises(dmabuf.RouteUnavailable, match="native"):
+                file.read_into(other, route="native")
+            assert asked
 
 
 def test_short_completions_go_on(path, buf, engine):
@@ -363,7 +383,8 @@ def test_a_read_only_dma_buf_is_not_written(path, engine):
     assert path.read_bytes()[:4096] == bytes(4096)
 
 
-def test_a_reset_leaves_every_slab_its_slot(path, far, engine, monkeypatch):
+@pytest.mark.parametrize("size", [160 * 1024, 64 * 1024])  # of all slabs, and of the first
+def test_a_reset_leaves_every_slab_its_slot(path, far, engine, monkeypatch, size):
     """Other transfers have requests on their way that name it."""
     resets, slots, real = [1], [], lib.dmb_ring_register_dmabuf
 
@@ -379,14 +400,14 @@ def test_a_reset_leaves_every_slab_its_slot(path, far, engine, monkeypatch):
 
     monkeypatch.setattr(lib, "dmb_ring_register_dmabuf", register)
     with dmabuf.open(path, engine=engine) as file:
-        file.read_into(far)
-        before = list(slots)
+        file.read_into(far, size)
+        before, old = list(slots), b"".join(poison(slab.size) for slab in far.slabs)
         for slab in far.slabs:
             os.pwrite(slab.fd, poison(slab.size), 0)
         with Filter(answer):
-            assert file.read_into(far).route is Route.NATIVE
+            assert file.read_into(far, size).route is Route.NATIVE
         assert not resets[0] and slots == before + before
-    assert content(far) == path.read_bytes()[: far.size]
+    assert content(far) == path.read_bytes()[:size] + old[size:]
 
 
 @pytest.mark.parametrize("closed", ["file", "engine"])

@@ -7,6 +7,8 @@ series does. tests/kernel/test_native_files.py has the same on NVMe drives, with
 import contextlib
 import ctypes
 import errno
+import gc
+import itertools
 import mmap
 import os
 import stat
@@ -605,6 +607,42 @@ def test_nothing_but_holes(folder, buf, engine):
     path.unlink()
 
 
+def in_halves(found):
+    for one in found:
+        half = one.size // 2 // PAGE * PAGE
+        yield one._replace(size=half)
+        yield one._replace(offset=one.offset + half, place=one.place + half, size=one.size - half)
+
+
+def test_extents_of_the_same_place_are_one(path, buf, engine, monkeypatch):
+    """As ext4 lists the extents of large files, which have at most 128 MiB."""
+    real = extents.extents_of
+    monkeypatch.setattr(extents, "extents_of", lambda *a, **how: [*in_halves(real(*a, **how))])
+    with dmabuf.open(path, engine=engine) as file:
+        buf.pwrite(poison(SIZE), 0)
+        assert file.read_into(buf).route is Route.NATIVE
+    assert_same(content(buf), path.read_bytes(), "the buffer")
+
+
+@pytest.mark.parametrize("what", ["the timestamp", "the blocks"])
+def test_a_file_that_is_never_steady_is_not_read_natively(path, buf, engine, monkeypatch, what):
+    real, count = extents.extents_of, itertools.count()
+
+    def moved(*arguments, **how):
+        return [one._replace(place=one.place + next(count)) for one in real(*arguments, **how)]
+
+    if what == "the blocks":
+        monkeypatch.setattr(extents, "extents_of", moved)
+    else:
+        monkeypatch.setattr(extents.State, "shows_changes", lambda _: False)
+    why = {"the timestamp": "changed a moment ago", "the blocks": "moves the blocks of the file"}
+    assert why[what] in reason(path, buf, engine)
+    with dmabuf.open(path, engine=engine) as file:
+        buf.pwrite(poison(SIZE), 0)
+        assert file.read_into(buf).route is Route.STAGED
+    assert_same(content(buf), path.read_bytes(), "the buffer")
+
+
 def test_a_device_that_takes_no_dma_bufs(path, buf, engine):
     with emulation.registrar(lambda _dmabuf, _target: -errno.EOPNOTSUPP):
         assert "has to be on an NVMe namespace or a partition" in reason(path, buf, engine)
@@ -641,6 +679,7 @@ def test_files_share_the_device_and_close_it(folder, device, path, buf, engine):
         asked.append(block)
         return 0 if block else -errno.EOPNOTSUPP
 
+    gc.collect()  # what the errors of other tests refer to
     before = devices(device)
     with emulation.registrar(answer), dmabuf.open(path, engine=engine) as file:
         file.read_into(buf)

@@ -3,18 +3,21 @@
 import errno
 import itertools
 import os
+import threading
 
+import anyio
 import numpy as np
 import pytest
 import safetensors.numpy
 
 import dmabuf
+from dmabuf import aio
 from dmabuf import safetensors as models
 from dmabuf._core import lib
 from dmabuf.transfer import together
 from dmabuf.transfer.engine import Engine
 from tests.resources import held
-from tests.support import Filter, pattern, poison
+from tests.support import Filter, pattern, poison, raises_errno
 from tests.unit.interrupting import Interruptions
 
 pytestmark = pytest.mark.usefixtures("leaves_nothing")
@@ -129,6 +132,45 @@ def test_a_read_that_fails_stops_the_others(shards):
         assert error.value.errno == errno.EIO
         assert str(error.value.filename).endswith(".safetensors")
         assert_whole(models.load(shards, framework="np", buffer=buffer))
+
+
+@pytest.mark.parametrize("what", ["dmb_ring_set_eventfd", "dmb_ring_poll", "eventfd"])
+def test_a_ring_that_cannot_be_used(shards, monkeypatch, what):
+    def refuse(*_how):
+        raise OSError(errno.EIO, "io_uring")
+
+    if what == "eventfd":
+        monkeypatch.setattr(os, "eventfd", refuse)
+    else:
+        monkeypatch.setattr(lib, what, lambda *_: -errno.EIO)
+    before = held()
+    with raises_errno(errno.EIO, "io_uring"):
+        models.load(shards, framework="np")
+    assert held() == before
+    monkeypatch.undo()
+    assert_whole(models.load(shards, framework="np"))
+
+
+def test_a_load_in_an_event_loop_can_be_cancelled_while_the_disk_is_silent(
+    shards, monkeypatch, run
+):
+    real, silent = lib.dmb_ring_poll, threading.Event()
+
+    def poll(*arguments):
+        if threading.current_thread() is threading.main_thread():
+            return real(*arguments)
+        silent.set()
+        return 0
+
+    async def main():
+        async with anyio.create_task_group() as group:
+            group.start_soon(aio.call, lambda: models.load(shards, framework="np"))
+            while not silent.is_set():
+                await anyio.lowlevel.checkpoint()
+            group.cancel_scope.cancel()
+
+    monkeypatch.setattr(lib, "dmb_ring_poll", poll)
+    run(main)
 
 
 def test_an_exception_of_progress_stops_it(shards):

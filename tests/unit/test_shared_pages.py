@@ -3,6 +3,7 @@
 import errno
 import os
 import threading
+from contextlib import contextmanager
 
 import anyio
 import pytest
@@ -10,7 +11,7 @@ import pytest
 import dmabuf
 from dmabuf import aio
 from dmabuf.kernel import files
-from tests import emulation
+from tests import emulation, forking
 from tests.support import assert_same, pattern
 
 PAGE = os.sysconf("SC_PAGESIZE")
@@ -108,3 +109,56 @@ def test_a_write_that_fails_lets_the_next_one_write_the_page(tmp_path):
             ):
                 file.write_from(buffer, size)
             file.write_from(buffer, size)
+
+
+@contextmanager
+def held_write(path, buffer):
+    """Another thread's write of the first part, whose requests do not complete meanwhile."""
+    begun, go, pid = threading.Event(), threading.Event(), os.getpid()
+
+    def hold(completion):
+        if os.getpid() == pid and completion.offset < CUT:
+            begun.set()
+            go.wait()
+        return completion.result
+
+    thread = threading.Thread(target=write, args=(path, buffer, 0, CUT))
+    with emulation.Filter(hold):
+        thread.start()
+        begun.wait()
+        try:
+            yield
+        finally:
+            go.set()
+            thread.join()
+
+
+@pytest.fixture
+def written(tmp_path):
+    path, data = tmp_path / "file", pattern(CUT + TAIL, 1)
+    path.write_bytes(bytes(CUT + TAIL))
+    demand_blocks_of_512(path)
+    with dmabuf.allocate(4 * PAGE, exporter="memfd") as buffer:
+        buffer.pwrite(data, 0)
+        yield path, data, buffer
+
+
+def test_a_forked_child_does_not_wait_for_a_thread_that_it_has_not(written):
+    path, data, buffer = written
+    with held_write(path, buffer):
+        forking.in_child(lambda: write(path, buffer, CUT, TAIL))
+    assert_same(path.read_bytes(), data, "both writes")
+
+
+def test_a_write_that_waits_for_another_one_can_be_cancelled(written, run):
+    path, data, buffer = written
+
+    async def main():
+        async with anyio.create_task_group() as group:
+            group.start_soon(aio.call, lambda: write(path, buffer, CUT, TAIL))
+            await anyio.lowlevel.checkpoint()
+            group.cancel_scope.cancel()
+
+    with held_write(path, buffer):
+        run(main)
+    assert_same(path.read_bytes(), data[:CUT] + bytes(TAIL), "the first write")

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import select
 import signal
 import socket
 import threading
@@ -12,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dmabuf
-from dmabuf import BusyError, Route
+from dmabuf import BusyError, Route, aio
 from dmabuf.transfer.run import Blocking
+from tests.core import lib
 from tests.support import PATIENCE, assert_same, pattern, poison, raises_errno
 
 SIZE = 1 << 20
@@ -192,6 +194,8 @@ def test_only_buffered_will_do(buf):
         assert plan.route is Route.BUFFERED
         why = "a pipe is read and written in order, by the kernel's copy"
         assert plan.rejected == {Route.NATIVE: why, Route.DIRECT: why, Route.STAGED: why}
+        os.write(fds[1], b"bytes")
+        assert file.read_into(buf, 5, fence=False).nbytes == 5  # no dma-buf has fences
         for how in ({"require": "uncached"}, {"require": "zero-copy"}, {"route": "staged"}):
             with pytest.raises(dmabuf.RouteUnavailable, match="in order"):
                 file.read_into(buf, **how)
@@ -424,3 +428,100 @@ def test_a_device_that_never_polls_writable_takes_a_write(move, path, buf):
         pytest.skip(f"needs write permission on {path}: run as root")
     buf.pwrite(b"tests: hello\n", 0)
     assert move(path, "write_from", buf, 13).nbytes == 13
+
+
+def _nothing():
+    return os.open(os.devnull, os.O_RDONLY), os.open(os.devnull, os.O_WRONLY)
+
+
+@pytest.mark.parametrize("make", [_pipe, _nothing])
+def test_a_write_that_finds_no_room_waits_again(move, buf, monkeypatch, make):
+    """As where another writer fills the pipe after poll(2), or a device is busy."""
+    written = []
+
+    def full_at_first(real):
+        def call(fd, views, *how):
+            written.append(bytes(views[0]))
+            if len(written) == 1:
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+            return real(fd, views, *how)
+
+        return call
+
+    for name in ("writev", "pwritev"):
+        monkeypatch.setattr(os, name, full_at_first(getattr(os, name)))
+    buf.pwrite(poison(SIZE), 0)
+    with _ends(make) as fds:
+        assert move(fds[1], "write_from", buf, 4000).nbytes == 4000
+        arrived = os.read(fds[0], SIZE) if make is _pipe else written[1]
+    assert_same(arrived, poison(4000), "what was written")
+    assert written == [arrived, arrived]
+
+
+@pytest.mark.parametrize("verb", ["read_into", "write_from"])
+@pytest.mark.parametrize("error", [errno.EOPNOTSUPP, errno.EIO])
+def test_an_event_loop_where_rwf_nowait_is_not_supported(run, buf, monkeypatch, verb, error):
+    """As of terminals, and of pipes before Linux 6.2; any other error is one."""
+
+    def refuse(_fd, _views, offset, flags):
+        assert (offset, flags) == (-1, os.RWF_NOWAIT)
+        raise OSError(error, os.strerror(error))
+
+    size = 3 * select.PIPE_BUF + 5
+    buf.pwrite(poison(SIZE), 0)
+
+    async def main():
+        async with await aio.open(fds[verb == "write_from"], "rw"[verb == "write_from"]) as file:
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "preadv", refuse)
+                patch.setattr(os, "pwritev", refuse)
+                if error != errno.EOPNOTSUPP:
+                    with raises_errno(error, nbytes=0):
+                        await getattr(file, verb)(buf, size)
+                else:
+                    assert (await getattr(file, verb)(buf, size)).nbytes == size
+
+    with _ends(_pipe) as fds:
+        if verb == "read_into":
+            os.write(fds[1], pattern(size, 7))
+        run(main)
+        moved = error == errno.EOPNOTSUPP
+        if verb == "read_into":
+            expected = (pattern(size, 7) if moved else poison(size)) + poison(SIZE)[size:]
+            assert_same(buf.pread(SIZE, 0), expected, "the buffer")
+        elif moved:
+            assert_same(os.read(fds[0], SIZE), poison(size), "the pipe")
+
+
+def test_a_message_that_another_reader_takes_is_not_mistaken_for_the_next(buf, monkeypatch):
+    class Robbed(socket.socket):
+        def recv_into(self, *how):
+            size = super().recv_into(*how)
+            os.read(fds[0], SIZE)
+            return size
+
+    monkeypatch.setattr(socket, "socket", Robbed)
+    with _ends(MESSAGES["datagram"]) as fds, dmabuf.open(fds[0]) as file:
+        os.write(fds[1], b"m" * 10)
+        os.write(fds[1], b"n" * 100)
+        with raises_errno(errno.EMSGSIZE, "read this socket in one place only", nbytes=0):
+            file.read_into(buf, 50)
+
+
+def test_packets_that_another_reader_takes_are_waited_for_again(buf, monkeypatch):
+    real = lib.dmb_tee
+
+    def robbed(fd, *how):
+        os.read(fd, SIZE), os.read(fd, SIZE)
+        count = real(fd, *how)
+        os.write(fds[1], b"n" * 40)
+        _close(fds, 1)
+        return count
+
+    monkeypatch.setattr(lib, "dmb_tee", robbed)
+    buf.pwrite(poison(SIZE), 0)
+    with _ends(lambda: os.pipe2(os.O_DIRECT | os.O_NONBLOCK)) as fds, dmabuf.open(fds[0]) as file:
+        os.write(fds[1], b"m" * 50)
+        os.write(fds[1], b"m" * 60)
+        assert file.read_into(buf, 60).nbytes == 40
+    assert_same(buf.pread(60, 0), b"n" * 40 + poison(60)[40:], "the buffer")

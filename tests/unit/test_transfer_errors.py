@@ -471,3 +471,52 @@ def test_a_write_far_past_the_end_that_fails_keeps_what_is_before_it(tmp_path, e
             file.write_from(buf, file_offset=fill_at)
         assert caught.value.nbytes == 0 and "before this part was written" in str(caught.value)
     assert path.read_bytes() == b"old".ljust(SIZE, b"\0")
+
+
+@pytest.mark.parametrize("require", ["any", "zero-copy"])
+def test_a_file_that_was_emptied_since_it_was_measured(tmp_path, engine, buf, monkeypatch, require):
+    path, real = tmp_path / "file", lib.dmb_job_run
+    path.write_bytes(pattern(SIZE, 1))
+
+    def run(*arguments):
+        os.truncate(path, 0)
+        return real(*arguments)
+
+    monkeypatch.setattr(lib, "dmb_job_run", run)
+    with dmabuf.open(path, engine=engine) as file:
+        if require == "any":
+            record = file.read_into(buf)
+            assert (record.route, record.nbytes) == (Route.STAGED, 0)
+            assert record.reason == "no whole block of it was in the file"
+        else:
+            with raises_errno(errno.EOPNOTSUPP, "but by the staged route", nbytes=0):
+                file.read_into(buf, require=require)
+    assert_same(buf.pread(SIZE, 0), poison(SIZE), "the buffer")
+
+
+def test_segments_that_cannot_be_measured(path, engine, buf, monkeypatch):
+    monkeypatch.setattr(lib, "dmb_job_measure", lambda *_: -errno.ENOMEM)
+    with (
+        dmabuf.open(path, engine=engine) as file,
+        raises_errno(errno.ENOMEM, "measuring the transfer", filename=str(path)),
+    ):
+        file.read_into(buf)
+    assert_same(buf.pread(SIZE, 0), poison(SIZE), "the buffer")
+
+
+def test_a_file_that_cannot_be_opened_again_goes_through_the_page_cache(
+    path, engine, buf, monkeypatch
+):
+    real = os.open
+
+    def refuse(name, *how):
+        if str(name).startswith("/proc/self/fd/"):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return real(name, *how)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with dmabuf.open(path, engine=engine) as file:
+        record = file.read_into(buf)
+        assert record.route is Route.BUFFERED
+        assert "Too many open files" in record.rejected[Route.DIRECT]
+    assert_same(buf.pread(SIZE, 0), pattern(SIZE, 1), "the buffer")

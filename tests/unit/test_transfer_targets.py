@@ -15,6 +15,7 @@ import pytest
 import dmabuf
 from dmabuf import Engine, Route, aio
 from dmabuf.kernel import files
+from dmabuf.transfer.target import GONE
 from tests.guards import demand, needs
 from tests.support import (
     PAGE,
@@ -24,6 +25,7 @@ from tests.support import (
     drop_cache,
     exercise,
     fill,
+    in_the_middle,
     loop_device,
     mounted,
     pattern,
@@ -124,6 +126,32 @@ def test_the_end_of_a_device(tmp_path, buf):
                 file.write_segments(buf, _triple(1 << 20, 0, 1))
         assert_same(whole(reference), pattern(1 << 20, 1), "the device")
         os.close(reference)
+
+
+@needs("loop")
+@pytest.mark.parametrize(("verb", "sync"), [("read", False), ("write", False), ("write", True)])
+def test_a_device_that_is_gone_under_a_transfer(tmp_path, buf, engine, verb, sync):
+    """Its size is 0 then, as of a drive that was pulled: after a request, or before the flush."""
+    image = tmp_path / "image"
+
+    def vanish():
+        os.truncate(image, 0)
+        run("losetup", "--set-capacity", device)
+
+    with loop_device(image, LIMIT) as device, dmabuf.open(device, "r+", engine=engine) as file:
+        requests = -(-LIMIT // engine.block_size)
+        with (
+            in_the_middle(requests if sync else 1, 0, vanish),
+            raises_errno(errno.ENODEV, GONE, filename=device) as caught,
+        ):
+            if verb == "read":
+                file.read_into(buf, route="direct")
+            else:
+                file.write_from(buf, route="direct", sync=sync)
+        assert caught.value.nbytes < LIMIT and (not sync or caught.value.nbytes == 0)
+        for call in (lambda: file.read_into(buf), lambda: file.write_from(buf), lambda: file.size):
+            with raises_errno(errno.ENODEV, GONE, filename=device, nbytes=0):
+                call()
 
 
 def _triple(*numbers):
