@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.guards import demand, needs
-from tests.mounting import Mounted, attributes, mount, mounted, start
+from tests.mounting import Mounted, attributes, mount, mounted, shell, start
 from tests.serving import as_a_program
 from tests.support import assert_same, pattern, wait_until
 from tests.unit.schemas import checked
@@ -114,6 +114,14 @@ def test_content_that_outgrows_its_memory_becomes_another_buffer(tmp_path: Path)
         assert path.stat().st_ino == inode
         files.process.send_signal(signal.SIGTERM)
         assert "x: outgrows its 4 KiB of memory" in files.process.stderr.read()
+
+
+def test_a_new_file_of_dd_is_not_reported_as_outgrown(tmp_path: Path) -> None:
+    with mounted(tmp_path) as files:
+        shell("dd if=/dev/zero of=frames bs=1M count=4 status=none", files.path)
+        assert files.store.stat("frames").length == 4 << 20
+        files.process.send_signal(signal.SIGTERM)
+        assert "outgrows" not in files.process.stderr.read()
 
 
 def test_a_full_store_is_a_full_disk(files: Mounted) -> None:

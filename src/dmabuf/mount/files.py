@@ -420,10 +420,11 @@ class Files:
             raise
         file.spool, file.buffer = spool, None
         buffer.close()
-        self._tell(
-            f"{file.name or file.status.name}: outgrows its {format_size(buffer.size)} of memory "
-            "and becomes a new buffer"
-        )
+        if file.length:  # dd closes a new file once before it writes
+            self._tell(
+                f"{file.name or file.status.name}: outgrows its {format_size(buffer.size)} of "
+                "memory and becomes a new buffer"
+            )
 
     def publish(self, file: File) -> None:
         """Give the store everything it does not have yet of a file. May take long."""
