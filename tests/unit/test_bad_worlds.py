@@ -74,7 +74,7 @@ with open(target, "rb") as file:
 
 @needs("root")
 @pytest.mark.parametrize(
-    "how", ["-o remount,ro /proc", "-t tmpfs none /proc", "-t tmpfs none /sys"]
+    "how", ["-o remount,bind,ro /proc", "-t tmpfs none /proc", "-t tmpfs none /sys"]
 )
 def test_a_proc_that_is_read_only_or_missing(how: str, paths: tuple[Path, Path]) -> None:
     """Files cannot be opened again without /proc; their bytes go through the page cache then."""
