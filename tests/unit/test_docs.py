@@ -48,6 +48,30 @@ def test_every_link_within_the_project_leads_somewhere(page):
         assert not anchor or target.suffix != ".md" or anchor in anchors(target), link
 
 
+def lines_of(room):
+    """Return the lines of what a row of CONTRIBUTING.md's table of sizes is about."""
+    if room == "tests":
+        folders, endings = ["tests"], "*.py"
+    elif room == "csrc without tests":
+        folders, endings = ["csrc", "csrc/python"], "*.[ch]"
+    else:
+        names = room.replace("floor 0", "_core errors sizes").replace(",", "").split()
+        folders, endings = [f"src/dmabuf/{name}" for name in names if name != "and"], "*.py"
+    found = [Path(f"{ROOT / folder}.py") for folder in folders]
+    for folder in folders:
+        every = (ROOT / folder).glob if folder.startswith("csrc") else (ROOT / folder).rglob
+        found += every(endings)
+    return sum(len(path.read_text().splitlines()) for path in found if path.exists())
+
+
+def test_the_sizes_of_rooms_are_right_within_a_twentieth():
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = re.findall(r"^\| ([\w, ]+?) \| (?:none|[\d,]+) \| ([\d,]+) \| \S", page, re.M)
+    assert len(rows) == 15
+    for room, stated in rows:
+        assert int(stated.replace(",", "")) == pytest.approx(lines_of(room), rel=0.05), room
+
+
 def test_every_page_is_in_the_navigation_of_the_site_and_in_the_index():
     folder = ROOT / "docs"
     nav, index = (ROOT / "mkdocs.yml").read_text(), (folder / "index.md").read_text()
