@@ -158,7 +158,7 @@ DEVICES = {
     ),
     "rdma": Device(
         "a network card with RDMA by the kernel's rxe (soft RoCE), and NIXL for Python",
-        modules=("rdma_rxe", "ib_uverbs"),
+        modules=("rdma_rxe",),
         python=("nixl-cu13==1.5.1",),
         alone=True,
         both=True,

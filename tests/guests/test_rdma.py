@@ -11,7 +11,7 @@ from dmabuf import Route, remote
 from tests.guards import needs
 from tests.guests.peer import THERE, carrying, python, running
 from tests.nodes import pumps
-from tests.support import assert_same, pattern, poison, wait_until
+from tests.support import assert_same, pattern, poison, run, wait_until
 
 everything = needs("rdma", "peer", "udmabuf")
 
@@ -184,6 +184,29 @@ def node(address: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[remote.Node]
     monkeypatch.setenv("LD_PRELOAD", PRELOAD)
     with remote.connect(address, engine="nixl", trusted_network=True, timeout=300) as made:
         yield made
+
+
+@pytest.fixture
+def nothing_loaded() -> None:
+    """Neither machine has /dev/infiniband yet: no program has used the card."""
+    unload = "modprobe -r ib_uverbs 2>&1; test -e /sys/module/ib_uverbs; echo $?"
+
+    def unloaded(*inside: str) -> bool:  # it is in use until the last pump has ended
+        return run(*inside, "sh", "-c", unload).endswith("1")
+
+    wait_until(unloaded, "the end of ib_uverbs")
+    wait_until(lambda: unloaded("lab-peer"), "the end of ib_uverbs in the second guest")
+    assert not Path("/dev/infiniband").exists()
+
+
+@everything
+def test_the_first_connection_has_the_kernel_load_the_driver(
+    nothing_loaded: None, node: remote.Node, buffers
+) -> None:
+    with node.open("a.bin") as file:
+        done = file.read_into(buffers[TARGET], require="zero-copy")
+    assert (done.transport, done.remote.copied) == ("rc_verbs", 0)
+    assert_same(buffers[TARGET].pread(SIZE, 0), DATA, "the buffer")
 
 
 @everything

@@ -23,6 +23,7 @@ import mmap
 import os
 import select
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -58,6 +59,11 @@ _SLICE = 100
 """Milliseconds between two looks at the time."""
 _POLL = 50e-6
 """Seconds between two looks at a transfer."""
+_NETLINK_RDMA, _NLM_F_REQUEST = 20, 1
+_GET_CHARDEV = 5 << 10 | 15
+"""RDMA_NL_NLDEV and RDMA_NLDEV_CMD_GET_CHARDEV of include/uapi/rdma/rdma_netlink.h."""
+_CHARDEV_TYPE = 69
+"""RDMA_NLDEV_ATTR_CHARDEV_TYPE, a text."""
 
 
 class Part(NamedTuple):
@@ -323,12 +329,28 @@ class _Agent:
         self._owner.send(json.dumps(_GOES_ON).encode())
 
 
+def _load_verbs() -> None:
+    """Have the kernel load ib_uverbs, which makes /dev/infiniband, as libibverbs does later.
+
+    Landlock keeps access only to folders that exist. The kernel loads the module for any user who
+    asks for its device file, before send(2) returns (ib_get_client_nl_info in
+    drivers/infiniband/core/device.c, since Linux 5.3).
+    """
+    if not os.path.isdir("/sys/class/infiniband"):
+        return
+    wanted = struct.pack("=HH8s", 4 + 7, _CHARDEV_TYPE, b"uverbs")
+    query = struct.pack("=IHHII", 16 + len(wanted), _GET_CHARDEV, _NLM_F_REQUEST, 0, 0) + wanted
+    with suppress(OSError), socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_RDMA) as one:
+        one.send(query)
+
+
 def _confine(name: str) -> None:
     """Leave nothing readable but what NIXL's libraries read, and nothing to execute."""
     found = find_spec(name)
     places = [os.path.dirname(one) for one in (found and found.submodule_search_locations) or ()]
     system = [sys.prefix, sys.base_prefix, "/usr", "/lib", "/lib64", "/etc", "/proc", "/sys"]
     kept = dict.fromkeys([*places, *system], landlock.READ | landlock.LIST)
+    _load_verbs()
     kept["/dev/infiniband"] = landlock.READ | landlock.LIST | landlock.WRITE | landlock.IOCTL
     landlock.confine(kept)
 
