@@ -11,6 +11,7 @@ from dmabuf import remote
 from tests.guards import needs
 from tests.kernel.conftest import dma_bufs, settled
 from tests.kernel.test_store import KINDS, everything
+from tests.kernel.vgem import Card
 from tests.nodes import node
 from tests.support import assert_same, cached, drop_cache, mounted, pattern, poison
 
@@ -85,3 +86,32 @@ def test_names_of_a_store_that_are_dma_bufs(tmp_path: Path, kind: str) -> None:
             assert made.exporter == "udmabuf"
             assert_same(made.pread(SIZE, 0), expected, f"{kind}, published")
     assert settled(dma_bufs, before) == before
+
+
+@everything
+@needs("vgem")
+@pytest.mark.parametrize("end", ["client", "node"])
+def test_each_end_waits_for_devices_that_write_its_memory(
+    card: Card, tmp_path: Path, end: str
+) -> None:
+    (tmp_path / "served").mkdir()
+    with (
+        node(tmp_path / "served") as listener,
+        remote.connect(listener.address) as there,
+        dmabuf.store.connect(tmp_path / "store.sock") as store,
+        store.create("name", MIB, exporter="udmabuf") as made,
+        dmabuf.allocate(MIB, exporter="udmabuf") as buffer,
+    ):
+        made.pwrite(DATA[:MIB], 0)
+        buffer.pwrite(poison(MIB), 0)
+        busy = card.handle_of((made if end == "node" else buffer).slabs[0].fd)
+        with card.ending(card.job("write", busy)):
+            there.fetch("name", buffer)
+        assert_same(buffer.pread(MIB, 0), DATA[:MIB], "the buffer")
+        if end == "client":
+            job = card.job("write", busy)
+            for move in (there.fetch, there.publish):
+                with pytest.raises(TimeoutError, match="a device still"):
+                    move("name", buffer, timeout=0.05)
+            card.done(job)
+            assert_same(there.fetch("name", buffer) and buffer.pread(MIB, 0), DATA[:MIB], "again")
