@@ -188,6 +188,7 @@ def test_png(name, pixels, color, expected, camera, tmp_path: Path, capsys: Capt
     camera.expose = lambda: expose(pixels if camera.sequence == 2 else bytes(len(pixels)))
     ended = record(capsys, tmp_path / "out.png", "-n", 3)
     assert (ended.status, ended.err) == (0, "")
+    assert ended.out.startswith("1 frame, ")
     with PIL.Image.open(tmp_path / "out.png") as picture:
         assert picture.size == (64, 32)
         found = np.asarray(picture)

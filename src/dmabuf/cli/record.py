@@ -384,8 +384,9 @@ def _report(args: Namespace, target: End, about: Recording, recording: _Written)
         output.say_json(record, stream=target.report_stream)
     elif not args.quiet:
         lost = f"{recording.lost} lost" if recording.lost else "none lost"
+        frames = f"{len(recording.frames)} frame" + "s" * (len(recording.frames) != 1)
         output.say(
-            f"{len(recording.frames)} frames, {output.decimal(recording.nbytes)} in "
+            f"{frames}, {output.decimal(recording.nbytes)} in "
             f"{recording.seconds:.2f} s, {lost}: {about.width}x{about.height} "
             f"{about.fourcc}, written {' and '.join(recording.routes)} ({recording.reason}), "
             f"{output.decimal(recording.copied)} copied by the CPU",
