@@ -670,7 +670,9 @@ static void far_edges(struct dmb_ring *ring)
 static void flush_of_edges(void)
 {
 	static const struct kind in_place = {DMB_BACKEND_THREADS, 0, 0};
+	const uint64_t over_a_page[] = {100, 0, PAGE};
 	struct dmb_result result;
+	struct dmb_ring *ring;
 	struct memory memory;
 	struct dmb_job job;
 	struct file file;
@@ -684,6 +686,13 @@ static void flush_of_edges(void)
 	CHECK_EQUAL(attempt(&in_place, &job, &result), 0);
 	CHECK(flushed.start <= 100 && flushed.start >= 0);
 	CHECK_EQUAL(flushed.end, dmb_align_up(segments[6] + segments[8], PAGE));
+	context("flush of edges", 1); /* one of several requests, which ends in another page */
+	job.block = job.offset_align;
+	CHECK_EQUAL(dmb_ring_create(in_place.backend, in_place.depth, in_place.flags, &ring), 0);
+	CHECK_EQUAL(transfer(ring, &job, over_a_page, 1).nbytes, over_a_page[2]);
+	dmb_ring_destroy(ring);
+	CHECK_EQUAL(flushed.start, 0);
+	CHECK_EQUAL(flushed.end, 2 * PAGE);
 	memory_unmap(&memory);
 	file_close(&file);
 }
