@@ -339,7 +339,7 @@ def small_changes_of_python(text: str) -> Iterator[tuple[int, str, str]]:
 TESTS_OF_TRANSFERS = (
     "transfer", "route", "file", "lone", "growth", "transfer_errors", "audit", "engine", "native",
     "native_files", "transfer_cache", "transfer_targets", "stream", "facts", "unsized", "together",
-    "reentrancy", "transfer_interrupt", "copy", "aio", "apart", "many", "one_descriptor",
+    "reentrancy", "transfer_interrupt", "copy", "aio", "shared_pages", "many", "one_descriptor",
 )  # fmt: skip
 """The files of tests/unit whose tests run on a changed package, in this order."""
 
@@ -448,7 +448,7 @@ class PackageBench:
         tests = [f"tests/unit/test_{name}.py" for name in TESTS_OF_TRANSFERS]
         run = self._run("coverage", "run", f"--rcfile={settings}", "-m", "pytest", *OPTIONS, *tests)
         if run.returncode:
-            raise SystemExit(f"the tests fail without a change:\n{run.stdout}")
+            raise SystemExit(f"the tests fail without a change:\n{run.stdout}{run.stderr}")
 
     def _run(self, *command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -486,6 +486,8 @@ class PackageBench:
             run = self._run("pytest", *OPTIONS, "-x", *self._tests(file, line))
         finally:
             path.write_text(before)
+        if "not found: " in run.stderr:
+            raise SystemExit(run.stderr)
         failed = [one for one in run.stdout.splitlines() if one.startswith(("FAILED", "ERROR"))]
         return (failed or [f"pytest ends with {run.returncode}"])[0] if run.returncode else ""
 
