@@ -4,6 +4,7 @@ import contextlib
 import mmap
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -412,6 +413,25 @@ def test_a_name_of_the_store(store: dmabuf.store.Store, number: signal.Signals) 
         assert finish(process) == Ended(0, "", "")
         assert not os.path.exists(path)
         assert_same(buffer.pread(SIZE, 0), pattern(SIZE, 2), "the buffer")
+
+
+def test_a_signal_while_systemd_is_slow(store: dmabuf.store.Store, tmp_path: Path) -> None:
+    """The device is announced, so the signal is its regular end, even before the command waits."""
+    store.create("disk", SIZE).close()
+    path = str(tmp_path / "notify")
+    kind = socket.SOCK_DGRAM
+    with socket.socket(socket.AF_UNIX, kind) as systemd, socket.socket(socket.AF_UNIX, kind) as one:
+        systemd.bind(path)
+        one.connect(path)
+        one.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                one.send(b"another one's")
+        how = {"env": os.environ | {"NOTIFY_SOCKET": path}}
+        process = start("export", "--block", "--socket", store.path, "disk", **how)
+        assert process.stdout.readline().startswith(b"disk: /dev/ublkb")
+        process.send_signal(signal.SIGTERM)
+        assert finish(process) == Ended(0, "", "")
 
 
 def test_content_that_is_final_becomes_a_read_only_device(store: dmabuf.store.Store) -> None:

@@ -45,7 +45,8 @@ def _run(args: Namespace) -> None:
             text = f"its {status.length} bytes are not whole sectors"
             fix = f"put a file that `truncate -s %{ublk.SECTOR} FILE` has made longer"
             raise ValueError(f"{args.name}: {text}; {fix}")
-        with as_block_device(buffer, size=status.length) as device:
+        with as_block_device(buffer, size=status.length) as device, suppress(KeyboardInterrupt):
+            # SIGINT, SIGTERM and SIGHUP are the regular end as soon as anybody has read of it.
             told = Exported(args.name, device.path, device.size, device.read_only)
             if args.json:
                 output.say_json(told)
@@ -53,8 +54,7 @@ def _run(args: Namespace) -> None:
                 how = "read-only" if told.read_only else "writable"
                 output.say(f"{told.name}: {told.device}, {told.size} bytes, {how}")
             notify_systemd("READY=1")
-            with suppress(KeyboardInterrupt):  # SIGINT, SIGTERM or SIGHUP: the regular end
-                device.wait()
+            device.wait()
 
 
 def _open(store: Store, name: str, read_only: bool) -> tuple[Buffer, Status]:
