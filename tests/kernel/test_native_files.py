@@ -173,6 +173,12 @@ def test_devices_and_filesystems_that_are_refused(heap, engine, tmp_path):
 # -- files that nobody changes
 
 
+def share_blocks(path, clone):
+    """Make a file of the same blocks, on xfs."""
+    with path.open("rb") as file, clone.open("wb") as copy:
+        fcntl.ioctl(copy, 0x40049409, file.fileno())  # FICLONE
+
+
 def write_scattered(path, size=SIZE):
     """Write a file in many extents, with holes, unwritten parts and an end within a block."""
     with path.open("wb", buffering=0) as file, path.with_suffix(".other").open("wb") as other:
@@ -208,6 +214,25 @@ def test_every_byte(filesystem, buf, engine):
         transfer = read_and_compare(file, reference, buf, SIZE, route="native", audit="always")
         assert "every byte" in transfer.audited
     os.close(reference)
+
+
+@everything
+def test_shared_blocks_with_newer_bytes_in_the_page_cache(filesystem, heap, engine):
+    """The read finds the newer bytes, which get blocks of their own; the other file keeps its."""
+    if not filesystem.name.startswith("xfs"):
+        return
+    path, clone = filesystem / "shared", filesystem / "clone"
+    path.write_bytes(pattern(SIZE, 1))
+    share_blocks(path, clone)
+    with path.open("r+b") as newer, clone.open("rb") as older:
+        for block in (0, 7, 8, 100):
+            os.pwrite(newer.fileno(), pattern(PAGE, block), block * PAGE)
+        for at, reference in ((path, newer), (clone, older)):
+            with dmabuf.open(at, engine=engine) as file:
+                read_and_compare(file, reference.fileno(), heap, SIZE, route="native")
+        assert older.read() == pattern(SIZE, 1)
+    path.unlink()
+    clone.unlink()
 
 
 @everything
@@ -326,8 +351,7 @@ def rename(foe):
 def reflink(foe):
     """Share the blocks, write, which moves them, and give the shared ones to another file."""
     clone = foe.path.with_suffix(".clone")
-    with foe.path.open("rb") as file, clone.open("wb") as copy:
-        fcntl.ioctl(copy, 0x40049409, file.fileno())  # FICLONE
+    share_blocks(foe.path, clone)
     foe.write()
     clone.unlink()
     foe.take_freed_blocks()
