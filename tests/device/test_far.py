@@ -5,6 +5,7 @@ import errno
 import fcntl
 import mmap
 import os
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -18,6 +19,7 @@ from tests.guards import DAX, needs
 from tests.kernel.test_exporters import through_dmabuf
 from tests.support import (
     PAGE,
+    PATIENCE,
     assert_same,
     drop_cache,
     fill,
@@ -250,6 +252,51 @@ def test_device_dax_goes_to_another_process_and_to_programs() -> None:
         "        assert file.way == 'fuse' and file.read() == data, 'as a file'\n",
         DAX,
     )
+
+
+_TAKEN = """
+import os, sys, dmabuf
+node, drive, size, first = *sys.argv[1:3], int(sys.argv[3]), sys.argv[4]
+with dmabuf.allocate(size, exporter=node) as buffer, dmabuf.open(drive, "r+") as file:
+    print(buffer.size, flush=True)
+    sys.stdin.readline()
+    if first == "the CPU":
+        buffer.pread(1, 0)
+    for act in (file.read_into, file.write_from):
+        try:
+            print(act(buffer, 4096), flush=True)
+        except dmabuf.RouteUnavailable as error:
+            print(error, flush=True)
+    try:
+        buffer.pread(1, 0)
+    except OSError as error:
+        print(error)
+"""
+
+
+@needs("dax", "nvme", "root")
+@pytest.mark.parametrize("first", ["the CPU", "a transfer"])
+def test_a_device_that_is_taken_away(first: str) -> None:
+    """As `daxctl disable-device` does it. A transfer is refused, and so is the CPU afterwards."""
+    driver, name = Path("/sys/bus/dax/drivers/device_dax"), Path(DAX).name
+    command = [sys.executable, "-c", _TAKEN, DAX, os.environ["DMABUF_TEST_NVME0"], SIZE, first]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(list(map(str, command)), stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdout.readline() == f"{SIZE}\n"
+        (driver / "unbind").write_text(name)
+        try:
+            told = process.communicate("\n", timeout=PATIENCE)[0].splitlines()
+        finally:
+            (driver / "bind").write_text(name)
+    gone = f"{DAX} was taken away, and its memory with it; close the buffer"
+    if first == "the CPU":
+        assert (process.returncode, told) == (-signal.SIGBUS, [])
+    else:
+        assert (process.returncode, len(told)) == (0, 3)
+        assert all(f"direct, staged, buffered: {gone}" in line for line in told[:2]), told
+        assert told[2] == gone
+    with dmabuf.allocate(SIZE, exporter=DAX) as buffer:
+        transfers(buffer, require="zero-copy")
 
 
 @needs("dax")

@@ -102,6 +102,28 @@ def test_peer_memory_is_zeroed_and_not_shared(machine: Path) -> None:
                 attempt(buffer)
 
 
+@pytest.mark.parametrize("size", [PAGE, SIZE], ids=["small", "large"])
+@pytest.mark.parametrize("verb", ["read_into", "write_from"])
+@pytest.mark.parametrize("kind", ["dax", "peer"])
+def test_memory_that_was_taken_away(
+    machine: Path, path: Path, kind: str, verb: str, size: int
+) -> None:
+    """A mapping beyond the end of its file fails as one whose device is gone."""
+    exporter, file = {
+        "dax": (f"{machine}/dax0.0", machine / "dax0.0"),
+        "peer": (PEER, machine / f"sys/bus/pci/devices/{ADDRESS}/p2pmem/allocate"),
+    }[kind]
+    with allocate(SIZE, exporter=exporter) as buffer, dmabuf.open(path, "r+") as other:
+        os.truncate(file, 0)
+        why = f"{exporter} was taken away, and its memory with it; close the buffer"
+        with pytest.raises(dmabuf.RouteUnavailable) as caught:
+            getattr(other, verb)(buffer, size)
+        assert f"direct, staged, buffered: {why}" in str(caught.value)
+        with pytest.raises(io.UnsupportedOperation, match=re.escape(why)):
+            buffer.pread(1, 0)
+    assert_same(path.read_bytes(), pattern(SIZE, 1), "the file")
+
+
 @pytest.mark.parametrize(
     ("exporter", "size", "number", "text"),
     [

@@ -341,7 +341,7 @@ class Buffer(
     memfd: int | None
     """The memfd behind the slabs and the mapping, for another process of the same program."""
     map_refusal: str | None
-    """Why the CPU cannot map the memory; None if it can."""
+    """Why the CPU cannot access the memory; None if it can, as far as known."""
     registration_refusal: str | None
     """Why io_uring must not pin the mapping's pages for long (register them); None if it may."""
     peer: str | None

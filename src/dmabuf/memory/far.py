@@ -57,6 +57,28 @@ def allocate(size: int, exporter: str, name: str | None) -> Buffer:
     return _allocate_peer(size, exporter, name)
 
 
+def loss_of(buffer: Buffer) -> str | None:
+    """Return why the mapping of memory of this module ended; None if it did not, or has another.
+
+    The kernel ends it when the driver leaves the device: `daxctl disable-device`, or a drive that
+    is removed. Access by the CPU then ends the process (SIGBUS), and a system call gets EFAULT.
+    """
+    if not is_far(buffer.exporter):
+        return None
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    try:
+        with buffer.view(0, 1) as view:
+            os.write(writer, view)
+    except OSError as error:
+        if error.errno == errno.EFAULT:
+            return f"{buffer.exporter} was taken away, and its memory with it; close the buffer"
+        raise
+    finally:
+        os.close(reader)
+        os.close(writer)
+    return None
+
+
 def _zero(memory: mmap.mmap) -> None:
     for at in range(0, len(memory), len(_ZEROS)):
         part = min(len(_ZEROS), len(memory) - at)

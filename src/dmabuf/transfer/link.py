@@ -159,7 +159,7 @@ class Link:
         """Compute why each route is impossible whatever the range; None for no objection."""
         target, buffer = self.target, self.buffer
         address = buffer.address
-        no_mapping = None if address is not None else buffer.map_refusal
+        no_mapping = buffer.map_refusal
         if target.stream is not None:
             text = f"{target.stream} is read and written in order, by the kernel's copy"
             refusals: dict[Route, str | None] = dict.fromkeys(ROUTES, text)

@@ -19,7 +19,7 @@ from typing import Any
 
 from dmabuf.errors import ClosedError, os_error
 from dmabuf.kernel import files, log, nvme, proc, process
-from dmabuf.memory import Buffer
+from dmabuf.memory import Buffer, far
 from dmabuf.sizes import OFFSET_MAX
 from dmabuf.transfer import audit
 from dmabuf.transfer.engine import Engine
@@ -389,7 +389,8 @@ class Target:
     def learn_about_memory(self, buffer: Buffer, error: int) -> bool:
         """Record an errno of a direct request that is about the memory; return whether it is."""
         if error == errno.EFAULT:
-            buffer.pin_refusal = (
+            buffer.map_refusal = far.loss_of(buffer)
+            buffer.pin_refusal = buffer.map_refusal or (
                 "the kernel cannot pin the pages behind the buffer's mapping (EFAULT); allocate it "
                 'with exporter="udmabuf" or "memfd"'
             )
