@@ -38,8 +38,12 @@ test-devices: $(VENV)/ready
 	for kernel in backports stable; do \
 		lab/run --kernel $$kernel --timeout 3600 --devices all --out $(DEVICE_RUNS)/$$kernel -- \
 			sh -c '$(IN_GUEST) tests/device && $(IN_GUEST) -m device_table tests/kernel' || exit; \
+		lab/run --kernel $$kernel --devices cxl --out $(DEVICE_RUNS)/$$kernel-cxl -- \
+			$(IN_GUEST) tests/device/test_cxl.py || exit; \
+		lab/run --kernel $$kernel --guests 2 --devices cxl --memory 2G \
+			--out $(DEVICE_RUNS)/$$kernel-shared -- \
+			$(IN_GUEST) -m device_table tests/guests/test_shared_memory.py || exit; \
 	done
-	lab/run --devices cxl --out $(DEVICE_RUNS)/cxl -- $(IN_GUEST) tests/device/test_cxl.py
 	for pages in 4k 16k; do \
 		lab/run --arch arm64 --page-size $$pages --timeout 7200 --devices all \
 			--out $(DEVICE_RUNS)/arm64-$$pages -- \
@@ -203,12 +207,14 @@ lab-tests-1 lab-tests-2: lab-tests-%: $(VENV)/ready
 	lab/run --timeout 2700 --devices all -- python3 -m pytest --timeout 600 $(LAB_TESTS_$*)
 
 # Not part of `make test`: NVMe over TCP in one guest; then tests between two guests, of which one
-# loses its power and boots again, and which have RDMA.
+# loses its power and boots again, and which have RDMA and the memory of an nvdimm; then the memory
+# of a CXL device, which no guest has beside an nvdimm.
 .PHONY: test-guests
 test-guests: $(VENV)/ready
 	tools/install-system-packages $$(lab/run --apt-packages)
 	lab/run --devices nvmf -- python3 -m pytest --timeout 600 $(FABRICS)
 	lab/run --guests 2 --devices nvmf,dax,rdma --memory 2G -- python3 -m pytest --timeout 600 tests/guests
+	lab/run --guests 2 --devices cxl --memory 2G -- python3 -m pytest --timeout 600 tests/guests/test_shared_memory.py
 
 # Other loaders side by side: takes minutes, downloads 2 GiB, and needs 5 GiB of disk and, as root,
 # 10 GiB of memory.

@@ -106,7 +106,7 @@ for ((i = 0; i < 300; i++)); do
     [ -e namespace0.0/uuid ] && break
     sleep 0.1
 done
-cat /proc/sys/kernel/random/uuid > namespace0.0/uuid
+echo 64616b73-6861-4265-8000-6d656d6f7279 > namespace0.0/uuid # the same one in each guest
 echo 0x10000000 > namespace0.0/size
 cd region0
 {_TO_DAX}
@@ -193,7 +193,8 @@ DEVICES = {
         setup=_DEVDAX,
     ),
     "cxl": Device(
-        "a CXL memory device (type 3) of 256 MiB, whose persistent memory is /dev/dax0.0",
+        "a CXL memory device (type 3) of 256 MiB, whose persistent memory is /dev/dax0.0; two "
+        "guests have the same memory",
         qemu=(
             # The kernel programs the decoders only where it takes the machine for a real one, and
             # qboot lacks the tables of ACPI.
@@ -216,6 +217,7 @@ DEVICES = {
             *("nd_pmem", "dax_pmem", "device_dax"),
         ),
         alone=True,
+        both=True,
         excludes=("numa", "dax"),
         setup=_CXL,
     ),
@@ -259,11 +261,12 @@ def named(value: str, processor: Processor) -> tuple[Device, ...]:
 def lacked(devices: Collection[Device], processor: Processor) -> list[str]:
     """Return the names of devices that a guest with these lacks; tests that need one are skipped.
 
-    They are those that the processor lacks, and those that exclude one of these.
+    They are those that the processor lacks, and those that cannot be together with one of these.
     """
     excluded = {
         name
         for name, device in DEVICES.items()
         if any(DEVICES[other] in devices for other in device.excludes)
+        or any(name in one.excludes for one in devices)
     }
     return sorted({*processor.lacks, *excluded})

@@ -53,7 +53,8 @@ def _wire(ends: dict[str, int], index: int) -> Wire:
     for number, (name, network) in enumerate(NETWORKS.items(), 1):
         mac = f"52:54:00:00:0{number}:0{index + 1}"
         words += ["-netdev", f"dgram,id={name},local.type=fd,local.str={ends[name]}"]
-        words += ["-device", f"virtio-net-pci,netdev={name},mac={mac},host_mtu={MTU},romfile="]
+        device = f"virtio-net-pci,bus=pcie.0,netdev={name},mac={mac},host_mtu={MTU},romfile="
+        words += ["-device", device]
         lines += f"{mac} {name}0 {network}.{index + 1}\n"
     words += ["-chardev", f"socket,id=second,fd={ends['monitor']}"]
     if index == 0:

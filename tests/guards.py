@@ -346,17 +346,15 @@ DAX = "/dev/dax0.0"
 """The device DAX node that tests may overwrite."""
 
 
-def _dax() -> str | None:
+def _devdax(*names: str) -> str | None:
+    """Return why the node is not of one of the lab's devices with these names."""
+    fix = f"lab/run --devices {names[0]}"
     if os.environ.get("DMABUF_REQUIRE") is None:  # elsewhere it may hold somebody's bytes
-        return "only the lab's device may be overwritten (lab/run --devices dax)"
-    return _device(DAX, "lab/run --devices dax")
-
-
-def _cxl() -> str | None:
+        return f"only the lab's device may be overwritten ({fix})"
     folder = Path("/sys/bus/dax/devices", Path(DAX).name).resolve()
-    if "/ACPI0017:00/" not in str(folder):  # the root of a machine's CXL
-        return f"{DAX} is not of CXL memory (lab/run --devices cxl)"
-    return _dax()
+    kind = "cxl" if "/ACPI0017:00/" in str(folder) else "dax"  # the root of a machine's CXL
+    other = None if kind in names else f"{DAX} is of --devices {kind} ({fix})"
+    return _device(DAX, fix) or other
 
 
 def nvme_drive(serial: str) -> str | None:
@@ -407,8 +405,9 @@ _GUARDS: dict[str, Callable[[], str | None]] = {
     ),
     "codecs": _codecs,
     "numa": _numa,
-    "dax": _dax,
-    "cxl": _cxl,
+    "devdax": lambda: _devdax("dax", "cxl"),
+    "dax": lambda: _devdax("dax"),
+    "cxl": lambda: _devdax("cxl"),
     "p2pmem": _p2pmem,
     "vulkan": _vulkan,
     "libva": _libva,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import dmabuf
-from tests.device.test_far import nodes_of, transfers
+from tests.device.test_far import free_on, nodes_of, transfers
 from tests.guards import DAX, needs
 from tests.kernel.test_exporters import through_dmabuf
 from tests.support import assert_same, pattern, poison, raises_errno, run
@@ -98,7 +98,7 @@ def test_movable_cxl_memory_is_used_by_memfds_only(node: int) -> None:
 
 
 @pytest.mark.device_table("CXL memory, as a NUMA node", "export", "read", "write", "zero-copy")
-@needs("cxl", "nvme", "udmabuf")
+@needs("cxl", "nvme", "udmabuf", "dma_heap")
 @pytest.mark.usefixtures("huge_page")
 @pytest.mark.parametrize("node", ["online_kernel"], indirect=True)
 def test_dma_bufs_are_on_ordinary_cxl_memory(node: int) -> None:
@@ -114,3 +114,9 @@ def test_dma_bufs_are_on_ordinary_cxl_memory(node: int) -> None:
                 if buffer.is_dmabuf:
                     data = through_dmabuf(buffer.slabs[0])
                     assert_same(data, poison(size), "the dma-buf's own bytes")
+    size, slack = 16 << 20, 4 << 20  # free pages that processors keep for themselves
+    before = free_on(node)
+    with dmabuf.allocate(size, exporter="system", numa_node=node):
+        assert size - slack < before - free_on(node) < size + slack
+    with dmabuf.allocate(SIZE, exporter="system", numa_node=node) as buffer:
+        transfers(buffer, route="staged")

@@ -1,4 +1,7 @@
-"""Memory that two machines have: every byte of each direction, early readers, writers that die."""
+"""Memory that two machines have: every byte of each direction, early readers, writers that die.
+
+It is of an nvdimm or of a CXL device: two runs of the lab, because a guest has one of the two.
+"""
 
 import hashlib
 import mmap
@@ -9,19 +12,26 @@ from pathlib import Path
 
 import pytest
 
-import dmabuf
-from tests.guards import DAX, needs
+from tests.guards import DAX, demand, needs
 from tests.guests.peer import befall, python, running, there
-from tests.support import assert_same, pattern, poison, wait_until
+from tests.support import assert_same, pattern, poison, run, wait_until
 
-everything = needs("peer", "dax")
+everything = needs("peer", "devdax")
 
 EXAMPLE = "examples/shared_memory.py"
-COPY = "/var/tmp/copy.bin"
+FILES = Path("/var/tmp/files")
+COPY = FILES / "copy.bin"
 DATA = 4096
 SIZE = (6 << 20) + 123
 ALL = 8 << 20
 """Bytes of the memory that are compared."""
+
+_MOUNT = """
+mountpoint -q "$0" && exit
+mkdir -p "$0"
+blkid "$DMABUF_TEST_NVME1" || mkfs.ext4 -q "$DMABUF_TEST_NVME1"
+mount "$DMABUF_TEST_NVME1" "$0"
+"""
 
 _FILE = """
 import sys
@@ -58,6 +68,16 @@ with open(disk, "r+b", buffering=0) as plain:
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def files() -> Iterator[None]:
+    """A folder on an NVMe drive of each machine: QEMU's virtio drives do not reach CXL memory."""
+    run("sh", "-c", _MOUNT, FILES)
+    there("sh", "-c", _MOUNT, FILES)
+    yield
+    run("umount", FILES)
+    there("umount", FILES)
+
+
 @pytest.fixture
 def memory() -> Iterator[mmap.mmap]:
     """The memory by a plain mapping of this guest, with poison that the other guest finds, too."""
@@ -70,7 +90,7 @@ def memory() -> Iterator[mmap.mmap]:
 @pytest.fixture
 def target() -> Iterator[Path]:
     """A file that `get` replaces, in a folder of its own."""
-    path = Path("/var/tmp/got/copy.bin")
+    path = FILES / "got/copy.bin"
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(poison(SIZE))
     yield path
@@ -107,8 +127,24 @@ def refused(target: Path, why: str) -> None:
     assert_same(target.read_bytes(), poison(SIZE), "the file that was to be replaced")
 
 
-@needs("peer", "dax", "nvme")
-def test_drives_of_one_machine_move_bytes_of_the_other(memory: mmap.mmap) -> None:
+@needs("peer", "devdax", "nvme")
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "dax",
+        pytest.param(
+            "cxl",
+            marks=pytest.mark.device_table(
+                "CXL memory, shared by two machines", "read", "write", "zero-copy"
+            ),
+        ),
+    ],
+)
+def test_drives_of_one_machine_move_bytes_of_the_other(memory: mmap.mmap, kind: str) -> None:
+    """One side is a plain mapping; the other one is this library and a drive."""
+    demand(kind)
+    if kind == "cxl":
+        assert there("sh", "-c", "cat /sys/bus/cxl/devices/region*/commit") == "1"
     size = SIZE // DATA * DATA
     data, expected = pattern(size, 4), bytearray(poison(ALL))
     assert python(_MOVE, DAX, "read_into", size, 4) == f"direct 0 {sha256(data)}"
@@ -116,9 +152,7 @@ def test_drives_of_one_machine_move_bytes_of_the_other(memory: mmap.mmap) -> Non
     assert_same(memory[:], bytes(expected), "what a drive of the other machine wrote")
 
     data = pattern(size, 5)
-    with open(DAX, "r+b", buffering=0) as node, dmabuf.from_fd(node) as buffer:
-        buffer.pwrite(data, DATA)
-    expected[DATA : DATA + size] = data
+    memory[DATA : DATA + size] = expected[DATA : DATA + size] = data
     found = python(_MOVE, DAX, "write_from", size, 6)
     assert found == f"direct 0 {sha256(expected[:size])}"
     assert_same(memory[:], bytes(expected), "the memory that was written from")
@@ -167,7 +201,7 @@ def test_nothing_is_got_from_a_writer_that_has_not_finished(
         else:
             befall("kill")
     if end != "finishes":
-        there("test", "-c", DAX)  # once it has booted
+        there("sh", "-c", _MOUNT, FILES)  # once it has booted
         refused(target, "a writer is at work, or died")
         put_there(9)
     assert_same(got(target), data, "the copy")
