@@ -1,6 +1,7 @@
 """Shared helpers of the tests: data and poison, comparisons by plain pread, and block devices."""
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import gc
@@ -305,6 +306,27 @@ def loop_device(image: Path, size: int, block: int = 512) -> Iterator[str]:
         yield device
     finally:
         run("losetup", "--detach", device)
+
+
+@contextlib.contextmanager
+def partition(disk: str, start: int, size: int) -> Iterator[str]:
+    """Make a partition of a disk without a table (BLKPG), and return its path."""
+    fd = os.open(disk, os.O_RDWR)
+
+    def request(operation: int) -> None:
+        part = struct.pack("=qqi64s64s4x", start, size, 7, b"", b"")
+        data = ctypes.create_string_buffer(part, len(part))
+        argument = struct.pack("=iii4xQ", operation, 0, len(part), ctypes.addressof(data))
+        fcntl.ioctl(fd, 0x1269, argument)  # BLKPG
+
+    try:
+        request(1)  # BLKPG_ADD_PARTITION
+        try:
+            yield f"{disk}p7"
+        finally:
+            request(2)  # BLKPG_DEL_PARTITION
+    finally:
+        os.close(fd)
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ from tests.support import (
     PAGE,
     assert_same,
     mounted,
+    partition,
     pattern,
     poison,
     ranges,
@@ -78,27 +79,6 @@ def best(buffer):
 
 
 # -- devices
-
-
-@contextlib.contextmanager
-def partition(disk, start, size):
-    """Make a partition of a disk without a table (BLKPG), and return its path."""
-    fd = os.open(disk, os.O_RDWR)
-
-    def request(operation):
-        part = struct.pack("=qqi64s64s4x", start, size, 7, b"", b"")
-        data = ctypes.create_string_buffer(part, len(part))
-        argument = struct.pack("=iii4xQ", operation, 0, len(part), ctypes.addressof(data))
-        fcntl.ioctl(fd, 0x1269, argument)  # BLKPG
-
-    try:
-        request(1)  # BLKPG_ADD_PARTITION
-        try:
-            yield f"{disk}p7"
-        finally:
-            request(2)  # BLKPG_DEL_PARTITION
-    finally:
-        os.close(fd)
 
 
 @contextlib.contextmanager

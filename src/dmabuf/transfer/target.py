@@ -230,8 +230,9 @@ class Target:
     def gone(self, result: Any = None) -> bool:
         """Return whether the file is a device that was removed.
 
-        A removed disk has size 0. A partition keeps its size but is missing from sysfs. `result` is
-        that of the C core: passthrough to a removed namespace answers ENODEV, and no NVMe status.
+        A removed disk has size 0. A partition keeps its size but is missing from sysfs; before that
+        its disk has size 0, and requests already fail. `result` is that of the C core: passthrough
+        to a removed namespace answers ENODEV, and no NVMe status.
         """
         if self.namespace is not None:
             return result is not None and result.error == errno.ENODEV and not result.nvme_status
@@ -239,8 +240,10 @@ class Target:
             return False
         number = os.fstat(self.fd).st_rdev
         listed = f"/sys/dev/block/{os.major(number)}:{os.minor(number)}"
-        return not files.size_of(self.fd, self.kind) or (
-            os.path.isdir("/sys/dev/block") and not os.path.exists(listed)
+        return (
+            not files.size_of(self.fd, self.kind)
+            or (os.path.isdir("/sys/dev/block") and not os.path.exists(listed))
+            or proc.number(listed, "../size") == 0
         )
 
     def lost_path(self, result: Any) -> str | None:
