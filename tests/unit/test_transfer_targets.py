@@ -26,7 +26,6 @@ from tests.support import (
     drop_cache,
     exercise,
     fill,
-    in_the_middle,
     loop_device,
     mounted,
     partition,
@@ -147,15 +146,18 @@ def test_a_device_that_is_gone_under_a_transfer(tmp_path, buf, engine, kind, ver
 
     A partition keeps its size until it is removed, and a loop device still writes there.
     """
-    image = tmp_path / "image"
+    image, done = tmp_path / "image", []
 
     def gone():
         os.truncate(image, 0)  # a write in flight may have made it longer again
         run("losetup", "--set-capacity", disk)
         return run("blockdev", "--getsize64", disk) == "0"
 
-    def vanish():
-        wait_until(gone, "a disk without bytes")
+    def vanish(completion):
+        done.append(completion.offset)
+        if len(done) == (-(-LIMIT // engine.block_size) if sync else 1):
+            wait_until(gone, "a disk without bytes")
+        return completion.result
 
     with contextlib.ExitStack() as stack:
         disk = stack.enter_context(loop_device(image, LIMIT))
@@ -163,9 +165,8 @@ def test_a_device_that_is_gone_under_a_transfer(tmp_path, buf, engine, kind, ver
         if kind == "partition":
             device = stack.enter_context(partition(disk, 0, LIMIT))
         file = stack.enter_context(dmabuf.open(device, "r+", engine=engine))
-        requests = -(-LIMIT // engine.block_size)
         with (
-            in_the_middle(requests if sync else 1, 0, vanish),
+            Filter(vanish),
             raises_errno(errno.ENODEV, GONE, filename=device) as caught,
         ):
             if verb == "read":
