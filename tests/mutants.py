@@ -343,7 +343,7 @@ TESTS_OF_TRANSFERS = (
 )  # fmt: skip
 """The files of tests/unit whose tests run on a changed package, in this order."""
 
-OPTIONS = "-q", "-p", "no:cacheprovider", "--timeout", "180"
+OPTIONS = "-q", "-p", "no:cacheprovider", "--timeout", "60"
 """Of pytest. A test that takes longer has noticed the change."""
 TIMEOUT = 120
 """Seconds in which each of the core's tests ends."""
