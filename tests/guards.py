@@ -440,6 +440,7 @@ _GUARDS: dict[str, Callable[[], str | None]] = {
     "xxd": lambda: _program("xxd", "xxd"),
     "gcc": lambda: _program("gcc", "gcc"),
     "av": lambda: _python("av", "pip install av"),
+    "pydantic": lambda: _python("pydantic", "pip install pydantic"),
     "torch": lambda: _python("torch", "pip install torch; its CPU build is 200 MB"),
     "gguf": lambda: _python("gguf", "pip install gguf"),
     "pyarrow": lambda: _python("pyarrow", "pip install pyarrow"),

@@ -5,13 +5,16 @@ import functools
 import importlib
 import importlib.metadata
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 from dmabuf import errors, safetensors
 from dmabuf.cli import COMMANDS
+from tests.guards import needs
 from tests.pages import PAGES, header_of_model
+from tests.support import run
 from tests.unit.command import dmabuf as command
 
 ROOT = Path(__file__).parents[2]
@@ -176,6 +179,16 @@ def test_the_manual_pages_name_every_command_and_option(capsys):
         told = command(capsys, name, "--help").out
         for option in set(re.findall(r"(?<!\S)--[a-z-]+", told)) - {"--help"}:
             assert option in pages[f"dmabuf-{name}"], f"{name} {option}: run `make man`"
+
+
+@needs("pydantic")
+def test_the_schemas_are_those_of_the_records(tmp_path):
+    run(sys.executable, ROOT / "tools/write_schemas.py", tmp_path)
+    published = ROOT / "docs/reference/schemas"
+    made = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert set(made) <= {path.name for path in published.iterdir()}
+    for name, text in made.items():
+        assert (published / name).read_text() == text, f"{name}: run `make schemas`"
 
 
 def test_the_reference_names_every_exception():
