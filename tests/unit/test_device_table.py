@@ -46,6 +46,10 @@ def test_is_skipped_once(size): pass
 @pytest.mark.skip
 def test_is_skipped(): pass
 
+@proves("a camera", "export", by="a fake driver")
+@pytest.mark.xfail
+def test_of_a_fake_for_which_this_kernel_is_too_old(): assert False
+
 @pytest.fixture
 def stuck():
     yield
