@@ -237,6 +237,7 @@ static void cancelled(struct dmb_ring *ring)
 		in_flight = ring->in_flight;
 		dmb_batch_drain(batch);
 		CHECK_EQUAL(cancels, in_flight);
+		CHECK_EQUAL(batch->phase, DONE);
 		ring->ops = real;
 		dmb_batch_destroy(batch);
 		check_idle(ring);
