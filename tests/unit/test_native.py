@@ -232,9 +232,15 @@ def test_a_device_that_is_gone(path, buf, engine, number, expected):
     def answer(completion):
         return -number if completion.straight else completion.result
 
-    with dmabuf.open(path, engine=engine) as file, Filter(answer):
+    registered = []
+    with (
+        dmabuf.open(path, engine=engine) as file,
+        Filter(answer),
+        emulation.registrar(lambda *_: registered.append(True) or 0),
+    ):
         with pytest.raises(OSError) as caught:
             file.read_into(buf)
+        assert len(registered) == 17 or number == errno.EIO  # a bad medium answers that, too
         error = caught.value
         assert (error.errno, error.filename, error.nbytes) == (expected, str(path), 0)
         assert expected != errno.ENODEV or "the device was removed, or" in str(error)
