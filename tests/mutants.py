@@ -340,6 +340,7 @@ TESTS_OF_TRANSFERS = (
     "transfer", "route", "file", "lone", "growth", "transfer_errors", "audit", "engine", "native",
     "native_files", "transfer_cache", "transfer_targets", "stream", "facts", "unsized", "together",
     "reentrancy", "transfer_interrupt", "copy", "aio", "shared_pages", "many", "one_descriptor",
+    "nvme", "progress", "safetensors_shards", "sending", "aio_cancel",
 )  # fmt: skip
 """The files of tests/unit whose tests run on a changed package, in this order."""
 
