@@ -55,7 +55,7 @@ TRANSFERS = {
 def test_a_transfer_reports_on_its_way_and_at_its_end(path, buf, often, move):
     calls = Calls()
     with dmabuf.open(path, "r+") as file:
-        move(file, buf, calls)
+        assert move(file, buf, calls).nbytes == SIZE
     assert calls[-1] == (SIZE, SIZE) and {total for _, total in calls} == {SIZE}
     assert calls == sorted(calls) and len(calls) > 2
 
