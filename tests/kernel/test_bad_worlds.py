@@ -128,3 +128,5 @@ def test_a_file_larger_than_the_memory_of_its_cgroup(tmp_path: Path) -> None:
         for number in range(2 * LIMIT >> 20):
             assert_same(other.read(1 << 20), one.read(1 << 20), f"MiB {number}: {done.stdout}")
         assert not other.read(1)
+    source.unlink()  # the folder stays until the last test has run
+    target.unlink()
