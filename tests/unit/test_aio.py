@@ -496,7 +496,7 @@ def test_after_a_fork(path, buf):
             await file.read_into(buf, PAGE)
 
             def child():
-                for _ in range(2):  # the parent's loop is told nothing of it
+                for _ in range(2):  # the parent's loop does not notice it
                     file.target.engine.close()
                 asyncio._set_running_loop(None)
                 asyncio.run(refused(file))

@@ -193,7 +193,7 @@ def work(source: Path, target: Path) -> int:
 
 @pytest.mark.parametrize("name", VERDICTS)
 def test_every_call_of_a_transfer_fails_once(name: str, paths: tuple[Path, Path]) -> None:
-    """Either an OSError, or every byte has moved; a signal is no error."""
+    """Either an OSError, or every byte has moved; a signal is not an error."""
     number, calls = getattr(errno, name), VERDICTS[name]
     assert work(*paths) == 0
     for at in itertools.count():

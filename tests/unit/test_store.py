@@ -266,16 +266,16 @@ def test_errors(store: Store, call, number: int) -> None:
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda store: store.open("there", "w"), "open: invalid mode='w': use 'r' or 'r+'"),
+        (lambda store: store.open("there", "w"), "open: invalid mode 'w': use 'r' or 'r+'"),
         (
             lambda store: store.chmod("there", 0o1000),
-            "chmod: invalid mode=512: use an integer from 0o0 to 0o777",
+            "chmod: invalid mode 512: use an integer from 0o0 to 0o777",
         ),
-        (lambda store: store.create("n", 1, mode=[6]), "create: invalid mode=list: use an"),
+        (lambda store: store.create("n", 1, mode=[6]), "create: invalid mode list: use an"),
         (lambda store: store.create("n", 1, exporter="x" * 99), "xx': use text of at most 64"),
         (
             lambda store: store.rename("there", "n", replace="no"),
-            "replace='no': use True or False or an integer from 1 to",
+            "invalid replace 'no': use True or False or an integer from 1 to",
         ),
         (lambda store: store.link("there", "n"), "a dmabuf.Buffer is needed, not str"),
     ],

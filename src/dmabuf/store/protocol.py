@@ -134,13 +134,13 @@ def check_name(name: object) -> str:
     Raises Refusal: EINVAL, or ENAMETOOLONG above 255 bytes of UTF-8.
     """
     if not isinstance(name, str):
-        raise Refusal(errno.EINVAL, "invalid name: not a string")
+        raise Refusal(errno.EINVAL, "invalid name: use text")
     try:
         length = len(name.encode())
     except UnicodeEncodeError:
-        raise Refusal(errno.EINVAL, "invalid name: not UTF-8", name) from None
+        raise Refusal(errno.EINVAL, "invalid name: use UTF-8", name) from None
     if length > NAME_BYTES:
-        raise Refusal(errno.ENAMETOOLONG, f"invalid name: longer than {NAME_BYTES} bytes", name)
+        raise Refusal(errno.ENAMETOOLONG, f"invalid name: use at most {NAME_BYTES} bytes", name)
     if name in ("", ".", "..") or "/" in name or not name.isprintable():
         text = 'invalid name: use printable characters without "/", and not "." or ".."'
         raise Refusal(errno.EINVAL, text, name)
@@ -256,7 +256,7 @@ def parse_request(data: bytes) -> Request:
                 value = value[:40]
             plain = value is None or isinstance(value, (int, str))
             shown = repr(value)[:60] if plain else type(value).__name__
-            raise Refusal(errno.EINVAL, f"{op}: invalid {field}={shown}: use {check.wanted}")
+            raise Refusal(errno.EINVAL, f"{op}: invalid {field} {shown}: use {check.wanted}")
     return Request(str(op), message)
 
 
