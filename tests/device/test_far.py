@@ -117,7 +117,7 @@ def test_the_example(tmp_path: Path) -> None:
 
 @needs("numa", "dma_heap", "nvme")
 def test_a_heap_takes_its_pages_from_the_node() -> None:
-    size, slack = 64 * MIB, 4 * MIB  # free pages that processors keep for themselves
+    size, slack = 64 * MIB, 32 * MIB  # what the rest of the guest may take or give back meanwhile
     before = free_on(FAR)
     with dmabuf.allocate(size, exporter="system", numa_node=FAR) as buffer:
         assert size - slack < before - free_on(FAR) < size + slack
