@@ -165,7 +165,7 @@ def test_it_goes_in_the_middle(
         assert isinstance(error, OSError) and error.errno in GONE, error
         assert error.filename == path
         assert 1 <= error.nbytes < PART
-        worker.check(local().read(SIZE), sure=True, network=True)
+        worker.check(local().read(SIZE), network=True)
         come_back(fabric, target, how)
         check_memory(path_of(fabric, kind), buf)
     finally:
@@ -216,7 +216,7 @@ def test_it_comes_back_under_many(
                 assert_same(medium[part], last, "the medium")
             else:
                 assert kind == "node" and worker.error.errno in GONE, worker.error
-                worker.check(medium, sure=True, network=True)
+                worker.check(medium, network=True)
         assert {route for worker in workers for route in worker.routes} == {Route.DIRECT}
     if kind != "file":
         check_memory(path_of(fabric, kind), buf)

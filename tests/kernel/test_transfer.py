@@ -1,16 +1,18 @@
 """What only a whole kernel shows of transfers: bad sectors, slabs, memory, slow devices."""
 
+import asyncio
 import errno
 import mmap
 import os
 import signal
 from array import array
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 import dmabuf
-from dmabuf import Engine, Route
+from dmabuf import Engine, Route, aio
 from tests.guards import needs
 from tests.kernel.conftest import heap_read_only, native, null_blk, vgem, without_native
 from tests.kernel.test_exporters import through_dmabuf
@@ -22,6 +24,7 @@ from tests.support import (
     fill,
     pattern,
     poison,
+    raises_errno,
     read_and_compare,
     write_and_compare,
 )
@@ -137,6 +140,43 @@ def test_a_bad_sector_written(bad, buf, route, start):
     assert (error.errno, error.filename, error.nbytes) == (errno.EIO, path, at - start)
     for offset, data in sectors(path, start, at).items():
         assert data == poison(SIZE)[offset - start : offset - start + 512], offset
+
+
+@needs("null_blk")
+@pytest.mark.parametrize("how", ["threads", "edges", "asyncio"])
+def test_each_synced_write_to_a_bad_sector_fails(buf, how):
+    """The kernel reports one failed write-back to one of those that wait for it."""
+    part, count, rounds = 64 << 10, 4, 25
+
+    def write(number, file):
+        if how == "edges" and number % 2:
+            where = {"file_offset": part * number + 3, "buffer_offset": 3, "route": "direct"}
+            return file.write_from(buf, part - 7, **where)
+        return file.write_from(buf, part, file_offset=part * number, route="buffered", sync=True)
+
+    def writes(number):
+        for _ in range(rounds):
+            with raises_errno(errno.EIO):
+                write(number, file)
+
+    async def in_a_loop():
+        async with await aio.open(path, "r+") as file:
+            for _ in range(rounds):
+                made = [write(number, file) for number in range(count)]
+                for error in await asyncio.gather(*made, return_exceptions=True):
+                    assert isinstance(error, OSError) and error.errno == errno.EIO, error
+
+    with null_blk("dmabuf-flush", 1 << 20, blocksize=512) as path:
+        Path(path).read_bytes()  # no write reads a bad block first
+        marks = Path("/sys/kernel/config/nullb/dmabuf-flush/badblocks")
+        for number in range(count):  # in the last block, which is an edge where there are edges
+            bad = part * (number + 1) // 512 - 1
+            marks.write_text(f"+{bad}-{bad}")
+        if how == "asyncio":
+            asyncio.run(in_a_loop())
+            return
+        with dmabuf.open(path, "r+") as file, ThreadPoolExecutor(count) as pool:
+            list(pool.map(writes, range(count)))
 
 
 @needs("null_blk")

@@ -250,5 +250,5 @@ def test_a_synced_write_that_fails_reports_what_is_on_the_medium(
     ):
         monkeypatch.setattr(os, "fdatasync", fdatasync)
         file.write_from(buffer, sync=True)
-    assert flushed == [MIB]
+    assert set(flushed) == {MIB}  # twice on ext4: also when the file was cut back
     assert caught.value.nbytes == (MIB if flushes else 0)

@@ -33,6 +33,7 @@ MOVES = {
     "small read": lambda file, buffer: file.read_into(buffer, 4096),
     "staged read": lambda file, buffer: file.read_into(buffer, route="staged"),
     "write": lambda file, buffer: file.write_from(buffer, SIZE - 5),
+    "synced write": lambda file, buffer: file.write_from(buffer, SIZE - 5, sync=True),
     "growing write": lambda file, buffer: file.write_from(buffer, 9999, file_offset=SIZE),
     "segments": lambda file, buffer: file.read_segments(buffer, SEGMENTS),
     "segments that fail": fail,

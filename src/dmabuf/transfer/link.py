@@ -493,7 +493,7 @@ class Link:
         self, segments: Segments, terms: Terms, waiter: Waiter, begun: float
     ) -> Transfer:
         """Write. The file is made long enough first and cut back where the write fails."""
-        measure = self._measure(segments)
+        measure, failures = self._measure(segments), self.target.begin_write() if terms.sync else 0
         # Before the file is changed, because there may be no route, or a timeout.
         await self._await_fences(self._choose(terms, measure), measure, terms, waiter, begun)
         try:
@@ -504,17 +504,17 @@ class Link:
                 transfer = await self._move(segments, terms, waiter, begun)
         except Exception as error:
             if terms.sync and getattr(error, "nbytes", 0) > 0:
-                await self._flush_after(error, waiter)
+                await self._flush_after(error, failures, waiter)
             raise
         if terms.sync:
-            await waiter.call(self.target.flush)
+            await waiter.call(partial(self.target.flush, failures))
             transfer = replace(transfer, seconds=time.perf_counter() - begun)
         return transfer
 
-    async def _flush_after(self, failed: Exception, waiter: Waiter) -> None:
+    async def _flush_after(self, failed: Exception, failures: int, waiter: Waiter) -> None:
         """Flush what was written before an error, whose `nbytes` becomes 0 if that fails."""
         try:
-            await waiter.call(self.target.flush)
+            await waiter.call(partial(self.target.flush, failures))
         except OSError as error:
             with_nbytes(failed, 0)
             failed.add_note(f"what was written before it was not flushed: {error.strerror}")
@@ -524,7 +524,8 @@ class Link:
         if not measure.nbytes:
             return None
         if target.kind == "file":
-            return growing(target.fd, target.path, segments, measure.nbytes, measure.file_end)
+            nbytes, end = measure.nbytes, measure.file_end
+            return growing(target.fd, target.path, segments, nbytes, end, target.flush)
         if measure.file_end > measure.file_size:
             text = f"write to {measure.file_end}: the device ends at {measure.file_size}"
             raise TransferError(errno.ENOSPC, text, target.path)

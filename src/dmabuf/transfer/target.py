@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import os
 import stat
 import threading
@@ -95,6 +96,15 @@ class Target:
         self.pid = self.owner = process.pid
         """The process whose transfers may begin: process.pid, or it was forked; 0 once closed."""
         self._lock = threading.RLock()  # the collector may close a File at any allocation
+        self._flushing = threading.RLock()
+        self._flushes = itertools.count(1)
+        """Numbers for flushes, and for writes that wait for one."""
+        self._flushed = 0
+        """The number of the last flush that succeeded."""
+        self._failures = 0
+        """How many flushes have failed."""
+        self._failure = 0, ""
+        """The errno and text of the last failure."""
         if isinstance(path, int):
             self.path = f"descriptor {path}"
             self.fd = _duplicate(path, mode)
@@ -292,22 +302,48 @@ class Target:
         if self.namespace is not None:
             nvme.check_whole_blocks(self.namespace, offset, size, self.path)
 
-    def flush(self) -> None:
-        """Return when the written bytes are on the medium."""
-        number, why = 0, ""
-        try:
-            if self.namespace is not None:
-                nvme.flush(self.fd, self.namespace)
-            else:
-                os.fdatasync(self.fd)
-        except OSError as error:
-            number, why = error.errno or errno.EIO, error.strerror or ""
+    def begin_write(self) -> int:
+        """Return how many flushes have failed before a write that begins now, for `flush`."""
+        self.direct()  # open it now: a descriptor reports the errors that came after it was opened
+        return self._failures
+
+    def flush(self, failures: int | None = None) -> None:
+        """Return when the written bytes are on the medium.
+
+        The kernel reports bytes that it could not write out once for each open file, to the flush
+        that ends first. So threads flush one after the other, and a failure is raised for every
+        write that had begun before it.
+
+        Args:
+            failures: what `begin_write` returned before the first byte was written. None: only a
+                failure of this flush is raised.
+        """
+        written = next(self._flushes)
+        with self._flushing:
+            before = self._failures if failures is None else failures
+            if self._flushed < written:  # no flush of another thread has begun since
+                begun = next(self._flushes)
+                try:
+                    self._flush()
+                    self._flushed = begun
+                except OSError as error:  # no call before this is recorded: a handler may raise
+                    self._failures += 1
+                    self._failure = error.errno or errno.EIO, error.strerror or ""
+            number, why = self._failure if self._failures != before else (0, "")
         if why == os.strerror(errno.ENODEV) or self.gone():  # fdatasync succeeds if it is gone
             number, why = errno.ENODEV, GONE
         if number:
             failed = os_error(number, f"flushing to the medium failed: {why}", self.path)
             failed.nbytes = 0  # type: ignore[attr-defined] # the kernel does not report how many
             raise failed
+
+    def _flush(self) -> None:
+        if self.namespace is not None:
+            nvme.flush(self.fd, self.namespace)
+            return
+        # Not the descriptor by which the core flushes edges, which takes the errors of edges.
+        direct = self.direct().fd
+        os.fdatasync(direct if direct >= 0 else self.fd)
 
     def check_open(self) -> None:
         """Raise ClosedError if the file is closed, or was opened before a fork."""
@@ -335,7 +371,7 @@ class Target:
 
     def abandon(self) -> None:
         """Close the descriptors in the child of a fork, where no thread releases a lock."""
-        self._lock = threading.RLock()
+        self._lock, self._flushing = threading.RLock(), threading.RLock()
         self.close()
 
     def close(self) -> None:
