@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 import dmabuf
+from dmabuf import remote
 from tests.support import raises_errno, wait_until
 
 PART = 64 << 10
@@ -93,6 +94,36 @@ def test_an_interrupted_flush_is_repeated_by_those_that_wait(file, write, medium
     assert first.exception() is medium.outcome
     assert [one.result() for one in others] == [None] * 3
     assert medium.calls >= 2
+
+
+def test_a_copy_in_flight_fails_too(file, medium, tmp_path):
+    """Two copies into one File: both have written when the flush of the first one fails."""
+    (tmp_path / "source").write_bytes(b"\1" * PART)
+
+    def copy(number):
+        dmabuf.copy(tmp_path / "source", file, dst_offset=number * PART, sync=True)
+
+    medium.outcome = OSError(errno.EIO, "no medium")
+    for one in write_together(copy, file, medium, 2):
+        with raises_errno(errno.EIO, FAILED):
+            one.result()
+    copy(3)
+
+
+def test_a_node_reports_a_failed_flush_until_the_file_is_opened_again(medium, tmp_path):
+    medium.outcome = OSError(errno.EIO, "no medium")
+    medium.ready.set()
+    with (
+        dmabuf.allocate(PART) as buffer,
+        remote.serving(f"unix:{tmp_path}/socket", tmp_path) as listener,
+        remote.connect(listener.address) as node,
+    ):
+        with raises_errno(errno.EIO, FAILED), node.replacing("new") as file:
+            file.write_from(buffer)  # whose error the next one takes
+            for flush in (lambda: file.write_from(buffer, file_offset=PART, sync=True), file.flush):
+                with raises_errno(errno.EIO, FAILED):
+                    flush()
+        assert not (tmp_path / "new").exists()
 
 
 def test_writes_that_wait_share_the_next_flush(file, write, monkeypatch):

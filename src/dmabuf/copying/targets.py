@@ -9,6 +9,7 @@ import errno
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 
 from dmabuf.copying.sources import End, check_socket, file_name, refuse_offset
 from dmabuf.errors import TransferError, os_error
@@ -87,8 +88,9 @@ class FileTarget(OffsetTarget):
     """A File that is written from an offset on, or in order if it is a stream."""
 
     def __init__(self, file: File, offset: int, terms: Terms, *, emptied: bool = False) -> None:
-        status = os.fstat(file.fileno())
-        super().__init__(file_name(file), file, offset, terms, lambda: file.target.flush(), status)
+        status, failures = os.fstat(file.fileno()), file.target.begin_write()
+        flush = partial(file.target.flush, failures)
+        super().__init__(file_name(file), file, offset, terms, flush, status)
         self._here = file
         self._emptied = emptied
         self._start = offset

@@ -291,7 +291,7 @@ class DirectWriter(WholeFile):
         """Write what the block holds, to the medium with ``sync``."""
         self._flush(self._written - self._filled)
         if self._sync:
-            self._file.target.flush()
+            self._file.target.flush(0)
 
     def publish(self) -> None:
         """Put the new file in place of the old one."""

@@ -90,7 +90,12 @@ class RemoteFile(
         return self.mode != "r"
 
     def flush(self) -> None:
-        """Return when what was written is on the node's medium (fdatasync)."""
+        """Return when what was written is on the node's medium (fdatasync).
+
+        Raises:
+            OSError: something written since the file was opened is not; also if another call has
+                raised that already. Open it and write again.
+        """
         self._ask("flush")
 
     def close(self) -> None:

@@ -53,7 +53,7 @@ class Served:
         if not self._temporary:
             raise os_error(errno.EINVAL, "commit: the file has its name already", self.path)
         name = os.path.basename(self.path)
-        os.fdatasync(self.file.fileno())
+        self.file.target.flush(0)
         os.rename(self._temporary, name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
         self._temporary = ""
         if sync:

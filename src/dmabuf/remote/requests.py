@@ -224,7 +224,7 @@ class Client:
         return {"size": file.size or 0, "modified_ns": os.fstat(file.fileno()).st_mtime_ns}
 
     def _do_flush(self, request: Message) -> dict[str, object]:
-        self._served(request).file.target.flush()
+        self._served(request).file.target.flush(0)
         return {}
 
     def _do_plan(self, request: Message) -> dict[str, object]:

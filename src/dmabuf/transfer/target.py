@@ -304,7 +304,8 @@ class Target:
 
     def begin_write(self) -> int:
         """Return how many flushes have failed before a write that begins now, for `flush`."""
-        self.direct()  # open it now: a descriptor reports the errors that came after it was opened
+        if self.stream is None:
+            self.direct()  # opened now, because a descriptor reports what failed while it was open
         return self._failures
 
     def flush(self, failures: int | None = None) -> None:
@@ -315,8 +316,8 @@ class Target:
         write that had begun before it.
 
         Args:
-            failures: what `begin_write` returned before the first byte was written. None: only a
-                failure of this flush is raised.
+            failures: what `begin_write` returned before the first byte was written; 0 for all bytes
+                since the file was opened. None: only a failure of this flush is raised.
         """
         written = next(self._flushes)
         with self._flushing:
