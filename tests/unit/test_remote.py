@@ -445,6 +445,7 @@ def test_cp_to_and_from_a_node(folder: Path, tmp_path: Path, capsys) -> None:
     ("words", "told"),
     [
         (["--files", "."], "need --listen"),
+        (["--listen", "nonsense"], "invalid address 'nonsense'"),
         (["--listen", "127.0.0.1:0", "--key", "x"], "belong together"),
     ],
 )

@@ -154,16 +154,18 @@ def _listening(args: Namespace, stack: ExitStack) -> Listener | None:
         raise Misuse("--idle ends a server without local clients, so it excludes --listen")
     from dmabuf import remote
 
-    return stack.enter_context(
-        remote.serving(
-            args.listen,
-            args.files,
-            certificates=remote.Certificates(*files) if all(files) else None,
-            trusted_network=args.trusted_network,
-            read_only=args.read_only,
-            start=False,
-        )
+    serving = remote.serving(
+        args.listen,
+        args.files,
+        certificates=remote.Certificates(*files) if all(files) else None,
+        trusted_network=args.trusted_network,
+        read_only=args.read_only,
+        start=False,
     )
+    try:
+        return stack.enter_context(serving)
+    except ValueError as error:
+        raise Misuse(str(error)) from None
 
 
 @contextmanager
