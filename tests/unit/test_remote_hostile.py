@@ -3,12 +3,14 @@
 import errno
 import json
 import os
+import resource
 import signal
 import socket
 import stat
 import subprocess
 import sys
 import threading
+import time
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -413,6 +415,24 @@ def test_a_node_that_stalls(big: dmabuf.Buffer) -> None:
     with lying_node(lambda peer: peer.ended(), b"") as address:
         with pytest.raises(TimeoutError):
             remote.connect(address, timeout=SOON)
+
+
+def test_a_receiver_over_tcp_is_not_woken_for_each_packet(big: dmabuf.Buffer) -> None:
+    def in_packets(peer: Peer) -> None:
+        peer.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        peer.socket.sendall(bytes(4) + SIZE.to_bytes(4))
+        for at in range(0, SIZE, 4096):
+            peer.socket.sendall(DATA[at : at + 4096])
+            time.sleep(200e-6)  # a receiver that is woken for each sleeps again
+        peer.send(nbytes=SIZE, side=SIDE, checksum="")
+
+    with lying_node(opens_then(in_packets)) as address, remote.connect(address) as there:
+        file = there.open("a.bin")
+        begun, waits = time.monotonic(), resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
+        assert file.read_into(big, SIZE, audit="off").nbytes == SIZE
+        waits = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw - waits
+        assert waits < 300 + 20 * (time.monotonic() - begun)  # without it about 1000
+    assert_same(big.pread(SIZE, 0), DATA, "the buffer")
 
 
 def drips(data: bytes) -> Callable[[Peer], None]:

@@ -28,6 +28,8 @@ _SLICE = 0.1
 _TIMEVAL = struct.pack("@ll", 0, int(_SLICE * 1e6))
 _TELL = 5.0
 """Seconds after which a message announces to the other end that the reply will come."""
+_WAKE_AT = 512 << 10
+"""Bytes of data for which the kernel wakes a receiver over TCP, instead of for each packet."""
 _ROOM = 1024
 """Bytes that are received at once with a header; those of data among them are copied."""
 
@@ -163,11 +165,25 @@ class Channel:
         view[:done] = self._spare[:done]
         self._spare = self._spare[done:]
         self.received += done
-        flags = 0 if self._tls else socket.MSG_WAITALL
-        while done < len(view):
-            with view[done:] as rest:
-                got = self._patiently("sending", self._socket.recv_into, rest, 0, flags)
-            done, self.received = done + got, self.received + got
+        early = len(view) - _WAKE_AT  # the kernel waits for bytes behind this, so they must come
+        if done < early and self.transport == "tcp":
+            self._wake_at(_WAKE_AT)
+            self._receive_into(view[done:early])
+            self._wake_at(1)
+            done = early
+        self._receive_into(view[done:])
+
+    def _receive_into(self, view: memoryview) -> None:
+        done, flags = 0, 0 if self._tls else socket.MSG_WAITALL
+        with view:
+            while done < len(view):
+                with view[done:] as rest:
+                    got = self._patiently("sending", self._socket.recv_into, rest, 0, flags)
+                done, self.received = done + got, self.received + got
+
+    def _wake_at(self, size: int) -> None:
+        """Have the kernel wake a receiver for at least so many bytes (TCP: since Linux 4.18)."""
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size)
 
     def _read(self, size: int) -> memoryview:
         """Return the next bytes, at most `_ROOM`; the next call may overwrite them."""
