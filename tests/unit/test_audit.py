@@ -14,7 +14,7 @@ import dmabuf
 from dmabuf import Route
 from dmabuf.transfer import audit
 from dmabuf.transfer.plan import AUDIT_OFF
-from tests.support import assert_same, drop_cache, pattern, raises_errno
+from tests.support import Filter, assert_same, drop_cache, pattern, raises_errno
 from tests.unit import lying
 from tests.unit.lying import Lying, content, dma_buf
 
@@ -324,6 +324,16 @@ def test_a_sample_has_eight_pages_or_all(file, buf):
     for _ in range(100):
         assert move(file, "read", buf).audited.startswith("8 pages of 200 KiB")
     assert move(file, "read", buf, size=20 * 1024).audited.startswith("5 pages of 20 KiB")
+
+
+def test_a_sample_ends_where_the_read_ends(file, buf):
+    """Another program cuts the file during the read, and writes it again before the audit."""
+    assert "every byte" in move(file, "read", buf).audited
+    audit.PAIRS.ledger("fake", file.target.device(), "read").moving += 1e9
+    with Filter(lambda completion: 0 if completion.offset >= 65536 else completion.result):
+        transfer = file.read_into(buf, 128 << 10)
+    assert transfer.nbytes == 65536
+    assert "pages of 64 KiB compared" in transfer.audited
 
 
 def test_how_often_samples_are_due():

@@ -212,6 +212,7 @@ def test_what_another_thread_closes_is_unpinned_by_the_owner(path):
             thread = threading.Thread(target=thing.close)
             thread.start()
             thread.join()
+        assert pinned() == before + SIZE  # the kernel refuses the other thread
         with (
             dmabuf.open(path.with_name("other"), "w", engine=engine) as file,
             dmabuf.allocate(SIZE, exporter="memfd") as other,
