@@ -242,7 +242,7 @@ integrations-vllm: $(VLLM)/ready
 integrations-sglang: $(SGLANG)/ready
 	$(SGLANG)/bin/python -m pytest tests/integrations/test_sglang.py
 
-IN_TORCH := $(addprefix tests/unit/test_,arrays_torch.py checkpoint.py formats.py kvikio.py safetensors_torch.py sending.py)
+IN_TORCH := $(addprefix tests/unit/test_,arrays_torch.py checkpoint.py formats.py kvikio.py nixl.py safetensors_torch.py sending.py)
 
 $(OTHERS)/ready: $(wildcard tests/integrations/requirements*.txt) benchmarks/requirements-kvikio.txt pyproject.toml setup.py csrc/core.h $(wildcard csrc/*.c csrc/*.h)
 	tools/install-system-packages gcc libc6-dev liburing-dev python3-dev python3-venv

@@ -1,4 +1,4 @@
-"""The engine nixl where NIXL is not installed; tests/integrations/test_nixl.py has it."""
+"""The engine nixl where NIXL is not installed; tests/unit/test_nixl.py has it."""
 
 import errno
 import sys

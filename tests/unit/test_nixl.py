@@ -1,4 +1,7 @@
-"""NIXL moves the bytes between a node and its client, in a process of its own at each end."""
+"""NIXL moves the bytes between a node and its client, in a process of its own at each end.
+
+`make integrations` runs this with NIXL; where it is not installed, fake_nixl.py stands in for it.
+"""
 
 import contextlib
 import hashlib
@@ -10,6 +13,7 @@ import threading
 from array import array
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -21,16 +25,21 @@ from tests.guards import needs
 from tests.nodes import Peer, node, pumps
 from tests.serving import as_a_program
 from tests.support import assert_same, pattern, poison, ranges, run, wait_until
+from tests.unit import fake_nixl
 from tests.unit.test_remote_hostile import asked, open_by_hand
 from tests.unit.test_remote_network import HOST, link, received  # noqa: F401 - a fixture
-
-pytest.importorskip("nixl_cu13", reason="needs NIXL (make integrations installs it)")
 
 MIB = 1 << 20
 SIZE = 17 * MIB + 4097  # three blocks of the node
 DATA = pattern(SIZE, 21)
 
 pytestmark = pytest.mark.usefixtures("leaves_nothing")
+
+
+@pytest.fixture(autouse=True)
+def nixl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if find_spec("nixl_cu13") is None:
+        fake_nixl.install(tmp_path / "library", monkeypatch)
 
 
 @pytest.fixture
