@@ -252,6 +252,7 @@ def test_every_kind_on_every_route(
     assert lines[3] == f"range: {NBYTES} bytes, file offset {FILE_OFFSET}, buffer offset {OFFSET}"
     where = f": file offset {error.offset}, buffer offset {OFFSET + error.nbytes}"
     assert any(line.endswith(where) for line in lines), error.report
+    assert any(line.startswith("poison: ") for line in lines) == (direction == "read")
     engine.fault = None
     if route == "buffered":  # there is no other
         assert move(file, direction, buf, route=route).route == route

@@ -273,6 +273,20 @@ def _reset_when_read(peer, client):
     peer.close()
 
 
+def test_the_cpu_has_access_to_what_a_stream_moves(kernel):
+    """Also to read for a read: its bytes may begin and end within a cache line."""
+    with (
+        _ends(_pipe) as fds,
+        dmabuf.allocate(4096, exporter="udmabuf") as buf,
+        dmabuf.open(fds[1], "w") as sink,
+        dmabuf.open(fds[0]) as source,
+    ):
+        for move, access in (sink.write_from, "R"), (source.read_into, "RW"):
+            kernel.calls.clear()
+            move(buf, 100)
+            assert [call[1:] for call in kernel.calls] == [("START", access), ("END", access)]
+
+
 def test_a_buffer_in_use_cannot_be_closed(buf):
     """The read is blocked until it is fed; nothing but the feeding ends it."""
     with _ends(_pipe) as fds, dmabuf.open(fds[0]) as file:
