@@ -120,7 +120,8 @@ class FileTarget(OffsetTarget):
                 os.ftruncate(file.fileno(), 0)
             if total is not None:
                 start, end = self._offset, self._offset + total
-                self._growth = Growth(file.fileno(), self.name)
+                commit = partial(file.target.flush, metadata=True)
+                self._growth = Growth(file.fileno(), self.name, commit)
                 try:
                     self._growth.allocate(total, end, lambda: [(start, end)])
                 except OSError:

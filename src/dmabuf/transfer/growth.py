@@ -49,10 +49,10 @@ os.register_at_fork(
 class Growth:
     """The room that one write allocates past the end of a regular file."""
 
-    def __init__(self, fd: int, path: str, flush: Callable[[], None] | None = None) -> None:
+    def __init__(self, fd: int, path: str, commit: Callable[[], None] | None = None) -> None:
         self._fd = fd
         self._path = path
-        self._flush = flush or partial(os.fsync, fd)
+        self._commit = commit or partial(os.fsync, fd)
         self._start = self._end = 0
 
     def allocate(self, nbytes: int, end: int, ranges: Callable[[], Iterable[Range]]) -> None:
@@ -103,7 +103,7 @@ class Growth:
                 return
             os.ftruncate(self._fd, wanted)
         if _is_ext4(self._fd):
-            self._flush()
+            self._commit()
 
     def cut(self, end: int) -> None:
         """Give back the room that this write allocated past file offset `end`.
@@ -123,7 +123,7 @@ class Growth:
 
 @contextmanager
 def growing(
-    fd: int, path: str, segments: Segments, nbytes: int, end: int, flush: Callable[[], None]
+    fd: int, path: str, segments: Segments, nbytes: int, end: int, commit: Callable[[], None]
 ) -> Iterator[None]:
     """Make a regular file long enough for a write while the block runs.
 
@@ -133,12 +133,12 @@ def growing(
         segments: the segments of the write.
         nbytes: how many bytes they have.
         end: where the last of them ends in the file.
-        flush: flushes the file to the medium, and records the failure for writes in flight.
+        commit: fsync(2) of the file, which records a failure for the writes in flight.
 
     If the block raises, the room past the written part (the exception's `nbytes`) is given back. If
     that fails, a note on the exception reports it.
     """
-    growth = Growth(fd, path, flush)
+    growth = Growth(fd, path, commit)
     try:
         growth.allocate(nbytes, end, segments.file_ranges)
         yield

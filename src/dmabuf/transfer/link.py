@@ -524,8 +524,9 @@ class Link:
         if not measure.nbytes:
             return None
         if target.kind == "file":
-            nbytes, end = measure.nbytes, measure.file_end
-            return growing(target.fd, target.path, segments, nbytes, end, target.flush)
+            commit = partial(target.flush, metadata=True)
+            size = measure.nbytes, measure.file_end
+            return growing(target.fd, target.path, segments, *size, commit)
         if measure.file_end > measure.file_size:
             text = f"write to {measure.file_end}: the device ends at {measure.file_size}"
             raise TransferError(errno.ENOSPC, text, target.path)

@@ -14,7 +14,7 @@ import os
 import stat
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -308,7 +308,7 @@ class Target:
             self.direct()  # opened now, because a descriptor reports what failed while it was open
         return self._failures
 
-    def flush(self, failures: int | None = None) -> None:
+    def flush(self, failures: int | None = None, *, metadata: bool = False) -> None:
         """Return when the written bytes are on the medium.
 
         The kernel reports bytes that it could not write out once for each open file, to the flush
@@ -318,14 +318,16 @@ class Target:
         Args:
             failures: what `begin_write` returned before the first byte was written; 0 for all bytes
                 since the file was opened. None: only a failure of this flush is raised.
+            metadata: also what is not needed to read the bytes, such as blocks that were freed
+                (fsync instead of fdatasync).
         """
         written = next(self._flushes)
         with self._flushing:
             before = self._failures if failures is None else failures
-            if self._flushed < written:  # no flush of another thread has begun since
+            if metadata or self._flushed < written:  # no other thread's flush has begun since
                 begun = next(self._flushes)
                 try:
-                    self._flush()
+                    self._flush(os.fsync if metadata else os.fdatasync)
                     self._flushed = begun
                 except OSError as error:  # no call before this is recorded: a handler may raise
                     self._failures += 1
@@ -338,13 +340,13 @@ class Target:
             failed.nbytes = 0  # type: ignore[attr-defined] # the kernel does not report how many
             raise failed
 
-    def _flush(self) -> None:
+    def _flush(self, sync: Callable[[int], None]) -> None:
         if self.namespace is not None:
             nvme.flush(self.fd, self.namespace)
             return
         # Not the descriptor by which the core flushes edges, which takes the errors of edges.
         direct = self.direct().fd
-        os.fdatasync(direct if direct >= 0 else self.fd)
+        sync(direct if direct >= 0 else self.fd)
 
     def check_open(self) -> None:
         """Raise ClosedError if the file is closed, or was opened before a fork."""
