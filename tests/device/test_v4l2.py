@@ -261,7 +261,8 @@ def test_ctrl_c(frames: list[str], kept: bool, tmp_path: Path) -> None:
         assert ended.status == 0
         told = json.loads((tmp_path / "out.raw.json").read_text())
         assert told["size"] == (tmp_path / "out.raw").stat().st_size > 0
-        assert ended.out.startswith(f"{len(told['frames'])} frames, ")
+        count = len(told["frames"])
+        assert ended.out.startswith(f"{count} frame{'s' * (count > 1)}, ")
     else:
         assert ended.status == 130
         assert ended.err.endswith("error: stopped by SIGINT\n")
