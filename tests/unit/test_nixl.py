@@ -310,6 +310,8 @@ def test_a_buffer_cannot_be_closed_while_the_node_moves_it(
 @pytest.mark.parametrize("victim", ["node's pump", "client's pump"])
 @pytest.mark.parametrize("busy", [True, False])
 def test_a_pump_that_is_killed(there: remote.Node, victim: str, busy: bool) -> None:
+    if not busy and victim == "client's pump" and find_spec("nixl_cu13") is None:
+        pytest.skip("needs nixl_cu13: the node's stand-in may report the loss first (EIO)")
     with dmabuf.allocate(SIZE + 8192, exporter="memfd") as buffer, there.open("a.bin") as file:
         if busy:
             thread, ended = in_flight(there, buffer)
