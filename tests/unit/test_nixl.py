@@ -26,9 +26,11 @@ from tests.nodes import Peer, node, pumps
 from tests.serving import as_a_program
 from tests.support import assert_same, pattern, poison, ranges, run, wait_until
 from tests.unit import fake_nixl
+
 from tests.unit.test_remote_hostile import asked, open_by_hand
 from tests.unit.test_remote_network import HOST, link, received  # noqa: F401 - a fixture
 
+STANDS_IN = find_spec("nixl_cu13") is None
 MIB = 1 << 20
 SIZE = 17 * MIB + 4097  # three blocks of the node
 DATA = pattern(SIZE, 21)
@@ -38,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("leaves_nothing")
 
 @pytest.fixture(autouse=True)
 def nixl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if find_spec("nixl_cu13") is None:
+    if STANDS_IN:
         fake_nixl.install(tmp_path / "library", monkeypatch)
 
 
@@ -310,7 +312,7 @@ def test_a_buffer_cannot_be_closed_while_the_node_moves_it(
 @pytest.mark.parametrize("victim", ["node's pump", "client's pump"])
 @pytest.mark.parametrize("busy", [True, False])
 def test_a_pump_that_is_killed(there: remote.Node, victim: str, busy: bool) -> None:
-    if not busy and victim == "client's pump" and find_spec("nixl_cu13") is None:
+    if not busy and victim == "client's pump" and STANDS_IN:
         pytest.skip("needs nixl_cu13: the node's stand-in may report the loss first (EIO)")
     with dmabuf.allocate(SIZE + 8192, exporter="memfd") as buffer, there.open("a.bin") as file:
         if busy:
