@@ -26,7 +26,6 @@ from tests.nodes import Peer, node, pumps
 from tests.serving import as_a_program
 from tests.support import assert_same, pattern, poison, ranges, run, wait_until
 from tests.unit import fake_nixl
-
 from tests.unit.test_remote_hostile import asked, open_by_hand
 from tests.unit.test_remote_network import HOST, link, received  # noqa: F401 - a fixture
 
